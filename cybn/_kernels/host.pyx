@@ -1,0 +1,41 @@
+# cython: language_level=3
+# What the machine and the build offer. The one place that names OpenMP and CPU features.
+
+cdef extern from * nogil:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #define CYBN_OPENMP _OPENMP
+    #else
+    #define CYBN_OPENMP 0
+    static int omp_get_max_threads(void) { return 1; }
+    #endif
+
+    static int cybn_has_v3(void) {
+    #if defined(__x86_64__) && defined(__GNUC__)
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+            && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    #else
+        return 0;
+    #endif
+    }
+    """
+    int CYBN_OPENMP
+    int omp_get_max_threads()
+    int cybn_has_v3()
+
+
+def openmp():
+    """Date of the OpenMP specification the kernels were built with, as yyyymm; 0 without."""
+    return CYBN_OPENMP
+
+
+def max_threads():
+    """Threads that OpenMP would use now: OMP_NUM_THREADS, affinity and threadpoolctl count."""
+    return omp_get_max_threads()
+
+
+def has_v3():
+    """Whether this CPU and its operating system run x86-64-v3 code."""
+    return bool(cybn_has_v3())

@@ -1,0 +1,174 @@
+# The rows family: short S, and channels-last, where S = 1.
+#
+# A tile is m neighbouring channels over some rows n: in each row, w = m * S neighbouring values.
+# Sums go down the columns; per-channel values are spread over the S columns of their channel.
+# No sum across a vector a run, no tail a run, and vectors cross the borders of channels.
+#
+#   pass          reads          writes   bytes an element (float32)
+#   col_sums      x              -        4
+#   col_dots      dy, x          -        8
+#   col_scale     x              y        8
+#   col_unscale   dy, x          dx       12
+#
+# a. TILE. Three or four vectors of w values (shift and two sums; then hi, a, k, b) have to sit in
+#    L1 beside the rows, so w is at most TILE = 1024: 16 KiB of float32.
+# b. Four rows a sweep: the two sums are loaded and stored once for four rows. Eight gained
+#    nothing, and rows whose stride is a multiple of 4096 bytes share one set of an 8-way L1.
+# c. FLUSH. The column sums in T collect at most FLUSH rows, then go to float64.
+
+from cybn._kernels.runs cimport T, WIDE, across
+
+cdef enum:
+    TILE = 1024     # columns of a tile
+    FLUSH = 32      # rows between two flushes to float64
+
+
+cdef inline void col_sums(
+    const T* restrict x,        # IN  (rows, w), rows `stride` apart
+    Py_ssize_t stride,
+    Py_ssize_t rows,
+    Py_ssize_t w,
+    const T* restrict shift,    # IN  (w,)
+    T* restrict a,              # IO  (w,) sums of d = x - shift
+    T* restrict b,              # IO  (w,) sums of d * d
+) noexcept nogil:
+    cdef Py_ssize_t n, j, four = rows - rows % 4
+    for n in range(0, four, 4):
+        col_sums4(x + n * stride, x + (n + 1) * stride, x + (n + 2) * stride,
+                  x + (n + 3) * stride, w, shift, a, b)
+    for n in range(four, rows):
+        for j in range(w):
+            a[j] += x[n * stride + j] - shift[j]
+            b[j] += (x[n * stride + j] - shift[j]) * (x[n * stride + j] - shift[j])
+
+
+cdef inline void col_sums4(
+    const T* restrict x0,
+    const T* restrict x1,
+    const T* restrict x2,
+    const T* restrict x3,
+    Py_ssize_t w,
+    const T* restrict shift,
+    T* restrict a,
+    T* restrict b,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef T d0, d1, d2, d3
+    for j in range(w):
+        d0 = x0[j] - shift[j]
+        d1 = x1[j] - shift[j]
+        d2 = x2[j] - shift[j]
+        d3 = x3[j] - shift[j]
+        a[j] += (d0 + d1) + (d2 + d3)
+        b[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+
+
+cdef inline void col_dots(
+    const T* restrict dy,       # IN  (rows, w), rows `dy_stride` apart
+    Py_ssize_t dy_stride,
+    const T* restrict x,        # IN  (rows, w), rows `stride` apart
+    Py_ssize_t stride,
+    Py_ssize_t rows,
+    Py_ssize_t w,
+    const T* restrict shift,    # IN  (w,)
+    T* restrict a,              # IO  (w,) sums of dy
+    T* restrict b,              # IO  (w,) sums of dy * (x - shift)
+) noexcept nogil:
+    cdef Py_ssize_t n, j, two = rows - rows % 2
+    for n in range(0, two, 2):
+        col_dots2(dy + n * dy_stride, dy + (n + 1) * dy_stride,
+                  x + n * stride, x + (n + 1) * stride, w, shift, a, b)
+    for n in range(two, rows):
+        for j in range(w):
+            a[j] += dy[n * dy_stride + j]
+            b[j] += dy[n * dy_stride + j] * (x[n * stride + j] - shift[j])
+
+
+cdef inline void col_dots2(
+    const T* restrict g0,
+    const T* restrict g1,
+    const T* restrict x0,
+    const T* restrict x1,
+    Py_ssize_t w,
+    const T* restrict shift,
+    T* restrict a,
+    T* restrict b,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(w):
+        a[j] += g0[j] + g1[j]
+        b[j] += g0[j] * (x0[j] - shift[j]) + g1[j] * (x1[j] - shift[j])
+
+
+cdef inline void col_scale(
+    const T* x,                 # IN  (w,)
+    T* y,                       # OUT (w,), may be x
+    Py_ssize_t w,
+    const T* restrict hi,       # IN  (w,)
+    const T* restrict a,        # IN  (w,)
+    const T* restrict b,        # IN  (w,)
+) noexcept nogil:
+    """y = (x - hi) * a + b"""
+    cdef Py_ssize_t j
+    for j in range(w):
+        y[j] = (x[j] - hi[j]) * a[j] + b[j]
+
+
+cdef inline void col_unscale(
+    const T* dy,                # IN  (w,)
+    const T* x,                 # IN  (w,)
+    T* dx,                      # OUT (w,), may be dy or x
+    Py_ssize_t w,
+    const T* restrict hi,       # IN  (w,)
+    const T* restrict a,        # IN  (w,)
+    const T* restrict k,        # IN  (w,)
+    const T* restrict b,        # IN  (w,)
+) noexcept nogil:
+    """dx = dy * a + (x - hi) * k + b"""
+    cdef Py_ssize_t j
+    for j in range(w):
+        dx[j] = dy[j] * a[j] + (x[j] - hi[j]) * k[j] + b[j]
+
+
+cdef inline void spread(
+    const T* restrict v,        # IN  (m,)
+    Py_ssize_t m,
+    Py_ssize_t s,
+    T* restrict out,            # OUT (m * s,) each value s times
+) noexcept nogil:
+    cdef Py_ssize_t c, j
+    for c in range(m):
+        for j in range(s):
+            out[c * s + j] = v[c]
+
+
+cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
+    """Sum of n values in float64 lanes."""
+    cdef double acc[WIDE]
+    cdef Py_ssize_t i, j, full = n - n % WIDE
+    for j in range(WIDE):
+        acc[j] = 0
+    for i in range(full // WIDE):
+        for j in range(WIDE):
+            acc[j] += v[i * WIDE + j]
+    for j in range(n - full):
+        acc[j] += v[full + j]
+    return across(acc)
+
+
+cdef inline void gather(
+    T* restrict v,              # IO  (m * s,) column sums; zeroed
+    Py_ssize_t m,
+    Py_ssize_t s,
+    double* restrict out,       # IO  (m,) sums of the channels
+) noexcept nogil:
+    """Add the columns of each channel to its float64 sum."""
+    cdef Py_ssize_t c
+    if s == 1:
+        for c in range(m):
+            out[c] += v[c]
+    else:
+        for c in range(m):
+            out[c] += total(v + c * s, s)
+    for c in range(m * s):
+        v[c] = 0

@@ -1,0 +1,125 @@
+# The runs family: long stretches of one channel.
+#
+# A run is the S neighbouring values x[n, c, :]. Its channel is one, so shift and coefficients
+# stay in registers. Used from S = RUN_MIN on; shorter runs are rows.pxd's.
+#
+#   pass     reads        writes   bytes an element (float32)
+#   sums     x            -        4
+#   dots     dy, x        -        8
+#   scale    x            y        8
+#   unscale  dy, x        dx       12
+#
+# a. Lanes. A plain `s += x[i]` is one chain of additions, which no compiler may reorder. LANES
+#    independent sums are LANES chains: the compiler makes vectors of them at any width, and the
+#    result is the same bits at every instruction level, because the order is in the source.
+# b. PIECE. Lanes of T collect at most PIECE / LANES = 32 values, then go to eight lanes of
+#    float64: rounding in float32 cannot build up over a long channel, and the flush costs
+#    about a twentieth of the piece. A piece of 4 KiB stays in L1.
+# c. Values are centred on a shift close to the mean before they are summed or squared, so no
+#    digits cancel later (docs/math.md, "One sweep with a pivot").
+
+ctypedef fused T:
+    float
+    double
+
+cdef enum:
+    LANES = 32      # vectors of one sum in flight: 4 of AVX2, 8 of SSE2
+    PIECE = 1024    # elements between two flushes to float64
+    WIDE = 8        # lanes of the float64 sums
+    RUN_MIN = 512   # shortest S for which runs beat rows
+
+
+cdef inline void flush(
+    const T* restrict a,        # IN  (LANES,)
+    const T* restrict b,        # IN  (LANES,)
+    double* restrict acc,       # IO  (2, WIDE)
+) noexcept nogil:
+    """Fold two sets of lanes into the float64 lanes."""
+    cdef Py_ssize_t j
+    for j in range(WIDE):
+        acc[j] += (a[j] + a[j + 8]) + (a[j + 16] + a[j + 24])
+    for j in range(WIDE):
+        acc[WIDE + j] += (b[j] + b[j + 8]) + (b[j + 16] + b[j + 24])
+
+
+cdef inline double across(const double* restrict acc) noexcept nogil:
+    """Sum of WIDE float64 lanes."""
+    return ((acc[0] + acc[4]) + (acc[1] + acc[5])) + ((acc[2] + acc[6]) + (acc[3] + acc[7]))
+
+
+cdef inline void sums(
+    const T* restrict x,        # IN  (n,), n <= PIECE
+    Py_ssize_t n,
+    T shift,
+    double* restrict acc,       # IO  (2, WIDE): sums of d and of d * d, d = x - shift
+) noexcept nogil:
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef T d
+    cdef Py_ssize_t i, j, full = n - n % LANES
+    for j in range(LANES):
+        a[j] = 0
+        b[j] = 0
+    for i in range(full // LANES):
+        for j in range(LANES):
+            d = x[i * LANES + j] - shift
+            a[j] += d
+            b[j] += d * d
+    for j in range(n - full):
+        d = x[full + j] - shift
+        a[j] += d
+        b[j] += d * d
+    flush(a, b, acc)
+
+
+cdef inline void dots(
+    const T* restrict dy,       # IN  (n,), n <= PIECE
+    const T* restrict x,        # IN  (n,)
+    Py_ssize_t n,
+    T shift,
+    double* restrict acc,       # IO  (2, WIDE): sums of dy and of dy * (x - shift)
+) noexcept nogil:
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef Py_ssize_t i, j, full = n - n % LANES
+    for j in range(LANES):
+        a[j] = 0
+        b[j] = 0
+    for i in range(full // LANES):
+        for j in range(LANES):
+            a[j] += dy[i * LANES + j]
+            b[j] += dy[i * LANES + j] * (x[i * LANES + j] - shift)
+    for j in range(n - full):
+        a[j] += dy[full + j]
+        b[j] += dy[full + j] * (x[full + j] - shift)
+    flush(a, b, acc)
+
+
+cdef inline void scale(
+    const T* x,                 # IN  (n,)
+    T* y,                       # OUT (n,), may be x
+    Py_ssize_t n,
+    T hi,
+    T a,
+    T b,
+) noexcept nogil:
+    """y = (x - hi) * a + b"""
+    cdef Py_ssize_t i
+    for i in range(n):
+        y[i] = (x[i] - hi) * a + b
+
+
+cdef inline void unscale(
+    const T* dy,                # IN  (n,)
+    const T* x,                 # IN  (n,)
+    T* dx,                      # OUT (n,), may be dy or x
+    Py_ssize_t n,
+    T hi,
+    T a,
+    T k,
+    T b,
+) noexcept nogil:
+    """dx = dy * a + (x - hi) * k + b"""
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * a + (x[i] - hi) * k + b

@@ -1,0 +1,138 @@
+"""Any rank, any axis, any strides -> (N, C, S). The only place that knows ranks.
+
+Batch normalization treats all positions of a channel alike, so every axis but the channel axis
+may be moved freely, as long as input and output move alike. Axes are ordered as they lie in
+memory; those outside the channel axis fold into N, those inside it into S. So C-ordered
+(N, C, H, W), channels-last memory behind any axis order, Fortran order and batches sliced along
+N are all read in place. What cannot be folded (a step inside S, a negative or zero stride) is
+copied first.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 1 << 16  # values that one chunk of a channel has, about
+MOST_CHUNKS = 64  # so partial sums take at most 1 KiB a channel
+
+
+class Plan(NamedTuple):
+    """How an array folds to (N, C, S)."""
+
+    order: tuple[int, ...]  # axes as they lie in memory
+    plain: bool  # order is 0, 1, 2, ...
+    split: int  # how many axes of `order` fold into N
+    shape: tuple[int, int, int]  # N, C, S
+    chunks: int  # pieces in which a channel is summed
+
+    def view(self, array: NDArray) -> NDArray:
+        """Return a contiguous or row-strided array of this plan's order as (N, C, S), in place."""
+        return (array if self.plain else array.transpose(self.order)).reshape(self.shape)
+
+
+def count_chunks(n: int, c: int, s: int) -> int:
+    """Return in how many chunks a channel is summed: of the shape alone, as the bits depend on it.
+
+    Channels-last (S = 1) is cut by rows for the sake of all C channels at once; else a channel is
+    cut by rows of N, and where N has too few of those, along S as well.
+    """
+    if s == 1:
+        return max(1, min(MOST_CHUNKS, n * c // CHUNK, n // 64))
+    chunks = max(1, min(MOST_CHUNKS, n * s // CHUNK))
+    rows = min(n, chunks)
+    return rows * max(1, chunks // rows)
+
+
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> int | None:
+    """Return the bytes spanned if axes lie densely, innermost last, around `start` bytes."""
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != start:
+            return None
+        start *= size
+    return start
+
+
+@lru_cache(maxsize=4096)
+def _fits(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+    order: tuple[int, ...],
+    split: int,
+) -> bool:
+    """Whether an array of these strides folds in place: `split` axes of `order` into N."""
+    sizes = tuple(shape[i] for i in order)
+    steps = tuple(strides[i] for i in order)
+    row = _dense(sizes[split:], steps[split:], itemsize)
+    if row is None:
+        return False
+    outer = [(n, step) for n, step in zip(sizes[:split], steps[:split], strict=True) if n != 1]
+    if not outer:
+        return True
+    pitch = outer[-1][1]
+    return (
+        pitch >= row
+        and pitch % itemsize == 0
+        and _dense(*zip(*outer, strict=True), pitch) is not None  # type: ignore[arg-type]
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int
+) -> Plan | None:
+    """Return how an array of these strides folds in place, or None where it does not."""
+    order = tuple(sorted(range(len(shape)), key=lambda i: (-strides[i], i)))
+    sizes = tuple(shape[i] for i in order)
+    if shape[axis] == 1:  # one channel: as long a run as there is
+        split = len(order)
+        while split and _dense(
+            sizes[split - 1 :], tuple(strides[i] for i in order[split - 1 :]), itemsize
+        ):
+            split -= 1
+        n, s = prod(sizes[:split]), prod(sizes[split:])
+    else:
+        split = order.index(axis)
+        n, s = prod(sizes[:split]), prod(sizes[split + 1 :])
+    if not _fits(shape, strides, itemsize, order, split):
+        return None
+    nsc = (n, shape[axis], s)
+    return Plan(order, order == tuple(range(len(order))), split, nsc, count_chunks(*nsc))
+
+
+def fold(x: NDArray, axis: int) -> tuple[NDArray, Plan]:
+    """Return `x`, or a copy of it where it cannot be folded in place, and its plan.
+
+    `axis` is counted from the front, and `x` is not empty. The copy keeps the order of the axes
+    in memory.
+    """
+    plan = _plan(x.shape, x.strides, x.itemsize, axis)
+    if plan is None:
+        x = x.copy(order="K")
+        plan = _plan(x.shape, x.strides, x.itemsize, axis)
+        if plan is None:  # a copy of axes with stride 0 may still be out of order
+            x = np.ascontiguousarray(x)
+            plan = _plan(x.shape, x.strides, x.itemsize, axis)
+            assert plan is not None
+    return x, plan
+
+
+def fits(array: NDArray, plan: Plan) -> bool:
+    """Whether `array` folds in place the same way as the array that `plan` was made for."""
+    return array.flags.aligned and _fits(
+        array.shape, array.strides, array.itemsize, plan.order, plan.split
+    )
+
+
+def like(array: NDArray, x: NDArray, plan: Plan) -> NDArray:
+    """Return `array`, or a copy of it that lies in memory as `x` does."""
+    if fits(array, plan):
+        return array
+    copy = np.empty_like(x, dtype=array.dtype)
+    np.copyto(copy, array)
+    return copy

@@ -1,0 +1,232 @@
+"""Instruction level, thread count, fork guard: what the kernels run on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = ["get_num_threads", "set_num_threads", "show_config", "threads"]
+
+LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"cybn._kernels.{name}")
+
+
+try:
+    host = _load("host")
+except ImportError as error:
+    raise ImportError(
+        "cybn's compiled kernels are missing. If this is a source tree, run 'pip install .' and "
+        f"start Python elsewhere, or run 'pip install -e .' to build in place. ({error})"
+    ) from error
+
+
+# ---- instruction level -------------------------------------------------------------------
+
+
+def _module_name(level: str) -> str:
+    return "batch_norm_" + level.replace("-", "_")
+
+
+def compiled_levels() -> list[str]:
+    """Return the levels this build holds, lowest first."""
+    package = importlib.import_module("cybn._kernels")
+    files = [file.name for folder in package.__path__ for file in Path(folder).iterdir()]
+    return [
+        level for level in LEVELS if any(f.startswith(_module_name(level) + ".") for f in files)
+    ]
+
+
+def supported_levels() -> list[str]:
+    """Return the levels this CPU runs, lowest first."""
+    return [level for level in LEVELS if level == "baseline" or host.has_v3()][:2]
+
+
+def usable_levels() -> list[str]:
+    """Return the levels that are both compiled and supported, lowest first."""
+    supported = supported_levels()
+    return [level for level in compiled_levels() if level in supported]
+
+
+def kernels_at(level: str) -> ModuleType:
+    """Return the kernel module of one level."""
+    return _load(_module_name(level))
+
+
+def _choose_level() -> str:
+    """Return the highest usable level, lowered by CYBN_LEVEL where that is set."""
+    wanted = os.environ.get("CYBN_LEVEL") or LEVELS[-1]
+    if wanted not in LEVELS:
+        raise ImportError(f"CYBN_LEVEL is {wanted!r}; it must be one of {', '.join(LEVELS)}")
+    return [v for v in usable_levels() if LEVELS.index(v) <= LEVELS.index(wanted)][-1]
+
+
+def _l2_bytes() -> int:
+    """Return the size of a core's L2 cache, or 512 KiB where the system does not say."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        size = 0
+    return min(max(size, 256 << 10), 4 << 20) if size > 0 else 512 << 10
+
+
+level = _choose_level()
+kernels = kernels_at(level)
+kernels.set_l2(_l2_bytes())
+
+
+# ---- threads -----------------------------------------------------------------------------
+
+
+def _cgroup_cpus() -> int | None:
+    """Return the whole CPUs that the cgroup's quota allows, or None where there is no quota."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
+        own = root / line.rpartition(":")[2].lstrip("/")
+        files = [folder / "cpu.max" for folder in (own, *own.parents) if folder.is_relative_to(root)]
+        limits = [file.read_text().split() for file in files if file.is_file()]
+        v1 = root / "cpu" / "cpu.cfs_quota_us"
+        if not limits and v1.is_file():
+            limits = [[v1.read_text(), v1.with_name("cpu.cfs_period_us").read_text()]]
+        quotas = [int(q) / int(p) for q, p in limits if q.strip() not in ("max", "-1")]
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(1, int(min(quotas) + 0.5)) if quotas else None
+
+
+# Asking for OMP_NUM_THREADS threads is the user's word and goes before the cgroup's.
+_quota = None if os.environ.get("OMP_NUM_THREADS") else _cgroup_cpus()
+_most = max(64, 4 * (os.cpu_count() or 1))
+_chosen: int | None = None
+_scoped: ContextVar[int | None] = ContextVar("cybn_threads", default=None)
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# A child of os.fork has none of its parent's OpenMP threads, and waits for ever for them in its
+# first parallel region if the parent had one before. So a forked child runs serial.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _checked(n: Any, name: str) -> int:
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"{name} is {n!r}; it must be an int of at least 1")
+    if n < 1:
+        raise ValueError(f"{name} is {n}; it must be at least 1")
+    return int(n)
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set how many threads a call uses unless it says otherwise.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. None goes back to the default: what OpenMP says (OMP_NUM_THREADS, CPU
+        affinity, threadpoolctl), but no more than the cgroup's CPU quota.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is neither None nor an integer of at least 1.
+
+    Notes
+    -----
+    Results do not depend on the number of threads: they are the same bits. A process made by
+    ``os.fork`` always runs serial, because the parent's threads do not exist in it; use the
+    "spawn" or "forkserver" start method for children that should run parallel.
+    """
+    global _chosen
+    _chosen = None if n is None else _checked(n, "n")
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call uses unless it says otherwise."""
+    if _forked:
+        return 1
+    n = _scoped.get()
+    if n is None:
+        n = _chosen
+    if n is None:
+        n = host.max_threads()
+        if _quota is not None:
+            n = min(n, _quota)
+    return min(n, _most)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Use `n` threads within a ``with`` block, in this thread or task alone.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> with cybn.threads(1):
+    ...     cybn.get_num_threads()
+    1
+    """
+    token = _scoped.set(_checked(n, "n"))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def thread_count(num_threads: int | None) -> int:
+    """Return the threads for one call, from its `num_threads` argument."""
+    if num_threads is None:
+        return get_num_threads()
+    return 1 if _forked else min(_checked(num_threads, "num_threads"), _most)
+
+
+# ---- show_config -------------------------------------------------------------------------
+
+
+def config() -> dict[str, Any]:
+    """Return what `show_config` prints."""
+    from importlib.metadata import version
+
+    import numpy
+
+    date = host.openmp()
+    return {
+        "cybn": version("cybn"),
+        "numpy": numpy.__version__,
+        "python": sys.version.split()[0],
+        "levels compiled": compiled_levels(),
+        "levels supported": supported_levels(),
+        "level active": level,
+        "openmp": date if date else "NONE: the kernels are serial, whatever is asked for",
+        "threads": get_num_threads(),
+        "L2 cache": f"{_l2_bytes() >> 10} KiB",
+    }
+
+
+def show_config() -> None:
+    """Print versions, instruction levels, OpenMP and threads.
+
+    The line to look at when a call is slower than expected: "level active" should be the last
+    of the supported ones, and "openmp" a date.
+    """
+    for name, value in config().items():
+        print(f"{name:17}", ", ".join(value) if isinstance(value, list) else value)

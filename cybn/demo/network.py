@@ -1,0 +1,309 @@
+"""A small neural network in NumPy: just enough layers to stand around a normalization.
+
+Every layer has the interface of `cybn.BatchNorm`: a call goes forward, ``backward(dy)`` returns
+dx and fills the gradients, ``parameters()`` and ``gradients()`` are dictionaries with the same
+keys. So a network is a list, and batch normalization is one more item in it.
+
+Letters: N images, C channels in, F channels (or features) out, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+__all__ = [
+    "AveragePool",
+    "Conv3x3",
+    "Dense",
+    "Flatten",
+    "Layer",
+    "Network",
+    "ReLU",
+    "Sigmoid",
+    "softmax_cross_entropy",
+]
+
+Array = NDArray[np.float32]
+
+
+class Layer(Protocol):
+    """What a network asks of each of its layers; `cybn.BatchNorm` has it all."""
+
+    def __call__(self, x: Array, /) -> Array:
+        """Return the output for x, and remember what `backward` needs."""
+
+    def backward(self, dy: Array, /) -> Array:
+        """Return dx, and fill the gradients."""
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the live arrays that training changes."""
+
+    def gradients(self) -> dict[str, Array]:
+        """Return the gradient of each parameter, by the same name."""
+
+    def train(self) -> object:
+        """Switch to training mode."""
+
+    def eval(self) -> object:
+        """Switch to inference mode."""
+
+
+class Plain:
+    """A layer without parameters, the same in training and in inference."""
+
+    def parameters(self) -> dict[str, Array]:
+        """Return no parameters."""
+        return {}
+
+    def gradients(self) -> dict[str, Array]:
+        """Return no gradients."""
+        return {}
+
+    def train(self) -> None:
+        """Do nothing: there is one mode."""
+
+    def eval(self) -> None:
+        """Do nothing: there is one mode."""
+
+
+class Weighted(Plain):
+    """A layer with a weight, and a bias unless a normalization that follows would cancel it."""
+
+    def __init__(self, weight: Array, outputs: int, bias: bool) -> None:
+        self._parameters = {"weight": weight}
+        if bias:
+            self._parameters["bias"] = np.zeros(outputs, np.float32)
+        self._gradients = {name: np.zeros_like(p) for name, p in self._parameters.items()}
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the weight, and the bias if there is one."""
+        return self._parameters
+
+    def gradients(self) -> dict[str, Array]:
+        """Return the gradients that the last `backward` left."""
+        return self._gradients
+
+
+class Dense(Weighted):
+    """y = x W + b, from (N, C) to (N, F).
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Draws the weights from a normal distribution.
+    inputs, outputs : int
+        C and F.
+    std : float
+        Standard deviation of the weights.
+    bias : bool, default True
+        Whether to add b, which starts at zero.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        inputs: int,
+        outputs: int,
+        std: float,
+        bias: bool = True,
+    ) -> None:
+        weight = rng.normal(0.0, std, (inputs, outputs)).astype(np.float32)
+        super().__init__(weight, outputs, bias)
+
+    def __call__(self, x: Array) -> Array:
+        """Return x W + b."""
+        self._x = x
+        y = x @ self._parameters["weight"]
+        if "bias" in self._parameters:
+            y += self._parameters["bias"]
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx = dy W^T; dW = x^T dy, db = sum of dy."""
+        np.matmul(self._x.T, dy, out=self._gradients["weight"])
+        if "bias" in self._gradients:
+            self._gradients["bias"][...] = dy.sum(0)
+        return dy @ self._parameters["weight"].T
+
+
+class Conv3x3(Weighted):
+    """A 3 x 3 convolution with a border of zeros, from (N, C, H, W) to (N, F, H, W).
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Draws the weights from a normal distribution.
+    inputs, outputs : int
+        C and F.
+    std : float
+        Standard deviation of the weights.
+    bias : bool, default True
+        Whether to add one number for each channel, which starts at zero.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        inputs: int,
+        outputs: int,
+        std: float,
+        bias: bool = True,
+    ) -> None:
+        weight = rng.normal(0.0, std, (outputs, inputs, 3, 3)).astype(np.float32)
+        super().__init__(weight, outputs, bias)
+
+    def __call__(self, x: Array) -> Array:
+        """Return the convolution of x: one matrix product for each image."""
+        n, _, h, w = x.shape
+        weight = self._parameters["weight"]
+        self._columns = columns(x)
+        y = weight.reshape(len(weight), -1) @ self._columns
+        if "bias" in self._parameters:
+            y += self._parameters["bias"][:, np.newaxis]
+        return y.reshape(n, -1, h, w)
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx: the convolution of dy with each kernel turned by half a turn."""
+        n, f, h, w = dy.shape
+        flat = dy.reshape(n, f, h * w)
+        weight, gradient = self._parameters["weight"], self._gradients["weight"]
+        gradient[...] = (flat @ self._columns.transpose(0, 2, 1)).sum(0).reshape(gradient.shape)
+        if "bias" in self._gradients:
+            self._gradients["bias"][...] = flat.sum((0, 2))
+        turned = weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3).reshape(weight.shape[1], -1)
+        return (turned @ columns(dy)).reshape(n, -1, h, w)
+
+
+def columns(x: Array) -> Array:
+    """Lay the 3 x 3 window around each pixel out as a column: (N, C, H, W) to (N, C*9, H*W)."""
+    n, c, h, w = x.shape
+    padded = np.zeros((n, c, h + 2, w + 2), x.dtype)
+    padded[:, :, 1:-1, 1:-1] = x
+    windows = sliding_window_view(padded, (h, w), axis=(2, 3))  # (N, C, 3, 3, H, W)
+    return windows.reshape(n, c * 9, h * w)
+
+
+class AveragePool(Plain):
+    """The mean of each 2 x 2 block of pixels, from (N, C, H, W) to (N, C, H/2, W/2)."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return the means."""
+        rows = x[:, :, ::2] + x[:, :, 1::2]
+        return (rows[..., ::2] + rows[..., 1::2]) * np.float32(0.25)
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx: a quarter of dy for each of the four pixels."""
+        return (dy * np.float32(0.25)).repeat(2, axis=2).repeat(2, axis=3)
+
+
+class Flatten(Plain):
+    """From (N, C, H, W) to (N, C*H*W)."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return x as a matrix."""
+        self._shape = x.shape
+        return x.reshape(len(x), -1)
+
+    def backward(self, dy: Array) -> Array:
+        """Return dy in the shape of x."""
+        return dy.reshape(self._shape)
+
+
+class ReLU(Plain):
+    """max(x, 0)."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return max(x, 0)."""
+        self._positive = x > 0
+        return x * self._positive
+
+    def backward(self, dy: Array) -> Array:
+        """Return dy where x was positive."""
+        return dy * self._positive
+
+
+class Sigmoid(Plain):
+    """1 / (1 + exp(-x))."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return the sigmoid, through tanh, which cannot overflow."""
+        self._y = (np.tanh(x * np.float32(0.5)) + np.float32(1)) * np.float32(0.5)
+        return self._y
+
+    def backward(self, dy: Array) -> Array:
+        """Return dy y (1 - y)."""
+        return dy * self._y * (1 - self._y)
+
+
+def softmax_cross_entropy(logits: Array, labels: NDArray[np.int64]) -> tuple[float, Array]:
+    """Measure how far the softmax of the logits is from the labels.
+
+    Parameters
+    ----------
+    logits : ndarray of float32, shape (N, classes)
+        One row of scores for each image.
+    labels : ndarray of int64, shape (N,)
+        The right class of each image.
+
+    Returns
+    -------
+    loss : float
+        Mean of -log(probability of the right class); not finite once training has diverged.
+    dlogits : ndarray of float32, shape (N, classes)
+        The gradient of the loss.
+    """
+    rows = np.arange(len(logits))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    exp = np.exp(shifted)
+    total = exp.sum(axis=1, keepdims=True)
+    loss = float((np.log(total[:, 0]) - shifted[rows, labels]).mean())
+    dlogits = exp / total
+    dlogits[rows, labels] -= 1
+    dlogits /= len(logits)
+    return loss, dlogits
+
+
+class Network:
+    """Layers one after the other.
+
+    Parameters
+    ----------
+    *layers : Layer
+        From the input to the logits.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = layers
+
+    def __call__(self, x: Array, stop: int | None = None) -> Array:
+        """Return the logits, or with `stop` the input of that layer."""
+        for layer in self.layers[:stop]:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: Array) -> None:
+        """Fill the gradients of every layer."""
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+
+    def descend(self, learning_rate: float) -> None:
+        """Take one step of gradient descent."""
+        rate = np.float32(learning_rate)
+        for layer in self.layers:
+            gradients = layer.gradients()
+            for name, parameter in layer.parameters().items():
+                parameter -= rate * gradients[name]
+
+    def train(self) -> None:
+        """Switch every layer to training mode."""
+        for layer in self.layers:
+            layer.train()
+
+    def eval(self) -> None:
+        """Switch every layer to inference mode."""
+        for layer in self.layers:
+            layer.eval()
