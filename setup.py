@@ -14,20 +14,21 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-LEVELS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS["x86_64_v3"] = ["-march=x86-64-v3"]
+KERNELS = ["batch_norm"]
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-# Free-threaded builds have no limited API.
+LEVELS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["x86_64_v3"] = ["-march=x86-64-v3"]
+
+# One wheel for every Python from 3.11 on; free-threaded builds have no limited API.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-PROBE = """
+OPENMP_PROBE = """
 #include <omp.h>
-#include <stdio.h>
 int main(void) {
     int threads = 0;
     #pragma omp parallel num_threads(2) reduction(+:threads)
@@ -37,50 +38,64 @@ int main(void) {
 """
 
 
-def openmp_flags():
-    """Return the flags with which an OpenMP program compiles, links and runs, or none."""
+def failure(source, flags, run=False):
+    """Return why a C program does not compile, link and, if asked, run; None if it does."""
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder, "probe.c"), Path(folder, "probe")
-        source.write_text(PROBE)
+        code, program = Path(folder, "probe.c"), Path(folder, "probe")
+        code.write_text(source)
         try:
-            command = [*compiler, "-fopenmp", str(source), "-o", str(program)]
+            command = [*compiler, *flags, str(code), "-o", str(program)]
             subprocess.run(command, check=True, capture_output=True)
-            subprocess.run([str(program)], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = getattr(error, "stderr", b"") or str(error).encode()
-            print(
-                "=" * 78,
-                "cybn: NO OPENMP. The kernels are built serial: one thread, whatever is asked for.",
-                "cybn: install a compiler with OpenMP (gcc and libgomp) and build again.",
-                detail.decode(errors="replace").strip(),
-                "=" * 78,
-                sep="\n",
-                file=sys.stderr,
-            )
-            return []
-    return ["-fopenmp"]
+            if run:
+                subprocess.run([str(program)], check=True, capture_output=True)
+        except OSError as error:
+            return str(error)
+        except subprocess.CalledProcessError as error:
+            return error.stderr.decode(errors="replace").strip() or str(error)
+    return None
+
+
+def warn(*lines):
+    """Print lines that stand out in a build log."""
+    print("=" * 78, *(f"cybn: {line}" for line in lines), "=" * 78, sep="\n", file=sys.stderr)
+
+
+def openmp_flags():
+    """Return the flags with which an OpenMP program compiles, links and runs, or none."""
+    why = failure(OPENMP_PROBE, ["-fopenmp"], run=True)
+    if why is None:
+        return ["-fopenmp"]
+    warn(
+        "NO OPENMP. The kernels are built serial: one thread, whatever is asked for.",
+        "Install a compiler with OpenMP (gcc with libgomp, clang with libomp) and build again.",
+        why,
+    )
+    return []
 
 
 def extensions():
-    """Return one extension per source and level, cythonized into a folder of its own."""
+    """Return the extensions; each level is translated into a folder of its own."""
     openmp = openmp_flags()
-    macros = [("Py_LIMITED_API", "0x030b0000")] if ABI3 else []
-    for level, flags in LEVELS.items():
-        yield from cythonize(
-            [
-                Extension(
-                    f"cybn._kernels.batch_norm_{level}",
-                    ["cybn/_kernels/batch_norm.pyx"],
-                    define_macros=macros,
-                    py_limited_api=ABI3,
-                    extra_compile_args=FLAGS + openmp + flags,
-                    extra_link_args=openmp,
-                )
-            ],
-            build_dir=f"build/{level}",
-            quiet=True,
+
+    def extension(name, source, flags):
+        return Extension(
+            f"cybn._kernels.{name}",
+            [f"cybn/_kernels/{source}.pyx"],
+            define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
+            py_limited_api=ABI3,
+            extra_compile_args=FLAGS + openmp + flags,
+            extra_link_args=openmp,
         )
+
+    yield from cythonize([extension("host", "host", [])], build_dir="build/host", quiet=True)
+    for level, flags in LEVELS.items():
+        why = failure("int main(void) { return 0; }", flags)
+        if why is not None:
+            warn(f"The compiler knows no {level}: built without that level.", why)
+            continue
+        modules = [extension(f"{kernel}_{level}", kernel, flags) for kernel in KERNELS]
+        yield from cythonize(modules, build_dir=f"build/{level}", quiet=True)
 
 
 setup(

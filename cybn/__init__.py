@@ -1,0 +1,41 @@
+"""Batch normalization for NumPy arrays on the CPU, at the speed of memory.
+
+>>> import numpy as np, cybn
+>>> bn = cybn.BatchNorm2d(64)
+>>> x = np.random.default_rng(0).standard_normal((8, 64, 14, 14), dtype=np.float32)
+>>> y = bn(x)
+>>> dx = bn.backward(np.ones_like(y))
+
+Layers remember gamma, beta and running statistics; functions do not. Both compute with the same
+compiled kernels, in float32 or float64, to the same bits on any number of threads.
+"""
+
+from ._runtime import get_num_threads, set_num_threads, show_config, threads
+from ._version import __version__
+from .functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+    moments,
+)
+from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .moments import Moments
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Moments",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "batch_norm_inference_backward",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+    "show_config",
+    "threads",
+]

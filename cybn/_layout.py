@@ -129,6 +129,11 @@ def fits(array: NDArray, plan: Plan) -> bool:
     )
 
 
+def like_empty(out: NDArray, x: NDArray, plan: Plan) -> NDArray:
+    """Return `out` where it lies in memory as `x` does, else a new array that does."""
+    return out if fits(out, plan) else np.empty_like(x)
+
+
 def like(array: NDArray, x: NDArray, plan: Plan) -> NDArray:
     """Return `array`, or a copy of it that lies in memory as `x` does."""
     if fits(array, plan):

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ._version import __version__
+
 __all__ = ["get_num_threads", "set_num_threads", "show_config", "threads"]
 
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
@@ -93,7 +95,9 @@ def _cgroup_cpus() -> int | None:
     try:
         line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
         own = root / line.rpartition(":")[2].lstrip("/")
-        files = [folder / "cpu.max" for folder in (own, *own.parents) if folder.is_relative_to(root)]
+        files = [
+            folder / "cpu.max" for folder in (own, *own.parents) if folder.is_relative_to(root)
+        ]
         limits = [file.read_text().split() for file in files if file.is_file()]
         v1 = root / "cpu" / "cpu.cfs_quota_us"
         if not limits and v1.is_file():
@@ -204,13 +208,11 @@ def thread_count(num_threads: int | None) -> int:
 
 def config() -> dict[str, Any]:
     """Return what `show_config` prints."""
-    from importlib.metadata import version
-
     import numpy
 
     date = host.openmp()
     return {
-        "cybn": version("cybn"),
+        "cybn": __version__,
         "numpy": numpy.__version__,
         "python": sys.version.split()[0],
         "levels compiled": compiled_levels(),

@@ -64,7 +64,7 @@ cdef struct Job:
     Vector mean, var        # var is m2 where count is the number of values
     Vector gamma, beta
     double count, eps
-    double* sums            # (2 * chunks, C): sums of chunk k in rows 2k and 2k + 1, results in 0, 1
+    double* sums            # (2 * chunks, C): of chunk k in rows 2k, 2k + 1; results in 0 and 1
     double* pivot           # (C,)
     Py_ssize_t chunk_rows, chunk_cols   # chunks of N, and of S
     Py_ssize_t apply_rows, apply_cols   # the same for apply, shared
@@ -537,7 +537,7 @@ cdef inline Vector optional(const P[::1] values):
     return vector(&values[0])
 
 
-cdef inline Job new_job(const T[:, :, ::1] x, Reduce reduce, Apply apply, double eps):
+cdef inline Job new_job(const T[:, :, :] x, Reduce reduce, Apply apply, double eps):
     cdef Job job
     job.reduce = reduce
     job.apply = apply
@@ -558,7 +558,7 @@ cdef inline void use_work(Job* job, double[:, ::1] work):
 
 
 def statistics(
-    const T[:, :, ::1] x,       # IN  (N, C, S)
+    const T[:, :, :] x,       # IN  (N, C, S)
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
     int threads,
 ):
@@ -570,8 +570,8 @@ def statistics(
 
 
 def forward(
-    const T[:, :, ::1] x,       # IN  (N, C, S)
-    T[:, :, ::1] y,             # OUT (N, C, S), may be x
+    const T[:, :, :] x,       # IN  (N, C, S)
+    T[:, :, :] y,             # OUT (N, C, S), may be x
     const P[::1] gamma,         # IN  (C,) or None
     const P[::1] beta,          # IN  (C,) or None
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
@@ -592,8 +592,8 @@ def forward(
 
 
 def inference(
-    const T[:, :, ::1] x,       # IN  (N, C, S)
-    T[:, :, ::1] y,             # OUT (N, C, S), may be x
+    const T[:, :, :] x,       # IN  (N, C, S)
+    T[:, :, :] y,             # OUT (N, C, S), may be x
     const P[::1] mean,          # IN  (C,)
     const P[::1] var,           # IN  (C,)
     const P[::1] gamma,         # IN  (C,) or None
@@ -614,9 +614,9 @@ def inference(
 
 
 def backward(
-    const T[:, :, ::1] dy,      # IN  (N, C, S)
-    const T[:, :, ::1] x,       # IN  (N, C, S)
-    T[:, :, ::1] dx,            # OUT (N, C, S), may be dy or x
+    const T[:, :, :] dy,      # IN  (N, C, S)
+    const T[:, :, :] x,       # IN  (N, C, S)
+    T[:, :, :] dx,            # OUT (N, C, S), may be dy or x
     const double[::1] mean,     # IN  (C,)
     const double[::1] var,      # IN  (C,) m2 where the statistics are those of x
     const P[::1] gamma,         # IN  (C,) or None

@@ -1,0 +1,109 @@
+"""What a caller may hand in: the checks at the door, and the errors that name the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
+    """Return `value` as an aligned array of native float32 or float64."""
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a masked array, and its mask would be ignored; "
+                f"give a plain array, such as {name}.filled(0.0)"
+            )
+        value = np.asarray(value)
+    dtype = value.dtype
+    if dtype is not _F32 and dtype is not _F64:
+        if dtype.kind != "f" or dtype.itemsize not in (4, 8):
+            raise TypeError(
+                f"{name} is {dtype}; it must be float32 or float64. "
+                f"Convert it: {name}.astype(np.float32)"
+            )
+        value = value.astype(_F32 if dtype.itemsize == 4 else _F64, copy=False)  # byte order
+    if not value.flags.aligned:
+        value = value.copy(order="K")
+    return value
+
+
+def channel_axis(x: NDArray[Any], axis: int) -> int:
+    """Return `axis` counted from the front; `x` must have at least 2 axes."""
+    ndim = x.ndim
+    if ndim < 2:
+        raise ValueError(f"x has shape {x.shape}; it must have at least 2 axes, such as (N, C)")
+    if not hasattr(axis, "__index__"):
+        raise TypeError(f"axis is {axis!r}; it must be an int")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
+    return axis + ndim if axis < 0 else axis
+
+
+def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[NDArray[Any] | None], str]:
+    """Return per-channel vectors as contiguous arrays of one float type, and that type's char.
+
+    The type is float32 where all that are given are, else float64: widening is exact.
+    """
+    char = "f"
+    arrays: list[NDArray[Any] | None] = []
+    for name, value in given.items():
+        if value is not None:
+            value = tensor(name, value)
+            if value.shape != (channels,):
+                raise ValueError(
+                    f"{name} has shape {value.shape}; it must have shape ({channels},), "
+                    "one value a channel"
+                )
+            if value.dtype is _F64:
+                char = "d"
+        arrays.append(value)
+    dtype = _F32 if char == "f" else _F64
+    for i, value in enumerate(arrays):
+        if value is not None and (value.dtype is not dtype or value.strides != (dtype.itemsize,)):
+            arrays[i] = np.ascontiguousarray(value, dtype)
+    return arrays, char
+
+
+def destination(
+    out: NDArray[Any] | None, x: NDArray[Any], inputs: tuple[NDArray[Any] | None, ...]
+) -> NDArray[Any]:
+    """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
+    if out is None:
+        return np.empty_like(x, subok=False)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out is of type {type(out).__name__}; it must be a NumPy array")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; it must have the shape of x, {x.shape}")
+    if out.dtype != x.dtype:
+        raise ValueError(f"out is {out.dtype}; it must have the dtype of x, {x.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; give an array that may be written to")
+    for array in inputs:
+        if array is not None and array is not out and _overlap_in_part(out, array):
+            raise ValueError(
+                "out overlaps an input in part, and would overwrite values not yet read; "
+                "give the input itself, or memory of its own"
+            )
+    return out
+
+
+def _overlap_in_part(out: NDArray[Any], array: NDArray[Any]) -> bool:
+    """Whether the two share memory without being the same view of it."""
+    if out.base is None and array.base is None:
+        return False  # both own their memory, and are not one object
+    if not np.may_share_memory(out, array):
+        return False
+    same = (
+        out.__array_interface__["data"] == array.__array_interface__["data"]
+        and out.strides == array.strides
+        and out.shape == array.shape
+    )
+    try:
+        return not same and np.shares_memory(out, array, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,405 @@
+"""Functions that remember nothing: arrays in, arrays out.
+
+Each checks its arguments, folds them to (N, C, S), allocates, and calls one kernel. Nothing is
+written before every check has passed.
+
+N = everything before the channel axis, C = channels, S = everything after it.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _layout
+from ._arguments import channel_axis, destination, parameters, tensor
+from ._runtime import kernels, thread_count
+from .moments import Moments
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "batch_norm_inference_backward",
+    "moments",
+]
+
+_NAMES = {"f": "float", "d": "double"}
+
+
+def _bind(module: ModuleType) -> None:
+    """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
+    global _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    _STATISTICS = {t: module.statistics[name] for t, name in _NAMES.items()}
+    _FORWARD, _INFERENCE, _BACKWARD = (
+        {t + p: kernel[_NAMES[t], _NAMES[p]] for t in _NAMES for p in _NAMES}
+        for kernel in (module.forward, module.inference, module.backward)
+    )
+
+
+_bind(kernels)
+
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each channel with the mean and biased variance of this batch.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ioffe and Szegedy 2015, Algorithm 1).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2 axes
+        The batch. Read in place where its memory is contiguous in any order of its axes, or
+        sliced along N; copied first where it is not.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel, float32 or float64; 1 and 0 where None.
+    axis : int, default 1
+        The channel axis; negative counts from the end.
+    eps : float, default 1e-5
+        Added to the variance. Positive.
+    out : ndarray, optional
+        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise.
+        With the memory layout of `x` it is written in place, without a copy.
+    num_threads : int, optional
+        Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
+        any number.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count N * S, mean and M2 of each channel, in float64.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        If a shape does not fit, a channel has fewer than two values, `eps` is not positive, or
+        `out` is read-only or overlaps `x` in part.
+
+    Notes
+    -----
+    For float32, mean and variance come from float64 sums of short float32 sums, centred near the
+    mean; the error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` while the
+    mean is no larger than 1e6 standard deviations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, m = cybn.batch_norm(np.array([[1.0], [3.0]]), eps=1e-12)
+    >>> y.ravel().round(6), m.mean, m.var()
+    (array([-1.,  1.]), array([2.]), array([1.]))
+    """
+    x = tensor("x", x)
+    axis = channel_axis(x, axis)
+    _check_batch(x, axis)
+    _check_eps(eps)
+    (gamma, beta), p = parameters(x.shape[axis], gamma=gamma, beta=beta)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, gamma, beta))
+    if x.size == 0:
+        return y, Moments(x.shape[0], np.empty(0), np.empty(0))
+    x, plan = _layout.fold(x, axis)
+    target = _layout.like_empty(y, x, plan)
+    work = _work(plan)
+    _FORWARD[x.dtype.char + p](plan.view(x), plan.view(target), gamma, beta, work, eps, nt)
+    return _deliver(y, target), _moments(plan, work)
+
+
+def batch_norm_inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """Normalize each channel with a given mean and variance.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2 axes
+        As in `batch_norm`; may be empty.
+    mean, var : array_like, shape (C,)
+        Mean and variance of each channel, float32 or float64. A float64 mean is used in full
+        with float32 data too.
+    gamma, beta, axis, out, num_threads
+        As in `batch_norm`.
+    eps : float, default 1e-5
+        Added to the variance. Not negative.
+
+    Returns
+    -------
+    ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
+    """
+    x = tensor("x", x)
+    axis = channel_axis(x, axis)
+    _check_eps(eps, least=0)
+    (mean, var, gamma, beta), p = parameters(
+        x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta
+    )
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, mean, var, gamma, beta))
+    if x.size == 0:
+        return y
+    x, plan = _layout.fold(x, axis)
+    target = _layout.like_empty(y, x, plan)
+    _INFERENCE[x.dtype.char + p](
+        plan.view(x), plan.view(target), mean, var, gamma, beta, plan.chunks, eps, nt
+    )
+    return _deliver(y, target)
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `batch_norm`: through the mean and the variance of the batch.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of `x`
+        Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
+    x : array_like of float32 or float64
+        The batch given to `batch_norm`.
+    moments : Moments
+        What `batch_norm` returned for it.
+    gamma : array_like, shape (C,), optional
+        The scale given to `batch_norm`.
+    axis, eps, num_threads
+        As given to `batch_norm`.
+    out : ndarray, optional
+        Where dx goes; may be `dy` or `x` itself.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape (C,)
+        Gradients with respect to gamma and beta, in the dtype of `gamma`, or of `x` where that
+        is None.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or `moments` is no `Moments`.
+    ValueError
+        If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
+    """
+    dy, x, axis = _gradient_pair(dy, x, axis)
+    _check_batch(x, axis)
+    _check_eps(eps)
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments is of type {type(moments).__name__}; it must be the Moments that "
+            "batch_norm returned for x"
+        )
+    count = x.size // max(1, x.shape[axis])
+    if x.size and moments.count != count:
+        raise ValueError(
+            f"moments has count {moments.count}; a channel of x has {count} values. "
+            "Give the Moments that batch_norm returned for this x"
+        )
+    (mean, m2), _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "m2": moments.m2})
+    return _backward(dy, x, mean, m2, gamma, True, axis, eps, out, num_threads)
+
+
+def batch_norm_inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `batch_norm_inference`: mean and variance are constants.
+
+    Parameters
+    ----------
+    dy, x, gamma, axis, eps, num_threads
+        As in `batch_norm_backward`; `x` may be empty.
+    mean, var : array_like, shape (C,)
+        As given to `batch_norm_inference`.
+    out : ndarray, optional
+        Where dx goes; may be `dy` or `x` itself.
+
+    Returns
+    -------
+    dx, dgamma, dbeta : ndarray
+        As in `batch_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm_inference`.
+    """
+    dy, x, axis = _gradient_pair(dy, x, axis)
+    _check_eps(eps, least=0)
+    (mean, var), _ = parameters(x.shape[axis], mean=mean, var=var)
+    mean, var = mean.astype(np.float64), var.astype(np.float64)
+    return _backward(dy, x, mean, var, gamma, False, axis, eps, out, num_threads)
+
+
+def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> Moments:
+    """Count, mean and M2 of each channel of `x`, as `batch_norm` computes them.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2 axes
+        At least one value a channel.
+    axis, num_threads
+        As in `batch_norm`.
+
+    Returns
+    -------
+    Moments
+        In float64. Merge those of several arrays with `Moments.merge`.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not float32 or float64.
+    ValueError
+        If `x` has fewer than 2 axes, or no values.
+    """
+    x = tensor("x", x)
+    axis = channel_axis(x, axis)
+    _check_batch(x, axis, least=1)
+    nt = thread_count(num_threads)
+    if x.size == 0:
+        return Moments(x.shape[0], np.empty(0), np.empty(0))
+    x, plan = _layout.fold(x, axis)
+    work = _work(plan)
+    _STATISTICS[x.dtype.char](plan.view(x), work, nt)
+    return _moments(plan, work)
+
+
+# ---- shared ------------------------------------------------------------------------------
+
+
+def _check_eps(eps: float, least: float | None = None) -> None:
+    if least is None and not (eps > 0 and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be positive and finite")
+    if least is not None and not (eps >= least and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be finite and not negative")
+
+
+def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
+    """Refuse a batch whose channels have no variance, or no values."""
+    count = x.size // x.shape[axis] if x.shape[axis] else least
+    if count == 0:
+        raise ValueError(f"x has shape {x.shape}: it has no values to take statistics of")
+    if count < least:
+        raise ValueError(
+            f"x has shape {x.shape}: one value a channel has no variance, and would be "
+            "normalized to beta whatever it is. Train with more values a channel, or normalize "
+            "with running statistics: eval() on a layer, or batch_norm_inference"
+        )
+
+
+def _gradient_pair(
+    dy: ArrayLike, x: ArrayLike, axis: int
+) -> tuple[NDArray[Any], NDArray[Any], int]:
+    x = tensor("x", x)
+    dy = tensor("dy", dy)
+    if dy.shape != x.shape:
+        raise ValueError(f"dy has shape {dy.shape}; it must have the shape of x, {x.shape}")
+    if dy.dtype != x.dtype:
+        raise ValueError(f"dy is {dy.dtype}; it must have the dtype of x, {x.dtype}")
+    return dy, x, channel_axis(x, axis)
+
+
+def _backward(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    mean: NDArray[np.float64],
+    var: NDArray[np.float64],
+    gamma: ArrayLike | None,
+    through_statistics: bool,
+    axis: int,
+    eps: float,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    (gamma,), p = parameters(x.shape[axis], gamma=gamma)
+    dtype = x.dtype if gamma is None else gamma.dtype
+    nt = thread_count(num_threads)
+    dx = destination(out, x, (x, dy, gamma, mean, var))
+    if x.size == 0:
+        zeros = np.zeros(x.shape[axis], dtype)
+        return dx, zeros, zeros.copy()
+    x, plan = _layout.fold(x, axis)
+    target = _layout.like_empty(dx, x, plan)
+    work = _work(plan)
+    _BACKWARD[x.dtype.char + p](
+        plan.view(_layout.like(dy, x, plan)),
+        plan.view(x),
+        plan.view(target),
+        mean,
+        var,
+        gamma,
+        work,
+        eps,
+        through_statistics,
+        nt,
+    )
+    return _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
+
+
+def _work(plan: _layout.Plan) -> NDArray[np.float64]:
+    """Return room for the sums of each chunk, two results and the pivot of each channel."""
+    return np.empty((2 * plan.chunks + 1, plan.shape[1]))
+
+
+def _moments(plan: _layout.Plan, work: NDArray[np.float64]) -> Moments:
+    n, _, s = plan.shape
+    if plan.chunks > 1:
+        work = work[:2].copy()
+    return Moments._adopt(n * s, work[0], work[1])
+
+
+def _deliver(out: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+    """Return `out`, filled from `target` where the kernel could not write to it in place."""
+    if out is not target:
+        np.copyto(out, target)
+    return out

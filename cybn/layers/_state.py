@@ -1,0 +1,57 @@
+"""Checking a state dict before anything is changed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+
+def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raise ValueError unless `state` has exactly the expected keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
+    expected = set(expected)
+    missing, extra = sorted(expected - set(state)), sorted(map(str, set(state) - expected))
+    if missing or extra:
+        raise ValueError(
+            f"the state does not fit this layer: missing {missing}, unexpected {extra}. "
+            "Layers with other affine or track_running_stats settings have other keys"
+        )
+
+
+def vector(name: str, value: Any, channels: int, dtype: DTypeLike) -> NDArray[Any]:
+    """Return a copy of `value` as (C,) of `dtype`."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} is {array.dtype}; it must be a float array")
+    if array.shape != (channels,):
+        raise ValueError(f"{name} has shape {array.shape}; it must have shape ({channels},)")
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
+
+
+def finite(name: str, array: NDArray[Any], least: float = -np.inf) -> NDArray[Any]:
+    """Return `array`; ValueError where it is not finite, or below `least`."""
+    wrong = np.flatnonzero(~(np.isfinite(array) & (array >= least)))
+    if wrong.size:
+        need = "finite" if least == -np.inf else f"finite and at least {least:g}"
+        raise ValueError(
+            f"{name} is {array[wrong[0]]} in channel {wrong[0]}; it must be {need}. "
+            f"{wrong.size} of {array.size} channels are wrong"
+        )
+    return array
+
+
+def batches(value: Any) -> int:
+    """Return a number of batches as an int, from an int or an integer array of one value."""
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"num_batches_tracked is {value!r}; it must be one integer")
+    count = operator.index(array.item())
+    if count < 0:
+        raise ValueError(f"num_batches_tracked is {count}; it must not be negative")
+    return count

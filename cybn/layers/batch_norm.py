@@ -1,0 +1,472 @@
+"""BatchNorm, for any rank and axis, and its forms that insist on a rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from .. import functional
+from ..moments import Moments
+from . import _state
+from ._running import Running
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _Saved(NamedTuple):
+    """What backward needs of the last forward."""
+
+    x: NDArray[Any]
+    statistics: Moments | Running  # of the batch; fixed
+
+
+class BatchNorm:
+    """Batch normalization over arrays of any rank from 2.
+
+    In training mode each channel is normalized with the mean and biased variance of the batch,
+    and the running statistics move towards them; in eval mode with the running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels. At least 1.
+    axis : int, default 1
+        The channel axis of the input; negative counts from the end.
+    eps : float, default 1e-5
+        Added to the variance. Positive.
+    momentum : float or None, default 0.1
+        Weight of the new batch in the running statistics, in [0, 1], as in PyTorch. None: the
+        mean over all batches so far.
+    affine : bool, default True
+        Whether the layer has gamma and beta.
+    track_running_stats : bool, default True
+        Whether the layer has running statistics. Without them eval mode uses the batch's.
+    running_ddof : {1, 0}, default 1
+        1: `running_var` follows the unbiased variance, as in PyTorch; 0: the biased one.
+    dtype : dtype, default float32
+        Of gamma, beta, their gradients and the running statistics: float32 or float64. Inputs
+        may be either, whatever this is.
+
+    Attributes
+    ----------
+    gamma, beta : ndarray, shape (C,), or None
+        Scale and shift; 1 and 0 at the start. Change them in place or assign.
+    grad_gamma, grad_beta : ndarray, shape (C,), or None
+        Their gradients, overwritten in place by each `backward`; 0 at the start.
+    running_mean, running_var : ndarray, shape (C,), or None
+        0 and 1 at the start. Each training step puts new arrays in their place.
+    num_batches_tracked : int
+        Training steps so far.
+    training : bool
+        The mode; see `train` and `eval`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range.
+    TypeError
+        If `num_features` is no int, or `dtype` is neither float32 nor float64.
+
+    Notes
+    -----
+    The input of a forward is kept by reference, not copied, until the next forward or backward:
+    do not change it in between. A call that raises has changed nothing. Several threads may
+    share a layer: running updates are serialized; backward belongs to the last forward.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", 2015.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm
+    >>> bn = BatchNorm(2, axis=-1)
+    >>> y = bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32))
+    >>> bn.running_mean
+    array([0.2, 2. ], dtype=float32)
+    """
+
+    _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
+
+    num_features: int
+    axis: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    running_ddof: int
+    dtype: np.dtype[Any]
+    training: bool
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
+    grad_gamma: NDArray[Any] | None
+    grad_beta: NDArray[Any] | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        running_ddof: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        if isinstance(num_features, bool) or not hasattr(num_features, "__index__"):
+            raise TypeError(f"num_features is {num_features!r}; it must be an int")
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}; it must be at least 1")
+        if not hasattr(axis, "__index__"):
+            raise TypeError(f"axis is {axis!r}; it must be an int")
+        if not (eps > 0 and isfinite(eps)):
+            raise ValueError(f"eps is {eps}; it must be positive and finite")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(
+                f"momentum is {momentum}; it must be in [0, 1], or None for the mean of all batches"
+            )
+        if running_ddof not in (0, 1):
+            raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased) or 1")
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise TypeError(f"dtype is {self.dtype}; it must be float32 or float64")
+        self.num_features = int(num_features)
+        self.axis = int(axis)
+        self.eps = float(eps)
+        self.momentum = momentum
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.running_ddof = int(running_ddof)
+        self.training = True
+        shape = (self.num_features,)
+        self.gamma = np.ones(shape, self.dtype) if affine else None
+        self.beta = np.zeros(shape, self.dtype) if affine else None
+        self.grad_gamma = np.zeros(shape, self.dtype) if affine else None
+        self.grad_beta = np.zeros(shape, self.dtype) if affine else None
+        self._running = Running.start(self.num_features, self.dtype)
+        self._saved: _Saved | None = None
+        self._lock = threading.Lock()
+
+    # ---- mode ----------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode, or to eval mode where `mode` is False; return the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to eval mode; return the layer."""
+        return self.train(False)
+
+    # ---- forward and backward ------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Call `forward`."""
+        return self.forward(x, out=out, num_threads=num_threads)
+
+    def forward(
+        self,
+        x: ArrayLike,
+        *,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Normalize a batch; in training mode, move the running statistics.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64
+            C values along the channel axis. Kept by reference for `backward`.
+        out : ndarray, optional
+            Where y goes: shape and dtype of `x`. Not `x` itself if `backward` is to follow.
+        num_threads : int, optional
+            Threads for this call; `cybn.get_num_threads` where None.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new array with the dtype and memory layout of `x`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `batch_norm`, and if the rank or the number of channels of `x` is not the
+            layer's.
+        """
+        x = self._admit(x)
+        if not self.training and self.track_running_stats:
+            running = self._running
+            y = functional.batch_norm_inference(
+                x,
+                running.mean,
+                running.var,
+                self.gamma,
+                self.beta,
+                axis=self.axis,
+                eps=self.eps,
+                out=out,
+                num_threads=num_threads,
+            )
+            self._saved = _Saved(x, running)
+            return y
+        y, batch = functional.batch_norm(
+            x,
+            self.gamma,
+            self.beta,
+            axis=self.axis,
+            eps=self.eps,
+            out=out,
+            num_threads=num_threads,
+        )
+        if self.training and self.track_running_stats:
+            with self._lock:
+                self._running = self._running.absorb(batch, self.momentum, self.running_ddof)
+        self._saved = _Saved(x, batch)
+        return y
+
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
+
+        Goes through the batch statistics if that forward used them, else through the running
+        ones as constants. The input is let go of afterwards: one backward a forward.
+
+        Parameters
+        ----------
+        dy : array_like, shape and dtype of the last forward's input
+            Gradient with respect to y.
+        out : ndarray, optional
+            Where dx goes; may be `dy` itself.
+        num_threads : int, optional
+            Threads for this call; `cybn.get_num_threads` where None.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new array with the dtype and memory layout of the input.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward since the last backward.
+        TypeError, ValueError
+            If `dy` or `out` does not fit the input.
+        """
+        saved = self._saved
+        if saved is None:
+            raise RuntimeError("backward needs a forward before it; each backward takes up one")
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "eps": self.eps,
+            "out": out,
+            "num_threads": num_threads,
+        }
+        if isinstance(saved.statistics, Moments):
+            dx, dgamma, dbeta = functional.batch_norm_backward(
+                dy, saved.x, saved.statistics, self.gamma, **options
+            )
+        else:
+            mean, var, _ = saved.statistics
+            dx, dgamma, dbeta = functional.batch_norm_inference_backward(
+                dy, saved.x, mean, var, self.gamma, **options
+            )
+        if self.grad_gamma is not None and self.grad_beta is not None:
+            self.grad_gamma[...] = dgamma
+            self.grad_beta[...] = dbeta
+        self._saved = None
+        return dx
+
+    def _admit(self, x: ArrayLike) -> NDArray[Any]:
+        """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
+        if not isinstance(x, np.ndarray):
+            x = np.asarray(x)
+        name = type(self).__name__
+        if self._axes and x.ndim not in self._axes:
+            takes = " or ".join(self._axes.values())
+            raise ValueError(f"x has shape {x.shape}; {name} takes {takes}")
+        if -x.ndim <= self.axis < x.ndim and x.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"x has shape {x.shape}, with {x.shape[self.axis]} channels on axis {self.axis}; "
+                f"this {name} has num_features={self.num_features}"
+            )
+        return x
+
+    # ---- parameters and state ------------------------------------------------------------
+
+    def parameters(self) -> list[NDArray[Any]]:
+        """Return ``[gamma, beta]``, the arrays themselves; empty where `affine` is False."""
+        return [] if self.gamma is None or self.beta is None else [self.gamma, self.beta]
+
+    def gradients(self) -> list[NDArray[Any]]:
+        """Return ``[grad_gamma, grad_beta]``, in the order of `parameters`."""
+        if self.grad_gamma is None or self.grad_beta is None:
+            return []
+        return [self.grad_gamma, self.grad_beta]
+
+    @property
+    def running_mean(self) -> NDArray[Any] | None:
+        """Running mean, (C,), or None where `track_running_stats` is False."""
+        return self._running.mean if self.track_running_stats else None
+
+    @running_mean.setter
+    def running_mean(self, value: ArrayLike) -> None:
+        self._set_running("running_mean", "mean", value)
+
+    @property
+    def running_var(self) -> NDArray[Any] | None:
+        """Running variance, (C,), or None where `track_running_stats` is False."""
+        return self._running.var if self.track_running_stats else None
+
+    @running_var.setter
+    def running_var(self, value: ArrayLike) -> None:
+        self._set_running("running_var", "var", value)
+
+    @property
+    def num_batches_tracked(self) -> int | None:
+        """Training steps so far, or None where `track_running_stats` is False."""
+        return self._running.batches if self.track_running_stats else None
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        self._refuse_untracked("num_batches_tracked")
+        with self._lock:
+            self._running = self._running._replace(batches=_state.batches(value))
+
+    def _refuse_untracked(self, name: str) -> None:
+        if not self.track_running_stats:
+            raise AttributeError(f"{name} cannot be set: track_running_stats is False")
+
+    def _set_running(self, name: str, field: str, value: ArrayLike) -> None:
+        self._refuse_untracked(name)
+        array = _state.vector(name, value, self.num_features, self.dtype)
+        with self._lock:
+            self._running = self._running._replace(**{field: array})
+
+    def reset_running_stats(self) -> None:
+        """Put the running statistics back to mean 0, variance 1, no batches."""
+        with self._lock:
+            self._running = Running.start(self.num_features, self.dtype)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Return copies of all that `load_state_dict` needs.
+
+        Returns
+        -------
+        dict of str to ndarray
+            ``gamma`` and ``beta`` where `affine`; ``running_mean``, ``running_var`` and
+            ``num_batches_tracked`` (int64, shape ()) where `track_running_stats`.
+        """
+        state: dict[str, NDArray[Any]] = {}
+        if self.gamma is not None and self.beta is not None:
+            state |= {"gamma": self.gamma.copy(), "beta": self.beta.copy()}
+        if self.track_running_stats:
+            mean, var, batches = self._running
+            state |= {
+                "running_mean": mean.copy(),
+                "running_var": var.copy(),
+                "num_batches_tracked": np.array(batches, np.int64),
+            }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; every part is checked before any is changed.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            With the keys of `state_dict`. Copied, and converted to the layer's dtype.
+
+        Raises
+        ------
+        TypeError
+            If `state` is no mapping.
+        ValueError
+            If keys are missing or unexpected, a shape or dtype is wrong, running_mean is not
+            finite, or running_var is not finite or is negative. The layer is unchanged.
+        """
+        _state.check_keys(state, self.state_dict())
+        c, dtype = self.num_features, self.dtype
+        vectors = {
+            name: _state.vector(name, value, c, dtype)
+            for name, value in state.items()
+            if name != "num_batches_tracked"
+        }
+        if self.track_running_stats:
+            running = Running(
+                _state.finite("running_mean", vectors["running_mean"]),
+                _state.finite("running_var", vectors["running_var"], least=0),
+                _state.batches(state["num_batches_tracked"]),
+            )
+            with self._lock:
+                self._running = running
+        if self.gamma is not None and self.beta is not None:
+            self.gamma[...] = vectors["gamma"]
+            self.beta[...] = vectors["beta"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]
+        state["_saved"] = None  # the input of a forward is not the layer's to copy
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        parts = [str(self.num_features)]
+        if self.axis != 1:
+            parts.append(f"axis={self.axis}")
+        parts += [f"eps={self.eps:g}", f"momentum={self.momentum}"]
+        parts += [f"affine={self.affine}", f"track_running_stats={self.track_running_stats}"]
+        if self.running_ddof != 1:
+            parts.append(f"running_ddof={self.running_ddof}")
+        if self.dtype != np.float32:
+            parts.append(f"dtype={self.dtype}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class BatchNorm1d(BatchNorm):
+    """`BatchNorm` that takes (N, C) or (N, C, L): tabular data and sequences.
+
+    Parameters are those of `BatchNorm`; with ``axis=-1`` it takes (N, C) or (N, L, C).
+    """
+
+    _axes: ClassVar[dict[int, str]] = {2: "2 axes, (N, C)", 3: "3 axes, (N, C, L)"}
+
+
+class BatchNorm2d(BatchNorm):
+    """`BatchNorm` that takes (N, C, H, W): images.
+
+    Parameters are those of `BatchNorm`; with ``axis=-1`` it takes (N, H, W, C).
+    """
+
+    _axes: ClassVar[dict[int, str]] = {4: "4 axes, (N, C, H, W)"}
+
+
+class BatchNorm3d(BatchNorm):
+    """`BatchNorm` that takes (N, C, D, H, W): volumes.
+
+    Parameters are those of `BatchNorm`; with ``axis=-1`` it takes (N, D, H, W, C).
+    """
+
+    _axes: ClassVar[dict[int, str]] = {5: "5 axes, (N, C, D, H, W)"}
