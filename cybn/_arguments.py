@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+# How hard to look for a shared element before calling two views overlapping.
+_MOST_WORK: Any = 10_000
+
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -44,13 +47,13 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
-def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[NDArray[Any] | None], str]:
+def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str]:
     """Return per-channel vectors as contiguous arrays of one float type, and that type's char.
 
     The type is float32 where all that are given are, else float64: widening is exact.
     """
     char = "f"
-    arrays: list[NDArray[Any] | None] = []
+    arrays: list[Any] = []
     for name, value in given.items():
         if value is not None:
             value = tensor(name, value)
@@ -104,6 +107,6 @@ def _overlap_in_part(out: NDArray[Any], array: NDArray[Any]) -> bool:
         and out.shape == array.shape
     )
     try:
-        return not same and np.shares_memory(out, array, max_work=10_000)
+        return not same and np.shares_memory(out, array, _MOST_WORK)
     except np.exceptions.TooHardError:
         return True

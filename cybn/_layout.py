@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     shape: tuple[int, int, int]  # N, C, S
     chunks: int  # pieces in which a channel is summed
 
-    def view(self, array: NDArray) -> NDArray:
+    def view(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a contiguous or row-strided array of this plan's order as (N, C, S), in place."""
         return (array if self.plain else array.transpose(self.order)).reshape(self.shape)
 
@@ -71,14 +71,14 @@ def _fits(
     row = _dense(sizes[split:], steps[split:], itemsize)
     if row is None:
         return False
-    outer = [(n, step) for n, step in zip(sizes[:split], steps[:split], strict=True) if n != 1]
+    outer = [i for i in range(split) if sizes[i] != 1]
     if not outer:
         return True
-    pitch = outer[-1][1]
+    pitch = steps[outer[-1]]
     return (
         pitch >= row
         and pitch % itemsize == 0
-        and _dense(*zip(*outer, strict=True), pitch) is not None  # type: ignore[arg-type]
+        and _dense(sizes[:split], steps[:split], pitch) is not None
     )
 
 
@@ -105,7 +105,7 @@ def _plan(
     return Plan(order, order == tuple(range(len(order))), split, nsc, count_chunks(*nsc))
 
 
-def fold(x: NDArray, axis: int) -> tuple[NDArray, Plan]:
+def fold(x: NDArray[Any], axis: int) -> tuple[NDArray[Any], Plan]:
     """Return `x`, or a copy of it where it cannot be folded in place, and its plan.
 
     `axis` is counted from the front, and `x` is not empty. The copy keeps the order of the axes
@@ -122,19 +122,19 @@ def fold(x: NDArray, axis: int) -> tuple[NDArray, Plan]:
     return x, plan
 
 
-def fits(array: NDArray, plan: Plan) -> bool:
+def fits(array: NDArray[Any], plan: Plan) -> bool:
     """Whether `array` folds in place the same way as the array that `plan` was made for."""
     return array.flags.aligned and _fits(
         array.shape, array.strides, array.itemsize, plan.order, plan.split
     )
 
 
-def like_empty(out: NDArray, x: NDArray, plan: Plan) -> NDArray:
+def like_empty(out: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     """Return `out` where it lies in memory as `x` does, else a new array that does."""
     return out if fits(out, plan) else np.empty_like(x)
 
 
-def like(array: NDArray, x: NDArray, plan: Plan) -> NDArray:
+def like(array: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     """Return `array`, or a copy of it that lies in memory as `x` does."""
     if fits(array, plan):
         return array

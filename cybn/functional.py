@@ -30,6 +30,11 @@ __all__ = [
 
 _NAMES = {"f": "float", "d": "double"}
 
+_STATISTICS: dict[str, Any]
+_FORWARD: dict[str, Any]
+_INFERENCE: dict[str, Any]
+_BACKWARD: dict[str, Any]
+
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
@@ -109,15 +114,15 @@ def batch_norm(
     axis = channel_axis(x, axis)
     _check_batch(x, axis)
     _check_eps(eps)
-    (gamma, beta), p = parameters(x.shape[axis], gamma=gamma, beta=beta)
+    vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
-    y = destination(out, x, (x, gamma, beta))
+    y = destination(out, x, (x, *vectors))
     if x.size == 0:
         return y, Moments(x.shape[0], np.empty(0), np.empty(0))
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
     work = _work(plan)
-    _FORWARD[x.dtype.char + p](plan.view(x), plan.view(target), gamma, beta, work, eps, nt)
+    _FORWARD[x.dtype.char + p](plan.view(x), plan.view(target), *vectors, work, eps, nt)
     return _deliver(y, target), _moments(plan, work)
 
 
@@ -164,18 +169,14 @@ def batch_norm_inference(
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_eps(eps, least=0)
-    (mean, var, gamma, beta), p = parameters(
-        x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta
-    )
+    vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
-    y = destination(out, x, (x, mean, var, gamma, beta))
+    y = destination(out, x, (x, *vectors))
     if x.size == 0:
         return y
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
-    _INFERENCE[x.dtype.char + p](
-        plan.view(x), plan.view(target), mean, var, gamma, beta, plan.chunks, eps, nt
-    )
+    _INFERENCE[x.dtype.char + p](plan.view(x), plan.view(target), *vectors, plan.chunks, eps, nt)
     return _deliver(y, target)
 
 
@@ -236,8 +237,8 @@ def batch_norm_backward(
             f"moments has count {moments.count}; a channel of x has {count} values. "
             "Give the Moments that batch_norm returned for this x"
         )
-    (mean, m2), _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "m2": moments.m2})
-    return _backward(dy, x, mean, m2, gamma, True, axis, eps, out, num_threads)
+    fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "m2": moments.m2})
+    return _backward(dy, x, fixed, gamma, True, axis, eps, out, num_threads)
 
 
 def batch_norm_inference_backward(
@@ -275,9 +276,9 @@ def batch_norm_inference_backward(
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
     _check_eps(eps, least=0)
-    (mean, var), _ = parameters(x.shape[axis], mean=mean, var=var)
-    mean, var = mean.astype(np.float64), var.astype(np.float64)
-    return _backward(dy, x, mean, var, gamma, False, axis, eps, out, num_threads)
+    given, _ = parameters(x.shape[axis], mean=mean, var=var)
+    fixed = [v.astype(np.float64, copy=False) for v in given]
+    return _backward(dy, x, fixed, gamma, False, axis, eps, out, num_threads)
 
 
 def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> Moments:
@@ -352,8 +353,7 @@ def _gradient_pair(
 def _backward(
     dy: NDArray[Any],
     x: NDArray[Any],
-    mean: NDArray[np.float64],
-    var: NDArray[np.float64],
+    fixed: list[NDArray[np.float64]],
     gamma: ArrayLike | None,
     through_statistics: bool,
     axis: int,
@@ -361,10 +361,11 @@ def _backward(
     out: NDArray[Any] | None,
     num_threads: int | None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    (gamma,), p = parameters(x.shape[axis], gamma=gamma)
-    dtype = x.dtype if gamma is None else gamma.dtype
+    """Check what both backwards share and call the kernel; `fixed` is mean and m2, or var."""
+    (scale,), p = parameters(x.shape[axis], gamma=gamma)
+    dtype = x.dtype if scale is None else scale.dtype
     nt = thread_count(num_threads)
-    dx = destination(out, x, (x, dy, gamma, mean, var))
+    dx = destination(out, x, (x, dy, scale, *fixed))
     if x.size == 0:
         zeros = np.zeros(x.shape[axis], dtype)
         return dx, zeros, zeros.copy()
@@ -375,9 +376,8 @@ def _backward(
         plan.view(_layout.like(dy, x, plan)),
         plan.view(x),
         plan.view(target),
-        mean,
-        var,
-        gamma,
+        *fixed,
+        scale,
         work,
         eps,
         through_statistics,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -82,7 +84,7 @@ class Moments:
 
     def __len__(self) -> int:
         """Return the number of channels, C."""
-        return self.mean.shape[0]
+        return self.mean.size
 
     def var(self, ddof: int = 0) -> NDArray[np.float64]:
         """Return the variance of each channel, ``m2 / (count - ddof)``.
@@ -155,7 +157,7 @@ class Moments:
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and arrays have no hash
 
-    def __reduce__(self) -> tuple[type[Moments], tuple[int, NDArray, NDArray]]:
+    def __reduce__(self) -> tuple[type[Moments], tuple[Any, ...]]:
         return Moments, (self.count, self.mean, self.m2)
 
     def __copy__(self) -> Moments:

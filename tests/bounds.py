@@ -1,6 +1,7 @@
 """The error bounds that cybn promises, as formulas, and the exact values they are taken from."""
 
 import numpy as np
+
 from cybn import reference
 
 ULP32, ULP64 = 2.0**-21, 2.0**-48  # the promise, eight roundings of each type wide

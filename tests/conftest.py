@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from cybn import _runtime, functional
 
 LEVELS = _runtime.usable_levels()

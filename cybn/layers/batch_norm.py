@@ -329,7 +329,9 @@ class BatchNorm:
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        self._set_running("running_mean", "mean", value)
+        mean = self._tracked("running_mean", value)
+        with self._lock:
+            self._running = self._running._replace(mean=mean)
 
     @property
     def running_var(self) -> NDArray[Any] | None:
@@ -338,7 +340,9 @@ class BatchNorm:
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        self._set_running("running_var", "var", value)
+        var = self._tracked("running_var", value)
+        with self._lock:
+            self._running = self._running._replace(var=var)
 
     @property
     def num_batches_tracked(self) -> int | None:
@@ -355,11 +359,9 @@ class BatchNorm:
         if not self.track_running_stats:
             raise AttributeError(f"{name} cannot be set: track_running_stats is False")
 
-    def _set_running(self, name: str, field: str, value: ArrayLike) -> None:
+    def _tracked(self, name: str, value: ArrayLike) -> NDArray[Any]:
         self._refuse_untracked(name)
-        array = _state.vector(name, value, self.num_features, self.dtype)
-        with self._lock:
-            self._running = self._running._replace(**{field: array})
+        return _state.vector(name, value, self.num_features, self.dtype)
 
     def reset_running_stats(self) -> None:
         """Put the running statistics back to mean 0, variance 1, no batches."""
