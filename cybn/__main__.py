@@ -1,0 +1,72 @@
+"""The command line: ``cybn info``, ``cybn bench``, ``cybn demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, show_config
+
+
+def info(options: argparse.Namespace) -> None:
+    """Print versions, instruction levels, OpenMP and threads."""
+    show_config()
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Train on the digits, with and without batch normalization."""
+    from .demo import run
+
+    run(options.output, seed=options.seed, quick=options.quick)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="cybn", description="Batch normalization for NumPy arrays on the CPU."
+    )
+    top.add_argument("--version", action="version", version=f"cybn {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads")
+    one.set_defaults(command=info)
+
+    one = commands.add_parser(
+        "demo",
+        help="train small networks on handwritten digits, with and without batch normalization",
+    )
+    one.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: here")
+    one.add_argument("--seed", type=int, default=0, help="default: 0; same seed, same bits")
+    one.add_argument("--quick", action="store_true", help="seconds, with too few steps to learn")
+    one.set_defaults(command=demo, extra="demo")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Command and options; those of the process where None.
+
+    Returns
+    -------
+    int
+        0, or 1 where an optional package is missing.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ModuleNotFoundError as error:
+        if "extra" not in options or (error.name or "").startswith("cybn"):
+            raise
+        print(f"{error.name} is missing: pip install 'cybn[{options.extra}]'", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
