@@ -36,7 +36,7 @@ from cybn._kernels.runs cimport LANES, PIECE, RUN_MIN, T, WIDE, across, dots, sc
 
 cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
-    BLOCK = 16              # most channels of a block of runs
+    BLOCK = 32              # most channels of a block of runs
     GROUP = 16384           # elements that apply walks upwards, between its steps downwards
     VECTOR = 64             # channels whose coefficients are computed together
     SERIAL = 32768          # elements below which one thread is faster than two
@@ -489,7 +489,7 @@ cdef void run(const T* x, const T* dy, T* y, const Job* job) noexcept nogil:
 cdef void plan(Job* job, Py_ssize_t chunks, int threads, Py_ssize_t itemsize) noexcept nogil:
     """Cut the work into chunks, which decide the bits, and blocks, which do not."""
     cdef Py_ssize_t tensors = 2 if job.reduce == DOTS else 1
-    cdef Py_ssize_t fit = l2_bytes // 2 // (job.N * job.S * itemsize * tensors)
+    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * itemsize * tensors)
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)
