@@ -61,7 +61,9 @@ def usable_levels() -> list[str]:
 
 def kernels_at(level: str) -> ModuleType:
     """Return the kernel module of one level."""
-    return _load(_module_name(level))
+    module = _load(_module_name(level))
+    module.set_caches(_cache_bytes(2, 512 << 10), _cache_bytes(3, 32 << 20))
+    return module
 
 
 def _choose_level() -> str:
@@ -72,18 +74,17 @@ def _choose_level() -> str:
     return [v for v in usable_levels() if LEVELS.index(v) <= LEVELS.index(wanted)][-1]
 
 
-def _l2_bytes() -> int:
-    """Return the size of a core's L2 cache, or 512 KiB where the system does not say."""
+def _cache_bytes(index: int, fallback: int) -> int:
+    """Return the size of the cache of level `index`, or `fallback` where the system is silent."""
     try:
-        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+        size = os.sysconf(f"SC_LEVEL{index}_CACHE_SIZE")
     except (AttributeError, OSError, ValueError):
         size = 0
-    return min(max(size, 256 << 10), 4 << 20) if size > 0 else 512 << 10
+    return size if size > 0 else fallback
 
 
 level = _choose_level()
 kernels = kernels_at(level)
-kernels.set_l2(_l2_bytes())
 
 
 # ---- threads -----------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def config() -> dict[str, Any]:
         "level active": level,
         "openmp": date if date else "NONE: the kernels are serial, whatever is asked for",
         "threads": get_num_threads(),
-        "L2 cache": f"{_l2_bytes() >> 10} KiB",
+        "caches": [f"L{i} {_cache_bytes(i, 0) >> 10} KiB" for i in (2, 3)],
     }
 
 

@@ -33,6 +33,7 @@ from libc.math cimport INFINITY, sqrt
 from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, spread)
 from cybn._kernels.runs cimport LANES, PIECE, RUN_MIN, T, WIDE, across, dots, scale, sums, unscale
+from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
@@ -71,17 +72,20 @@ cdef struct Job:
     Py_ssize_t block, blocks            # channels a block, number of blocks
     int threads
     bint owned
+    bint stream             # y goes past the caches
 
 cdef struct Tile:           # channels c0..c1 of rows n0..n1, columns s0..s1
     Py_ssize_t c0, c1, n0, n1, s0, s1
 
-cdef Py_ssize_t l2_bytes = 512 * 1024
+cdef Py_ssize_t l2_bytes = 512 << 10
+cdef Py_ssize_t l3_bytes = 32 << 20
 
 
-def set_l2(Py_ssize_t size):
-    """Set the bytes of a core's L2, from which blocks are sized. Results do not depend on it."""
-    global l2_bytes
-    l2_bytes = size
+def set_caches(Py_ssize_t l2, Py_ssize_t l3):
+    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
+    global l2_bytes, l3_bytes
+    l2_bytes = l2
+    l3_bytes = l3
 
 
 # ---- reduce ------------------------------------------------------------------------------
@@ -347,14 +351,16 @@ cdef void apply_tile(
         scale_coefficients(job, t.c0, t.c1, hi, a, b)
     if job.S >= RUN_MIN:
         apply_runs(x, dy, y, job, t, hi, a, k, b)
-        return
-    if job.S > 1:
-        widen(hi, m, job.S, narrow)
-        widen(a, m, job.S, narrow)
-        widen(b, m, job.S, narrow)
-        if job.apply == UNSCALE:
-            widen(k, m, job.S, narrow)
-    apply_rows(x, dy, y, job, t, hi, a, k, b)
+    else:
+        if job.S > 1:
+            widen(hi, m, job.S, narrow)
+            widen(a, m, job.S, narrow)
+            widen(b, m, job.S, narrow)
+            if job.apply == UNSCALE:
+                widen(k, m, job.S, narrow)
+        apply_rows(x, dy, y, job, t, hi, a, k, b)
+    if job.stream:
+        stream_end()
 
 
 cdef inline void widen(T* v, Py_ssize_t m, Py_ssize_t s, T* scratch) noexcept nogil:
@@ -369,35 +375,53 @@ cdef void apply_runs(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
     const T* hi, const T* a, const T* k, const T* b,
 ) noexcept nogil:
-    cdef Py_ssize_t n, c, i, at, length = t.s1 - t.s0
+    cdef T buffer[PIECE]
+    cdef T* to
+    cdef Py_ssize_t n, c, i, s, m, at
     for n in range(t.n1 - 1, t.n0 - 1, -1):
         for c in range(t.c0, t.c1):
             i = c - t.c0
-            at = c * job.S + t.s0
-            if job.apply == SCALE:
-                scale(x + n * job.x_row + at, y + n * job.y_row + at, length, hi[i], a[i], b[i])
-            elif job.apply == SCALE_DY:
-                scale(dy + n * job.dy_row + at, y + n * job.y_row + at, length, hi[i], a[i], b[i])
-            else:
-                unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, y + n * job.y_row + at,
-                        length, hi[i], a[i], k[i], b[i])
+            s = t.s0
+            while s < t.s1:
+                at = c * job.S + s
+                to = y + n * job.y_row + at
+                m = PIECE
+                if job.stream:  # the next piece starts on a line
+                    m -= (<size_t> to & 63) // sizeof(T)
+                m = min(m, t.s1 - s)
+                if job.stream:
+                    to = &buffer[0]
+                if job.apply == SCALE:
+                    scale(x + n * job.x_row + at, to, m, hi[i], a[i], b[i])
+                elif job.apply == SCALE_DY:
+                    scale(dy + n * job.dy_row + at, to, m, hi[i], a[i], b[i])
+                else:
+                    unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, m,
+                            hi[i], a[i], k[i], b[i])
+                if job.stream:
+                    stream(y + n * job.y_row + at, buffer, m * sizeof(T))
+                s += m
 
 
 cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
     const T* hi, const T* a, const T* k, const T* b,
 ) noexcept nogil:
+    cdef T buffer[TILE]
+    cdef T* to
     cdef Py_ssize_t g, n, w = (t.c1 - t.c0) * job.S, at = t.c0 * job.S
     cdef Py_ssize_t group = max(1, GROUP // w)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         for n in range(t.n0 + g * group, min(t.n0 + (g + 1) * group, t.n1)):
+            to = &buffer[0] if job.stream else y + n * job.y_row + at
             if job.apply == SCALE:
-                col_scale(x + n * job.x_row + at, y + n * job.y_row + at, w, hi, a, b)
+                col_scale(x + n * job.x_row + at, to, w, hi, a, b)
             elif job.apply == SCALE_DY:
-                col_scale(dy + n * job.dy_row + at, y + n * job.y_row + at, w, hi, a, b)
+                col_scale(dy + n * job.dy_row + at, to, w, hi, a, b)
             else:
-                col_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at,
-                            y + n * job.y_row + at, w, hi, a, k, b)
+                col_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, w, hi, a, k, b)
+            if job.stream:
+                stream(y + n * job.y_row + at, buffer, w * sizeof(T))
 
 
 # ---- who does what -----------------------------------------------------------------------
@@ -464,32 +488,14 @@ cdef void share_apply(
     apply_tile(x, dy, y, job, &t)
 
 
-cdef void run(const T* x, const T* dy, T* y, const Job* job) noexcept nogil:
-    cdef Py_ssize_t i, tasks
-    cdef int nt = job.threads
-    if job.owned:
-        for i in prange(job.blocks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
-            own_block(x, dy, y, job, i)
-        return
-    if job.reduce == SUMS:
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
-            share_pivot(x, job, i)
-    if job.reduce != NO_SUMS:
-        tasks = job.blocks * job.chunk_rows * job.chunk_cols
-        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
-            share_reduce(x, dy, job, i)
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
-            share_finish(x, job, i)
-    if job.apply != NO_WRITE:
-        tasks = job.blocks * job.apply_rows * job.apply_cols
-        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
-            share_apply(x, dy, y, job, tasks - 1 - i)
-
-
-cdef void plan(Job* job, Py_ssize_t chunks, int threads, Py_ssize_t itemsize) noexcept nogil:
+cdef void plan(
+    const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
+) noexcept nogil:
     """Cut the work into chunks, which decide the bits, and blocks, which do not."""
     cdef Py_ssize_t tensors = 2 if job.reduce == DOTS else 1
-    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * itemsize * tensors)
+    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * sizeof(T) * tensors)
+    cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * sizeof(T)
+    job.stream = touched > l3_bytes and y != x and y != dy
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)
@@ -512,6 +518,32 @@ cdef void plan(Job* job, Py_ssize_t chunks, int threads, Py_ssize_t itemsize) no
         job.apply_rows = job.chunk_rows
         job.apply_cols = job.chunk_cols
     job.threads = threads
+
+
+cdef void run(
+    const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
+) noexcept nogil:
+    cdef Py_ssize_t i, tasks
+    cdef int nt
+    plan(x, dy, y, job, chunks, threads)
+    nt = job.threads
+    if job.owned:
+        for i in prange(job.blocks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
+            own_block(x, dy, y, job, i)
+        return
+    if job.reduce == SUMS:
+        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+            share_pivot(x, job, i)
+    if job.reduce != NO_SUMS:
+        tasks = job.blocks * job.chunk_rows * job.chunk_cols
+        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
+            share_reduce(x, dy, job, i)
+        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+            share_finish(x, job, i)
+    if job.apply != NO_WRITE:
+        tasks = job.blocks * job.apply_rows * job.apply_cols
+        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
+            share_apply(x, dy, y, job, tasks - 1 - i)
 
 
 # ---- entries -----------------------------------------------------------------------------
@@ -565,8 +597,7 @@ def statistics(
     cdef Job job = new_job(x, SUMS, NO_WRITE, 0)
     use_work(&job, work)
     with nogil:
-        plan(&job, work.shape[0] // 2, threads, sizeof(T))
-        run(&x[0, 0, 0], <const T*> NULL, <T*> NULL, &job)
+        run(&x[0, 0, 0], <const T*> NULL, <T*> NULL, &job, work.shape[0] // 2, threads)
 
 
 def forward(
@@ -587,8 +618,7 @@ def forward(
     job.mean.data = job.sums
     job.var.data = job.sums + job.C
     with nogil:
-        plan(&job, work.shape[0] // 2, threads, sizeof(T))
-        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job)
+        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job, work.shape[0] // 2, threads)
 
 
 def inference(
@@ -609,8 +639,7 @@ def inference(
     job.gamma = optional(gamma)
     job.beta = optional(beta)
     with nogil:
-        plan(&job, chunks, threads, sizeof(T))
-        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job)
+        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job, chunks, threads)
 
 
 def backward(
@@ -635,5 +664,4 @@ def backward(
         job.count = <double> job.N * <double> job.S
     use_work(&job, work)
     with nogil:
-        plan(&job, work.shape[0] // 2, threads, sizeof(T))
-        run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job)
+        run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
