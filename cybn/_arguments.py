@@ -29,7 +29,9 @@ def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
                 f"{name} is {dtype}; it must be float32 or float64. "
                 f"Convert it: {name}.astype(np.float32)"
             )
-        value = value.astype(_F32 if dtype.itemsize == 4 else _F64, copy=False)  # byte order
+        plain = _F32 if dtype.itemsize == 4 else _F64
+        # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
+        value = value.astype(plain, copy=False).view(plain)
     if not value.flags.aligned:
         value = value.copy(order="K")
     return value

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 CHUNK = 1 << 16  # values that one chunk of a channel has, about
 MOST_CHUNKS = 64  # so partial sums take at most 1 KiB a channel
+NARROW = 32  # channels up to which the kernels take several channels-last rows as one
 
 
 class Plan(NamedTuple):
@@ -75,6 +76,8 @@ def _fits(
     if not outer:
         return True
     pitch = steps[outer[-1]]
+    if prod(sizes[split + 1 :]) == 1 and row <= NARROW * itemsize and pitch != row:
+        return False
     return (
         pitch >= row
         and pitch % itemsize == 0

@@ -143,7 +143,8 @@ def set_num_threads(n: int | None) -> None:
     ----------
     n : int or None
         At least 1. None goes back to the default: what OpenMP says (OMP_NUM_THREADS, CPU
-        affinity, threadpoolctl), but no more than the cgroup's CPU quota.
+        affinity, threadpoolctl), but no more than the cgroup's CPU quota. A call never starts
+        more than four threads a CPU, or 64 where that is more.
 
     Raises
     ------

@@ -34,6 +34,8 @@ class Moments:
 
     Raises
     ------
+    TypeError
+        If `count` is no integer.
     ValueError
         If `count` is negative, or `mean` and `m2` are not vectors of one length.
 
@@ -53,6 +55,8 @@ class Moments:
     m2: NDArray[np.float64]
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
+        if not hasattr(count, "__index__"):
+            raise TypeError(f"count is {count!r}; it must be an int")
         if count < 0:
             raise ValueError(f"count is {count}; it must not be negative")
         mean, m2 = _frozen(mean, "mean"), _frozen(m2, "m2")
@@ -130,9 +134,13 @@ class Moments:
 
         Raises
         ------
+        TypeError
+            If `other` is no `Moments`.
         ValueError
             If the numbers of channels differ.
         """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
         if self.count == 0:

@@ -31,7 +31,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
 
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, spread)
+    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport LANES, PIECE, RUN_MIN, T, WIDE, across, dots, scale, sums, unscale
 from cybn._kernels.stream cimport stream, stream_end
 
@@ -39,6 +39,9 @@ cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
     BLOCK = 32              # most channels of a block of runs
     GROUP = 16384           # elements that apply walks upwards, between its steps downwards
+    SUM_ROW = 64            # columns up to which channels-last rows are summed several as one;
+                            # rows of up to half of that must be dense (_layout.NARROW)
+    APPLY_ROW = 256         # the same for apply
     VECTOR = 64             # channels whose coefficients are computed together
     SERIAL = 32768          # elements below which one thread is faster than two
 
@@ -140,26 +143,47 @@ cdef void reduce_rows(
     cdef T p[TILE]
     cdef T a[TILE]
     cdef T b[TILE]
-    cdef Py_ssize_t c, n, i, m = t.c1 - t.c0, w = m * job.S, at = t.c0 * job.S
-    cdef Py_ssize_t rows = t.n1 - t.n0
+    cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, at = t.c0 * job.S
+    cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
+    cdef const T* from_x = x + t.n0 * job.x_row + at
+    cdef const T* from_dy = dy + t.n0 * job.dy_row + at
     for c in range(m):
         a[c] = <T> shift[t.c0 + c]
         out1[t.c0 + c] = 0
         out2[t.c0 + c] = 0
     spread(a, m, job.S, p)
-    for i in range(w):
+    repeat(p, w, step)
+    for i in range(w * step):
         a[i] = 0
         b[i] = 0
-    for c in range((rows + FLUSH - 1) // FLUSH):
-        n = t.n0 + c * FLUSH
-        i = min(FLUSH, t.n1 - n)
-        if job.reduce == SUMS:
-            col_sums(x + n * job.x_row + at, job.x_row, i, w, p, a, b)
-        else:
-            col_dots(dy + n * job.dy_row + at, job.dy_row, x + n * job.x_row + at, job.x_row,
-                     i, w, p, a, b)
-        gather(a, m, job.S, out1 + t.c0)
-        gather(b, m, job.S, out2 + t.c0)
+    for i in range(rows // FLUSH):
+        reduce_some(from_x, from_dy, job, i * FLUSH * step, FLUSH, step, w * step, p, a, b)
+        gather(a, m, job.S, step, out1 + t.c0)
+        gather(b, m, job.S, step, out2 + t.c0)
+    i = rows - rows % FLUSH
+    reduce_some(from_x, from_dy, job, i * step, rows % FLUSH, step, w * step, p, a, b)
+    i = rows * step
+    reduce_some(from_x, from_dy, job, i, 1, 1, w * (t.n1 - t.n0 - i), p, a, b)
+    gather(a, m, job.S, step, out1 + t.c0)
+    gather(b, m, job.S, step, out2 + t.c0)
+
+
+cdef inline Py_ssize_t rows_in_sum(const Job* job) noexcept nogil:
+    """Rows that are summed as one row: with few channels, channels-last, vectors stay full."""
+    return SUM_ROW // job.C if job.S == 1 and 2 * job.C <= SUM_ROW else 1
+
+
+cdef inline void reduce_some(
+    const T* x, const T* dy, const Job* job,
+    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t w,
+    const T* p, T* a, T* b,
+) noexcept nogil:
+    """Add rows n, n + step, ... to the column sums."""
+    if job.reduce == SUMS:
+        col_sums(x + n * job.x_row, step * job.x_row, rows, w, p, a, b)
+    else:
+        col_dots(dy + n * job.dy_row, step * job.dy_row, x + n * job.x_row, step * job.x_row,
+                 rows, w, p, a, b)
 
 
 cdef void reduce_tile(
@@ -373,7 +397,7 @@ cdef inline void widen(T* v, Py_ssize_t m, Py_ssize_t s, T* scratch) noexcept no
 
 cdef void apply_runs(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
-    const T* hi, const T* a, const T* k, const T* b,
+    T* hi, T* a, T* k, T* b,
 ) noexcept nogil:
     cdef T buffer[PIECE]
     cdef T* to
@@ -405,23 +429,42 @@ cdef void apply_runs(
 
 cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
-    const T* hi, const T* a, const T* k, const T* b,
+    T* hi, T* a, T* k, T* b,
 ) noexcept nogil:
     cdef T buffer[TILE]
     cdef T* to
-    cdef Py_ssize_t g, n, w = (t.c1 - t.c0) * job.S, at = t.c0 * job.S
-    cdef Py_ssize_t group = max(1, GROUP // w)
+    cdef Py_ssize_t g, n, m, w = (t.c1 - t.c0) * job.S, at = t.c0 * job.S
+    cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
+    cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
+    if step > 1:
+        repeat(hi, w, step)
+        repeat(a, w, step)
+        repeat(b, w, step)
+        if job.apply == UNSCALE:
+            repeat(k, w, step)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
-        for n in range(t.n0 + g * group, min(t.n0 + (g + 1) * group, t.n1)):
+        n = t.n0 + g * group
+        while n < min(t.n0 + (g + 1) * group, t.n1):
+            m = w * min(step, t.n1 - n)
             to = &buffer[0] if job.stream else y + n * job.y_row + at
             if job.apply == SCALE:
-                col_scale(x + n * job.x_row + at, to, w, hi, a, b)
+                col_scale(x + n * job.x_row + at, to, m, hi, a, b)
             elif job.apply == SCALE_DY:
-                col_scale(dy + n * job.dy_row + at, to, w, hi, a, b)
+                col_scale(dy + n * job.dy_row + at, to, m, hi, a, b)
             else:
-                col_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, w, hi, a, k, b)
+                col_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, m, hi, a, k, b)
             if job.stream:
-                stream(y + n * job.y_row + at, buffer, w * sizeof(T))
+                stream(y + n * job.y_row + at, buffer, m * sizeof(T))
+            n += step
+
+
+cdef inline Py_ssize_t rows_at_once(
+    const Job* job, Py_ssize_t w, Py_ssize_t rows
+) noexcept nogil:
+    """Rows that can be taken as one: where each starts at the end of the one before."""
+    if w != job.x_row or w != job.y_row or (job.apply != SCALE and w != job.dy_row):
+        return 1
+    return max(1, min(APPLY_ROW // w, rows))
 
 
 # ---- who does what -----------------------------------------------------------------------

@@ -142,6 +142,17 @@ cdef inline void spread(
             out[c * s + j] = v[c]
 
 
+cdef inline void repeat(
+    T* v,                       # IO  (times * w,), the first w filled
+    Py_ssize_t w,
+    Py_ssize_t times,
+) noexcept nogil:
+    """Repeat the first w values of v."""
+    cdef Py_ssize_t j
+    for j in range(w, times * w):
+        v[j] = v[j - w]
+
+
 cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
     """Sum of n values in float64 lanes."""
     cdef double acc[WIDE]
@@ -157,18 +168,20 @@ cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void gather(
-    T* restrict v,              # IO  (m * s,) column sums; zeroed
+    T* restrict v,              # IO  (rows, m * s) column sums; zeroed
     Py_ssize_t m,
     Py_ssize_t s,
+    Py_ssize_t rows,            # 1 unless s is 1
     double* restrict out,       # IO  (m,) sums of the channels
 ) noexcept nogil:
     """Add the columns of each channel to its float64 sum."""
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, i
     if s == 1:
-        for c in range(m):
-            out[c] += v[c]
+        for i in range(rows):
+            for c in range(m):
+                out[c] += v[i * m + c]
     else:
         for c in range(m):
             out[c] += total(v + c * s, s)
-    for c in range(m * s):
+    for c in range(rows * m * s):
         v[c] = 0

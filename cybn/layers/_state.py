@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+_MOST_BATCHES = int(np.iinfo(np.int64).max)
+
 
 def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
     """Raise ValueError unless `state` has exactly the expected keys."""
@@ -52,6 +54,6 @@ def batches(value: Any) -> int:
     if array.size != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"num_batches_tracked is {value!r}; it must be one integer")
     count = operator.index(array.item())
-    if count < 0:
-        raise ValueError(f"num_batches_tracked is {count}; it must not be negative")
+    if not 0 <= count <= _MOST_BATCHES:
+        raise ValueError(f"num_batches_tracked is {count}; it must be in 0..{_MOST_BATCHES}")
     return count

@@ -329,7 +329,7 @@ class BatchNorm:
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        mean = self._tracked("running_mean", value)
+        mean = _state.finite("running_mean", self._tracked("running_mean", value))
         with self._lock:
             self._running = self._running._replace(mean=mean)
 
@@ -340,7 +340,7 @@ class BatchNorm:
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        var = self._tracked("running_var", value)
+        var = _state.finite("running_var", self._tracked("running_var", value), least=0)
         with self._lock:
             self._running = self._running._replace(var=var)
 

@@ -1,0 +1,186 @@
+"""Moments: one immutable type for statistics, merged without another look at the data."""
+
+import copy
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from bounds import ULP64
+
+import cybn
+from cybn import Moments
+
+A = Moments(2, [1.0, -1.0], [2.0, 0.0])
+B = Moments(6, [5.0, -1.0], [3.0, 8.0])
+
+
+def empty(channels=2):
+    return Moments(0, np.zeros(channels), np.zeros(channels))
+
+
+def test_holds_float64_copies():
+    mean = np.array([1, 2], np.float32)
+    m = Moments(3, mean, [4, 5])
+    mean[:] = 9
+    assert m.mean.dtype == m.m2.dtype == np.float64
+    assert m.mean.tolist() == [1, 2]
+    assert m.m2.tolist() == [4, 5]
+    assert type(m.count) is int
+    assert type(Moments(np.int32(3), mean, mean).count) is int
+
+
+@pytest.mark.parametrize("m", [A, cybn.moments(np.eye(3)), cybn.batch_norm(np.eye(3))[1]])
+def test_immutable(m):
+    for name in ("count", "mean", "m2", "other"):
+        with pytest.raises(AttributeError, match=f"immutable: {name} cannot be set"):
+            setattr(m, name, 1)
+    with pytest.raises(AttributeError, match="immutable: mean cannot be deleted"):
+        del m.mean
+    for array in (m.mean, m.m2):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    m.var()[:] = -1  # a new array each time
+    assert (m.var() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, [0.0], [0.0]), "count is -1; it must not be negative"),
+        ((1, 0.0, [0.0]), r"mean has shape \(\); it must have shape \(C,\)"),
+        ((1, [0.0], [[0.0]]), r"m2 has shape \(1, 1\); it must have shape \(C,\)"),
+        ((1, [0.0], [0.0, 0.0]), r"mean has shape \(1,\) and m2 has shape \(2,\)"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Moments(*arguments)
+
+
+def test_a_fractional_count_is_not_cut_short():
+    with pytest.raises((TypeError, ValueError), match=r"count is 2\.5"):
+        Moments(2.5, [0.0], [0.0])
+
+
+def test_var():
+    np.testing.assert_array_equal(B.var(), B.m2 / 6)
+    np.testing.assert_array_equal(B.var(ddof=1), B.m2 / 5)
+    with pytest.raises(ValueError, match=r"ddof=1 needs more than 1 values.*count is 1"):
+        Moments(1, [0.0], [0.0]).var(ddof=1)
+    with pytest.raises(ValueError, match=r"ddof=0 needs more than 0 values.*count is 0"):
+        empty().var()
+
+
+def test_len_is_the_number_of_channels():
+    assert len(A) == 2
+    assert len(Moments(5, [], [])) == 0
+
+
+def test_equality():
+    assert Moments(2, [1.0, -1.0], [2.0, 0.0]) == A
+    assert Moments(3, [1.0, -1.0], [2.0, 0.0]) != A
+    assert Moments(2, [1.0, -2.0], [2.0, 0.0]) != A
+    assert Moments(2, [1.0, -1.0], [2.0, 1.0]) != A
+    assert Moments(2, [1.0], [2.0]) != A
+    assert (2, A.mean, A.m2) != A
+    assert Moments(2, [np.nan], [np.nan]) == Moments(2, [np.nan], [np.nan])
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(A)
+
+
+def test_repr():
+    assert repr(A) == "Moments(count=2, mean=[ 1., -1.], var=[1., 0.])"
+    assert repr(empty(1)) == "Moments(count=0, mean=[0.], var=[0.])"
+    assert repr(Moments(1, np.arange(99), np.zeros(99))).startswith(
+        "Moments(count=1, mean=[ 0.,  1.,  2., ..., 96., 97., 98.]"
+    )
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_copies(duplicate, rng):
+    x = rng.standard_normal((9, 2))
+    moments = cybn.moments(x)
+    twin = duplicate(moments)
+    assert twin == moments
+    assert not twin.mean.flags.writeable
+    assert not twin.m2.flags.writeable
+    dx = cybn.batch_norm_backward(x, x, moments)[0]
+    np.testing.assert_array_equal(cybn.batch_norm_backward(x, x, twin)[0], dx)
+
+
+# ---- merge -------------------------------------------------------------------------------
+
+
+def test_merge_by_hand():
+    # 0, 2 and a sample of 6 about 5: the mean moves by 4 * 6 / 8, M2 grows by 16 * 2 * 6 / 8
+    m = A.merge(B)
+    assert m == Moments(8, [4.0, -1.0], [2 + 3 + 24.0, 8.0])
+    assert Moments(2, [1.0, -1.0], [2.0, 0.0]) == A  # neither is changed
+    assert not m.mean.flags.writeable
+
+
+def test_merge_with_nothing():
+    assert A.merge(empty()) == A
+    assert empty().merge(A) == A
+    assert empty().merge(empty()) == empty()
+
+
+def test_merge_of_other_channels():
+    with pytest.raises(ValueError, match="other has 3 channels; it must have 2"):
+        A.merge(empty(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_random_chunkings(offset, dtype, level, rng):
+    x = (rng.standard_normal((500, 7)) + offset).astype(dtype)
+    whole = cybn.moments(x)
+    std = np.sqrt(whole.var())
+    for _ in range(20):
+        cuts = np.sort(rng.choice(np.arange(1, len(x)), rng.integers(1, 40), replace=False))
+        merged = empty(7)
+        for part in np.split(x, cuts):
+            merged = merged.merge(cybn.moments(part))
+        # float32 sums short runs in float32, about a pivot; each merge rounds the mean in float64
+        eps = np.finfo(dtype).eps
+        rounding = (len(cuts) + 1) * np.finfo(float).eps * np.abs(whole.mean)
+        assert merged.count == whole.count == len(x)
+        assert (np.abs(merged.mean - whole.mean) <= 4 * eps * std + rounding).all()
+        assert (np.abs(merged.m2 - whole.m2) <= 16 * eps * whole.m2 + len(x) * std * rounding).all()
+
+
+def test_merge_is_exact_in_order_and_close_in_another(rng):
+    parts = [cybn.moments(rng.standard_normal((9, 4))) for _ in range(8)]
+
+    def merged(parts):
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merge(part)
+        return total
+
+    assert merged(parts) == merged(parts)
+    there, back = merged(parts), merged(parts[::-1])
+    assert (np.abs(there.m2 - back.m2) <= ULP64 * there.m2).all()
+
+
+@pytest.mark.parametrize("count", [2**24 + 1, 2**31 + 1, 2**53 + 1, 2**70 + 1])
+def test_large_counts_are_exact(count):
+    m = Moments(count, [0.0], [float(count)]).merge(Moments(3, [0.0], [3.0]))
+    assert m.count == count + 3
+    assert m.merge(m).count == 2 * (count + 3)
+    assert math.isclose(m.var()[0], 1, rel_tol=ULP64)
+
+
+@pytest.mark.parametrize("big", [2**31 + 1, 2**53 + 1])
+def test_merging_one_value_into_very_many(big):
+    m = Moments(big, [0.25], [2.0 * big]).merge(Moments(1, [1.25], [0.0]))
+    mean = Fraction(1, 4) + Fraction(1, big + 1)
+    m2 = 2 * Fraction(big) + Fraction(big, big + 1)
+    assert abs(Fraction(m.mean[0]) - mean) <= Fraction(ULP64) * mean
+    assert abs(Fraction(m.m2[0]) - m2) <= Fraction(ULP64) * m2

@@ -1,0 +1,187 @@
+"""The package: installed, complete, and with imports that run one way."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cybn
+from cybn import _runtime, functional, reference
+
+HERE = Path(__file__).resolve().parents[1]  # the clone, if these tests lie in one
+PACKAGE = Path(cybn.__file__).resolve().parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+PUBLIC = {
+    *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
+    *("batch_norm", "batch_norm_backward", "moments"),
+    *("batch_norm_inference", "batch_norm_inference_backward"),
+    *("get_num_threads", "set_num_threads", "show_config", "threads"),
+}
+
+# Which rooms of the package a room may import from. Room "" is cybn/__init__.py.
+DOORS = {
+    "_version": set(),
+    "_kernels": set(),
+    "_layout": set(),
+    "_arguments": set(),
+    "moments": set(),
+    "_runtime": {"_version", "_kernels"},
+    "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
+    "layers": {"functional", "moments"},
+    "reference": {"moments"},
+    "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "demo": {"", "moments"},
+    "bench": {"", "moments", "_runtime", "_version", "reference"},
+    "__main__": {"", "demo", "bench", "_runtime", "_version"},
+}
+VISITORS = {"demo", "bench", "__main__"}  # may import optional packages; no other room imports them
+
+
+def room(module):
+    """Return the room of a module by its full name: "layers" for cybn.layers._state."""
+    return (module.split(".") + [""])[1]
+
+
+def imported(path):
+    """Yield the full names that a source file imports, wherever in the file."""
+    parts = ["cybn", *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            if base == ["cybn"]:  # a module, as in from . import _layout, or a public name
+                modules = {p.stem for p in PACKAGE.iterdir()} - PUBLIC
+                for alias in node.names:
+                    yield f"cybn.{alias.name}" if alias.name in modules else "cybn"
+            else:
+                yield ".".join(base)
+
+
+def room_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def test_the_installed_package_is_under_test():
+    assert PACKAGE != HERE / "cybn", "install with pip install '.[test]' and run pytest, bare"
+
+
+def test_public_names():
+    assert set(cybn.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(cybn, name) is not None
+    assert set(functional.__all__) == set(reference.__all__)
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_reference_has_the_same_signature(name):
+    ours = inspect.signature(getattr(functional, name)).parameters.values()
+    twins = inspect.signature(getattr(reference, name)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in twins] == [
+        (p.name, p.kind, p.default) for p in ours
+    ]
+
+
+def test_signatures_are_the_promised_ones():
+    layer = inspect.signature(cybn.BatchNorm).parameters
+    assert {name: p.default for name, p in layer.items()} == {
+        "num_features": inspect.Parameter.empty,
+        "axis": 1,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "affine": True,
+        "track_running_stats": True,
+        "running_ddof": 1,
+        "dtype": np.float32,
+    }
+    names = {f: list(inspect.signature(getattr(cybn, f)).parameters) for f in functional.__all__}
+    options = ["axis", "eps", "out", "num_threads"]
+    assert names == {
+        "batch_norm": ["x", "gamma", "beta", *options],
+        "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *options],
+        "batch_norm_backward": ["dy", "x", "moments", "gamma", *options],
+        "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *options],
+        "moments": ["x", "axis", "num_threads"],
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_run_downwards(path):
+    here = room_of(path)
+    assert here in DOORS, f"say in DOORS what {here} may import"
+    for name in imported(path):
+        if name.split(".")[0] == "cybn":
+            there = room(name)
+            assert there == here or there in DOORS[here], f"{here} imports {name}"
+        elif here not in VISITORS:
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names | {"numpy"}, f"{here} imports {name}"
+
+
+def test_import_loads_numpy_and_the_standard_library_alone():
+    code = (
+        "import sys; import numpy; before = set(sys.modules); import cybn; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    loaded = out.split()
+    tops = {name.split(".")[0] for name in loaded}
+    cython = {name for name in tops if name.startswith(("_cython", "cython_runtime"))}
+    assert tops - cython <= sys.stdlib_module_names | {"numpy", "cybn"}
+    assert not {room(name) for name in loaded} & (VISITORS | {"reference"})
+
+
+@pytest.mark.parametrize(
+    "name", ["cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"]
+)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, verbose=False).failed == 0
+    examples = sum(len(test.examples) for test in doctest.DocTestFinder().find(module))
+    assert examples, f"{name} has no examples"
+
+
+@pytest.mark.parametrize("name", ["", *sorted(PUBLIC - {"__version__"})])
+def test_public_names_are_documented(name):
+    thing = getattr(cybn, name) if name else cybn
+    assert inspect.getdoc(thing)
+
+
+def test_show_config(capsys):
+    cybn.show_config()
+    lines = capsys.readouterr().out.splitlines()
+    for label, value in {
+        "cybn": cybn.__version__,
+        "numpy": np.__version__,
+        "levels compiled": "baseline",
+        "levels supported": "baseline",
+        "level active": _runtime.level,
+        "openmp": str(_runtime.host.openmp() or "NONE"),
+        "threads": str(cybn.get_num_threads()),
+    }.items():
+        assert any(line.startswith(label) and value in line for line in lines), label
+
+
+def test_what_is_installed():
+    files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file()]
+    assert Path("py.typed") in files
+    assert not [f for f in files if f.suffix in (".c", ".cpp", ".h")]
+    assert not [f for f in files if "tests" in f.parts or f.name.startswith(("test_", "conftest"))]
+    compiled = [f.name for f in files if f.suffix in (".so", ".pyd") and "_kernels" in f.parts]
+    assert any(name.startswith("host.") for name in compiled)
+    assert any(name.startswith("batch_norm_baseline.") for name in compiled)

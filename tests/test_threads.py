@@ -1,0 +1,163 @@
+"""How many threads a call uses, and several Python threads on one layer."""
+
+import contextvars
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import cybn
+from cybn import _runtime
+
+PYTHON_THREADS = 8
+
+
+@pytest.fixture(autouse=True)
+def default():
+    """Each test starts from the default number of threads."""
+    cybn.set_num_threads(None)
+    yield cybn.get_num_threads()
+    cybn.set_num_threads(None)
+
+
+@pytest.fixture
+def eager_switching():
+    """Let Python threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_set_and_get(default):
+    for n in (1, 3, np.int64(5)):
+        cybn.set_num_threads(n)
+        assert cybn.get_num_threads() == n
+    cybn.set_num_threads(None)
+    assert cybn.get_num_threads() == default
+
+
+def test_default_is_what_openmp_says(default):
+    assert 1 <= default <= max(1, _runtime.host.max_threads())
+
+
+def test_scope(default):
+    cybn.set_num_threads(3)
+    with cybn.threads(2):
+        assert cybn.get_num_threads() == 2
+        with cybn.threads(5):
+            assert cybn.get_num_threads() == 5
+            cybn.set_num_threads(4)
+            assert cybn.get_num_threads() == 5
+        assert cybn.get_num_threads() == 2
+    assert cybn.get_num_threads() == 4
+
+
+def test_scope_ends_with_an_exception(default):
+    with pytest.raises(KeyError), cybn.threads(default + 1):
+        raise KeyError
+    assert cybn.get_num_threads() == default
+
+
+def test_scope_is_of_this_thread_alone(default):
+    entered, asked, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        entered.wait()
+        seen.append(cybn.get_num_threads())
+        with cybn.threads(default + 2):
+            seen.append(cybn.get_num_threads())
+        asked.set()
+
+    # an empty context, as some Pythons hand a new thread the context of the one that starts it
+    thread = threading.Thread(target=contextvars.Context().run, args=(other,))
+    thread.start()
+    with cybn.threads(default + 1):
+        entered.set()
+        asked.wait()
+        assert cybn.get_num_threads() == default + 1
+    thread.join()
+    assert seen == [default, default + 2]
+
+
+@pytest.mark.parametrize("setter", [cybn.set_num_threads, lambda n: cybn.threads(n).__enter__()])
+def test_bad_numbers(setter, default):
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"n is {n}; it must be at least 1"):
+            setter(n)
+    for n in (1.5, "2", True):
+        with pytest.raises(TypeError, match=f"n is {n!r}; it must be an int of at least 1"):
+            setter(n)
+    assert cybn.get_num_threads() == default
+
+
+def test_num_threads_is_for_one_call(default, rng):
+    x = rng.standard_normal((64, 8, 400), dtype=np.float32)
+    want, moments = cybn.batch_norm(x, num_threads=1)
+    for n in (2, 3, 16, 10**6, np.int32(4)):
+        y, m = cybn.batch_norm(x, num_threads=n)
+        np.testing.assert_array_equal(y, want)
+        assert m == moments
+        assert cybn.get_num_threads() == default
+
+
+def together(work, count=PYTHON_THREADS):
+    """Run work(i) in `count` Python threads that start at once; return the results in order."""
+    barrier = threading.Barrier(count)
+
+    def start(i):
+        barrier.wait()
+        return work(i)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
+
+
+def test_one_layer_in_eval(eager_switching, rng):
+    bn = cybn.BatchNorm1d(6)
+    bn.running_mean, bn.running_var = rng.standard_normal(6), rng.uniform(0.5, 2, 6)
+    bn.eval()
+    batches = rng.standard_normal((PYTHON_THREADS, 32, 6, 200), dtype=np.float32)
+    want = [bn(x) for x in batches]
+    for i, ys in enumerate(together(lambda i: [bn(batches[i]) for _ in range(20)])):
+        for y in ys:
+            np.testing.assert_array_equal(y, want[i])
+
+
+def test_one_layer_in_training(eager_switching, rng):
+    """With the mean of all batches as momentum, any serial order gives the same statistics."""
+    steps = 100
+    batches = rng.standard_normal((PYTHON_THREADS, 12, 5)) + np.arange(5)
+    layer = cybn.BatchNorm(5, momentum=None, dtype=np.float64)
+    wants = [cybn.batch_norm(x, layer.gamma, layer.beta) for x in batches]
+
+    def train(i):
+        return [layer(batches[i]) for _ in range(steps)]
+
+    for ys, (want, _) in zip(together(train), wants, strict=True):
+        for y in ys:
+            np.testing.assert_array_equal(y, want)
+    assert layer.num_batches_tracked == PYTHON_THREADS * steps
+    rounding = layer.num_batches_tracked * np.finfo(float).eps
+    mean = np.mean([m.mean for _, m in wants], axis=0)
+    var = np.mean([m.var(ddof=1) for _, m in wants], axis=0)
+    assert (np.abs(layer.running_mean - mean) <= rounding * (1 + np.abs(mean))).all()
+    assert (np.abs(layer.running_var - var) <= rounding * var).all()
+
+
+def test_functions_in_many_threads(eager_switching, rng):
+    x, gamma = rng.standard_normal((16, 5, 300), dtype=np.float32), rng.uniform(1, 2, 5)
+    y, m = cybn.batch_norm(x, gamma)
+    gradients = cybn.batch_norm_backward(y, x, m, gamma)
+
+    def both(i):
+        y, m = cybn.batch_norm(x, gamma, num_threads=1 + i % 3)
+        return y, m, cybn.batch_norm_backward(y, x, m, gamma)
+
+    for got_y, got_m, got in together(both):
+        np.testing.assert_array_equal(got_y, y)
+        assert got_m == m
+        for a, b in zip(got, gradients, strict=True):
+            np.testing.assert_array_equal(a, b)
