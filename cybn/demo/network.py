@@ -1,8 +1,8 @@
 """A small neural network in NumPy: just enough layers to stand around a normalization.
 
 Every layer has the interface of `cybn.BatchNorm`: a call goes forward, ``backward(dy)`` returns
-dx and fills the gradients, ``parameters()`` and ``gradients()`` are dictionaries with the same
-keys. So a network is a list, and batch normalization is one more item in it.
+dx and fills the gradients, ``parameters()`` and ``gradients()`` are lists of live arrays in the
+same order. So a network is a list of layers, and batch normalization is one more item in it.
 
 Letters: N images, C channels in, F channels (or features) out, H x W pixels.
 """
@@ -39,11 +39,11 @@ class Layer(Protocol):
     def backward(self, dy: Array, /) -> Array:
         """Return dx, and fill the gradients."""
 
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> list[Array]:
         """Return the live arrays that training changes."""
 
-    def gradients(self) -> dict[str, Array]:
-        """Return the gradient of each parameter, by the same name."""
+    def gradients(self) -> list[Array]:
+        """Return the gradient of each parameter, in the same order."""
 
     def train(self) -> object:
         """Switch to training mode."""
@@ -55,13 +55,13 @@ class Layer(Protocol):
 class Plain:
     """A layer without parameters, the same in training and in inference."""
 
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> list[Array]:
         """Return no parameters."""
-        return {}
+        return []
 
-    def gradients(self) -> dict[str, Array]:
+    def gradients(self) -> list[Array]:
         """Return no gradients."""
-        return {}
+        return []
 
     def train(self) -> None:
         """Do nothing: there is one mode."""
@@ -74,18 +74,18 @@ class Weighted(Plain):
     """A layer with a weight, and a bias unless a normalization that follows would cancel it."""
 
     def __init__(self, weight: Array, outputs: int, bias: bool) -> None:
-        self._parameters = {"weight": weight}
-        if bias:
-            self._parameters["bias"] = np.zeros(outputs, np.float32)
-        self._gradients = {name: np.zeros_like(p) for name, p in self._parameters.items()}
+        self.weight = weight
+        self.grad_weight: Array = np.zeros_like(weight)
+        self.bias: Array | None = np.zeros(outputs, np.float32) if bias else None
+        self.grad_bias: Array | None = np.zeros(outputs, np.float32) if bias else None
 
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> list[Array]:
         """Return the weight, and the bias if there is one."""
-        return self._parameters
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def gradients(self) -> dict[str, Array]:
+    def gradients(self) -> list[Array]:
         """Return the gradients that the last `backward` left."""
-        return self._gradients
+        return [self.grad_weight] if self.grad_bias is None else [self.grad_weight, self.grad_bias]
 
 
 class Dense(Weighted):
@@ -117,17 +117,17 @@ class Dense(Weighted):
     def __call__(self, x: Array) -> Array:
         """Return x W + b."""
         self._x = x
-        y = x @ self._parameters["weight"]
-        if "bias" in self._parameters:
-            y += self._parameters["bias"]
+        y: Array = x @ self.weight
+        if self.bias is not None:
+            y += self.bias
         return y
 
     def backward(self, dy: Array) -> Array:
         """Return dx = dy W^T; dW = x^T dy, db = sum of dy."""
-        np.matmul(self._x.T, dy, out=self._gradients["weight"])
-        if "bias" in self._gradients:
-            self._gradients["bias"][...] = dy.sum(0)
-        return dy @ self._parameters["weight"].T
+        np.matmul(self._x.T, dy, out=self.grad_weight)
+        if self.grad_bias is not None:
+            dy.sum(0, out=self.grad_bias)
+        return dy @ self.weight.T
 
 
 class Conv3x3(Weighted):
@@ -159,23 +159,23 @@ class Conv3x3(Weighted):
     def __call__(self, x: Array) -> Array:
         """Return the convolution of x: one matrix product for each image."""
         n, _, h, w = x.shape
-        weight = self._parameters["weight"]
         self._columns = columns(x)
-        y = weight.reshape(len(weight), -1) @ self._columns
-        if "bias" in self._parameters:
-            y += self._parameters["bias"][:, np.newaxis]
+        y: Array = self.weight.reshape(len(self.weight), -1) @ self._columns
+        if self.bias is not None:
+            y += self.bias[:, np.newaxis]
         return y.reshape(n, -1, h, w)
 
     def backward(self, dy: Array) -> Array:
         """Return dx: the convolution of dy with each kernel turned by half a turn."""
         n, f, h, w = dy.shape
         flat = dy.reshape(n, f, h * w)
-        weight, gradient = self._parameters["weight"], self._gradients["weight"]
-        gradient[...] = (flat @ self._columns.transpose(0, 2, 1)).sum(0).reshape(gradient.shape)
-        if "bias" in self._gradients:
-            self._gradients["bias"][...] = flat.sum((0, 2))
-        turned = weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3).reshape(weight.shape[1], -1)
-        return (turned @ columns(dy)).reshape(n, -1, h, w)
+        each = flat @ self._columns.transpose(0, 2, 1)  # (N, F, C*9)
+        each.sum(0, out=self.grad_weight.reshape(f, -1))
+        if self.grad_bias is not None:
+            flat.sum((0, 2), out=self.grad_bias)
+        turned = self.weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)  # (C, F, 3, 3)
+        dx: Array = turned.reshape(len(turned), -1) @ columns(dy)
+        return dx.reshape(n, -1, h, w)
 
 
 def columns(x: Array) -> Array:
@@ -219,11 +219,11 @@ class ReLU(Plain):
     def __call__(self, x: Array) -> Array:
         """Return max(x, 0)."""
         self._positive = x > 0
-        return x * self._positive
+        return np.maximum(x, 0)
 
     def backward(self, dy: Array) -> Array:
         """Return dy where x was positive."""
-        return dy * self._positive
+        return np.where(self._positive, dy, np.float32(0))
 
 
 class Sigmoid(Plain):
@@ -231,12 +231,14 @@ class Sigmoid(Plain):
 
     def __call__(self, x: Array) -> Array:
         """Return the sigmoid, through tanh, which cannot overflow."""
-        self._y = (np.tanh(x * np.float32(0.5)) + np.float32(1)) * np.float32(0.5)
-        return self._y
+        y: Array = (np.tanh(x * np.float32(0.5)) + np.float32(1)) * np.float32(0.5)
+        self._y = y
+        return y
 
     def backward(self, dy: Array) -> Array:
         """Return dy y (1 - y)."""
-        return dy * self._y * (1 - self._y)
+        dx: Array = dy * self._y * (1 - self._y)
+        return dx
 
 
 def softmax_cross_entropy(logits: Array, labels: NDArray[np.int64]) -> tuple[float, Array]:
@@ -294,9 +296,8 @@ class Network:
         """Take one step of gradient descent."""
         rate = np.float32(learning_rate)
         for layer in self.layers:
-            gradients = layer.gradients()
-            for name, parameter in layer.parameters().items():
-                parameter -= rate * gradients[name]
+            for parameter, gradient in zip(layer.parameters(), layer.gradients(), strict=True):
+                np.subtract(parameter, rate * gradient, out=parameter)
 
     def train(self) -> None:
         """Switch every layer to training mode."""

@@ -29,7 +29,7 @@ def draw(results: Results, path: Path) -> None:
         The PNG file to write.
     """
     figure = Figure(figsize=(12, 12.5), layout="constrained")
-    first, second, third = figure.subfigures(3, 1, hspace=0.04)
+    first, second, third = figure.subfigures(3, 1, hspace=0.04, squeeze=False)[:, 0]
     draw_sigmoid(first, results.sigmoid_plain, results.sigmoid_normalized)
     draw_conv(second, results.conv)
     draw_batch_size(third, results.batch_size)
@@ -40,17 +40,17 @@ def draw_sigmoid(figure: SubFigure, plain: SigmoidRun, normalized: SigmoidRun) -
     """Draw accuracy over time, then the input of a typical unit of either network."""
     headline(figure, "1. A sigmoid network, with and without batch normalization")
     left, middle, right = figure.subplots(1, 3)
+    right.sharey(middle)
     draw_curve(left, plain.curve, "plain", PLAIN)
     draw_curve(left, normalized.curve, "normalized", NORMALIZED)
     accuracy_axis(left)
     left.set_title("Three hidden layers of 100 units")
     left.legend(loc="lower right")
     draw_unit(middle, plain, PLAIN)
-    middle.legend(loc="upper right")
+    middle.legend(loc="best")
     middle.set_title("Input of a typical unit, plain")
     draw_unit(right, normalized, NORMALIZED)
     right.set_title("Input of a typical unit, normalized")
-    right.sharey(middle)
 
 
 def draw_unit(axes: Axes, run: SigmoidRun, colour: str) -> None:

@@ -87,13 +87,14 @@ def batch_size_section(runs: list[BatchSizeRun]) -> str:
     """Write the mean and the range over the repeats."""
     rows = []
     for run in runs:
-        gain = np.mean(np.subtract(run.exact, run.running))
-        rows.append([str(run.batch_size), spread(run.running), spread(run.exact), f"{gain:+.2f}"])
+        gain = float(np.mean(np.subtract(run.exact, run.running)))
+        change = decimal(gain, 1, sign="+")
+        rows.append([str(run.batch_size), spread(run.running), spread(run.exact), change])
     return (
         "## 3. Small training batches, and the statistics used in inference\n\n"
         f"The sigmoid network, normalized; learning rate {RATE_PER_IMAGE:g} x batch size, equal "
         f"epochs.\nTest accuracy: mean (lowest to highest) of {len(runs[0].running)} repeats.\n\n"
-        + table(["batch size", "running statistics", "exact statistics", "gain"], rows)
+        + table(["batch size", "running statistics", "exact statistics", "change"], rows)
     )
 
 
@@ -106,7 +107,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def triple(percentiles: NDArray[np.float32]) -> str:
     """Write three percentiles."""
-    return " / ".join(f"{p:.2f}" for p in percentiles)
+    return " / ".join(decimal(p, 2) for p in percentiles)
+
+
+def decimal(value: float, digits: int, sign: str = "-") -> str:
+    """Write a number with so many decimals, and never a negative zero."""
+    return f"{round(float(value), digits) + 0.0:{sign}.{digits}f}"
 
 
 def ending(curve: Curve) -> str:
