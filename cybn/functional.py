@@ -30,6 +30,7 @@ __all__ = [
 
 _NAMES = {"f": "float", "d": "double"}
 
+_ABSORB: dict[str, Any]
 _STATISTICS: dict[str, Any]
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
@@ -38,7 +39,8 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
-    global _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    global _ABSORB, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    _ABSORB = {t: module.absorb[name] for t, name in _NAMES.items()}
     _STATISTICS = {t: module.statistics[name] for t, name in _NAMES.items()}
     _FORWARD, _INFERENCE, _BACKWARD = (
         {t + p: kernel[_NAMES[t], _NAMES[p]] for t in _NAMES for p in _NAMES}
@@ -313,6 +315,35 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     work = _work(plan)
     _STATISTICS[x.dtype.char](plan.view(x), work, nt)
     return _moments(plan, work)
+
+
+def absorb(
+    mean: NDArray[Any], var: NDArray[Any], batch: Moments, weight: float, ddof: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Move running statistics towards those of a batch; what a layer does in training.
+
+    ``(1 - weight) * running + weight * batch``, in float64, rounded once.
+
+    Parameters
+    ----------
+    mean, var : ndarray, shape (C,)
+        Running mean and variance, of one float type. Not changed.
+    batch : Moments
+        Of the batch, with more than `ddof` values a channel.
+    weight : float
+        Of the batch, in [0, 1].
+    ddof : int
+        1 keeps the unbiased variance of the batch, 0 the biased one.
+
+    Returns
+    -------
+    mean, var : ndarray, shape (C,)
+        New arrays.
+    """
+    result = np.empty_like(mean), np.empty_like(var)
+    degrees = batch.count - ddof
+    _ABSORB[mean.dtype.char](mean, var, batch.mean, batch.m2, degrees, weight, *result)
+    return result
 
 
 # ---- shared ------------------------------------------------------------------------------

@@ -39,11 +39,12 @@ cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
     BLOCK = 32              # most channels of a block of runs
     GROUP = 16384           # elements that apply walks upwards, between its steps downwards
-    SUM_ROW = 64            # columns up to which channels-last rows are summed several as one;
-                            # rows of up to half of that must be dense (_layout.NARROW)
-    APPLY_ROW = 256         # the same for apply
+    # Columns up to which several channels-last rows are taken as one, where they are dense. As
+    # that sets the order of sums, rows of up to half of SUM_ROW must be dense (_layout.NARROW).
+    SUM_ROW = 64
+    APPLY_ROW = 256
     VECTOR = 64             # channels whose coefficients are computed together
-    SERIAL = 32768          # elements below which one thread is faster than two
+    SERIAL = 65536          # elements below which one thread is faster than two
 
 cdef enum Reduce:
     NO_SUMS
@@ -708,3 +709,21 @@ def backward(
     use_work(&job, work)
     with nogil:
         run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
+
+
+def absorb(
+    const P[::1] mean,              # IN  (C,) running
+    const P[::1] var,               # IN  (C,) running
+    const double[::1] batch_mean,   # IN  (C,)
+    const double[::1] batch_m2,     # IN  (C,)
+    double degrees,                 # batch_m2 / degrees is the variance that is kept
+    double weight,                  # of the batch
+    P[::1] new_mean,                # OUT (C,)
+    P[::1] new_var,                 # OUT (C,)
+):
+    """Move running statistics towards those of a batch, in float64, rounded once."""
+    cdef Py_ssize_t c
+    cdef double keep = 1 - weight
+    for c in range(mean.shape[0]):
+        new_mean[c] = <P> (keep * mean[c] + weight * batch_mean[c])
+        new_var[c] = <P> (keep * var[c] + weight * (batch_m2[c] / degrees))

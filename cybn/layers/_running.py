@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .. import functional
 from ..moments import Moments
 
 
@@ -29,12 +30,9 @@ class Running(NamedTuple):
     def absorb(self, batch: Moments, momentum: float | None, ddof: int) -> Running:
         """Return the statistics after one more batch.
 
-        ``running + (batch - running) * momentum``, in float64, rounded once. Where `momentum` is
-        None the batch weighs 1 / batches: the mean of all batches so far.
+        The batch weighs `momentum`; where that is None, 1 / batches: the mean of all so far.
         """
         batches = self.batches + 1
         weight = 1 / batches if momentum is None else momentum
-        with np.errstate(all="ignore"):  # overflow and NaN are the data's, and stay visible
-            mean = (1 - weight) * self.mean.astype(np.float64) + weight * batch.mean
-            var = (1 - weight) * self.var.astype(np.float64) + weight * batch.var(ddof)
-            return Running(mean.astype(self.mean.dtype), var.astype(self.var.dtype), batches)
+        mean, var = functional.absorb(self.mean, self.var, batch, weight, ddof)
+        return Running(mean, var, batches)
