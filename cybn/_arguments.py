@@ -80,8 +80,8 @@ def destination(
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
         return np.empty_like(x, subok=False)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out is of type {type(out).__name__}; it must be a NumPy array")
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out is of type {type(out).__name__}; it must be a plain NumPy array")
     if out.shape != x.shape:
         raise ValueError(f"out has shape {out.shape}; it must have the shape of x, {x.shape}")
     if out.dtype != x.dtype:
@@ -105,8 +105,11 @@ def _overlap_in_part(out: NDArray[Any], array: NDArray[Any]) -> bool:
         return False
     same = (
         out.__array_interface__["data"] == array.__array_interface__["data"]
-        and out.strides == array.strides
         and out.shape == array.shape
+        and all(
+            a == b or size == 1
+            for a, b, size in zip(out.strides, array.strides, out.shape, strict=True)
+        )
     )
     try:
         return not same and np.shares_memory(out, array, _MOST_WORK)

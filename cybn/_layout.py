@@ -92,13 +92,9 @@ def _plan(
     """Return how an array of these strides folds in place, or None where it does not."""
     order = tuple(sorted(range(len(shape)), key=lambda i: (-strides[i], i)))
     sizes = tuple(shape[i] for i in order)
-    if shape[axis] == 1:  # one channel: as long a run as there is
-        split = len(order)
-        while split and _dense(
-            sizes[split - 1 :], tuple(strides[i] for i in order[split - 1 :]), itemsize
-        ):
-            split -= 1
-        n, s = prod(sizes[:split]), prod(sizes[split:])
+    if shape[axis] == 1:  # one channel is one run
+        split = 0
+        n, s = 1, prod(shape)
     else:
         split = order.index(axis)
         n, s = prod(sizes[:split]), prod(sizes[split + 1 :])

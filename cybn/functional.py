@@ -414,7 +414,8 @@ def _backward(
         through_statistics,
         nt,
     )
-    return _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
+    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
+        return _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
 
 
 def _work(plan: _layout.Plan) -> NDArray[np.float64]:

@@ -195,7 +195,7 @@ def test_out(call):
     raises(ValueError, r"out has shape \(4, 3, 4\).*\(4, 3, 5\)", call, out=X[..., :4].copy())
     raises(ValueError, "out is float64; .* dtype of x, float32", call, out=X.astype("d"))
     raises(ValueError, "out is read-only", call, out=read_only)
-    raises(TypeError, "out is of type list; it must be a NumPy array", call, out=X.tolist())
+    raises(TypeError, "out is of type list; it must be a plain NumPy array", call, out=X.tolist())
 
 
 @each_writer

@@ -553,6 +553,8 @@ cdef void plan(
         job.block = TILE // job.S
     if job.owned:
         job.block = max(1, min(job.block, (job.C + threads - 1) // threads))
+    if rows_in_sum(job) > 1:  # several rows as one: only whole rows will do
+        job.block = job.C
     job.block = max(1, min(job.block, job.C))
     job.blocks = (job.C + job.block - 1) // job.block
     if job.S == 1:

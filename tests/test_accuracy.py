@@ -1,0 +1,271 @@
+"""Against long double: random data, large offsets, extreme scales, NaN, Inf, subnormals."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from bounds import ULP32, ULP64, column, forward_bound, wide, worst
+from cases import AXES, DTYPES, FAMILIES, backward_bound, exact_fill, lay, normal_case, same_bits
+
+import cybn
+
+VAR_RTOL = 2.0**-20  # the variance's own promise, about 1e-6
+
+every_layout = pytest.mark.parametrize("axis", AXES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_family = pytest.mark.parametrize("shape", FAMILIES, ids=str)
+
+
+def exact_var(x):
+    """Return the variance of each channel of channels-first x, in long double."""
+    others = tuple(i for i in range(x.ndim) if i != 1)
+    return wide(x)[0].var(others)
+
+
+# ---- random data -------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def random_case(shape, dtype, offset=0.0):
+    x, dy, gamma, beta = normal_case(np.random.default_rng(4), shape, dtype, offset)
+    return (
+        (x, dy, gamma, beta),
+        forward_bound(x, gamma, beta, 1),
+        backward_bound(dy, x, gamma, 1),
+        exact_var(x),
+    )
+
+
+def ratios(shape, dtype, axis, offset=0.0):
+    """Return the worst error of y, dx, dgamma and dbeta, as fractions of their bounds."""
+    (x, dy, gamma, beta), forward, backward, var = random_case(shape, dtype, offset)
+    x, dy = lay(x, axis), lay(dy, axis)
+    y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
+    z = cybn.batch_norm_inference(x, m.mean, m.var(), gamma, beta, axis=axis)
+    dx, *sums = cybn.batch_norm_backward(dy, x, m, gamma, axis=axis)
+    y, z, dx = (np.moveaxis(a, axis, 1) for a in (y, z, dx))
+    assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+    return [worst(y, *forward), worst(z, *forward)] + [
+        worst(*triple) for triple in zip((dx, *sums), *backward, strict=True)
+    ]
+
+
+@every_layout
+@every_dtype
+@every_family
+def test_random_data(shape, dtype, axis):
+    found = ratios(shape, dtype, axis)
+    print("worst ratios to the bound:", *(f"{r:.3f}" for r in found))
+    assert max(found) <= 1
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", [(9, 6, 7), (3, 5, 1071), (3001, 4, 1)], ids=str)
+@pytest.mark.parametrize("power", range(7))
+def test_offset(shape, dtype, axis, power):
+    """Mean 10**power, std 1: forward and backward hold their bounds up to 10**6."""
+    found = ratios(shape, dtype, axis, 10.0**power)
+    print("worst ratios to the bound:", *(f"{r:.3f}" for r in found))
+    assert max(found) <= 1
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", [(9, 6, 7), (3, 5, 1071), (3001, 4, 1)], ids=str)
+def test_variance_at_offset_1e7(rng, shape, dtype, axis, level):
+    """Single precision holds only whole numbers there: of those, the variance is right."""
+    x = (rng.standard_normal(shape) * 16 + 1e7).astype(dtype)
+    var = exact_var(x)
+    m = cybn.moments(lay(x, axis), axis=axis)
+    assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+
+
+@every_layout
+def test_an_outlier_among_the_samples(rng, axis, level):
+    """The first value is one of those the pivot is taken from."""
+    for shape in FAMILIES[:4]:
+        x = rng.standard_normal(shape).astype(np.float32)
+        x[0, :, 0] = 1e6
+        y, m = cybn.batch_norm(lay(x, axis), axis=axis)
+        var = exact_var(x)
+        assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+        assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
+
+
+# ---- extreme scales ----------------------------------------------------------------------
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("std", [1e-18, 1e18])
+def test_extreme_std(rng, dtype, axis, std, level):
+    eps = 1e-3 * std**2
+    for shape in FAMILIES[:4]:
+        x = (rng.standard_normal(shape) * std + std).astype(dtype)
+        var = exact_var(x)
+        y, m = cybn.batch_norm(lay(x, axis), axis=axis, eps=eps)
+        assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+        assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1, eps)) <= 1
+        y, _ = cybn.batch_norm(lay(x, axis), axis=axis)
+        assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
+
+
+@every_layout
+def test_near_the_largest_float32(rng, axis, level):
+    """Squares leave the range of float32; statistics and y do not."""
+    for shape in FAMILIES[:4]:
+        x = np.where(rng.random(shape) < 0.5, -3e38, 3e38).astype(np.float32)
+        x[0, :, 0], x[1, :, 0] = 3e38, -3e38  # both signs in every channel
+        x /= np.float32(4)  # so that x - mean stays in range too
+        var = exact_var(x)
+        y, m = cybn.batch_norm(lay(x, axis), axis=axis)
+        assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+        assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
+
+
+@every_layout
+def test_beyond_the_range_of_float32(rng, axis, level):
+    """Where x - mean itself is out of range, y is right or an infinity of the right sign."""
+    for shape in FAMILIES[:4]:
+        x = np.where(rng.random(shape) < 0.2, -3e38, 3e38).astype(np.float32)
+        x[0, :, 0], x[1, :, 0] = 3e38, -3e38
+        var = exact_var(x)
+        y, m = cybn.batch_norm(lay(x, axis), axis=axis)
+        assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+        y = np.moveaxis(y, axis, 1)
+        exact, bound = forward_bound(x, None, None, 1)
+        finite = np.isfinite(y)
+        assert worst(y[finite], exact[finite], bound[finite]) <= 1
+        assert (np.sign(y[~finite]) == np.sign(exact[~finite])).all()
+
+
+# ---- NaN and Inf -------------------------------------------------------------------------
+
+
+def everything(x, dy, gamma, beta, fixed, axis):
+    """Return all results with (C,) or channels-first axes, by name."""
+    y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
+    z = cybn.batch_norm_inference(x, *fixed, gamma, beta, axis=axis)
+    dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m, gamma, axis=axis)
+    ex, egamma, ebeta = cybn.batch_norm_inference_backward(dy, x, *fixed, gamma, axis=axis)
+    tensors = {"y": y, "inference": z, "dx": dx, "inference dx": ex}
+    return {name: np.moveaxis(a, axis, 1) for name, a in tensors.items()} | {
+        "mean": m.mean[np.newaxis],
+        "m2": m.m2[np.newaxis],
+        "dgamma": np.array([dgamma, egamma]),
+        "dbeta": np.array([dbeta, ebeta]),
+    }
+
+
+@every_layout
+@every_dtype
+@every_family
+def test_poison_stays_in_its_channel(rng, shape, dtype, axis, level):
+    x, dy, gamma, beta = normal_case(rng, shape, dtype)
+    fixed = [gamma.copy(), gamma + 1]
+    clean = everything(lay(x, axis), lay(dy, axis), gamma, beta, fixed, axis)
+    n, c, s = shape
+    first, middle, last = (0, 0, 0), (n // 2, c // 2, s // 3), (n - 1, c - 1, s - 1)
+    for target, place, poison in (
+        (x, first, np.nan),
+        (x, last, -np.inf),
+        (dy, middle, np.nan),
+    ):
+        kept = target[place]
+        target[place] = poison
+        got = everything(lay(x, axis), lay(dy, axis), gamma, beta, fixed, axis)
+        target[place] = kept
+        others = np.arange(c) != place[1]
+        for name, value in got.items():
+            assert same_bits(value[:, others], clean[name][:, others]), name
+        spoilt = ["y", "m2", "dx", "dgamma"] if target is x else ["dx", "dbeta"]
+        for name in spoilt:
+            assert not np.isfinite(got[name][:, place[1]]).any(), name
+        # With fixed statistics a value has no influence on the other values.
+        name = "inference" if target is x else "inference dx"
+        assert not np.isfinite(got[name][place])
+        assert np.count_nonzero(got[name] != clean[name]) == 1
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("name", ["mean", "var", "gamma", "beta"])
+def test_poisoned_parameter_stays_in_its_channel(rng, dtype, axis, name, level):
+    for n, c, s in FAMILIES[:4]:
+        x, _, gamma, beta = normal_case(rng, (n, c, s), dtype)
+        given = {"mean": beta.copy(), "var": gamma.copy(), "gamma": gamma, "beta": beta}
+        clean = np.moveaxis(cybn.batch_norm_inference(lay(x, axis), **given, axis=axis), axis, 1)
+        given[name][c // 2] = np.nan
+        y = np.moveaxis(cybn.batch_norm_inference(lay(x, axis), **given, axis=axis), axis, 1)
+        others = np.arange(c) != c // 2
+        assert same_bits(y[:, others], clean[:, others])
+        assert np.isnan(y[:, c // 2]).all()
+
+
+# ---- subnormals --------------------------------------------------------------------------
+
+
+@every_layout
+@every_dtype
+@every_family
+def test_subnormals_are_not_flushed(rng, shape, dtype, axis, level):
+    smallest = np.finfo(dtype).smallest_subnormal
+    c = shape[1]
+    zeros, ones = np.zeros(c, dtype), np.ones(c, dtype)
+    x = lay((rng.integers(-1000, 1001, shape) * smallest).astype(dtype), axis)  # in: subnormal
+    y = cybn.batch_norm_inference(x, zeros, ones, axis=axis, eps=0)
+    assert same_bits(y, x)
+    dx, _, dbeta = cybn.batch_norm_inference_backward(x, x, zeros, ones, axis=axis, eps=0)
+    assert same_bits(dx, x)
+    assert (dbeta == np.moveaxis(x, axis, 1).sum((0, 2), np.float64)).all()
+    normal = lay(rng.integers(-1000, 1001, shape).astype(dtype), axis)  # out: subnormal
+    y = cybn.batch_norm_inference(normal, zeros, ones, ones * smallest, axis=axis, eps=0)
+    assert same_bits(y, normal * smallest)
+
+
+@every_dtype
+def test_a_batch_of_subnormals(rng, dtype, level):
+    """eps is all of var + eps, so y is (x - mean) / sqrt(eps), to a rounding or two.
+
+    The mean of float64 is rounded to a subnormal itself, and 1 / sqrt(eps) magnifies that.
+    """
+    smallest = np.finfo(dtype).smallest_subnormal
+    eps = 2.0**-10
+    allowed = 2 if dtype == np.float32 else 2 + 0.5 / np.sqrt(eps)
+    for shape in FAMILIES[:4]:
+        x = (rng.integers(-1000, 1001, shape) * smallest).astype(dtype)
+        y, _ = cybn.batch_norm(x, eps=eps)
+        (wx,) = wide(x)
+        exact = (wx - wx.mean((0, 2), keepdims=True)) / np.sqrt(np.longdouble(eps))
+        ulps = np.abs(y - exact) / smallest
+        print(f"worst error: {float(ulps.max()):.2f} subnormals")
+        assert (ulps <= allowed).all()
+
+
+# ---- many values -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2**23 + 5), (2**23 + 5, 2, 2)], ids=str)
+def test_counts_above_2_to_the_24(shape):
+    """A count in float32 stands still at 2**24."""
+    x, mean, m2 = exact_fill(shape, np.float32)
+    m = cybn.moments(x)
+    assert m.count == 2**24 + 10
+    assert (m.mean == mean).all()
+    assert (m.m2 == m2).all()
+    y, again = cybn.batch_norm(x, out=x)
+    assert again == m
+    sums = y.sum((0, 2), np.float64)
+    squares = np.einsum("ncs,ncs->c", y, y, dtype=np.float64)
+    assert (np.abs(sums) <= ULP32 * 2 * m.count).all()
+    assert (np.abs(squares - m.m2 / (m.var() + 1e-5)) <= ULP32 * 4 * m.count).all()
+
+
+def test_bounds_are_not_loose(rng):
+    """An error of a few roundings is beyond them: the tests above can fail."""
+    for dtype, ulp in ((np.float32, ULP32), (np.float64, ULP64)):
+        x, _, gamma, beta = normal_case(rng, FAMILIES[0], dtype)
+        exact, bound = forward_bound(x, gamma, beta, 1)
+        sizes = np.abs(exact) + np.abs(column(gamma, 3, 1)) + np.abs(column(beta, 3, 1))
+        assert (bound <= 4 * ulp * sizes).all()

@@ -1,0 +1,97 @@
+"""Data whose statistics are exact in any order of summing: the tolerance is zero."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from bounds import column
+from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, exact_fill, lay, pairs
+
+import cybn
+
+THREADS = (1, 2, 3)
+ODD = [(3, 5, 7), (1, 3, 1, 1023), (33, 17, 3), (1, 2, 131073), (4099, 33), (7, 1, 9, 9)]
+
+every_layout = pytest.mark.parametrize("axis", AXES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def check_statistics(shape, dtype, axis):
+    x, mean, m2 = exact_fill(shape, dtype)
+    x = lay(x, axis)
+    for threads in THREADS:
+        _, from_forward = cybn.batch_norm(x, axis=axis, num_threads=threads)
+        for m in (from_forward, cybn.moments(x, axis=axis, num_threads=threads)):
+            assert np.count_nonzero(m.mean != mean) == 0
+            assert np.count_nonzero(m.m2 != m2) == 0
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", NETWORK_SHAPES)
+def test_mean_and_m2_of_network_shapes(shape, dtype, axis, level):
+    check_statistics(shape.channels_first, dtype, axis)
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", ODD)
+def test_mean_and_m2_of_odd_counts(shape, dtype, axis, level):
+    check_statistics(shape, dtype, axis)
+
+
+@lru_cache
+def integer_gradients(shape):
+    """Return +-1 in pairs, sparse integers for dy, and the sums of dy and of their products."""
+    signs = pairs(shape, most=1)
+    few = np.array([0] * 26 + [-3, -2, -1, 1, 2, 3], np.int8)
+    dy = few[np.random.default_rng(2).integers(0, 32, shape, np.int8)]
+    others = tuple(i for i in range(len(shape)) if i != 1)
+    return signs, dy, dy.sum(others), (dy * signs).sum(others)
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", NETWORK_SHAPES)
+def test_dgamma_and_dbeta(shape, dtype, axis, level):
+    """x is a power of two +- 1/2, so var is 1/4; eps makes var + eps a power of 4."""
+    signs, dy, dbeta, dots = integer_gradients(shape.channels_first)
+    p = 2.0 ** (np.arange(shape.c) % 5)
+    x = lay(signs * dtype(0.5) + column(p.astype(dtype), signs.ndim, 1), axis)
+    dy = lay(dy.astype(dtype), axis)
+    for threads, eps, rstd in ((1, 0.75, 1.0), (2, 3.75, 0.5), (3, 0.75, 1.0)):
+        m = cybn.moments(x, axis=axis, num_threads=threads)
+        arguments = {"axis": axis, "eps": eps, "num_threads": threads}
+        for _, got_gamma, got_beta in (
+            cybn.batch_norm_backward(dy, x, m, **arguments),
+            cybn.batch_norm_inference_backward(dy, x, m.mean, m.var(), **arguments),
+        ):
+            assert np.count_nonzero(got_gamma != dots * (rstd / 2)) == 0  # xhat: signs * rstd / 2
+            assert np.count_nonzero(got_beta != dbeta) == 0
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("shape", [*FAMILIES, *ODD, (3, 2), (7, 3, 11, 13)])
+def test_constant_channels_give_beta(rng, shape, dtype, axis, level):
+    values = [0, 1e-30, 0.1, 1e7, 16777217, -0.3]
+    n, _, *spatial = shape
+    channels = column(np.array(values, dtype), len(shape), 1)
+    x = lay(np.broadcast_to(channels, (n, len(values), *spatial)), axis)
+    gamma = rng.uniform(-100, 100, len(values)).astype(dtype)
+    beta = rng.standard_normal(len(values)).astype(dtype)
+    for threads in THREADS:
+        y, m = cybn.batch_norm(x, gamma, beta, axis=axis, num_threads=threads)
+        assert (y == column(beta, y.ndim, axis)).all()
+        assert (m.mean == np.array(values, dtype)).all()
+        assert (m.m2 >= 0).all()
+
+
+@every_dtype
+def test_few_values_of_each_constant(dtype, level):
+    """Sums of some counts of 0.1 are rounded, and their mean is 0.1 still."""
+    constants = np.array([0.1, 1 / 3, 1e7 / 7, 1e-30, 16777217], dtype)
+    for count in range(2, 1100, 7):
+        x = np.repeat(constants[np.newaxis], count, axis=0)
+        assert not cybn.batch_norm(x)[0].any()
+        assert not cybn.batch_norm(np.ascontiguousarray(x.T)[np.newaxis])[0].any()

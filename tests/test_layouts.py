@@ -1,0 +1,457 @@
+"""Any strides, alignment and overlap: the right answer, in the layout of the input, or an error."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from bounds import ULP32, forward_bound
+from cases import DTYPES, backward_bound, lay, normal_case, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cybn
+from cybn import _layout
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def parameters(rng, channels, dtype=np.float64):
+    return rng.uniform(0.5, 2, channels).astype(dtype), rng.standard_normal(channels).astype(dtype)
+
+
+def within(got, exact, bound):
+    return (np.abs(got - exact) <= bound).all()
+
+
+def check(x, dy, axis=1):
+    """Check all functions on x and dy as they lie, against the exact values."""
+    gamma, beta = parameters(np.random.default_rng(6), x.shape[axis], x.dtype)
+    y_exact, y_bound = forward_bound(x, gamma, beta, axis)
+    exact, bound = backward_bound(dy, x, gamma, axis)
+    before = x.tobytes(), dy.tobytes()
+    for threads in (1, 3):
+        k = {"axis": axis, "num_threads": threads}
+        y, m = cybn.batch_norm(x, gamma, beta, **k)
+        assert within(y, y_exact, y_bound)
+        assert cybn.moments(x, **k) == m
+        z = cybn.batch_norm_inference(x, m.mean, m.var(), gamma, beta, **k)
+        assert within(z, y_exact, y_bound)
+        got = cybn.batch_norm_backward(dy, x, m, gamma, **k)
+        for a, right, allowed in zip(got, exact, bound, strict=True):
+            assert within(a, right, allowed)
+        like = np.empty_like(x)
+        for result in (y, z, got[0]):
+            assert result.dtype == x.dtype
+            assert result.strides == like.strides
+    assert before == (x.tobytes(), dy.tobytes())
+
+
+# ---- strides -----------------------------------------------------------------------------
+
+VIEWS = {
+    "C order": lambda a: a,
+    "sliced along N": lambda a: a[1:-1],
+    "every second of N": lambda a: a[::2],
+    "sliced along C": lambda a: a[:, 1:-2],
+    "every second of C": lambda a: a[:, ::2],
+    "sliced along H": lambda a: a[:, :, 1:4],
+    "sliced along W": lambda a: a[..., 2:],
+    "every second of W": lambda a: a[..., ::2],
+    "one of W": lambda a: a[..., 3:4],
+    "one of N": lambda a: a[2:3],
+    "one of C": lambda a: a[:, 2:3],
+    "sliced everywhere": lambda a: a[1:, 1:-1, 1:-1, 1:-1],
+    "N reversed": lambda a: a[::-1],
+    "C reversed": lambda a: a[:, ::-1],
+    "all reversed": lambda a: a[::-1, ::-1, ::-1, ::-1],
+    "W reversed, every third": lambda a: a[..., ::-3],
+    "transposed": lambda a: a.transpose(0, 3, 2, 1),
+    "channels-last behind": lambda a: a.transpose(0, 3, 1, 2),
+    "all axes transposed": lambda a: a.T,
+    "Fortran": np.asfortranarray,
+    "Fortran sliced": lambda a: np.asfortranarray(a)[1:-1, 1:, ::2],
+}
+IN_PLACE = {
+    "C order",
+    "sliced along N",
+    "every second of N",
+    "sliced along C",
+    "one of N",
+    "channels-last behind",
+    "all axes transposed",
+    "Fortran",
+    "transposed",
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(6, 5, 7, 8), (5, 6, 26, 25)], ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(rng, name, shape, dtype, level):
+    """Of a base that is NaN wherever the view does not look."""
+    view = VIEWS[name]
+    base = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+    seen = np.isin(base, view(base))
+    x, dy = (np.where(seen, rng.standard_normal(shape).astype(dtype), np.nan) for _ in range(2))
+    x, dy = view(x.astype(dtype)), view(dy.astype(dtype))
+    check(x, dy)
+    gamma, beta = parameters(rng, x.shape[1], dtype)
+    copy = x.copy(order="K")
+    y, m = cybn.batch_norm(x, gamma, beta)
+    again, m_again = cybn.batch_norm(copy, gamma, beta)
+    # A copy that lies as x does gives the same bits. One channel without gaps is a single run.
+    if np.empty_like(x).strides == copy.strides and x.shape[1] > 1:
+        assert same_bits(y, again)
+        assert m == m_again
+    check(x, dy.copy())
+    check(x.copy(), dy)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_read_in_place(name):
+    x = VIEWS[name](np.ones((6, 5, 7, 8), np.float32))
+    folded, plan = _layout.fold(x, 1)
+    assert np.shares_memory(plan.view(folded), folded)
+    if name in IN_PLACE:
+        assert folded is x
+    assert plan.shape[1] == x.shape[1]
+    assert np.prod(plan.shape) == x.size
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))), ids=str)
+def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
+    """Dense memory in any order folds without a copy, whatever axis the channels are on."""
+    x = rng.standard_normal((3, 4, 5, 6)).astype(np.float32).transpose(order)
+    for axis in range(-4, 4):
+        folded, plan = _layout.fold(x, axis % 4)
+        assert folded is x
+        assert np.shares_memory(plan.view(x), x)
+        out = np.empty_like(x)
+        assert _layout.like_empty(out, x, plan) is out
+    check(x, x[::-1], axis=2)
+
+
+@every_dtype
+def test_broadcast(rng, dtype):
+    row = rng.standard_normal((1, 5, 1, 7)).astype(dtype)
+    column = rng.standard_normal((4, 5, 3, 1)).astype(dtype)
+    for x in (
+        np.broadcast_to(row, (4, 5, 3, 7)),
+        np.broadcast_to(column, (4, 5, 3, 7)),
+        np.broadcast_to(row[:, :1], (4, 5, 3, 7)),
+    ):
+        check(x, rng.standard_normal(x.shape).astype(dtype))
+        check(rng.standard_normal(x.shape).astype(dtype), x)
+    ones = np.broadcast_to(dtype(1), (4, 5, 3, 7))  # what the gradient of a sum is
+    check(rng.standard_normal(ones.shape).astype(dtype), ones)
+
+
+def test_axis_counts_from_either_end(rng):
+    x = rng.standard_normal((3, 4, 5, 6)).astype(np.float32)
+    for axis in range(4):
+        y, m = cybn.batch_norm(x, axis=axis)
+        again, m_again = cybn.batch_norm(x, axis=axis - 4)
+        assert same_bits(y, again)
+        assert m == m_again
+        assert len(m) == x.shape[axis]
+
+
+# ---- property tests ----------------------------------------------------------------------
+
+
+@st.composite
+def strided(draw):
+    """Draw a shape, dtype, axis and two arrays: slices of transposed bases, filled with NaN."""
+    ndim = draw(st.integers(2, 5))
+    shape = draw(st.lists(st.integers(1, 6), min_size=ndim, max_size=ndim))
+    dtype = draw(st.sampled_from(DTYPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+
+    def array():
+        order = draw(st.permutations(range(ndim)))
+        steps = draw(st.lists(st.sampled_from([-2, -1, 1, 1, 2, 3]), min_size=ndim, max_size=ndim))
+        margins = draw(st.lists(st.integers(0, 2), min_size=ndim, max_size=ndim))
+        sizes = [abs(k) * n + m for n, k, m in zip(shape, steps, margins, strict=True)]
+        base = np.full([sizes[i] for i in order], np.nan, dtype).transpose(np.argsort(order))
+        starts = [m if k > 0 else None for k, m in zip(steps, margins, strict=True)]
+        view = base[tuple(slice(m, None, k) for m, k in zip(starts, steps, strict=True))]
+        view = view[tuple(slice(n) for n in shape)]
+        view[...] = rng.standard_normal(shape)
+        return view
+
+    return array(), array(), draw(st.integers(-ndim, ndim - 1))
+
+
+@settings(max_examples=200, deadline=None)
+@given(strided())
+def test_any_shape_strides_axis_and_dtype(drawn):
+    x, dy, axis = drawn
+    if x.size // x.shape[axis] > 1:
+        check(x, dy, axis)
+        gamma, beta = parameters(np.random.default_rng(7), x.shape[axis])
+        y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
+        dx, *_ = cybn.batch_norm_backward(dy, x, m, gamma, axis=axis)
+        room = np.full_like(dy, np.nan)  # another layout, mostly
+        assert cybn.batch_norm(x, gamma, beta, axis=axis, out=room)[0] is room
+        assert (room == y).all()
+        assert cybn.batch_norm_backward(dy, x, m, gamma, axis=axis, out=dy)[0] is dy
+        assert (dy == dx).all()
+        assert cybn.batch_norm(x, gamma, beta, axis=axis, out=x)[0] is x
+        assert (x == y).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("strides", [(0, 1, 1), (7, 1, 3), (-4, 1, 1), (10**6, 1, 5)], ids=str)
+def test_strides_of_axes_of_size_one_do_not_matter(rng, strides, dtype):
+    """They may be anything, and the answer is written where it belongs all the same."""
+    x = rng.standard_normal((1, 6, 1)).astype(dtype)
+    gamma, beta = parameters(rng, 6)
+    odd = np.lib.stride_tricks.as_strided(x.copy(), x.shape, [s * x.itemsize for s in strides])
+    y = cybn.batch_norm_inference(x, beta, gamma, gamma, beta)
+    assert same_bits(cybn.batch_norm_inference(odd, beta, gamma, gamma, beta), y)
+    assert (cybn.batch_norm_inference(odd, beta, gamma, gamma, beta, out=odd) == y).all()
+    assert (odd == y).all()
+
+
+# ---- alignment ---------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("off", [0, 1, 2, 4, 8, 63])
+def test_bytes_off_a_cache_line(rng, off, dtype, level):
+    for shape in ((3, 5, 7), (3, 5, 1071), (70, 33, 1)):
+        x, dy, gamma, beta = normal_case(rng, shape, dtype)
+
+        def moved(array):
+            room = np.empty(array.nbytes + 128, np.uint8)
+            start = -room.ctypes.data % 64 + off
+            view = np.ndarray(array.shape, array.dtype, room, start)
+            view[...] = array
+            assert (view.ctypes.data - off) % 64 == 0
+            return view
+
+        y, m = cybn.batch_norm(x, gamma, beta)
+        results = cybn.batch_norm_backward(dy, x, m, gamma)
+        out = moved(np.zeros_like(x))
+        got, moments = cybn.batch_norm(moved(x), moved(gamma), moved(beta), out=out)
+        assert got is out
+        assert same_bits(out, y)
+        assert moments == m
+        got = cybn.batch_norm_backward(moved(dy), moved(x), m, moved(gamma), out=out)
+        assert got[0] is out
+        assert all(same_bits(a, b) for a, b in zip(got, results, strict=True))
+        x = moved(x)
+        assert cybn.batch_norm(x, gamma, beta, out=x)[0] is x
+        assert same_bits(x, y)
+
+
+# ---- read-only ---------------------------------------------------------------------------
+
+
+@every_dtype
+def test_read_only_input_is_accepted_and_refused_as_out(rng, dtype, tmp_path):
+    x, dy, gamma, beta = normal_case(rng, (4, 5, 7), dtype)
+    y, m = cybn.batch_norm(x, gamma, beta)
+    results = cybn.batch_norm_backward(dy, x, m, gamma)
+    x.tofile(tmp_path / "x")
+    mapped = np.memmap(tmp_path / "x", dtype, "r", shape=x.shape)
+    for array in (x, dy, gamma, beta):
+        array.setflags(write=False)
+    for given_x in (x, mapped):
+        got, moments = cybn.batch_norm(given_x, gamma, beta)
+        assert type(got) is np.ndarray
+        assert same_bits(got, y)
+        assert moments == m
+        got = cybn.batch_norm_backward(dy, given_x, m, gamma)
+        assert all(same_bits(a, b) for a, b in zip(got, results, strict=True))
+        with pytest.raises(ValueError, match="out is read-only"):
+            cybn.batch_norm(given_x, gamma, beta, out=given_x)
+        with pytest.raises(ValueError, match="out is read-only"):
+            cybn.batch_norm_inference(given_x, beta, gamma, out=given_x)
+        with pytest.raises(ValueError, match="out is read-only"):
+            cybn.batch_norm_backward(dy, given_x, m, gamma, out=given_x)
+        with pytest.raises(ValueError, match="out is read-only"):
+            cybn.batch_norm_inference_backward(dy, given_x, beta, gamma, out=given_x)
+
+
+# ---- out ---------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(3, 5, 7), (70, 33, 1), (3, 5, 600), (3, 2, 45000)], ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_out(rng, shape, axis, dtype, level):
+    """A new array, one in another layout, x, dy: the same bits."""
+    x, dy, gamma, beta = normal_case(rng, shape, dtype)
+    x, dy = lay(x, axis), lay(dy, axis)
+    mean, var = beta, gamma
+    k = {"axis": axis}
+    m = cybn.moments(x, **k)
+    calls = {
+        "forward": lambda x, dy, out: cybn.batch_norm(x, gamma, beta, **k, out=out),
+        "inference": lambda x, dy, out: (
+            cybn.batch_norm_inference(x, mean, var, gamma, beta, **k, out=out),
+        ),
+        "backward": lambda x, dy, out: cybn.batch_norm_backward(dy, x, m, gamma, **k, out=out),
+        "inference backward": lambda x, dy, out: cybn.batch_norm_inference_backward(
+            dy, x, mean, var, gamma, **k, out=out
+        ),
+    }
+    wide = np.full((shape[0], shape[1] + 2, shape[2]), np.nan, dtype)
+    for name, call in calls.items():
+        right = call(x, dy, None)[0]
+        rooms = [np.empty_like(x), np.asfortranarray(np.zeros_like(x))]
+        rooms.append(lay(np.full(shape, np.nan, dtype).swapaxes(1, 2), 1).swapaxes(1, 2))
+        for out in (room for room in rooms if room.shape == x.shape):
+            assert call(x, dy, out)[0] is out
+            assert same_bits(out, right), name
+        if axis == 1:
+            out = wide[:, 1:-1]
+            assert call(x, dy, out)[0] is out
+            assert same_bits(out, right), name
+            assert np.isnan(wide[:, [0, -1]]).all()
+        own_x, own_dy = x.copy(), dy.copy()
+        assert call(own_x, own_dy, own_x)[0] is own_x
+        assert same_bits(own_x, right), name
+        if "backward" in name:
+            own_x = x.copy()
+            assert call(own_x, own_dy, own_dy)[0] is own_dy
+            assert same_bits(own_dy, right), name
+            assert same_bits(own_x, x)
+
+
+def test_out_that_overlaps_parameters(rng):
+    x = rng.standard_normal((4, 6)).astype(np.float32)
+    room = np.ones((5, 6), np.float32)
+    with pytest.raises(ValueError, match="overlaps"):
+        cybn.batch_norm(x, room[1], out=room[:4])
+    cybn.batch_norm(x, room[4], out=room[:4])
+
+
+def random_view(rng, room, shape):
+    """Return a view of a flat buffer with random start, order of axes, gaps and directions."""
+    order = rng.permutation(len(shape))
+    strides, step = [0] * len(shape), int(rng.integers(1, 3))
+    for i in order:
+        strides[i] = step * int(rng.choice([-1, 1, 1, 1]))
+        step *= shape[i] + int(rng.integers(0, 2))
+    low = sum(min(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True))
+    high = sum(max(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True))
+    start = int(rng.integers(-low, room.size - high))
+    return np.lib.stride_tricks.as_strided(
+        room[start:], shape, [s * room.itemsize for s in strides]
+    )
+
+
+def test_overlap_fuzz(rng):
+    """5,000 pairs of views of one buffer, as x (or dy) and out: the right answer or an error."""
+    counts = {"equal": 0, "ValueError": 0}
+    shape = (3, 4, 5)
+    room = np.empty(600, np.float32)
+    dy = rng.standard_normal(shape).astype(np.float32)
+    gamma, beta = parameters(rng, 4)
+    for i in range(5000):
+        room[...] = rng.standard_normal(room.size)
+        x, out = random_view(rng, room, shape), random_view(rng, room, shape)
+        if i % 10 == 0:
+            out = np.lib.stride_tricks.as_strided(x, x.shape, x.strides)  # the same view, again
+        before, copy = room.copy(), x.copy()
+        m = cybn.moments(dy)
+        if i % 2:
+            right, _ = cybn.batch_norm(copy, gamma, beta)
+        else:  # x is dy: the products would suffer too
+            right, *_ = cybn.batch_norm_backward(copy, dy, m, gamma)
+        try:
+            if i % 2:
+                y, _ = cybn.batch_norm(x, gamma, beta, out=out)
+            else:
+                y, *_ = cybn.batch_norm_backward(x, dy, m, gamma, out=out)
+        except ValueError:
+            counts["ValueError"] += 1
+            assert (room == before).all()
+            assert np.shares_memory(x, out)
+            assert i % 10
+        else:
+            assert y is out
+            size = np.abs(right) + np.abs(right).mean() + 4
+            assert (np.abs(out - right) <= 2 * ULP32 * size).all()
+            counts["equal"] += 1
+    print(counts)
+    assert min(counts.values()) > 500
+
+
+# ---- other kinds of input ----------------------------------------------------------------
+
+GOOD = np.array([[1, 2.0], [3, 5], [2, 2]])
+REFUSED = {
+    "float16": GOOD.astype(np.float16),
+    "long double": GOOD.astype(np.longdouble),
+    "int64": GOOD.astype(int),
+    "uint8": GOOD.astype(np.uint8),
+    "bool": GOOD > 1,
+    "object": GOOD.astype(object),
+    "complex64": GOOD.astype(np.complex64),
+    "complex128": GOOD.astype(np.complex128),
+    "str": GOOD.astype(str),
+    "bytes": GOOD.astype(bytes),
+    "datetime64": GOOD.astype("datetime64[s]"),
+    "record": np.zeros((3, 2), [("a", np.float32)]),
+    "list of int": GOOD.astype(int).tolist(),
+    "a string": "batch",
+    "None": None,
+    "masked array": np.ma.masked_equal(GOOD, 5),
+    "masked array without a mask": np.ma.array(GOOD),
+}
+CONVERTED = {
+    "list": GOOD.tolist(),
+    "tuple": tuple(map(tuple, GOOD.tolist())),
+    "byte-swapped float64": GOOD.astype(GOOD.dtype.newbyteorder("S")),
+    "byte-swapped float32": GOOD.astype(np.dtype(np.float32).newbyteorder("S")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_as_x(name):
+    bad, one = REFUSED[name], np.ones(2)
+    m = cybn.moments(GOOD)
+    for call in (
+        lambda: cybn.batch_norm(bad),
+        lambda: cybn.moments(bad),
+        lambda: cybn.batch_norm_inference(bad, one, one),
+        lambda: cybn.batch_norm_backward(GOOD, bad, m),
+        lambda: cybn.batch_norm_backward(bad, GOOD, m),
+        lambda: cybn.batch_norm_inference_backward(GOOD, bad, one, one),
+    ):
+        with pytest.raises(TypeError, match=r"^(x|dy) is .*(float32|plain array)"):
+            call()
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "None"])
+def test_refused_as_parameters(name):
+    bad = REFUSED[name] if isinstance(REFUSED[name], str) else REFUSED[name][0]
+    one = np.ones(2)
+    for given_name in ("mean", "var", "gamma", "beta"):
+        arguments = {"mean": one, "var": one} | {given_name: bad}
+        with pytest.raises(TypeError, match=f"^{given_name} is .*(float32|plain array)"):
+            cybn.batch_norm_inference(GOOD, **arguments)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_converted(name):
+    x = CONVERTED[name]
+    native = np.asarray(x).astype(np.float32 if "32" in name else np.float64)
+    y, m = cybn.batch_norm(x, x[0], x[1])
+    right, m_right = cybn.batch_norm(native, native[0], native[1])
+    assert same_bits(y, right)
+    assert m == m_right
+    got = cybn.batch_norm_backward(x, x, m, x[0])
+    for a, b in zip(got, cybn.batch_norm_backward(native, native, m, native[0]), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("out", [GOOD.tolist(), GOOD.astype(">f8"), GOOD.T])
+def test_refused_as_out(out):
+    before = np.array(out, copy=True)
+    with pytest.raises((TypeError, ValueError), match=r"^out "):
+        cybn.batch_norm(GOOD, out=out)
+    assert (before == np.array(out)).all()
