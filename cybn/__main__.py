@@ -22,6 +22,15 @@ def demo(options: argparse.Namespace) -> None:
     run(options.output, seed=options.seed, quick=options.quick)
 
 
+def bench(options: argparse.Namespace) -> None:
+    """Measure this machine: cybn beside memory, and beside the peers that are installed."""
+    from .bench import run
+
+    names = ("quick", "groups", "operations", "dtypes", "layouts", "threads", "peers", "quickest")
+    chosen = {name: getattr(options, name) for name in names}
+    run(**chosen, json=options.json, picture=options.picture)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(
@@ -32,6 +41,22 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads")
     one.set_defaults(command=info)
+
+    one = commands.add_parser(
+        "bench", help="how fast this machine is, beside memory and other libraries"
+    )
+    one.add_argument("--quick", action="store_true", help="ResNet-50 in float32; about a minute")
+    some = {"nargs": "+", "metavar": "NAME"}
+    one.add_argument("--groups", **some, help="resnet50, inception, tabular, sequences, ... tiny")
+    one.add_argument("--operations", **some, help="forward, inference, backward, layer")
+    one.add_argument("--dtypes", **some, help="float32, float64")
+    one.add_argument("--layouts", **some, help="channels-first, channels-last")
+    one.add_argument("--threads", nargs="+", type=int, metavar="N", help="default: 1 and all CPUs")
+    one.add_argument("--peers", **some, help="numpy, pytorch, jax, onnxruntime, onednn; or none")
+    one.add_argument("--quickest", action="store_true", help="minimum of the turns, not median")
+    one.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    one.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG here")
+    one.set_defaults(command=bench, extra="bench")
 
     one = commands.add_parser(
         "demo",
@@ -55,11 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 where an optional package is missing.
+        0; 1 where an optional package is missing; 2 where an option makes no sense.
     """
     options = parser().parse_args(arguments)
     try:
         options.command(options)
+    except ValueError as error:
+        print(f"cybn: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         if "extra" not in options or (error.name or "").startswith("cybn"):
             raise

@@ -1,0 +1,201 @@
+"""One run: which cases there are, and measuring them one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .floors import floor, floor_answer
+from .machine import last_level_bytes, machine, usable_cpus
+from .peers import load
+from .results import Case, Record, Results
+from .shapes import GROUPS, Shape
+from .task import LAST, LAYOUTS, REUSED, Contestant, Data, Peer, Task
+from .timing import Figure, check, measure
+
+__all__ = ["ALL_GROUPS", "TINY", "Job", "Plan", "plan", "run_all"]
+
+TINY = "tiny"
+ALL_GROUPS = {**GROUPS, TINY: [Shape(32, 16), Shape(60, 100)]}
+
+_QUICK, _FULL = (0.3, 2), (2.0, 5)  # seconds for a job, about, and fewest rounds
+
+
+class Job(NamedTuple):
+    """One case on one shape."""
+
+    case: Case
+    shape: Shape
+
+
+class Plan(NamedTuple):
+    """Everything that a run will do."""
+
+    jobs: list[Job]
+    layouts: list[str] | None
+    seconds: float  # for the rounds of a job, about
+    fewest: int  # rounds of a job
+    quickest: bool  # tables show the minimum, not the median
+
+
+def plan(
+    *,
+    quick: bool = False,
+    groups: Sequence[str] | None = None,
+    operations: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    layouts: Sequence[str] | None = None,
+    threads: Sequence[int] | None = None,
+    quickest: bool = False,
+) -> Plan:
+    """List the jobs of a run, all of a shape in a row.
+
+    Parameters
+    ----------
+    quick : bool, default False
+        float32 on all CPUs, ResNet-50 and tiny calls, unless the other arguments say otherwise.
+    groups, operations, dtypes, threads
+        As in `cybn.bench.run`.
+    layouts, quickest
+        As in `cybn.bench.run`.
+    """
+    every = usable_cpus()
+    names = list(groups or (["resnet50", TINY] if quick else ALL_GROUPS))
+    kinds = list(dtypes or (["float32"] if quick else ["float32", "float64"]))
+    counts = list(threads or ([every] if quick else sorted({1, every})))
+    _known("group", names, list(ALL_GROUPS))
+    _known("dtype", kinds, ["float32", "float64"])
+    _known("layout", layouts or [], LAYOUTS)
+    if min(counts) < 1:
+        raise ValueError(f"threads is {counts}; each must be at least 1")
+    jobs = []
+    for group in names:
+        chosen = list(operations or ["forward", "inference", "backward"])
+        if group == TINY and operations is None:
+            chosen.append("layer")
+        _known("operation", chosen, ["forward", "inference", "backward", "layer"])
+        for shape in ALL_GROUPS[group]:
+            for dtype in kinds:
+                for operation in chosen:
+                    for count in [1] if group == TINY else counts:
+                        jobs.append(Job(Case(group, operation, dtype, count), shape))
+    jobs = [j for j in jobs if j.case.operation == "inference" or j.shape.size > j.shape.c]
+    seconds, fewest = _QUICK if quick else _FULL
+    return Plan(jobs, list(layouts) if layouts else None, seconds, fewest, quickest)
+
+
+def _known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no {what} is called {name!r}; there are {', '.join(known)}")
+
+
+def run_all(
+    work: Plan, peers: Sequence[str] | None, watch: Callable[[list[Job]], Iterator[Job]]
+) -> Results:
+    """Measure every job of a plan.
+
+    Parameters
+    ----------
+    work : Plan
+        What to do.
+    peers : sequence of str, optional
+        As in `cybn.bench.run`.
+    watch : callable
+        Gives the jobs back one by one, and may show how far it is.
+    """
+    field, missing = load(peers)
+    versions = {peer.name: f"{peer.version}; {peer.note}" for peer in field}
+    settings = {
+        "shown": "quickest turn" if work.quickest else "median of the turns",
+        "seconds a job": work.seconds,
+        "fewest rounds": work.fewest,
+        "layouts": work.layouts or "all",
+        "last-level cache": last_level_bytes(),
+    }
+    results = Results(machine(), versions, missing, settings)
+    data: Data | None = None
+    for job in watch(work.jobs):
+        key = (job.shape, np.dtype(job.case.dtype))
+        if data is None or (data.shape, data.dtype) != key:
+            data = None  # before the next one takes its memory
+            gc.collect()
+            data = Data(*key)
+        results.records += measure_job(job, data, field, work)
+    return results
+
+
+def measure_job(job: Job, data: Data, peers: Sequence[Peer], work: Plan) -> list[Record]:
+    """Check all contestants of one job, then time those that are right."""
+    case = job.case
+    ready, failed = [], []
+    for peer, layout, output in entries(job, data.dtype, peers, work.layouts):
+        figure = _prepared(peer, Task(case.operation, layout, output, case.threads, data))
+        if figure.error:
+            failed.append(figure)
+        else:
+            ready.append(figure.contestant)
+    yardstick = floor(case.operation, case.threads, data)
+    error = check(yardstick, floor_answer(case.operation, data), data.channels, 0.0)
+    if error:
+        raise RuntimeError(f"the floor is wrong: {error}")
+    figures = measure([yardstick, *ready], work.seconds, work.fewest)
+    return [_record(job, figure, work.quickest) for figure in (*figures, *failed)]
+
+
+def entries(
+    job: Job,
+    dtype: np.dtype[Any],
+    peers: Sequence[Peer],
+    layouts: Sequence[str] | None = None,
+) -> Iterator[tuple[Peer, str, str]]:
+    """Yield who takes part; channels-last where there is nothing after C is no other layout."""
+    for peer in peers:
+        for layout, output in peer.variants(job.case.operation, dtype, job.case.threads):
+            if layout == LAST and not job.shape.spatial:
+                continue
+            if layouts is None or layout in layouts:
+                yield peer, layout, output
+
+
+def _prepared(peer: Peer, task: Task) -> Figure:
+    """Make a contestant ready and check it; what goes wrong is its error, not ours."""
+    if task.output == REUSED:
+        task.data.out(task.layout).fill(np.nan)  # the answer of the one before is not ours
+    contestant = Contestant(peer.name, task.layout, task.output, lambda: None, _nothing)
+    try:
+        contestant = peer.prepare(task)
+        expected = task.data.expected(task.operation)
+        error = check(contestant, expected, task.data.channels, task.data.tolerance)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as failure:
+        error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return Figure(contestant, [], error=error)
+
+
+def _nothing(output: Any, channels: Sequence[int]) -> Any:
+    raise NotImplementedError
+
+
+def _record(job: Job, figure: Figure, quickest: bool) -> Record:
+    contestant = figure.contestant
+    timed = bool(figure.turns)
+    shown = figure.minimum if quickest else figure.median
+    return Record(
+        **job.case._asdict(),
+        shape=job.shape.name,
+        sizes=job.shape.channels_first,
+        layers=job.shape.layers,
+        peer=contestant.peer,
+        layout=contestant.layout,
+        output=contestant.output,
+        note=contestant.note,
+        seconds=shown if timed else None,
+        median=figure.median if timed else None,
+        minimum=figure.minimum if timed else None,
+        turns=len(figure.turns),
+        calls=figure.inner,
+        error=figure.error,
+    )
