@@ -28,9 +28,13 @@ __all__ = [
     "moments",
 ]
 
+_SMALL: int = kernels.SMALL  # elements from which a call is not a small one
+
 _NAMES = {"f": "float", "d": "double"}
 
-_ABSORB: dict[str, Any]
+_ABSORB: Any
+_SMALL_FORWARD: Any
+_SMALL_INFERENCE: Any
 _STATISTICS: dict[str, Any]
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
@@ -39,8 +43,9 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
-    global _ABSORB, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
-    _ABSORB = {t: module.absorb[name] for t, name in _NAMES.items()}
+    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
+    _ABSORB = module.absorb
     _STATISTICS = {t: module.statistics[name] for t, name in _NAMES.items()}
     _FORWARD, _INFERENCE, _BACKWARD = (
         {t + p: kernel[_NAMES[t], _NAMES[p]] for t in _NAMES for p in _NAMES}
@@ -112,6 +117,10 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
+    if _may_be_small(axis, num_threads):
+        small = _small_forward(x, gamma, beta, axis, eps, out)
+        if small is not None:
+            return small
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_batch(x, axis)
@@ -168,6 +177,12 @@ def batch_norm_inference(
     ValueError
         If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
     """
+    if (
+        out is not None
+        and _may_be_small(axis, num_threads)
+        and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps)
+    ):
+        return out
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_eps(eps, least=0)
@@ -341,12 +356,32 @@ def absorb(
         New arrays.
     """
     result = np.empty_like(mean), np.empty_like(var)
-    degrees = batch.count - ddof
-    _ABSORB[mean.dtype.char](mean, var, batch.mean, batch.m2, degrees, weight, *result)
+    _ABSORB(mean, var, batch.mean, batch.m2, *result, batch.count - ddof, weight)
     return result
 
 
 # ---- shared ------------------------------------------------------------------------------
+
+
+def _may_be_small(axis: Any, num_threads: Any) -> bool:
+    """Whether these need no other check before a small call, which takes one thread."""
+    return type(axis) is int and (
+        num_threads is None or (type(num_threads) is int and num_threads == 1)
+    )
+
+
+def _small_forward(
+    x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any
+) -> tuple[NDArray[Any], Moments] | None:
+    """Do a plain small `batch_norm` in one compiled step; None where it is not one."""
+    if type(x) is not np.ndarray or not 0 < x.size < _SMALL or not -x.ndim <= axis < x.ndim:
+        return None
+    channels = x.shape[axis]
+    y = np.empty_like(x) if out is None else out
+    work = np.empty((3, channels))
+    if not _SMALL_FORWARD(x, gamma, beta, y, work, axis, eps):
+        return None
+    return y, Moments._adopt(x.size // channels, work[0], work[1])
 
 
 def _check_eps(eps: float, least: float | None = None) -> None:

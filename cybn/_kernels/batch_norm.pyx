@@ -81,6 +81,8 @@ cdef struct Job:
 cdef struct Tile:           # channels c0..c1 of rows n0..n1, columns s0..s1
     Py_ssize_t c0, c1, n0, n1, s0, s1
 
+SMALL = SERIAL
+
 cdef Py_ssize_t l2_bytes = 512 << 10
 cdef Py_ssize_t l3_bytes = 32 << 20
 
@@ -573,8 +575,12 @@ cdef void run(
     cdef int nt
     plan(x, dy, y, job, chunks, threads)
     nt = job.threads
+    if job.owned and nt == 1:
+        for i in range(job.blocks):
+            own_block(x, dy, y, job, i)
+        return
     if job.owned:
-        for i in prange(job.blocks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
+        for i in prange(job.blocks, schedule="dynamic", num_threads=nt):
             own_block(x, dy, y, job, i)
         return
     if job.reduce == SUMS:
@@ -615,18 +621,23 @@ cdef inline Vector optional(const P[::1] values):
     return vector(&values[0])
 
 
-cdef inline Job new_job(const T[:, :, :] x, Reduce reduce, Apply apply, double eps):
+cdef inline Job new_job(Reduce reduce, Apply apply, double eps) noexcept:
     cdef Job job
     job.reduce = reduce
     job.apply = apply
-    job.N, job.C, job.S = x.shape[0], x.shape[1], x.shape[2]
-    job.x_row = x.strides[0] // sizeof(T)
-    job.dy_row = job.y_row = 0
+    job.x_row = job.dy_row = job.y_row = 0
     job.mean.data = job.var.data = job.gamma.data = job.beta.data = NULL
     job.mean.wide = job.var.wide = job.gamma.wide = job.beta.wide = True
     job.count = 1
     job.eps = eps
     job.sums = job.pivot = NULL
+    return job
+
+
+cdef inline Job job_on(const T[:, :, :] x, Reduce reduce, Apply apply, double eps):
+    cdef Job job = new_job(reduce, apply, eps)
+    job.N, job.C, job.S = x.shape[0], x.shape[1], x.shape[2]
+    job.x_row = x.strides[0] // sizeof(T)
     return job
 
 
@@ -640,7 +651,7 @@ def statistics(
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
     int threads,
 ):
-    cdef Job job = new_job(x, SUMS, NO_WRITE, 0)
+    cdef Job job = job_on(x, SUMS, NO_WRITE, 0)
     use_work(&job, work)
     with nogil:
         run(&x[0, 0, 0], <const T*> NULL, <T*> NULL, &job, work.shape[0] // 2, threads)
@@ -655,7 +666,7 @@ def forward(
     double eps,
     int threads,
 ):
-    cdef Job job = new_job(x, SUMS, SCALE, eps)
+    cdef Job job = job_on(x, SUMS, SCALE, eps)
     job.y_row = y.strides[0] // sizeof(T)
     job.gamma = optional(gamma)
     job.beta = optional(beta)
@@ -678,7 +689,7 @@ def inference(
     double eps,
     int threads,
 ):
-    cdef Job job = new_job(x, NO_SUMS, SCALE, eps)
+    cdef Job job = job_on(x, NO_SUMS, SCALE, eps)
     job.y_row = y.strides[0] // sizeof(T)
     job.mean = vector(&mean[0])
     job.var = vector(&var[0])
@@ -700,7 +711,7 @@ def backward(
     bint through_statistics,
     int threads,
 ):
-    cdef Job job = new_job(x, DOTS, UNSCALE if through_statistics else SCALE_DY, eps)
+    cdef Job job = job_on(x, DOTS, UNSCALE if through_statistics else SCALE_DY, eps)
     job.dy_row = dy.strides[0] // sizeof(T)
     job.y_row = dx.strides[0] // sizeof(T)
     job.mean = vector(&mean[0])
@@ -713,19 +724,4 @@ def backward(
         run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
 
 
-def absorb(
-    const P[::1] mean,              # IN  (C,) running
-    const P[::1] var,               # IN  (C,) running
-    const double[::1] batch_mean,   # IN  (C,)
-    const double[::1] batch_m2,     # IN  (C,)
-    double degrees,                 # batch_m2 / degrees is the variance that is kept
-    double weight,                  # of the batch
-    P[::1] new_mean,                # OUT (C,)
-    P[::1] new_var,                 # OUT (C,)
-):
-    """Move running statistics towards those of a batch, in float64, rounded once."""
-    cdef Py_ssize_t c
-    cdef double keep = 1 - weight
-    for c in range(mean.shape[0]):
-        new_mean[c] = <P> (keep * mean[c] + weight * batch_mean[c])
-        new_var[c] = <P> (keep * var[c] + weight * (batch_m2[c] / degrees))
+include "small.pxi"
