@@ -23,7 +23,7 @@
 #    channels about, never the order inside one.
 # e. Pivot. Sums are centred on the mean of SAMPLES values spread over the channel. Where that
 #    turns out too far from the mean, or squares left the range of T, finish sums that channel
-#    again in float64 (docs/math.md, "One sweep with a pivot").
+#    again in float64 (docs/math.md, 6.2).
 # f. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into b: the
 #    error of y does not grow with |mean| / std.
 

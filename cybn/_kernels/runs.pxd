@@ -16,7 +16,7 @@
 #    float64: rounding in float32 cannot build up over a long channel, and the flush costs
 #    about a twentieth of the piece. A piece of 4 KiB stays in L1.
 # c. Values are centred on a shift close to the mean before they are summed or squared, so no
-#    digits cancel later (docs/math.md, "One sweep with a pivot").
+#    digits cancel later (docs/math.md, 6.2).
 
 ctypedef fused T:
     float
