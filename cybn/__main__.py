@@ -19,6 +19,14 @@ BENCH_CHOICES = {
 }
 
 
+def at_least_1(text: str) -> int:
+    """Return a number of threads."""
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
 def info(options: argparse.Namespace) -> None:
     """Print versions, instruction levels, OpenMP and threads."""
     show_config()
@@ -59,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             f"--{option}", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices)
         )
-    one.add_argument("--threads", nargs="+", type=int, metavar="N", help="default: 1 and all CPUs")
+    one.add_argument(
+        "--threads", nargs="+", type=at_least_1, metavar="N", help="default: 1 and all CPUs"
+    )
     one.add_argument("--quickest", action="store_true", help="minimum of the turns, not median")
     one.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     one.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG here")

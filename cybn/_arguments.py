@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 # How hard to look for a shared element before calling two views overlapping.
 _MOST_WORK: Any = 10_000
 
+_OPTIONAL = ("gamma", "beta")
+
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -27,7 +29,7 @@ def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
         if dtype.kind != "f" or dtype.itemsize not in (4, 8):
             raise TypeError(
                 f"{name} is {dtype}; it must be float32 or float64. "
-                f"Convert it: {name}.astype(np.float32)"
+                f"Convert it: np.asarray({name}, np.float32)"
             )
         plain = _F32 if dtype.itemsize == 4 else _F64
         # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
@@ -35,6 +37,14 @@ def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
     if not value.flags.aligned:
         value = value.copy(order="K")
     return value
+
+
+def number(name: str, value: Any) -> float:
+    """Return `value` as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
 
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -52,11 +62,16 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
 def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str]:
     """Return per-channel vectors as contiguous arrays of one float type, and that type's char.
 
-    The type is float32 where all that are given are, else float64: widening is exact.
+    The type is float32 where all that are given are, else float64: widening is exact. Only gamma
+    and beta may be None.
     """
     char = "f"
     arrays: list[Any] = []
     for name, value in given.items():
+        if value is None and name not in _OPTIONAL:
+            raise TypeError(
+                f"{name} is None; it must have shape ({channels},), one value a channel"
+            )
         if value is not None:
             value = tensor(name, value)
             if value.shape != (channels,):
@@ -99,8 +114,8 @@ def destination(
 
 def _overlap_in_part(out: NDArray[Any], array: NDArray[Any]) -> bool:
     """Whether the two share memory without being the same view of it."""
-    if out.base is None and array.base is None:
-        return False  # both own their memory, and are not one object
+    if out.flags.owndata and array.flags.owndata:
+        return False  # they are not one object
     if not np.may_share_memory(out, array):
         return False
     same = (

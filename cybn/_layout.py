@@ -3,9 +3,10 @@
 Batch normalization treats all positions of a channel alike, so every axis but the channel axis
 may be moved freely, as long as input and output move alike. Axes are ordered as they lie in
 memory; those outside the channel axis fold into N, those inside it into S. So C-ordered
-(N, C, H, W), channels-last memory behind any axis order, Fortran order and batches sliced along
-N are all read in place. What cannot be folded (a step inside S, a negative or zero stride) is
-copied first.
+(N, C, H, W), channels-last memory behind any axis order, Fortran order, and channels-first batches
+sliced along N or C are all read in place. What cannot be folded is copied first: a step inside S, a
+negative or zero stride, gaps between channels-last rows of several axes or of up to NARROW
+channels, and gaps in a single channel.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 1 << 16  # values that one chunk of a channel has, about
-MOST_CHUNKS = 64  # so partial sums take at most 1 KiB a channel
-NARROW = 32  # channels up to which the kernels take several channels-last rows as one
+MOST_CHUNKS = 64  # so partial sums take about 1 KiB a channel at most
+NARROW = 32  # channels up to which the kernels sum several channels-last rows as one
 
 
 class Plan(NamedTuple):

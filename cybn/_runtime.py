@@ -50,7 +50,7 @@ def compiled_levels() -> list[str]:
 
 def supported_levels() -> list[str]:
     """Return the levels this CPU runs, lowest first."""
-    return [level for level in LEVELS if level == "baseline" or host.has_v3()][:2]
+    return ["baseline", "x86-64-v3"] if host.has_v3() else ["baseline"]
 
 
 def usable_levels() -> list[str]:
@@ -110,7 +110,8 @@ def _cgroup_cpus() -> int | None:
 
 
 # Asking for OMP_NUM_THREADS threads is the user's word and goes before the cgroup's.
-_quota = None if os.environ.get("OMP_NUM_THREADS") else _cgroup_cpus()
+_asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+_quota = None if _asked.isdigit() and int(_asked) > 0 else _cgroup_cpus()
 _most = max(64, 4 * (os.cpu_count() or 1))
 _chosen: int | None = None
 _scoped: ContextVar[int | None] = ContextVar("cybn_threads", default=None)

@@ -1,14 +1,14 @@
 """Functions that remember nothing: arrays in, arrays out.
 
-Each checks its arguments, folds them to (N, C, S), allocates, and calls one kernel. Nothing is
-written before every check has passed.
+Each checks its arguments, folds them to (N, C, S), allocates, and calls one kernel; small calls are
+offered to a kernel that does all of that at once. Nothing is written before every check has passed.
 
 N = everything before the channel axis, C = channels, S = everything after it.
 """
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, prod
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _layout
-from ._arguments import channel_axis, destination, parameters, tensor
+from ._arguments import channel_axis, destination, number, parameters, tensor
 from ._runtime import kernels, thread_count
 from .moments import Moments
 
@@ -74,7 +74,7 @@ def batch_norm(
     ----------
     x : array_like of float32 or float64, at least 2 axes
         The batch. Read in place where its memory is contiguous in any order of its axes, or
-        sliced along N; copied first where it is not.
+        channels-first and sliced along N; copied first where it is not.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64; 1 and 0 where None.
     axis : int, default 1
@@ -117,7 +117,7 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
-    if _may_be_small(axis, num_threads):
+    if _may_be_small(axis, eps, num_threads):
         small = _small_forward(x, gamma, beta, axis, eps, out)
         if small is not None:
             return small
@@ -129,7 +129,7 @@ def batch_norm(
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
     if x.size == 0:
-        return y, Moments(x.shape[0], np.empty(0), np.empty(0))
+        return y, _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
     work = _work(plan)
@@ -179,7 +179,7 @@ def batch_norm_inference(
     """
     if (
         out is not None
-        and _may_be_small(axis, num_threads)
+        and _may_be_small(axis, eps, num_threads)
         and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps)
     ):
         return out
@@ -254,7 +254,7 @@ def batch_norm_backward(
             f"moments has count {moments.count}; a channel of x has {count} values. "
             "Give the Moments that batch_norm returned for this x"
         )
-    fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "m2": moments.m2})
+    fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "moments.m2": moments.m2})
     return _backward(dy, x, fixed, gamma, True, axis, eps, out, num_threads)
 
 
@@ -325,7 +325,7 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     _check_batch(x, axis, least=1)
     nt = thread_count(num_threads)
     if x.size == 0:
-        return Moments(x.shape[0], np.empty(0), np.empty(0))
+        return _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     work = _work(plan)
     _STATISTICS[x.dtype.char](plan.view(x), work, nt)
@@ -354,7 +354,14 @@ def absorb(
     -------
     mean, var : ndarray, shape (C,)
         New arrays.
+
+    Raises
+    ------
+    ValueError
+        If `batch` has another number of channels.
     """
+    if len(batch) != mean.size:
+        raise ValueError(f"batch has {len(batch)} channels; it must have {mean.size}")
     result = np.empty_like(mean), np.empty_like(var)
     _ABSORB(mean, var, batch.mean, batch.m2, *result, batch.count - ddof, weight)
     return result
@@ -363,10 +370,13 @@ def absorb(
 # ---- shared ------------------------------------------------------------------------------
 
 
-def _may_be_small(axis: Any, num_threads: Any) -> bool:
+def _may_be_small(axis: Any, eps: Any, num_threads: Any) -> bool:
     """Whether these need no other check before a small call, which takes one thread."""
-    return type(axis) is int and (
-        num_threads is None or (type(num_threads) is int and num_threads == 1)
+    return (
+        type(axis) is int
+        and -64 <= axis < 64
+        and type(eps) is float
+        and (num_threads is None or (type(num_threads) is int and num_threads == 1))
     )
 
 
@@ -381,10 +391,12 @@ def _small_forward(
     work = np.empty((3, channels))
     if not _SMALL_FORWARD(x, gamma, beta, y, work, axis, eps):
         return None
+    work.setflags(write=False)
     return y, Moments._adopt(x.size // channels, work[0], work[1])
 
 
 def _check_eps(eps: float, least: float | None = None) -> None:
+    eps = number("eps", eps)
     if least is None and not (eps > 0 and isfinite(eps)):
         raise ValueError(f"eps is {eps}; it must be positive and finite")
     if least is not None and not (eps >= least and isfinite(eps)):
@@ -400,7 +412,7 @@ def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
         raise ValueError(
             f"x has shape {x.shape}: one value a channel has no variance, and would be "
             "normalized to beta whatever it is. Train with more values a channel, or normalize "
-            "with running statistics: eval() on a layer, or batch_norm_inference"
+            "with running statistics: eval() on a layer that has them, or batch_norm_inference"
         )
 
 
@@ -453,6 +465,11 @@ def _backward(
         return _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
 
 
+def _no_channels(x: NDArray[Any], axis: int) -> Moments:
+    count = prod(size for i, size in enumerate(x.shape) if i != axis)
+    return Moments(count, np.empty(0), np.empty(0))
+
+
 def _work(plan: _layout.Plan) -> NDArray[np.float64]:
     """Return room for the sums of each chunk, two results and the pivot of each channel."""
     return np.empty((2 * plan.chunks + 1, plan.shape[1]))
@@ -462,6 +479,7 @@ def _moments(plan: _layout.Plan, work: NDArray[np.float64]) -> Moments:
     n, _, s = plan.shape
     if plan.chunks > 1:
         work = work[:2].copy()
+    work.setflags(write=False)
     return Moments._adopt(n * s, work[0], work[1])
 
 

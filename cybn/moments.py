@@ -37,7 +37,7 @@ class Moments:
     TypeError
         If `count` is no integer.
     ValueError
-        If `count` is negative, or `mean` and `m2` are not vectors of one length.
+        If `count` or an `m2` is negative, or `mean` and `m2` are not vectors of one length.
 
     Examples
     --------
@@ -64,6 +64,8 @@ class Moments:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
+        if (m2 < 0).any():
+            raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
         self._set(int(count), mean, m2)
 
     def _set(self, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
@@ -148,9 +150,10 @@ class Moments:
         if other.count == 0:
             return self
         count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta**2 * (self.count * (other.count / count))
+        with np.errstate(all="ignore"):  # infinite means give NaN, and stay visible
+            delta = other.mean - self.mean
+            mean = self.mean + delta * (other.count / count)
+            m2 = self.m2 + other.m2 + delta**2 * (self.count * (other.count / count))
         return Moments._adopt(count, mean, m2)
 
     def __eq__(self, other: object) -> bool:

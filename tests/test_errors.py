@@ -229,7 +229,7 @@ def test_out_may_be_an_input():
         (TypeError, {"num_features": 2.0}, "num_features is 2.0; it must be an int"),
         (TypeError, {"num_features": True}, "num_features is True; it must be an int"),
         (TypeError, {"axis": 1.5}, "axis is 1.5; it must be an int"),
-        (ValueError, {"eps": 0}, "eps is 0; it must be positive"),
+        (ValueError, {"eps": 0}, "eps is 0.0; it must be positive"),
         (ValueError, {"eps": -1e-5}, "eps is -1e-05; it must be positive"),
         (ValueError, {"eps": np.nan}, "eps is nan; it must be positive"),
         (ValueError, {"momentum": -0.1}, r"momentum is -0.1; it must be in \[0, 1\], or None"),
@@ -316,3 +316,42 @@ def test_layer_load(bad, bn):
     with pytest.raises(ValueError, match=r"running_var is .* in channel 1; it must be finite"):
         bn.load_state_dict(bn.state_dict() | {"running_var": [1.0, bad, 1.0]})
     assert snapshot(bn) == before
+
+
+@pytest.mark.parametrize("size", [4, 40_000], ids=["small", "large"])
+def test_mean_and_var_are_needed(size):
+    """An untracked layer has None for both; that must not pass for zeros."""
+    x, v = np.ones((size, 3), np.float32), np.ones(3, np.float32)
+    for function, first in [
+        (cybn.batch_norm_inference, (x,)),
+        (cybn.batch_norm_inference_backward, (x, x)),
+    ]:
+        with pytest.raises(TypeError, match=r"mean is None; it must have shape \(3,\)"):
+            function(*first, None, v)
+        with pytest.raises(TypeError, match=r"var is None; it must have shape \(3,\)"):
+            function(*first, v, None)
+
+
+def test_nothing_is_half_done_in_a_layer_whose_arrays_cannot_be_written():
+    bn = cybn.BatchNorm(3)
+    state = cybn.BatchNorm(3).state_dict() | {"running_mean": np.full(3, 5.0)}
+    bn.gamma.setflags(write=False)
+    with pytest.raises(ValueError, match="gamma of this layer must be a writeable array"):
+        bn.load_state_dict(state)
+    assert (bn.running_mean == 0).all()
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    bn(x)
+    bn.grad_beta.setflags(write=False)
+    dy = np.ones_like(x)
+    with pytest.raises(ValueError, match="grad_beta of this layer must be"):
+        bn.backward(dy, out=dy)
+    assert (dy == 1).all()
+    assert (bn.grad_gamma == 0).all()
+
+
+def test_backward_refuses_an_input_that_was_overwritten():
+    bn = cybn.BatchNorm(3)
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    bn(x, out=x)
+    with pytest.raises(RuntimeError, match="wrote its output over its input"):
+        bn.backward(np.ones_like(x))

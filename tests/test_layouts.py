@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cybn
-from cybn import _layout
+from cybn import _layout, _runtime
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -455,3 +455,8 @@ def test_refused_as_out(out):
     with pytest.raises((TypeError, ValueError), match=r"^out "):
         cybn.batch_norm(GOOD, out=out)
     assert (before == np.array(out)).all()
+
+
+def test_narrow_rows_are_the_kernels():
+    """The width up to which channels-last rows must be dense is stated twice."""
+    assert _layout.NARROW == _runtime.kernels.NARROW

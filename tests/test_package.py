@@ -34,7 +34,7 @@ DOORS = {
     "moments": set(),
     "_runtime": {"_version", "_kernels"},
     "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
-    "layers": {"functional", "moments"},
+    "layers": {"functional", "moments", "_arguments"},
     "reference": {"moments"},
     "": {"layers", "functional", "moments", "_runtime", "_version"},
     "demo": {"", "moments"},

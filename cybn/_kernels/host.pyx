@@ -11,15 +11,22 @@ cdef extern from * nogil:
     static int omp_get_max_threads(void) { return 1; }
     #endif
 
-    static int cybn_has_v3(void) {
     #if defined(__x86_64__) && defined(__GNUC__)
+    #include <cpuid.h>
+
+    /* All that x86-64-v3 adds to v2. The builtins ask the operating system about AVX as well;
+       LZCNT, MOVBE and F16C are names they know in recent compilers only. */
+    static int cybn_has_v3(void) {
+        unsigned a, b, c, d;
         __builtin_cpu_init();
+        if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_MOVBE) || !(c & bit_F16C)) return 0;
+        if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !(c & (1 << 5))) return 0;  /* LZCNT */
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
             && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    #else
-        return 0;
-    #endif
     }
+    #else
+    static int cybn_has_v3(void) { return 0; }
+    #endif
     """
     int CYBN_OPENMP
     int omp_get_max_threads()

@@ -27,6 +27,8 @@ def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
 
 def vector(name: str, value: Any, channels: int, dtype: DTypeLike) -> NDArray[Any]:
     """Return a copy of `value` as (C,) of `dtype`."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; it must be a plain one")
     array = np.asarray(value)
     if array.dtype.kind != "f":
         raise ValueError(f"{name} is {array.dtype}; it must be a float array")

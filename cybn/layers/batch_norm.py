@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import functional
+from .._arguments import number
 from ..moments import Moments
 from . import _state
 from ._running import Running
@@ -21,8 +22,23 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
-    x: NDArray[Any]
+    x: NDArray[Any] | None  # None where the output was written over it
     statistics: Moments | Running  # of the batch; fixed
+
+
+def _float_type(dtype: Any) -> np.dtype[Any]:
+    """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
+    try:
+        given = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        given = dtype
+    if given not in (np.float32, np.float64):
+        raise TypeError(f"dtype is {given}; it must be float32 or float64")
+    return np.dtype(np.float32 if given == np.float32 else np.float64)
+
+
+def _unless_overwritten(x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if out is not None and np.may_share_memory(x, out) else x
 
 
 class BatchNorm:
@@ -127,20 +143,20 @@ class BatchNorm:
             raise ValueError(f"num_features is {num_features}; it must be at least 1")
         if not hasattr(axis, "__index__"):
             raise TypeError(f"axis is {axis!r}; it must be an int")
+        eps = number("eps", eps)
         if not (eps > 0 and isfinite(eps)):
             raise ValueError(f"eps is {eps}; it must be positive and finite")
+        momentum = None if momentum is None else number("momentum", momentum)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
                 f"momentum is {momentum}; it must be in [0, 1], or None for the mean of all batches"
             )
         if running_ddof not in (0, 1):
             raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased) or 1")
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype is {self.dtype}; it must be float32 or float64")
+        self.dtype = _float_type(dtype)
         self.num_features = int(num_features)
         self.axis = int(axis)
-        self.eps = float(eps)
+        self.eps = eps
         self.momentum = momentum
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -192,7 +208,8 @@ class BatchNorm:
         x : array_like of float32 or float64
             C values along the channel axis. Kept by reference for `backward`.
         out : ndarray, optional
-            Where y goes: shape and dtype of `x`. Not `x` itself if `backward` is to follow.
+            Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,
+            which needs it.
         num_threads : int, optional
             Threads for this call; `cybn.get_num_threads` where None.
 
@@ -221,7 +238,7 @@ class BatchNorm:
                 out=out,
                 num_threads=num_threads,
             )
-            self._saved = _Saved(x, running)
+            self._saved = _Saved(_unless_overwritten(x, out), running)
             return y
         y, batch = functional.batch_norm(
             x,
@@ -235,7 +252,7 @@ class BatchNorm:
         if self.training and self.track_running_stats:
             with self._lock:
                 self._running = self._running.absorb(batch, self.momentum, self.running_ddof)
-        self._saved = _Saved(x, batch)
+        self._saved = _Saved(_unless_overwritten(x, out), batch)
         return y
 
     def backward(
@@ -267,13 +284,19 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If there was no forward since the last backward.
+            If there was no forward since the last backward, or it wrote over its input.
         TypeError, ValueError
             If `dy` or `out` does not fit the input.
         """
         saved = self._saved
         if saved is None:
             raise RuntimeError("backward needs a forward before it; each backward takes up one")
+        if saved.x is None:
+            raise RuntimeError(
+                "the last forward wrote its output over its input, which backward needs; "
+                "give forward another out"
+            )
+        self._check_own("grad_gamma", "grad_beta")
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -309,6 +332,16 @@ class BatchNorm:
                 f"this {name} has num_features={self.num_features}"
             )
         return x
+
+    def _check_own(self, *names: str) -> None:
+        """Raise ValueError unless these arrays of the layer can be written to in place."""
+        for name in names:
+            array = getattr(self, name)
+            shape = (self.num_features,)
+            if self.affine and not (
+                isinstance(array, np.ndarray) and array.shape == shape and array.flags.writeable
+            ):
+                raise ValueError(f"{name} of this layer must be a writeable array of shape {shape}")
 
     # ---- parameters and state ------------------------------------------------------------
 
@@ -375,7 +408,8 @@ class BatchNorm:
         -------
         dict of str to ndarray
             ``gamma`` and ``beta`` where `affine`; ``running_mean``, ``running_var`` and
-            ``num_batches_tracked`` (int64, shape ()) where `track_running_stats`.
+            ``num_batches_tracked`` (int64, shape ()) where `track_running_stats`. A NaN or
+            infinity in the running statistics is saved, but not loaded again.
         """
         state: dict[str, NDArray[Any]] = {}
         if self.gamma is not None and self.beta is not None:
@@ -406,23 +440,25 @@ class BatchNorm:
             finite, or running_var is not finite or is negative. The layer is unchanged.
         """
         _state.check_keys(state, self.state_dict())
+        self._check_own("gamma", "beta")
         c, dtype = self.num_features, self.dtype
         vectors = {
             name: _state.vector(name, value, c, dtype)
             for name, value in state.items()
             if name != "num_batches_tracked"
         }
+        running = self._running
         if self.track_running_stats:
             running = Running(
                 _state.finite("running_mean", vectors["running_mean"]),
                 _state.finite("running_var", vectors["running_var"], least=0),
                 _state.batches(state["num_batches_tracked"]),
             )
-            with self._lock:
-                self._running = running
         if self.gamma is not None and self.beta is not None:
             self.gamma[...] = vectors["gamma"]
             self.beta[...] = vectors["beta"]
+        with self._lock:
+            self._running = running
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
