@@ -76,32 +76,25 @@ cdef void apply_tile(
     cdef T a[TILE]
     cdef T k[TILE]
     cdef T b[TILE]
-    cdef T narrow[TILE]
     cdef Py_ssize_t m = t.c1 - t.c0
+    # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
+    cdef bint rows = job.S < RUN_MIN
+    cdef Py_ssize_t end = m * job.S - m if rows else 0
     if job.apply == UNSCALE:
-        unscale_coefficients(job, t.c0, t.c1, hi, a, k, b)
+        unscale_coefficients(job, t.c0, t.c1, hi + end, a + end, k + end, b + end)
     else:
-        scale_coefficients(job, t.c0, t.c1, hi, a, b)
-    if job.S >= RUN_MIN:
-        apply_runs(x, dy, y, job, t, hi, a, k, b)
-    else:
-        if job.S > 1:
-            widen(hi, m, job.S, narrow)
-            widen(a, m, job.S, narrow)
-            widen(b, m, job.S, narrow)
-            if job.apply == UNSCALE:
-                widen(k, m, job.S, narrow)
+        scale_coefficients(job, t.c0, t.c1, hi + end, a + end, b + end)
+    if rows:
+        spread(hi + end, m, job.S, hi)
+        spread(a + end, m, job.S, a)
+        spread(b + end, m, job.S, b)
+        if job.apply == UNSCALE:
+            spread(k + end, m, job.S, k)
         apply_rows(x, dy, y, job, t, hi, a, k, b)
+    else:
+        apply_runs(x, dy, y, job, t, hi, a, k, b)
     if job.stream:
         stream_end()
-
-
-cdef inline void widen(T* v, Py_ssize_t m, Py_ssize_t s, T* scratch) noexcept nogil:
-    """Spread the first m values of v over m * s columns, in place."""
-    cdef Py_ssize_t c
-    for c in range(m):
-        scratch[c] = v[c]
-    spread(scratch, m, s, v)
 
 
 cdef void apply_runs(
