@@ -62,7 +62,7 @@ def usable_levels() -> list[str]:
 def kernels_at(level: str) -> ModuleType:
     """Return the kernel module of one level."""
     module = _load(_module_name(level))
-    module.set_caches(_cache_bytes(2, 512 << 10), _cache_bytes(3, 32 << 20))
+    module.set_caches(_cache_bytes(2), _cache_bytes(3))
     return module
 
 
@@ -74,13 +74,14 @@ def _choose_level() -> str:
     return [v for v in usable_levels() if LEVELS.index(v) <= LEVELS.index(wanted)][-1]
 
 
-def _cache_bytes(index: int, fallback: int) -> int:
-    """Return the size of the cache of level `index`, or `fallback` where the system is silent."""
+def _cache_bytes(index: int) -> int:
+    """Return the size of a cache: 2 is a core's own, 3 the last. A guess where Linux is silent."""
+    file = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size")
     try:
-        size = os.sysconf(f"SC_LEVEL{index}_CACHE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        size = 0
-    return size if size > 0 else fallback
+        text = file.read_text().strip()
+        return int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
+    except (OSError, ValueError, LookupError):
+        return {2: 512 << 10, 3: 32 << 20}[index]
 
 
 level = _choose_level()
@@ -223,7 +224,7 @@ def config() -> dict[str, Any]:
         "level active": level,
         "openmp": date if date else "NONE: the kernels are serial, whatever is asked for",
         "threads": get_num_threads(),
-        "caches": [f"L{i} {_cache_bytes(i, 0) >> 10} KiB" for i in (2, 3)],
+        "caches": [f"L{i} {_cache_bytes(i) >> 10} KiB" for i in (2, 3)],
     }
 
 
