@@ -170,13 +170,14 @@ def _prepared(peer: Peer, task: Task) -> Figure:
         contestant = peer.prepare(task)
         expected = task.data.expected(task.operation)
         error = check(contestant, expected, task.data.channels, task.data.tolerance)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as failure:
+    except (RuntimeError, ValueError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     return Figure(contestant, [], error=error)
 
 
 def _nothing(output: Any, channels: Sequence[int]) -> Any:
-    raise NotImplementedError
+    """Read nothing: a contestant that could not be made ready has no result."""
+    raise RuntimeError("this contestant was not made ready")
 
 
 def _record(job: Job, figure: Figure, quickest: bool) -> Record:
