@@ -15,15 +15,22 @@ _OPTIONAL = ("gamma", "beta")
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
+def array(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and its mask would be ignored; "
+            f"give a plain array, such as {name}.filled(0.0)"
+        )
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
 def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
     """Return `value` as an aligned array of native float32 or float64."""
     if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} is a masked array, and its mask would be ignored; "
-                f"give a plain array, such as {name}.filled(0.0)"
-            )
-        value = np.asarray(value)
+        value = array(name, value)
     dtype = value.dtype
     if dtype is not _F32 and dtype is not _F64:
         if dtype.kind != "f" or dtype.itemsize not in (4, 8):
