@@ -14,6 +14,7 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 flax = pytest.importorskip("flax")
 
+import jax  # noqa: E402
 from flax import linen  # noqa: E402
 from onnx import helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
@@ -144,15 +145,10 @@ FLAX = {
 def test_flax(name, rng):
     fold, options, shape, layer = FLAX[name]
     bn, x = random_norm(rng, 6, np.float32), rng.standard_normal(shape, dtype=np.float32)
-    parameters = layer.init(flax_key(), x)["params"]
-    kernel, bias = (np.asarray(parameters[n]) for n in ("kernel", "bias"))
-    bias = rng.standard_normal(bias.shape, dtype=np.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    kernel, bias = (
+        rng.standard_normal(shapes[n].shape, dtype=np.float32) for n in ("kernel", "bias")
+    )
     before = normalized(bn, layer.apply({"params": {"kernel": kernel, "bias": bias}}, x))
     kernel, bias = fold(kernel, bias, bn, layout="flax", **options)
     close(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), before)
-
-
-def flax_key():
-    import jax
-
-    return jax.random.key(0)

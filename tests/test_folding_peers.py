@@ -5,6 +5,7 @@ import pytest
 from fold_cases import MOST_EPS, random_cases
 
 import cybn
+from cybn import folding
 from cybn.folding._convolution import convolve, convolve_transposed
 from cybn.folding._layouts import CONV, CONV_TRANSPOSE, LINEAR, seen
 
@@ -118,7 +119,7 @@ def test_every_grouped_transposed_convolution(dims, groups, rng):
     bn.gamma[:], bn.beta[:] = norm.weight.detach(), norm.bias.detach()
     bn.running_mean, bn.running_var = norm.running_mean, norm.running_var
     weight, bias = conv.weight.detach(), conv.bias.detach()
-    w, b = cybn.folding.fold_conv_transpose(weight, bias, bn, groups=groups)
+    w, b = folding.fold_conv_transpose(weight, bias, bn, groups=groups)
     x = torch.from_numpy(rng.standard_normal((2, 6, *(5,) * dims), dtype=np.float32))
     with torch.no_grad():
         before = norm(conv(x))
@@ -130,4 +131,4 @@ def test_every_grouped_transposed_convolution(dims, groups, rng):
 def test_parameters_with_gradients_say_what_to_do():
     conv = torch.nn.Conv1d(2, 4, 3)
     with pytest.raises(RuntimeError, match="detach"):
-        cybn.folding.fold_conv(conv.weight, conv.bias, cybn.BatchNorm(4))
+        folding.fold_conv(conv.weight, conv.bias, cybn.BatchNorm(4))

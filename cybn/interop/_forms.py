@@ -194,10 +194,10 @@ def _doubts(
     if not {MEAN, VAR} <= set(keys):
         yield "it has a mean or a variance, but not both"
     affine = {GAMMA, BETA} & set(keys)
-    if len(affine) == 1 and not known.lone:
-        yield "it has a scale or a shift, but not both"
     if known.hint and len(affine) != 2:
         yield "its numbered keys fit other layers as well"
+    if len(affine) == 1 and not known.lone:
+        yield "it has a scale or a shift, but not both"
     if not sure and known.hint and known.hint not in prefix:
         yield f"its name has no {known.hint!r} in it: name it in only="
     if not sure and not known.sure and not affine:
@@ -255,7 +255,7 @@ def write(group: Group, name: str, prefix: str) -> dict[str, Any]:
 def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
     """Return a running variance of one convention in the other: times n / (n - 1), or back.
 
-    Computed in float64 and rounded once.
+    Computed in long double and rounded once.
     """
     array = as_array(var, "running_var")
     if ddof == to:
@@ -266,5 +266,5 @@ def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
             f"count is {count!r}; it must be the number of values of a channel in a training "
             f"batch, N * S: above 1, one number or one a channel"
         )
-    factor = (n - 1) / n if ddof == 1 else n / (n - 1)
-    return np.asarray((array.astype(np.float64) * factor).astype(array.dtype))
+    above, below = (n - 1, n) if ddof == 1 else (n, n - 1)
+    return np.asarray((array.astype(np.longdouble) * above / below).astype(array.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError),
     *(KeyError, IndexError, OverflowError, RecursionError, MemoryError, RuntimeError),
-    *(SyntaxError, TypeError, ValueError),
+    *(SyntaxError, tokenize.TokenError, TypeError, ValueError),
 )
 
 
@@ -70,5 +71,5 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         if min(shape, default=0) < 0 or need != member.file_size - stream.tell():
             raise ValueError(f"{member.filename!r} of shape {shape} has another number of bytes")
         data = bytearray(stream.read())
-    flat = np.frombuffer(data, dtype)
+    flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
