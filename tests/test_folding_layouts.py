@@ -31,6 +31,10 @@ def close(after, before):
     assert np.abs(after - before).max() <= MOST * np.abs(before).max()
 
 
+def numpy_of(value):
+    return keras.ops.convert_to_numpy(value)
+
+
 def normalized(bn, y, axis=-1):
     last = np.moveaxis(np.asarray(y), axis, -1)
     return np.moveaxis(
@@ -76,23 +80,23 @@ def test_keras(name, rng):
     layer, bn = getattr(keras.layers, name)(**outputs, **settings), random_norm(rng, 6, np.float32)
     x = rng.standard_normal((2, *shape), dtype=np.float32)
     layer.build(x.shape)
-    kernel, bias = (np.asarray(w) for w in layer.weights)
+    kernel, bias = (numpy_of(w) for w in layer.weights)
     bias = rng.standard_normal(bias.shape, dtype=np.float32)
     layer.set_weights([kernel, bias])
-    before = normalized(bn, layer(x))
+    before = normalized(bn, numpy_of(layer(x)))
     layer.set_weights(list(fold(kernel, bias, bn, **{"layout": "keras"} | options)))
-    close(layer(x), before)
+    close(numpy_of(layer(x)), before)
 
 
 def test_keras_dense_after_a_flattening(rng):
     bn = random_norm(rng, 3, np.float32)
     x = rng.standard_normal((2, 4, 5, 3), dtype=np.float32)
     flatten, dense = keras.layers.Flatten(), keras.layers.Dense(7)
-    before = dense(flatten(normalized(bn, x)))
-    kernel, bias = (np.asarray(w) for w in dense.weights)
+    before = numpy_of(dense(flatten(normalized(bn, x))))
+    kernel, bias = (numpy_of(w) for w in dense.weights)
     options = {"layout": "keras", "flatten": "channels-last"}
     dense.set_weights(list(folding.fold_into_next_linear(kernel, bias, bn, **options)))
-    close(dense(flatten(x)), before)
+    close(numpy_of(dense(flatten(x))), before)
 
 
 ONNX = {

@@ -379,6 +379,8 @@ def test_renaming_counts_and_choosing(rng):
     key = "layer1.0.bn1"
     variance = done.state[f"{key.replace('.', '/')}/moving_variance"]
     assert variance is state[f"{key}.running_var"]
+    with pytest.raises(ValueError, match=r"count is given for \['stem'\], where no batch norm"):
+        interop.convert(state, "torch", "keras", count={"stem": 4})
     only = interop.find(state, "torch", only=["head"])
     assert list(only) == ["head"]
 

@@ -119,6 +119,8 @@ def convert(
     old, new = form(source), form(target)
     found = search(state, source, only, skip)
     counts = count if isinstance(count, Mapping) else dict.fromkeys(found.taken, count)
+    if unknown := sorted(set(counts) - set(found.taken)):
+        raise ValueError(f"count is given for {unknown}, where no batch norm was taken")
     gone = {key for keys in found.taken.values() for key in keys.values()}
     result = {key: value for key, value in state.items() if key not in gone}
     taken: dict[str, dict[str, str | None]] = {}
