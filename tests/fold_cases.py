@@ -71,7 +71,8 @@ def random_case(rng, index, dtype):
     kind = KINDS[index % len(KINDS)]
     groups = 1 if kind == "linear" else int(rng.choice([1, 1, 2, 3, 4, 6]))
     each_in, each_out = (int(n) for n in rng.integers(1, 5, 2))
-    taps = [int(k) for k in rng.integers(1, 4, int(kind[-2]) if kind != "linear" else 0)]
+    dims = 0 if kind == "linear" else int(kind[-2])
+    taps = [int(k) for k in rng.integers(1, 3 if dims == 3 else 5, dims)]
     dilation = int(rng.integers(1, 4))
     reach = min([(k - 1) * dilation + 1 for k in taps], default=1)
     wide, narrow = each_in * groups, each_out

@@ -157,7 +157,8 @@ def test_import_loads_numpy_and_the_standard_library_alone():
     "name",
     [
         *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
-        *("cybn.folding", "cybn.folding._folds"),
+        *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
+        *("cybn.interop._convert", "cybn.interop._flax"),
     ],
 )
 def test_docstring_examples(name):
