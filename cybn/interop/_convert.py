@@ -70,8 +70,9 @@ def find(
 
     >>> from cybn import interop
     >>> state = {"bn.running_mean": [0.0], "bn.running_var": [1.0], "fc.weight": [[1.0]]}
-    >>> {prefix: interop.from_torch(state, prefix) for prefix in interop.find(state, "torch")}
-    {'bn': BatchNorm(1, eps=1e-05, momentum=0.1, affine=False, track_running_stats=True)}
+    >>> layers = {p: interop.from_torch(state, p) for p in interop.find(state, "torch")}
+    >>> {prefix: bn.num_features for prefix, bn in layers.items()}
+    {'bn': 1}
     """
     return {p: tuple(keys.values()) for p, keys in search(state, form, only, skip).taken.items()}
 
