@@ -402,7 +402,7 @@ class BatchNorm:
             self._running = Running.start(self.num_features, self.dtype)
 
     def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the affine form of eval mode: ``y = x * scale + shift``, channel by channel.
+        """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
 
         Parameters
         ----------
