@@ -33,9 +33,10 @@ def test_interop(tmp_path):
 
 def test_inference(capsys):
     torch = pytest.importorskip("torch")
-    repeats, size = ("range(200)", "range(1)"), ("320, 320", "64, 64")
+    less = {"rounds": ("range(200)", "range(1)"), "size": ("320, 320", "64, 64")}
+    less |= {"steps": ("range(20)", "range(4)"), "images": ("128, 128", "64, 64")}
     with torch.random.fork_rng():
-        names = run("inference.md", repeats=repeats, size=size)
+        names = run("inference.md", **less)
     out = capsys.readouterr().out
     errors = [float(e) for e in re.findall(r"error (\S+) of the largest output", out)]
     assert len(errors) == len(names["networks"])
