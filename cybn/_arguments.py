@@ -28,15 +28,22 @@ def storage(dtype: np.dtype[Any]) -> str:
     return dtype.char if dtype.kind == "f" else "E"
 
 
+def array(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and its mask would be ignored; "
+            f"give a plain array, such as {name}.filled(0.0)"
+        )
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
 def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:
     """Return `value` as an aligned array of native float32 or float64, or a half type."""
     if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} is a masked array, and its mask would be ignored; "
-                f"give a plain array, such as {name}.filled(0.0)"
-            )
-        value = np.asarray(value)
+        value = array(name, value)
     dtype = value.dtype
     if dtype is not _F32 and dtype is not _F64:
         value = _converted(name, value, half)

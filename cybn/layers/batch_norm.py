@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import functional
-from .._arguments import number
+from .._arguments import array, number
 from ..moments import Moments
 from . import _state
 from ._running import Running
@@ -251,8 +251,7 @@ class BatchNorm:
             layer's.
         """
         x = self._admit(x)
-        if residual is not None and not isinstance(residual, np.ndarray):
-            residual = np.asarray(residual)
+        residual = None if residual is None else array("residual", residual)
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -371,7 +370,7 @@ class BatchNorm:
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
         if not isinstance(x, np.ndarray):
-            x = np.asarray(x)
+            x = array("x", x)
         name = type(self).__name__
         if self._axes and x.ndim not in self._axes:
             takes = " or ".join(self._axes.values())
@@ -450,6 +449,45 @@ class BatchNorm:
         """Put the running statistics back to mean 0, variance 1, no batches."""
         with self._lock:
             self._running = Running.start(self.num_features, self.dtype)
+
+    def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Of the result: float32 or float64; that of the layer where None. Computed in float64
+            and rounded once.
+
+        Returns
+        -------
+        scale, shift : ndarray, shape (C,)
+            ``gamma / sqrt(running_var + eps)`` and ``beta - running_mean * scale``: new arrays.
+
+        Raises
+        ------
+        ValueError
+            If `track_running_stats` is False: without running statistics there is no such form.
+        TypeError
+            If `dtype` is neither float32 nor float64.
+
+        Notes
+        -----
+        Where the mean is many standard deviations from zero, ``x * scale`` and ``shift`` cancel,
+        and the layer itself, which subtracts the mean first, is the more accurate of the two.
+        """
+        dtype = self.dtype if dtype is None else _float_type(dtype)
+        if not self.track_running_stats:
+            raise ValueError(
+                "track_running_stats is False: this layer normalizes with the statistics of each "
+                "batch, which no fixed scale and shift can do"
+            )
+        mean, var, _ = self._running
+        gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
+        beta = 0.0 if self.beta is None else self.beta.astype(np.float64)
+        scale = gamma / np.sqrt(var.astype(np.float64) + self.eps)
+        shift = beta - mean.astype(np.float64) * scale
+        return scale.astype(dtype), shift.astype(dtype)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of all that `load_state_dict` needs.
