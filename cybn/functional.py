@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _layout
+from . import _layout, _statistics
 from ._arguments import channel_axis, destination, number, parameters, tensor
 from ._runtime import kernels, thread_count
+from ._statistics import measure
 from .moments import Moments
 
 __all__ = [
@@ -35,7 +36,6 @@ _NAMES = {"f": "float", "d": "double"}
 _ABSORB: Any
 _SMALL_FORWARD: Any
 _SMALL_INFERENCE: Any
-_STATISTICS: dict[str, Any]
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
 _BACKWARD: dict[str, Any]
@@ -43,10 +43,10 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
-    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _FORWARD, _INFERENCE, _BACKWARD
+    _statistics.bind(module)
     _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
     _ABSORB = module.absorb
-    _STATISTICS = {t: module.statistics[name] for t, name in _NAMES.items()}
     _FORWARD, _INFERENCE, _BACKWARD = (
         {t + p: kernel[_NAMES[t], _NAMES[p]] for t in _NAMES for p in _NAMES}
         for kernel in (module.forward, module.inference, module.backward)
@@ -132,7 +132,7 @@ def batch_norm(
         return y, _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
-    work = _work(plan)
+    work = _statistics.work(plan)
     _FORWARD[x.dtype.char + p](plan.view(x), plan.view(target), *vectors, work, eps, nt)
     return _deliver(y, target), _moments(plan, work)
 
@@ -326,10 +326,7 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     nt = thread_count(num_threads)
     if x.size == 0:
         return _no_channels(x, axis)
-    x, plan = _layout.fold(x, axis)
-    work = _work(plan)
-    _STATISTICS[x.dtype.char](plan.view(x), work, nt)
-    return _moments(plan, work)
+    return Moments._adopt(*measure(x, axis, nt))
 
 
 def absorb(
@@ -449,7 +446,7 @@ def _backward(
         return dx, zeros, zeros.copy()
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(dx, x, plan)
-    work = _work(plan)
+    work = _statistics.work(plan)
     _BACKWARD[x.dtype.char + p](
         plan.view(_layout.like(dy, x, plan)),
         plan.view(x),
@@ -468,11 +465,6 @@ def _backward(
 def _no_channels(x: NDArray[Any], axis: int) -> Moments:
     count = prod(size for i, size in enumerate(x.shape) if i != axis)
     return Moments(count, np.empty(0), np.empty(0))
-
-
-def _work(plan: _layout.Plan) -> NDArray[np.float64]:
-    """Return room for the sums of each chunk, two results and the pivot of each channel."""
-    return np.empty((2 * plan.chunks + 1, plan.shape[1]))
 
 
 def _moments(plan: _layout.Plan, work: NDArray[np.float64]) -> Moments:
