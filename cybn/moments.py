@@ -186,7 +186,8 @@ class Moments:
         if isinstance(self.count, np.ndarray):
             degrees = self.count - ddof
             var: NDArray[np.float64] = np.full(len(self), np.nan)
-            return np.divide(self.m2, degrees, out=var, where=degrees > 0)
+            np.divide(self.m2, degrees, out=var, where=degrees > 0)
+            return var
         if self.count - ddof <= 0:
             raise ValueError(
                 f"the variance with ddof={ddof} needs more than {ddof} values a channel, "

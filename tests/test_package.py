@@ -22,6 +22,7 @@ PUBLIC = {
     *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
+    *("Drift", "Renorm", "population_statistics"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -39,12 +40,19 @@ DOORS = {
     "functional": {"moments", "_layout", "_arguments", "_runtime", "_statistics"},
     "layers": {"functional", "moments", "_arguments"},
     "reference": {"moments"},
-    "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "population": {"layers", "moments"},
+    "": {"layers", "functional", "moments", "population", "_runtime", "_version"},
+    "plot": {""},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
 }
-VISITORS = {"demo", "bench", "__main__"}  # may import optional packages; no other room imports them
+VISITORS = {
+    "demo",
+    "bench",
+    "plot",
+    "__main__",
+}  # may import optional packages; no other room imports them
 
 
 def room(module):
@@ -106,6 +114,9 @@ def test_signatures_are_the_promised_ones():
         "track_running_stats": True,
         "running_ddof": 1,
         "dtype": np.float32,
+        "nan_policy": "propagate",
+        "virtual_batch_size": None,
+        "renorm": None,
     }
     names = {f: list(inspect.signature(getattr(cybn, f)).parameters) for f in functional.__all__}
     options = ["axis", "eps", "out", "num_threads"]
@@ -150,7 +161,17 @@ def test_import_loads_numpy_and_the_standard_library_alone():
 
 
 @pytest.mark.parametrize(
-    "name", ["cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"]
+    "name",
+    [
+        "cybn",
+        "cybn.functional",
+        "cybn.moments",
+        "cybn.layers.batch_norm",
+        "cybn._runtime",
+        "cybn.layers._renorm",
+        "cybn.layers._safety",
+        "cybn.population",
+    ],
 )
 def test_docstring_examples(name):
     module = importlib.import_module(name)
