@@ -45,9 +45,9 @@ def _batch(bn: BatchNorm) -> list[str]:
 def _output(bn: BatchNorm, by_batch: bool, c: int) -> list[str]:
     running = bn._running
     gamma = "" if bn.gamma is None else f" * {bn.gamma[c]:g}"
-    beta = "" if bn.beta is None else f" {_signed(bn.beta[c])}"
+    beta = "" if bn.beta is None else f" {_plus(bn.beta[c])}"
     if not by_batch:
-        x, var = f"(x {_signed(-running.mean[c])})", running.var[c]
+        x, var = f"(x {_minus(running.mean[c])})", running.var[c]
         return [f"y    = {x} / sqrt({var:g} + {bn.eps:g}){gamma}{beta}"]
     xhat = f"(x - mean) / sqrt(var + {bn.eps:g})"
     if bn.renorm is None or not bn.training:
@@ -55,7 +55,7 @@ def _output(bn: BatchNorm, by_batch: bool, c: int) -> list[str]:
     limits, std = bn.renorm, f"sqrt({running.var[c]:g} + {bn.eps:g})"
     return [
         f"r    = clip(sqrt(var + {bn.eps:g}) / {std}, {1 / limits.r_max:g}, {limits.r_max:g})",
-        f"d    = clip((mean {_signed(-running.mean[c])}) / {std}, "
+        f"d    = clip((mean {_minus(running.mean[c])}) / {std}, "
         f"{-limits.d_max:g}, {limits.d_max:g})",
         f"y    = ({xhat} * r + d){gamma}{beta}" if gamma or beta else f"y    = {xhat} * r + d",
         "with no gradient through r and d",
@@ -78,5 +78,9 @@ def _update(bn: BatchNorm, c: int) -> list[str]:
     return lines
 
 
-def _signed(value: float) -> str:
-    return f"{'-' if value < 0 else '+'} {abs(value):g}"
+def _plus(value: float) -> str:
+    return f"- {-value:g}" if value < 0 else f"+ {value:g}"
+
+
+def _minus(value: float) -> str:
+    return f"+ {-value:g}" if value < 0 else f"- {value:g}"

@@ -337,7 +337,7 @@ class BatchNorm(Safety):
             y, batch = functional.batch_norm(x, self.gamma, self.beta, **options)
             statistics = batch
         if trial is not None:
-            if trial.note is not None and batch is not None:
+            if trial.note is not None and batch is not None and self.track_running_stats:
                 trial.note(self, batch)
             return y
         if learns and batch is not None:
