@@ -15,7 +15,7 @@ from math import prod
 
 __all__ = ["Chunks"]
 
-FEW = 1 << 16
+FEW = 1 << 18  # 2 MiB in float64
 ROWS = 32
 MOST = 1 << 22  # 32 MiB in float64
 

@@ -249,7 +249,7 @@ def batch_norm_backward(
             "batch_norm returned for x"
         )
     count = x.size // max(1, x.shape[axis])
-    if x.size and moments.count != count:
+    if x.size and (isinstance(moments.count, np.ndarray) or moments.count != count):
         raise ValueError(
             f"moments has count {moments.count}; a channel of x has {count} values. "
             "Give the Moments that batch_norm returned for this x"

@@ -255,7 +255,7 @@ class Moments:
         -----
         Pieces are cut across the outermost axis in memory, and merged in the order of its index;
         their size depends on shape and strides alone. Each is measured in float64, float32 data
-        too. So `cybn.moments` of float64 data of one piece (65536 values, or 32 a channel) gives
+        too. So `cybn.moments` of float64 data of one piece (262144 values, or 32 a channel) gives
         the same bits; with more, or with float32, it may differ in its last ones.
         """
         x = _float_array(x)
