@@ -78,6 +78,21 @@ def test_frozen_running_statistics_and_a_moving_input(rng):
     assert snapshot(bn) == snapshot(twin)
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+def test_one_value_a_channel_teaches_nothing(policy, ddof, rng):
+    x = batch(rng, 1)
+    bn = trained(rng, running_ddof=ddof, nan_policy=policy)
+    for use in (None, True, False):
+        bn.use_batch_statistics, before = use, snapshot(bn)
+        for options in ({}, {"out": np.empty_like(x)}):
+            with pytest.raises(ValueError, match="one value a channel"):
+                bn(x, **options)
+        assert snapshot(bn) == before
+    bn.freeze()
+    assert np.isfinite(bn(x)).all()
+
+
 def test_freeze_and_unfreeze(rng):
     bn = trained(rng)
     x, y = batch(rng), bn(batch(rng))

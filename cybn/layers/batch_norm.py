@@ -305,7 +305,7 @@ class BatchNorm(Safety):
         training = self.training if trial is None else trial.training
         learns = trial is None and self._learns(training)
         if learns and out is not None and self.nan_policy == "raise":
-            self._after(functional.moments(x, axis=self.axis, num_threads=num_threads))
+            self._after(self._measure(x, learns, num_threads))
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -315,27 +315,16 @@ class BatchNorm(Safety):
         y: NDArray[Any]
         statistics: Moments | Running | list[Part]
         batch: Moments | None = None
-        if not self._by_batch(training):
+        if self._by_batch(training):
+            y, statistics = self._normalize_by_batch(x, training, options)
+            batch = statistics if isinstance(statistics, Moments) else _parts.merged(statistics)
+        else:
             if learns or (trial is not None and trial.note is not None):
-                batch = functional.moments(x, axis=self.axis, num_threads=num_threads)
+                batch = self._measure(x, learns, num_threads)  # before out, which may be x
             statistics = running = self._running
             y = functional.batch_norm_inference(
                 x, running.mean, running.var, self.gamma, self.beta, **options
             )
-        elif training and (self.virtual_batch_size is not None or self.renorm is not None):
-            y, statistics = _parts.forward(
-                x,
-                self.gamma,
-                self.beta,
-                size=self.virtual_batch_size,
-                limits=self.renorm,
-                running=self._running,
-                **options,
-            )
-            batch = _parts.merged(statistics)
-        else:
-            y, batch = functional.batch_norm(x, self.gamma, self.beta, **options)
-            statistics = batch
         if trial is not None:
             if trial.note is not None and batch is not None and self.track_running_stats:
                 trial.note(self, batch)
@@ -344,6 +333,29 @@ class BatchNorm(Safety):
             self._learn(batch)
         self._saved = _Saved(_unless_overwritten(x, out), statistics)
         return y
+
+    def _normalize_by_batch(
+        self, x: NDArray[Any], training: bool, options: dict[str, Any]
+    ) -> tuple[NDArray[Any], Moments | list[Part]]:
+        """Return y and what backward needs; in parts or renormalized where training is so."""
+        if not training or (self.virtual_batch_size is None and self.renorm is None):
+            return functional.batch_norm(x, self.gamma, self.beta, **options)
+        return _parts.forward(
+            x,
+            self.gamma,
+            self.beta,
+            size=self.virtual_batch_size,
+            limits=self.renorm,
+            running=self._running,
+            **options,
+        )
+
+    def _measure(self, x: NDArray[Any], learns: bool, num_threads: int | None) -> Moments:
+        """Return the moments of a batch; ValueError where it is too small to learn from."""
+        batch = functional.moments(x, axis=self.axis, num_threads=num_threads)
+        if learns:
+            functional._check_batch(x, self.axis)
+        return batch
 
     def _by_batch(self, training: bool) -> bool:
         """Whether a batch is normalized with its own statistics."""
