@@ -1,4 +1,4 @@
-"""Batch renormalization beside Keras', which has its own running standard deviations."""
+"""Keras: its conventions, and its batch renormalization with running standard deviations."""
 
 import os
 
@@ -73,3 +73,15 @@ def test_renorm_parity(seed):
     ]:
         want = want.detach().cpu().numpy()
         assert np.abs(got - want).max() <= 2**-17 * max(1.0, np.abs(want).max())
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.7}], ids=str)
+def test_like(options, rng):
+    batches = rng.standard_normal((3, 6, 4)).astype(np.float32) * 2 + 1
+    theirs = keras.layers.BatchNormalization(axis=1, **options)
+    bn = cybn.BatchNorm.like("keras", 4, **options)
+    for x in batches:
+        want, got = theirs(x, training=True), bn(x)
+    moving = [theirs.moving_mean.value, theirs.moving_variance.value]
+    for a, b in zip([got, bn.running_mean, bn.running_var], [want, *moving], strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=4e-6, atol=4e-6)
