@@ -19,15 +19,18 @@ from .functional import (
     batch_norm_inference_backward,
     moments,
 )
-from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Drift, Renorm
 from .moments import Moments
+from .population import population_statistics
 
 __all__ = [
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Drift",
     "Moments",
+    "Renorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
@@ -35,6 +38,7 @@ __all__ = [
     "batch_norm_inference_backward",
     "get_num_threads",
     "moments",
+    "population_statistics",
     "set_num_threads",
     "show_config",
     "threads",

@@ -22,6 +22,7 @@ PUBLIC = {
     *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
+    *("Drift", "Renorm", "population_statistics"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -31,14 +32,19 @@ DOORS = {
     "_kernels": set(),
     "_layout": set(),
     "_arguments": set(),
-    "moments": set(),
+    "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
-    "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
+    "_selection": {"_arguments"},
+    "_statistics": {"_layout", "_arguments", "_runtime"},
+    "moments": {"_arguments", "_chunks", "_runtime", "_selection", "_statistics"},
+    "functional": {"moments", "_layout", "_arguments", "_runtime", "_statistics"},
     "layers": {"functional", "moments", "_arguments"},
     "folding": {"layers", "_arguments"},
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
-    "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "population": {"layers", "moments"},
+    "": {"layers", "functional", "moments", "population", "_runtime", "_version"},
+    "plot": {""},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
@@ -47,6 +53,7 @@ VISITORS = {
     "demo",
     "bench",
     "interop",
+    "plot",
     "__main__",
 }  # may import optional packages; no other room imports them
 
@@ -110,14 +117,21 @@ def test_signatures_are_the_promised_ones():
         "track_running_stats": True,
         "running_ddof": 1,
         "dtype": np.float32,
+        "activation": None,
+        "slope": 0.01,
+        "nan_policy": "propagate",
+        "virtual_batch_size": None,
+        "renorm": None,
     }
     names = {f: list(inspect.signature(getattr(cybn, f)).parameters) for f in functional.__all__}
-    options = ["axis", "eps", "out", "num_threads"]
+    fused = ["axis", "eps", "activation", "slope", "residual"]
+    forward = [*fused, "out", "num_threads"]
+    back = ["beta", *fused, "from_output", "out", "out_residual", "num_threads"]
     assert names == {
-        "batch_norm": ["x", "gamma", "beta", *options],
-        "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *options],
-        "batch_norm_backward": ["dy", "x", "moments", "gamma", *options],
-        "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *options],
+        "batch_norm": ["x", "gamma", "beta", *forward],
+        "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *forward],
+        "batch_norm_backward": ["dy", "x", "moments", "gamma", *back],
+        "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *back],
         "moments": ["x", "axis", "num_threads"],
     }
 
@@ -159,6 +173,9 @@ def test_import_loads_numpy_and_the_standard_library_alone():
         *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
         *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
         *("cybn.interop._convert", "cybn.interop._flax"),
+        "cybn.layers._renorm",
+        "cybn.layers._safety",
+        "cybn.population",
     ],
 )
 def test_docstring_examples(name):
