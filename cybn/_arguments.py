@@ -39,6 +39,17 @@ def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
     return value
 
 
+def gradient_pair(dy: ArrayLike, x: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return dy and x as arrays of one shape and dtype."""
+    x = tensor("x", x)
+    dy = tensor("dy", dy)
+    if dy.shape != x.shape:
+        raise ValueError(f"dy has shape {dy.shape}; it must have the shape of x, {x.shape}")
+    if dy.dtype != x.dtype:
+        raise ValueError(f"dy is {dy.dtype}; it must have the dtype of x, {x.dtype}")
+    return dy, x
+
+
 def number(name: str, value: Any) -> float:
     """Return `value` as a float."""
     try:

@@ -122,6 +122,46 @@ def fold(x: NDArray[Any], axis: int) -> tuple[NDArray[Any], Plan]:
     return x, plan
 
 
+def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Plan]:
+    """Return `x`, or a C-ordered copy of it, and its plan as (N, groups, D).
+
+    The first `lead` axes fold into N in the order in which they lie in memory; the others must be
+    dense in C order to be read in place. `x` is not empty. The plan's chunks mean nothing here.
+    """
+    order = _row_order(x.shape, x.strides, lead)
+    if not _fits(x.shape, x.strides, x.itemsize, order, lead):
+        x = np.ascontiguousarray(x)
+        order = tuple(range(x.ndim))
+    n = prod(x.shape[:lead])
+    shape = n, groups, x.size // (n * groups)
+    return x, Plan(order, order == tuple(range(x.ndim)), lead, shape, 0)
+
+
+@lru_cache(maxsize=4096)
+def _row_order(shape: tuple[int, ...], strides: tuple[int, ...], lead: int) -> tuple[int, ...]:
+    outer = sorted((i for i in range(lead)), key=lambda i: (-strides[i], i))
+    return (*outer, *range(lead, len(shape)))
+
+
+def by_row(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    """Return (..., N * G) values, in the order of x's axes, in that of its rows in memory."""
+    if plan.plain:
+        return values
+    sizes = (len(values), *x.shape[: plan.split], -1)
+    order = (0, *(1 + i for i in plan.order[: plan.split]), 1 + plan.split)
+    return np.ascontiguousarray(values.reshape(sizes).transpose(order)).reshape(values.shape)
+
+
+def by_axis(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    """Return what `by_row` was given: values in the order of x's axes."""
+    if plan.plain:
+        return values
+    outer = plan.order[: plan.split]
+    sizes = (len(values), *(x.shape[i] for i in outer), -1)
+    order = (0, *(1 + outer.index(i) for i in range(plan.split)), 1 + plan.split)
+    return np.ascontiguousarray(values.reshape(sizes).transpose(order)).reshape(values.shape)
+
+
 def fits(array: NDArray[Any], plan: Plan) -> bool:
     """Whether `array` folds in place the same way as the array that `plan` was made for."""
     return array.flags.aligned and _fits(

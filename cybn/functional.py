@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _layout
-from ._arguments import channel_axis, destination, number, parameters, tensor
+from ._arguments import (
+    channel_axis,
+    destination,
+    gradient_pair,
+    number,
+    parameters,
+    tensor,
+)
 from ._runtime import kernels, thread_count
 from .moments import Moments
 
@@ -419,12 +426,7 @@ def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
 def _gradient_pair(
     dy: ArrayLike, x: ArrayLike, axis: int
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    x = tensor("x", x)
-    dy = tensor("dy", dy)
-    if dy.shape != x.shape:
-        raise ValueError(f"dy has shape {dy.shape}; it must have the shape of x, {x.shape}")
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy is {dy.dtype}; it must have the dtype of x, {x.dtype}")
+    dy, x = gradient_pair(dy, x)
     return dy, x, channel_axis(x, axis)
 
 

@@ -1,0 +1,713 @@
+"""The family of batch normalization as functions: layer, RMS, group and instance normalization.
+
+Where batch normalization takes one mean and variance a channel over the whole batch, these take
+one a *row* of a sample: all D values of the normalized axes (layer, RMS), of a group of channels
+(group), or of one channel (instance). Nothing crosses from sample to sample, so training and
+inference are the same, and results for a sample do not depend on the rest of the batch.
+
+Each function checks its arguments, folds them to rows (N, G, D), allocates, and calls one kernel.
+
+N = samples, G = groups of a sample, D = values of a group. C = channels, S = positions.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _layout
+from ._arguments import channel_axis, destination, gradient_pair, tensor
+from ._runtime import row_kernels, thread_count
+from .functional import _check_eps
+from .moments import Moments
+
+__all__ = [
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+]
+
+_NAMES = {"f": "float", "d": "double"}
+
+_SCRATCH: Any
+_FORWARD: dict[str, Any]
+_BACKWARD: dict[str, Any]
+
+
+def _bind(module: ModuleType) -> None:
+    """Call the kernels of `module` from now on; keys are the chars of x's types."""
+    global _SCRATCH, _FORWARD, _BACKWARD
+    _SCRATCH = module.scratch
+    _FORWARD = {char: module.forward[name] for char, name in _NAMES.items()}
+    _BACKWARD = {char: module.backward[name] for char, name in _NAMES.items()}
+
+
+_bind(row_kernels)
+
+
+# ---- layer normalization -----------------------------------------------------------------
+
+
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each sample over its last axes, from `axis` on.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with mean and biased variance taken over
+    the normalized axes (Ba, Kiros and Hinton 2016).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 1 axis
+        Read in place where the normalized axes lie in memory in C order and the others fold to
+        one, in any order; copied first where not. May be empty.
+    gamma, beta : array_like, shape ``x.shape[axis:]``, optional
+        Scale and shift of each element of the normalized axes; 1 and 0 where None. Rounded to the
+        dtype of `x`.
+    axis : int, default -1
+        The first normalized axis; negative counts from the end.
+    eps : float, default 1e-5
+        Added to the variance. Positive.
+    out : ndarray, optional
+        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise.
+    num_threads : int, optional
+        Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
+        any number.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count D, mean and M2 of each sample: N of them, in the order of ``x.reshape(N, D)``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        If a shape does not fit, `eps` is not positive, or `out` is read-only or overlaps an
+        input in part.
+
+    Notes
+    -----
+    The error of y has the bound of `batch_norm`, with the mean and standard deviation of the
+    sample. A NaN stays in its sample.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, m = cybn.layer_norm(np.array([[1.0, 3.0], [2.0, 2.0]]), eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[-1.,  1.],
+           [ 0.,  0.]]), array([2., 2.]))
+    """
+    x = tensor("x", x)
+    form = _layer_form(x, axis)
+    _check_eps(eps)
+    vectors = _vectors(x, form, gamma=gamma, beta=beta)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, *vectors))
+    return y, _moments(form, _forward(x, y, form, vectors, eps, True, nt))
+
+
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `layer_norm`.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of `x`
+        Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
+    x : array_like of float32 or float64
+        What was given to `layer_norm`.
+    moments : Moments
+        What `layer_norm` returned for it.
+    gamma : array_like, shape ``x.shape[axis:]``, optional
+        The scale given to `layer_norm`.
+    axis, eps, num_threads
+        As given to `layer_norm`.
+    out : ndarray, optional
+        Where dx goes; may be `dy` or `x` itself.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape ``x.shape[axis:]``
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or `moments` is no `Moments`.
+    ValueError
+        If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
+    """
+    dy, x = gradient_pair(dy, x)
+    form = _layer_form(x, axis)
+    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+
+
+# ---- RMS normalization -------------------------------------------------------------------
+
+
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Divide each sample by its root mean square over its last axes, from `axis` on.
+
+    ``y = x / sqrt(mean(x**2) + eps) * gamma`` (Zhang and Sennrich 2019): layer normalization
+    without the mean.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 1 axis
+        As in `layer_norm`.
+    gamma : array_like, shape ``x.shape[axis:]``, optional
+        Scale of each element of the normalized axes; 1 where None.
+    axis, out, num_threads
+        As in `layer_norm`.
+    eps : float, optional
+        Added to the mean square. Positive; where None, the machine epsilon of the dtype of `x`,
+        as in PyTorch.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    mean_square : ndarray of float64, shape (N,)
+        Mean square of each sample, which `rms_norm_backward` needs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, mean_square = cybn.rms_norm(np.array([[3.0, 4.0, 0.0, 0.0]]))
+    >>> y.round(6), mean_square
+    (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
+    """
+    x = tensor("x", x)
+    form = _layer_form(x, axis)
+    eps = _rms_eps(x, eps)
+    vectors = _vectors(x, form, gamma=gamma, beta=None)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, *vectors))
+    _, squares = _forward(x, y, form, vectors, eps, False, nt)
+    return y, squares / max(1, form.count)
+
+
+def rms_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean_square: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Gradients of `rms_norm`.
+
+    Parameters
+    ----------
+    dy, x, gamma, axis, out, num_threads
+        As in `layer_norm_backward`.
+    mean_square : array_like of float64, shape (N,)
+        What `rms_norm` returned for `x`.
+    eps : float, optional
+        As given to `rms_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma : ndarray, shape ``x.shape[axis:]``
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward`.
+    """
+    dy, x = gradient_pair(dy, x)
+    form = _layer_form(x, axis)
+    eps = _rms_eps(x, eps)
+    squares = tensor("mean_square", mean_square).astype(np.float64, copy=False)
+    if squares.shape != (form.rows,):
+        raise ValueError(
+            f"mean_square has shape {squares.shape}; it must have shape ({form.rows},), "
+            "one value a sample: give what rms_norm returned for this x"
+        )
+    statistics = np.stack([np.zeros(form.rows), squares * form.count])
+    dx, dgamma, _ = _gradients(
+        dy, x, form, statistics, gamma, None, eps, False, out, num_threads
+    )
+    return dx, dgamma
+
+
+# ---- group normalization -----------------------------------------------------------------
+
+
+def group_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each group of neighbouring channels of each sample.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with mean and biased variance taken over
+    the C / `num_groups` channels of a group and all positions (Wu and He 2018).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2 axes
+        Samples along axis 0. Read in place where each sample lies in memory in C order of
+        channels and positions; copied to that order first where not, so channels-last costs a
+        copy of the input, and one of the result.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel; 1 and 0 where None. Rounded to the dtype of `x`.
+    num_groups : int
+        Number of groups; C must be a multiple of it.
+    axis : int, default 1
+        The channel axis, not that of the samples; negative counts from the end.
+    eps, out, num_threads
+        As in `layer_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count, mean and M2 of each group of each sample: N * `num_groups`, samples first.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or `num_groups` no int.
+    ValueError
+        As in `layer_norm`, and if the channels do not split into `num_groups` groups, or `x` has
+        but one value a group and one sample.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> y, m = cybn.group_norm(x, num_groups=2, eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
+    """
+    x = tensor("x", x)
+    form = _group_form(x, axis, num_groups)
+    return _normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+
+
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `group_norm`.
+
+    Parameters
+    ----------
+    dy, x, moments, out
+        As in `layer_norm_backward`; `moments` are those that `group_norm` returned.
+    gamma, num_groups, axis, eps, num_threads
+        As given to `group_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape (C,)
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward` and `group_norm`.
+    """
+    dy, x = gradient_pair(dy, x)
+    form = _group_form(x, axis, num_groups)
+    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+
+
+# ---- instance normalization --------------------------------------------------------------
+
+
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each channel of each sample over its positions.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ulyanov, Vedaldi and Lempitsky 2016):
+    `group_norm` with a group for each channel.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 3 axes
+        As in `group_norm`, with more than one position.
+    gamma, beta, axis, eps, out, num_threads
+        As in `group_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count, mean and M2 of each channel of each sample: N * C, samples first.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        As in `group_norm`, and if a channel has but one position.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, m = cybn.instance_norm(np.array([[[1.0, 3.0], [5.0, 9.0]]]), eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[[-1.,  1.],
+            [-1.,  1.]]]), array([2., 7.]))
+    """
+    x = tensor("x", x)
+    form = _instance_form(x, axis)
+    return _normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+
+
+def instance_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `instance_norm`.
+
+    Parameters
+    ----------
+    dy, x, moments, out
+        As in `layer_norm_backward`; `moments` are those that `instance_norm` returned.
+    gamma, axis, eps, num_threads
+        As given to `instance_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape (C,)
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward` and `instance_norm`.
+    """
+    dy, x = gradient_pair(dy, x)
+    form = _instance_form(x, axis)
+    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+
+
+# ---- shared ------------------------------------------------------------------------------
+
+
+class _Form(NamedTuple):
+    """How an array with its channels on axis 1, or its normalized axes last, falls into rows."""
+
+    lead: int  # axes that fold into N
+    samples: int  # N
+    groups: int  # G
+    count: int  # D, values of a row
+    run: int  # S, neighbours that share a gamma and beta
+    shape: tuple[int, ...]  # of gamma and beta
+    channels_first: bool  # whether the channel axis has to be moved to axis 1
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.groups
+
+
+def _layer_form(x: NDArray[Any], axis: int) -> _Form:
+    if not hasattr(axis, "__index__"):
+        raise TypeError(f"axis is {axis!r}; it must be an int")
+    if x.ndim == 0:
+        raise ValueError("x has shape (); it must have at least 1 axis")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"axis is {axis}; x has {x.ndim} axes, so it must be in {-x.ndim}..{x.ndim - 1}"
+        )
+    lead = axis + x.ndim if axis < 0 else axis
+    shape = x.shape[lead:]
+    return _Form(lead, prod(x.shape[:lead]), 1, prod(shape), 1, shape, False)
+
+
+def _group_form(x: NDArray[Any], axis: int, num_groups: int) -> _Form:
+    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups is {num_groups!r}; it must be an int")
+    channels = x.shape[_sample_channel_axis(x, axis)]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups is {num_groups}; it must divide the {channels} channels of x"
+        )
+    positions = _positions(x, channels)
+    count = channels // num_groups * positions
+    if x.shape[0] == 1 and count == 1:
+        raise ValueError(
+            f"x has shape {x.shape}: one value a group has no variance, and would be normalized "
+            "to beta whatever it is. Give larger groups, or more positions"
+        )
+    return _Form(1, x.shape[0], num_groups, count, max(1, positions), (channels,), True)
+
+
+def _instance_form(x: NDArray[Any], axis: int) -> _Form:
+    channels = x.shape[_sample_channel_axis(x, axis)]
+    positions = _positions(x, channels)
+    if x.ndim < 3 or positions == 1:
+        raise ValueError(
+            f"x has shape {x.shape}: one position a channel has no variance, and would be "
+            "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
+        )
+    return _Form(1, x.shape[0], channels, positions, max(1, positions), (channels,), True)
+
+
+def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
+    axis = channel_axis(x, axis)
+    if axis == 0:
+        raise ValueError("axis is 0, which holds the samples; channels must lie on another axis")
+    return axis
+
+
+def _positions(x: NDArray[Any], channels: int) -> int:
+    return x.size // max(1, x.shape[0] * channels)
+
+
+def _rms_eps(x: NDArray[Any], eps: float | None) -> float:
+    if eps is None:
+        return float(np.finfo(x.dtype).eps)
+    _check_eps(eps)
+    return eps
+
+
+def _vectors(x: NDArray[Any], form: _Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
+    """Return gamma and beta as vectors in the dtype of x; 1 and 0 where None."""
+    vectors = []
+    for name, value in given.items():
+        if value is None:
+            default = np.ones if name == "gamma" else np.zeros
+            vectors.append(default(prod(form.shape), x.dtype))
+            continue
+        array = tensor(name, value)
+        if array.shape != form.shape:
+            each = "channel" if form.channels_first else "element of the normalized axes"
+            raise ValueError(
+                f"{name} has shape {array.shape}; it must have shape {form.shape}, "
+                f"one value a{'n' * (each[0] == 'e')} {each}"
+            )
+        with np.errstate(over="ignore"):  # a value beyond float32 is inf
+            vectors.append(np.ascontiguousarray(array, x.dtype).reshape(-1))
+    return vectors
+
+
+def _normalize_channels(
+    x: NDArray[Any],
+    form: _Form,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    eps: float,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> tuple[NDArray[Any], Moments]:
+    """Do what group and instance normalization share."""
+    _check_eps(eps)
+    vectors = _vectors(x, form, gamma=gamma, beta=beta)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, *vectors))
+    first = np.moveaxis(x, axis, 1), np.moveaxis(y, axis, 1)
+    return y, _moments(form, _forward(*first, form, vectors, eps, True, nt))
+
+
+def _forward(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    form: _Form,
+    vectors: list[NDArray[Any]],
+    eps: float,
+    centred: bool,
+    nt: int,
+) -> NDArray[np.float64]:
+    """Fill y and return mean and M2 of the rows, (2, N * G)."""
+    if x.size == 0:
+        return np.zeros((2, form.rows))
+    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    target = _layout.like_empty(y, x, plan)
+    segments, _ = _SCRATCH(*plan.shape, form.run)
+    statistics = np.empty((2, form.rows))
+    sums = np.empty(2 * form.rows * segments)
+    _FORWARD[x.dtype.char](
+        plan.view(x), plan.view(target), *vectors, statistics, sums, form.run, eps, centred, nt
+    )
+    if target is not y:
+        np.copyto(y, target)
+    return _layout.by_axis(statistics, x, plan)
+
+
+def _moments(form: _Form, statistics: NDArray[np.float64]) -> Moments:
+    return Moments._adopt(form.count, *statistics)
+
+
+def _backward(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    form: _Form,
+    moments: Moments,
+    gamma: ArrayLike | None,
+    axis: int,
+    eps: float,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Check the statistics of what has a mean, and return dx, dgamma and dbeta."""
+    _check_eps(eps)
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments is of type {type(moments).__name__}; it must be the Moments that the "
+            "forward returned for x"
+        )
+    if (len(moments), moments.count) != (form.rows, form.count):
+        raise ValueError(
+            f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
+            f"{form.count}. Give the Moments that the forward returned for this x"
+        )
+    statistics = np.stack([moments.mean, moments.m2])
+    channels = axis if form.channels_first else None
+    return _gradients(dy, x, form, statistics, gamma, channels, eps, True, out, num_threads)
+
+
+def _gradients(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    form: _Form,
+    statistics: NDArray[np.float64],
+    gamma: ArrayLike | None,
+    axis: int | None,
+    eps: float,
+    centred: bool,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return dx, dgamma and dbeta; `axis` is that of the channels, where there is one."""
+    dtype = x.dtype if gamma is None else tensor("gamma", gamma).dtype
+    (scale,) = _vectors(x, form, gamma=gamma)
+    nt = thread_count(num_threads)
+    dx = destination(out, x, (x, dy, scale, statistics))
+    if x.size == 0:
+        return dx, np.zeros(form.shape, dtype), np.zeros(form.shape, dtype)
+    target = dx
+    if axis is not None:
+        dy, x, target = (np.moveaxis(array, axis, 1) for array in (dy, x, dx))
+    sums = _run_backward(dy, x, target, form, statistics, scale, eps, centred, nt)
+    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
+        dgamma, dbeta = sums.astype(dtype).reshape(2, *form.shape)
+    return dx, dgamma, dbeta
+
+
+def _run_backward(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    dx: NDArray[Any],
+    form: _Form,
+    statistics: NDArray[np.float64],
+    gamma: NDArray[Any],
+    eps: float,
+    centred: bool,
+    nt: int,
+) -> NDArray[np.float64]:
+    """Fill dx and return dgamma and dbeta, (2, C)."""
+    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    target = _layout.like_empty(dx, x, plan)
+    segments, chunks = _SCRATCH(*plan.shape, form.run)
+    parts = np.empty((chunks, 2, gamma.size))
+    _BACKWARD[x.dtype.char](
+        plan.view(_layout.like(dy, x, plan)),
+        plan.view(x),
+        plan.view(target),
+        gamma,
+        *_layout.by_row(statistics, x, plan),
+        np.empty(2 * form.rows * segments),
+        parts,
+        form.run,
+        eps,
+        centred,
+        nt,
+    )
+    if target is not dx:
+        np.copyto(dx, target)
+    return parts[0] if chunks == 1 else parts.sum(axis=0)
