@@ -12,6 +12,16 @@ compiled kernels, in float32 or float64, to the same bits on any number of threa
 
 from ._runtime import get_num_threads, set_num_threads, show_config, threads
 from ._version import __version__
+from .family import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -19,7 +29,18 @@ from .functional import (
     batch_norm_inference_backward,
     moments,
 )
-from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from .moments import Moments
 
 __all__ = [
@@ -27,14 +48,28 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "Moments",
+    "RMSNorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "moments",
+    "rms_norm",
+    "rms_norm_backward",
     "set_num_threads",
     "show_config",
     "threads",

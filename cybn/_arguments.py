@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,15 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
+def check_eps(eps: float, least: float | None = None) -> None:
+    """Refuse an eps that is not positive, or not at least `least` where given, or not finite."""
+    eps = number("eps", eps)
+    if least is None and not (eps > 0 and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be positive and finite")
+    if least is not None and not (eps >= least and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be finite and not negative")
 
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:

@@ -12,17 +12,14 @@ N = samples, G = groups of a sample, D = values of a group. C = channels, S = po
 
 from __future__ import annotations
 
-from math import prod
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _layout
-from ._arguments import channel_axis, destination, gradient_pair, tensor
-from ._runtime import row_kernels, thread_count
-from .functional import _check_eps
+from . import _rows
+from ._arguments import check_eps, destination, gradient_pair, tensor
+from ._runtime import thread_count
 from .moments import Moments
 
 __all__ = [
@@ -35,23 +32,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
 ]
-
-_NAMES = {"f": "float", "d": "double"}
-
-_SCRATCH: Any
-_FORWARD: dict[str, Any]
-_BACKWARD: dict[str, Any]
-
-
-def _bind(module: ModuleType) -> None:
-    """Call the kernels of `module` from now on; keys are the chars of x's types."""
-    global _SCRATCH, _FORWARD, _BACKWARD
-    _SCRATCH = module.scratch
-    _FORWARD = {char: module.forward[name] for char, name in _NAMES.items()}
-    _BACKWARD = {char: module.backward[name] for char, name in _NAMES.items()}
-
-
-_bind(row_kernels)
 
 
 # ---- layer normalization -----------------------------------------------------------------
@@ -120,12 +100,12 @@ def layer_norm(
            [ 0.,  0.]]), array([2., 2.]))
     """
     x = tensor("x", x)
-    form = _layer_form(x, axis)
-    _check_eps(eps)
-    vectors = _vectors(x, form, gamma=gamma, beta=beta)
+    form = _rows.layer_form(x, axis)
+    check_eps(eps)
+    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
-    return y, _moments(form, _forward(x, y, form, vectors, eps, True, nt))
+    return y, _rows.moments_of(form, _rows.forward(x, y, form, vectors, eps, True, nt))
 
 
 def layer_norm_backward(
@@ -171,8 +151,8 @@ def layer_norm_backward(
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
     """
     dy, x = gradient_pair(dy, x)
-    form = _layer_form(x, axis)
-    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+    form = _rows.layer_form(x, axis)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
 
 
 # ---- RMS normalization -------------------------------------------------------------------
@@ -225,13 +205,13 @@ def rms_norm(
     (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
     """
     x = tensor("x", x)
-    form = _layer_form(x, axis)
-    eps = _rms_eps(x, eps)
-    vectors = _vectors(x, form, gamma=gamma, beta=None)
+    form = _rows.layer_form(x, axis)
+    eps = _rows.rms_eps(x, eps)
+    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=None)
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
-    _, squares = _forward(x, y, form, vectors, eps, False, nt)
-    return y, squares / max(1, form.count)
+    _, squares = _rows.forward(x, y, form, vectors, eps, False, nt)
+    return y, squares / max(1, form.size)
 
 
 def rms_norm_backward(
@@ -269,16 +249,16 @@ def rms_norm_backward(
         As in `layer_norm_backward`.
     """
     dy, x = gradient_pair(dy, x)
-    form = _layer_form(x, axis)
-    eps = _rms_eps(x, eps)
+    form = _rows.layer_form(x, axis)
+    eps = _rows.rms_eps(x, eps)
     squares = tensor("mean_square", mean_square).astype(np.float64, copy=False)
     if squares.shape != (form.rows,):
         raise ValueError(
             f"mean_square has shape {squares.shape}; it must have shape ({form.rows},), "
             "one value a sample: give what rms_norm returned for this x"
         )
-    statistics = np.stack([np.zeros(form.rows), squares * form.count])
-    dx, dgamma, _ = _gradients(
+    statistics = np.stack([np.zeros(form.rows), squares * form.size])
+    dx, dgamma, _ = _rows.gradients(
         dy, x, form, statistics, gamma, None, eps, False, out, num_threads
     )
     return dx, dgamma
@@ -343,8 +323,8 @@ def group_norm(
     (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
     """
     x = tensor("x", x)
-    form = _group_form(x, axis, num_groups)
-    return _normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+    form = _rows.group_form(x, axis, num_groups)
+    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
 
 
 def group_norm_backward(
@@ -381,8 +361,8 @@ def group_norm_backward(
         As in `layer_norm_backward` and `group_norm`.
     """
     dy, x = gradient_pair(dy, x)
-    form = _group_form(x, axis, num_groups)
-    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+    form = _rows.group_form(x, axis, num_groups)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
 
 
 # ---- instance normalization --------------------------------------------------------------
@@ -434,8 +414,8 @@ def instance_norm(
             [-1.,  1.]]]), array([2., 7.]))
     """
     x = tensor("x", x)
-    form = _instance_form(x, axis)
-    return _normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+    form = _rows.instance_form(x, axis)
+    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
 
 
 def instance_norm_backward(
@@ -471,243 +451,5 @@ def instance_norm_backward(
         As in `layer_norm_backward` and `instance_norm`.
     """
     dy, x = gradient_pair(dy, x)
-    form = _instance_form(x, axis)
-    return _backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
-
-
-# ---- shared ------------------------------------------------------------------------------
-
-
-class _Form(NamedTuple):
-    """How an array with its channels on axis 1, or its normalized axes last, falls into rows."""
-
-    lead: int  # axes that fold into N
-    samples: int  # N
-    groups: int  # G
-    count: int  # D, values of a row
-    run: int  # S, neighbours that share a gamma and beta
-    shape: tuple[int, ...]  # of gamma and beta
-    channels_first: bool  # whether the channel axis has to be moved to axis 1
-
-    @property
-    def rows(self) -> int:
-        return self.samples * self.groups
-
-
-def _layer_form(x: NDArray[Any], axis: int) -> _Form:
-    if not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {axis!r}; it must be an int")
-    if x.ndim == 0:
-        raise ValueError("x has shape (); it must have at least 1 axis")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(
-            f"axis is {axis}; x has {x.ndim} axes, so it must be in {-x.ndim}..{x.ndim - 1}"
-        )
-    lead = axis + x.ndim if axis < 0 else axis
-    shape = x.shape[lead:]
-    return _Form(lead, prod(x.shape[:lead]), 1, prod(shape), 1, shape, False)
-
-
-def _group_form(x: NDArray[Any], axis: int, num_groups: int) -> _Form:
-    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups is {num_groups!r}; it must be an int")
-    channels = x.shape[_sample_channel_axis(x, axis)]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"num_groups is {num_groups}; it must divide the {channels} channels of x"
-        )
-    positions = _positions(x, channels)
-    count = channels // num_groups * positions
-    if x.shape[0] == 1 and count == 1:
-        raise ValueError(
-            f"x has shape {x.shape}: one value a group has no variance, and would be normalized "
-            "to beta whatever it is. Give larger groups, or more positions"
-        )
-    return _Form(1, x.shape[0], num_groups, count, max(1, positions), (channels,), True)
-
-
-def _instance_form(x: NDArray[Any], axis: int) -> _Form:
-    channels = x.shape[_sample_channel_axis(x, axis)]
-    positions = _positions(x, channels)
-    if x.ndim < 3 or positions == 1:
-        raise ValueError(
-            f"x has shape {x.shape}: one position a channel has no variance, and would be "
-            "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
-        )
-    return _Form(1, x.shape[0], channels, positions, max(1, positions), (channels,), True)
-
-
-def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
-    axis = channel_axis(x, axis)
-    if axis == 0:
-        raise ValueError("axis is 0, which holds the samples; channels must lie on another axis")
-    return axis
-
-
-def _positions(x: NDArray[Any], channels: int) -> int:
-    return x.size // max(1, x.shape[0] * channels)
-
-
-def _rms_eps(x: NDArray[Any], eps: float | None) -> float:
-    if eps is None:
-        return float(np.finfo(x.dtype).eps)
-    _check_eps(eps)
-    return eps
-
-
-def _vectors(x: NDArray[Any], form: _Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
-    """Return gamma and beta as vectors in the dtype of x; 1 and 0 where None."""
-    vectors = []
-    for name, value in given.items():
-        if value is None:
-            default = np.ones if name == "gamma" else np.zeros
-            vectors.append(default(prod(form.shape), x.dtype))
-            continue
-        array = tensor(name, value)
-        if array.shape != form.shape:
-            each = "channel" if form.channels_first else "element of the normalized axes"
-            raise ValueError(
-                f"{name} has shape {array.shape}; it must have shape {form.shape}, "
-                f"one value a{'n' * (each[0] == 'e')} {each}"
-            )
-        with np.errstate(over="ignore"):  # a value beyond float32 is inf
-            vectors.append(np.ascontiguousarray(array, x.dtype).reshape(-1))
-    return vectors
-
-
-def _normalize_channels(
-    x: NDArray[Any],
-    form: _Form,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    out: NDArray[Any] | None,
-    num_threads: int | None,
-) -> tuple[NDArray[Any], Moments]:
-    """Do what group and instance normalization share."""
-    _check_eps(eps)
-    vectors = _vectors(x, form, gamma=gamma, beta=beta)
-    nt = thread_count(num_threads)
-    y = destination(out, x, (x, *vectors))
-    first = np.moveaxis(x, axis, 1), np.moveaxis(y, axis, 1)
-    return y, _moments(form, _forward(*first, form, vectors, eps, True, nt))
-
-
-def _forward(
-    x: NDArray[Any],
-    y: NDArray[Any],
-    form: _Form,
-    vectors: list[NDArray[Any]],
-    eps: float,
-    centred: bool,
-    nt: int,
-) -> NDArray[np.float64]:
-    """Fill y and return mean and M2 of the rows, (2, N * G)."""
-    if x.size == 0:
-        return np.zeros((2, form.rows))
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
-    target = _layout.like_empty(y, x, plan)
-    segments, _ = _SCRATCH(*plan.shape, form.run)
-    statistics = np.empty((2, form.rows))
-    sums = np.empty(2 * form.rows * segments)
-    _FORWARD[x.dtype.char](
-        plan.view(x), plan.view(target), *vectors, statistics, sums, form.run, eps, centred, nt
-    )
-    if target is not y:
-        np.copyto(y, target)
-    return _layout.by_axis(statistics, x, plan)
-
-
-def _moments(form: _Form, statistics: NDArray[np.float64]) -> Moments:
-    return Moments._adopt(form.count, *statistics)
-
-
-def _backward(
-    dy: NDArray[Any],
-    x: NDArray[Any],
-    form: _Form,
-    moments: Moments,
-    gamma: ArrayLike | None,
-    axis: int,
-    eps: float,
-    out: NDArray[Any] | None,
-    num_threads: int | None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Check the statistics of what has a mean, and return dx, dgamma and dbeta."""
-    _check_eps(eps)
-    if not isinstance(moments, Moments):
-        raise TypeError(
-            f"moments is of type {type(moments).__name__}; it must be the Moments that the "
-            "forward returned for x"
-        )
-    if (len(moments), moments.count) != (form.rows, form.count):
-        raise ValueError(
-            f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
-            f"{form.count}. Give the Moments that the forward returned for this x"
-        )
-    statistics = np.stack([moments.mean, moments.m2])
-    channels = axis if form.channels_first else None
-    return _gradients(dy, x, form, statistics, gamma, channels, eps, True, out, num_threads)
-
-
-def _gradients(
-    dy: NDArray[Any],
-    x: NDArray[Any],
-    form: _Form,
-    statistics: NDArray[np.float64],
-    gamma: ArrayLike | None,
-    axis: int | None,
-    eps: float,
-    centred: bool,
-    out: NDArray[Any] | None,
-    num_threads: int | None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return dx, dgamma and dbeta; `axis` is that of the channels, where there is one."""
-    dtype = x.dtype if gamma is None else tensor("gamma", gamma).dtype
-    (scale,) = _vectors(x, form, gamma=gamma)
-    nt = thread_count(num_threads)
-    dx = destination(out, x, (x, dy, scale, statistics))
-    if x.size == 0:
-        return dx, np.zeros(form.shape, dtype), np.zeros(form.shape, dtype)
-    target = dx
-    if axis is not None:
-        dy, x, target = (np.moveaxis(array, axis, 1) for array in (dy, x, dx))
-    sums = _run_backward(dy, x, target, form, statistics, scale, eps, centred, nt)
-    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
-        dgamma, dbeta = sums.astype(dtype).reshape(2, *form.shape)
-    return dx, dgamma, dbeta
-
-
-def _run_backward(
-    dy: NDArray[Any],
-    x: NDArray[Any],
-    dx: NDArray[Any],
-    form: _Form,
-    statistics: NDArray[np.float64],
-    gamma: NDArray[Any],
-    eps: float,
-    centred: bool,
-    nt: int,
-) -> NDArray[np.float64]:
-    """Fill dx and return dgamma and dbeta, (2, C)."""
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
-    target = _layout.like_empty(dx, x, plan)
-    segments, chunks = _SCRATCH(*plan.shape, form.run)
-    parts = np.empty((chunks, 2, gamma.size))
-    _BACKWARD[x.dtype.char](
-        plan.view(_layout.like(dy, x, plan)),
-        plan.view(x),
-        plan.view(target),
-        gamma,
-        *_layout.by_row(statistics, x, plan),
-        np.empty(2 * form.rows * segments),
-        parts,
-        form.run,
-        eps,
-        centred,
-        nt,
-    )
-    if target is not dx:
-        np.copyto(dx, target)
-    return parts[0] if chunks == 1 else parts.sum(axis=0)
+    form = _rows.instance_form(x, axis)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)

@@ -8,7 +8,7 @@ N = everything before the channel axis, C = channels, S = everything after it.
 
 from __future__ import annotations
 
-from math import isfinite, prod
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from . import _layout
 from ._arguments import (
     channel_axis,
+    check_eps,
     destination,
     gradient_pair,
-    number,
     parameters,
     tensor,
 )
@@ -131,7 +131,7 @@ def batch_norm(
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
@@ -192,7 +192,7 @@ def batch_norm_inference(
         return out
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
@@ -249,7 +249,7 @@ def batch_norm_backward(
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments is of type {type(moments).__name__}; it must be the Moments that "
@@ -299,7 +299,7 @@ def batch_norm_inference_backward(
         As in `batch_norm_inference`.
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
     fixed = [v.astype(np.float64, copy=False) for v in given]
     return _backward(dy, x, fixed, gamma, False, axis, eps, out, num_threads)
@@ -400,14 +400,6 @@ def _small_forward(
         return None
     work.setflags(write=False)
     return y, Moments._adopt(x.size // channels, work[0], work[1])
-
-
-def _check_eps(eps: float, least: float | None = None) -> None:
-    eps = number("eps", eps)
-    if least is None and not (eps > 0 and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be positive and finite")
-    if least is not None and not (eps >= least and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be finite and not negative")
 
 
 def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:

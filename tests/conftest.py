@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cybn import _runtime, family, functional
+from cybn import _rows, _runtime, functional
 
 LEVELS = _runtime.usable_levels()
 
@@ -16,7 +16,7 @@ def rng():
 def bind(level):
     """Call the kernels of one instruction level from now on."""
     functional._bind(_runtime.kernels_at(level))
-    family._bind(_runtime.kernels_at(level, "layer_norm"))
+    _rows._bind(_runtime.kernels_at(level, "layer_norm"))
 
 
 @pytest.fixture(params=LEVELS)

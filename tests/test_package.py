@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cybn
-from cybn import _runtime, functional, reference
+from cybn import _runtime, family, functional, reference
 
 HERE = Path(__file__).resolve().parents[1]  # the clone, if these tests lie in one
 PACKAGE = Path(cybn.__file__).resolve().parent
@@ -22,6 +22,9 @@ PUBLIC = {
     *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
+    *("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm"),
+    *("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
+    *("group_norm", "group_norm_backward", "instance_norm", "instance_norm_backward"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -34,9 +37,11 @@ DOORS = {
     "moments": set(),
     "_runtime": {"_version", "_kernels"},
     "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
-    "layers": {"functional", "moments", "_arguments"},
+    "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
+    "family": {"_rows", "moments", "_arguments", "_runtime"},
+    "layers": {"family", "functional", "moments", "_arguments"},
     "reference": {"moments"},
-    "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "": {"layers", "family", "functional", "moments", "_runtime", "_version"},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
@@ -80,12 +85,12 @@ def test_public_names():
     assert set(cybn.__all__) == PUBLIC
     for name in PUBLIC:
         assert getattr(cybn, name) is not None
-    assert set(functional.__all__) == set(reference.__all__)
+    assert {*functional.__all__, *family.__all__} == set(reference.__all__)
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize("name", [*functional.__all__, *family.__all__])
 def test_reference_has_the_same_signature(name):
-    ours = inspect.signature(getattr(functional, name)).parameters.values()
+    ours = inspect.signature(getattr(cybn, name)).parameters.values()
     twins = inspect.signature(getattr(reference, name)).parameters.values()
     assert [(p.name, p.kind, p.default) for p in twins] == [
         (p.name, p.kind, p.default) for p in ours
@@ -147,7 +152,9 @@ def test_import_loads_numpy_and_the_standard_library_alone():
 
 
 @pytest.mark.parametrize(
-    "name", ["cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"]
+    "name",
+    ["cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"]
+    + ["cybn.family", "cybn.layers.group_norm", "cybn.layers.layer_norm"],
 )
 def test_docstring_examples(name):
     module = importlib.import_module(name)
@@ -184,4 +191,5 @@ def test_what_is_installed():
     assert not [f for f in files if "tests" in f.parts or f.name.startswith(("test_", "conftest"))]
     compiled = [f.name for f in files if f.suffix in (".so", ".pyd") and "_kernels" in f.parts]
     assert any(name.startswith("host.") for name in compiled)
-    assert any(name.startswith("batch_norm_baseline.") for name in compiled)
+    for kernel in ("batch_norm", "layer_norm"):
+        assert any(name.startswith(f"{kernel}_baseline.") for name in compiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -14,6 +14,7 @@ from .. import functional
 from .._arguments import number
 from ..moments import Moments
 from . import _state
+from ._layer import float_type, unless_overwritten
 from ._running import Running
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -24,21 +25,6 @@ class _Saved(NamedTuple):
 
     x: NDArray[Any] | None  # None where the output was written over it
     statistics: Moments | Running  # of the batch; fixed
-
-
-def _float_type(dtype: Any) -> np.dtype[Any]:
-    """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
-    try:
-        given = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        given = dtype
-    if given not in (np.float32, np.float64):
-        raise TypeError(f"dtype is {given}; it must be float32 or float64")
-    return np.dtype(np.float32 if given == np.float32 else np.float64)
-
-
-def _unless_overwritten(x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if out is not None and np.may_share_memory(x, out) else x
 
 
 class BatchNorm:
@@ -110,6 +96,12 @@ class BatchNorm:
     """
 
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
+    _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Moments]]] = staticmethod(
+        functional.batch_norm
+    )
+    _differentiate: ClassVar[Callable[..., tuple[NDArray[Any], ...]]] = staticmethod(
+        functional.batch_norm_backward
+    )
 
     num_features: int
     axis: int
@@ -153,7 +145,7 @@ class BatchNorm:
             )
         if running_ddof not in (0, 1):
             raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased) or 1")
-        self.dtype = _float_type(dtype)
+        self.dtype = float_type(dtype)
         self.num_features = int(num_features)
         self.axis = int(axis)
         self.eps = eps
@@ -238,9 +230,9 @@ class BatchNorm:
                 out=out,
                 num_threads=num_threads,
             )
-            self._saved = _Saved(_unless_overwritten(x, out), running)
+            self._saved = _Saved(unless_overwritten(x, out), running)
             return y
-        y, batch = functional.batch_norm(
+        y, batch = self._normalize(
             x,
             self.gamma,
             self.beta,
@@ -251,8 +243,10 @@ class BatchNorm:
         )
         if self.training and self.track_running_stats:
             with self._lock:
-                self._running = self._running.absorb(batch, self.momentum, self.running_ddof)
-        self._saved = _Saved(_unless_overwritten(x, out), batch)
+                self._running = self._running.absorb(
+                    self._pool(batch), self.momentum, self.running_ddof
+                )
+        self._saved = _Saved(unless_overwritten(x, out), batch)
         return y
 
     def backward(
@@ -304,7 +298,7 @@ class BatchNorm:
             "num_threads": num_threads,
         }
         if isinstance(saved.statistics, Moments):
-            dx, dgamma, dbeta = functional.batch_norm_backward(
+            dx, dgamma, dbeta = self._differentiate(
                 dy, saved.x, saved.statistics, self.gamma, **options
             )
         else:
@@ -317,6 +311,10 @@ class BatchNorm:
             self.grad_beta[...] = dbeta
         self._saved = None
         return dx
+
+    def _pool(self, batch: Moments) -> Moments:
+        """Return the statistics of a batch that the running ones move towards."""
+        return batch
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
