@@ -128,28 +128,33 @@ def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Pl
     The first `lead` axes fold into N in the order in which they lie in memory; the others must be
     dense in C order to be read in place. `x` is not empty. The plan's chunks mean nothing here.
     """
-    order = _row_order(x.shape, x.strides, lead)
-    if not _fits(x.shape, x.strides, x.itemsize, order, lead):
+    plan = _row_plan(x.shape, x.strides, x.itemsize, lead, groups)
+    if plan is None:
         x = np.ascontiguousarray(x)
-        order = tuple(range(x.ndim))
-    n = prod(x.shape[:lead])
-    shape = n, groups, x.size // (n * groups)
-    return x, Plan(order, order == tuple(range(x.ndim)), lead, shape, 0)
+        plan = _row_plan(x.shape, x.strides, x.itemsize, lead, groups)
+        assert plan is not None
+    return x, plan
 
 
 @lru_cache(maxsize=4096)
-def _row_order(shape: tuple[int, ...], strides: tuple[int, ...], lead: int) -> tuple[int, ...]:
-    outer = sorted((i for i in range(lead)), key=lambda i: (-strides[i], i))
-    return (*outer, *range(lead, len(shape)))
+def _row_plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, lead: int, groups: int
+) -> Plan | None:
+    """Return how an array of these strides folds into rows in place, or None."""
+    outer = sorted(range(lead), key=lambda i: (-strides[i], i))
+    order = (*outer, *range(lead, len(shape)))
+    if not _fits(shape, strides, itemsize, order, lead):
+        return None
+    nsc = prod(shape[:lead]), groups, prod(shape[lead:]) // groups
+    return Plan(order, order == tuple(range(len(order))), lead, nsc, 0)
 
 
 def by_row(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
-    """Return (..., N * G) values, in the order of x's axes, in that of its rows in memory."""
+    """Return (N * G,) values, in the order of x's axes, in that of its rows in memory."""
     if plan.plain:
         return values
-    sizes = (len(values), *x.shape[: plan.split], -1)
-    order = (0, *(1 + i for i in plan.order[: plan.split]), 1 + plan.split)
-    return np.ascontiguousarray(values.reshape(sizes).transpose(order)).reshape(values.shape)
+    order = *plan.order[: plan.split], plan.split
+    return values.reshape(*x.shape[: plan.split], -1).transpose(order).reshape(-1)
 
 
 def by_axis(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
@@ -157,9 +162,8 @@ def by_axis(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     if plan.plain:
         return values
     outer = plan.order[: plan.split]
-    sizes = (len(values), *(x.shape[i] for i in outer), -1)
-    order = (0, *(1 + outer.index(i) for i in range(plan.split)), 1 + plan.split)
-    return np.ascontiguousarray(values.reshape(sizes).transpose(order)).reshape(values.shape)
+    order = *(outer.index(i) for i in range(plan.split)), plan.split
+    return values.reshape(*(x.shape[i] for i in outer), -1).transpose(order).reshape(-1)
 
 
 def fits(array: NDArray[Any], plan: Plan) -> bool:

@@ -26,6 +26,8 @@ _COUNT: Any
 _FORWARD: dict[str, Any]
 _BACKWARD: dict[str, Any]
 
+_Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2 of the rows
+
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are the chars of x's types."""
@@ -128,9 +130,21 @@ def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[N
                 f"{name} has shape {array.shape}; it must have shape {form.shape}, "
                 f"one value a{'n' * (each[0] == 'e')} {each}"
             )
-        with np.errstate(over="ignore"):  # a value beyond float32 is inf
-            vectors.append(np.ascontiguousarray(array, x.dtype).reshape(-1))
+        vectors.append(_rounded(array, x.dtype).reshape(-1))
     return vectors
+
+
+def _rounded(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return `array` in C order and of this float type; a value beyond float32 is inf."""
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, order="C")
+
+
+def _first(array: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Return a view with the channels on axis 1."""
+    return array if axis == 1 else np.moveaxis(array, axis, 1)
 
 
 def normalize_channels(
@@ -148,8 +162,8 @@ def normalize_channels(
     vectors = vectors_of(x, form, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     y = destination(out, x, (x, *vectors))
-    first = np.moveaxis(x, axis, 1), np.moveaxis(y, axis, 1)
-    return y, moments_of(form, forward(*first, form, vectors, eps, True, nt))
+    statistics = forward(_first(x, axis), _first(y, axis), form, vectors, eps, True, nt)
+    return y, moments_of(form, statistics)
 
 
 def forward(
@@ -160,10 +174,10 @@ def forward(
     eps: float,
     centred: bool,
     nt: int,
-) -> NDArray[np.float64]:
-    """Fill y and return mean and M2 of the rows, (2, N * G)."""
+) -> _Statistics:
+    """Fill y and return mean and M2 of the rows, each (N * G,)."""
     if x.size == 0:
-        return np.zeros((2, form.rows))
+        return np.zeros(form.rows), np.zeros(form.rows)
     x, plan = _layout.fold_rows(x, form.lead, form.groups)
     target = _layout.like_empty(y, x, plan)
     segments, _ = _COUNT(*plan.shape, form.run)
@@ -174,10 +188,12 @@ def forward(
     )
     if target is not y:
         np.copyto(y, target)
-    return _layout.by_axis(statistics, x, plan)
+    mean, m2 = statistics
+    return _layout.by_axis(mean, x, plan), _layout.by_axis(m2, x, plan)
 
 
-def moments_of(form: Form, statistics: NDArray[np.float64]) -> Moments:
+def moments_of(form: Form, statistics: _Statistics) -> Moments:
+    """Return the moments of the rows."""
     return Moments._adopt(form.size, *statistics)
 
 
@@ -204,7 +220,7 @@ def backward(
             f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
             f"{form.size}. Give the Moments that the forward returned for this x"
         )
-    statistics = np.stack([moments.mean, moments.m2])
+    statistics = moments.mean, moments.m2
     channels = axis if form.channels_first else None
     return gradients(dy, x, form, statistics, gamma, channels, eps, True, out, num_threads)
 
@@ -213,7 +229,7 @@ def gradients(
     dy: NDArray[Any],
     x: NDArray[Any],
     form: Form,
-    statistics: NDArray[np.float64],
+    statistics: _Statistics,
     gamma: ArrayLike | None,
     axis: int | None,
     eps: float,
@@ -225,15 +241,14 @@ def gradients(
     dtype = x.dtype if gamma is None else tensor("gamma", gamma).dtype
     (scale,) = vectors_of(x, form, gamma=gamma)
     nt = thread_count(num_threads)
-    dx = destination(out, x, (x, dy, scale, statistics))
+    dx = destination(out, x, (x, dy, scale, *statistics))
     if x.size == 0:
         return dx, np.zeros(form.shape, dtype), np.zeros(form.shape, dtype)
     target = dx
     if axis is not None:
-        dy, x, target = (np.moveaxis(array, axis, 1) for array in (dy, x, dx))
+        dy, x, target = (_first(array, axis) for array in (dy, x, dx))
     sums = _run_backward(dy, x, target, form, statistics, scale, eps, centred, nt)
-    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
-        dgamma, dbeta = sums.astype(dtype).reshape(2, *form.shape)
+    dgamma, dbeta = _rounded(sums, dtype).reshape(2, *form.shape)
     return dx, dgamma, dbeta
 
 
@@ -242,7 +257,7 @@ def _run_backward(
     x: NDArray[Any],
     dx: NDArray[Any],
     form: Form,
-    statistics: NDArray[np.float64],
+    statistics: _Statistics,
     gamma: NDArray[Any],
     eps: float,
     centred: bool,
@@ -258,7 +273,7 @@ def _run_backward(
         plan.view(x),
         plan.view(target),
         gamma,
-        *_layout.by_row(statistics, x, plan),
+        *(_layout.by_row(v, x, plan) for v in statistics),
         np.empty(2 * form.rows * segments),
         parts,
         form.run,
@@ -268,5 +283,5 @@ def _run_backward(
     )
     if target is not dx:
         np.copyto(dx, target)
-    total: NDArray[np.float64] = parts.sum(axis=0)  # row by row, in order
+    total: NDArray[np.float64] = parts[0] if chunks == 1 else parts.sum(axis=0)  # in order
     return total

@@ -89,14 +89,17 @@ cdef inline const T* spread_tile(
 cdef void reduce(
     const T* x, const T* dy, const T* gamma, const Job* job, const Span* s, Py_ssize_t i
 ) noexcept nogil:
-    """Sums of segment i of each row."""
+    """Sums of segment i of each row. Forward, they are about a pivot, which is left in mean."""
     cdef T shift[BLOCK]
     cdef Py_ssize_t n, row
     for n in range(s.n0, s.n1):
+        row = n * job.G + s.g
         if job.backward:
-            shift[n - s.n0] = <T> job.mean[n * job.G + s.g]
+            shift[n - s.n0] = <T> job.mean[row]
         else:
             shift[n - s.n0] = find_pivot(x + n * job.x_row + s.g * job.D, job)
+            if i == 0:
+                (<double*> job.mean)[row] = shift[n - s.n0]
     if job.runs:
         for n in range(s.n0, s.n1):
             row = s.g * job.D
@@ -122,7 +125,7 @@ cdef void sum_again(
 cdef void finish_forward(const T* x, const Job* job, Py_ssize_t row) noexcept nogil:
     """Turn the sums about the pivot into mean and m2 (docs/math.md, 6.2)."""
     cdef double tiny = job.D * (1e-30 if T is float else 1e-290)
-    cdef double pivot = find_pivot(x, job), s1 = 0, s2 = 0, shift, m2
+    cdef double pivot = job.mean[row], s1 = 0, s2 = 0, shift, m2
     cdef const double* part = job.sums + row * job.segments * 2
     cdef Py_ssize_t i
     for i in range(job.segments):
