@@ -81,7 +81,7 @@ def test_constant_rows_give_exactly_beta(case, dtype, rng, level):
 @every_dtype
 @every_short
 def test_exact_statistics(case, dtype, rng, level):
-    """Pairs p * (1 + k / 16) and p * (1 - k / 16): mean and M2 are exact in any order of summing."""
+    """Pairs p * (1 + k / 16) and p * (1 - k / 16): exact in any order of summing."""
     rows = case.rows(np.empty(case.shape))
     n, g, d = rows.shape
     k = np.zeros((n, g, d))

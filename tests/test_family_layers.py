@@ -285,27 +285,28 @@ def test_running_statistics(momentum, ddof, axis, rng):
     assert norm.num_batches_tracked == 5
 
 
-def test_one_sample_alone_is_a_batch_of_one(rng):
-    for make, shape, axis in (
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    ("make", "shape", "axis"),
+    [
         (cybn.InstanceNorm1d, (3, 7), 1),
         (cybn.InstanceNorm2d, (3, 4, 5), 1),
         (cybn.InstanceNorm3d, (3, 2, 4, 5), 1),
         (cybn.InstanceNorm2d, (4, 5, 3), -1),
-    ):
-        x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
-        norms = [make(3, axis=axis, affine=True, track_running_stats=True) for _ in (0, 1)]
-        for mode in (True, False):
-            alone, batch = (norm.train(mode) for norm in norms)
-            out = np.empty_like(x)
-            y = batch(x[np.newaxis])
-            assert np.array_equal(alone(x), y[0])
-            assert alone(x[np.newaxis], out=out[np.newaxis]).shape == y.shape
-            assert alone.eval()(x, out=out) is out
-            alone.train(mode)
-            alone.load_state_dict(batch.state_dict())
-            alone._saved = batch._saved
-            dx = batch.backward(dy[np.newaxis])
-            assert np.array_equal(alone.backward(dy), dx[0])
+    ],
+)
+def test_one_sample_alone_is_a_batch_of_one(make, shape, axis, mode, rng):
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    alone, batch = (
+        make(3, axis=axis, affine=True, track_running_stats=True).train(mode) for _ in (0, 1)
+    )
+    out = np.empty_like(x)
+    assert np.array_equal(alone(x, out=out), batch(x[np.newaxis])[0])
+    assert np.array_equal(alone.backward(dy), batch.backward(dy[np.newaxis])[0])
+    assert snapshot(alone) == snapshot(batch)
+    assert np.array_equal(alone(x), batch(x[np.newaxis])[0])
+    assert alone.backward(dy, out=out) is out
+    assert np.array_equal(out, batch.backward(dy[np.newaxis])[0])
 
 
 def test_no_samples_do_not_move_running_statistics():
