@@ -96,7 +96,7 @@ def test_functions_by_central_differences(case, rng):
 
 @every_case
 def test_the_input_gradient_has_no_mean_and_hardly_any_xhat(case, rng):
-    """Equations (51) and (58): sums over each row."""
+    """Equations (57) and (58): sums over each row."""
     x, dy, gamma, beta = case.data(rng, np.float64)
     got = case.everything(x, dy, gamma, beta)
     dx, dz = case.rows(got["dx"]), case.rows(dy) * case.along(gamma)
