@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -55,6 +55,8 @@ def positive(eps: Any) -> float:
 class Layer(ABC):
     """A layer with gamma and beta, or one of them, or none; the base of the family.
 
+    A layer names its function and that of its gradients, and the keywords that both take.
+
     Parameters
     ----------
     shape : tuple of int
@@ -64,6 +66,10 @@ class Layer(ABC):
     dtype : dtype
         Of both: float32 or float64.
     """
+
+    _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Any]]]
+    _differentiate: ClassVar[Callable[..., tuple[NDArray[Any], ...]]]
+    _takes: ClassVar[tuple[str, ...]] = ("gamma", "beta")  # what _normalize takes after x
 
     dtype: np.dtype[Any]
     training: bool
@@ -84,21 +90,8 @@ class Layer(ABC):
         self._saved: _Saved | None = None
 
     @abstractmethod
-    def _normalize(
-        self, x: NDArray[Any], out: NDArray[Any] | None, num_threads: int | None
-    ) -> tuple[NDArray[Any], Any]:
-        """Return y, and what backward needs beside x."""
-
-    @abstractmethod
-    def _differentiate(
-        self,
-        dy: ArrayLike,
-        x: NDArray[Any],
-        statistics: Any,
-        out: NDArray[Any] | None,
-        num_threads: int | None,
-    ) -> tuple[NDArray[Any], ...]:
-        """Return dx, dgamma and, where there can be a beta, dbeta."""
+    def _options(self) -> dict[str, Any]:
+        """Return the keywords of both functions."""
 
     @abstractmethod
     def _admit(self, x: NDArray[Any]) -> None:
@@ -159,7 +152,10 @@ class Layer(ABC):
         if not isinstance(x, np.ndarray):
             x = np.asarray(x)
         self._admit(x)
-        y, statistics = self._normalize(x, out, num_threads)
+        parameters = [getattr(self, name) for name in self._takes]
+        y, statistics = self._normalize(
+            x, *parameters, **self._options(), out=out, num_threads=num_threads
+        )
         self._saved = _Saved(unless_overwritten(x, out), statistics)
         return y
 
@@ -204,7 +200,15 @@ class Layer(ABC):
                 "give forward another out"
             )
         gradients = [self._own(f"grad_{name}") for name in self._names]
-        dx, *found = self._differentiate(dy, saved.x, saved.statistics, out, num_threads)
+        dx, *found = self._differentiate(
+            dy,
+            saved.x,
+            saved.statistics,
+            self.gamma,
+            **self._options(),
+            out=out,
+            num_threads=num_threads,
+        )
         for gradient, value in zip(gradients, found, strict=False):
             gradient[...] = value
         self._saved = None

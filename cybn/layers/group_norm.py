@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .. import family
 from ._layer import Layer, positive, whole
@@ -67,6 +67,9 @@ class GroupNorm(Layer):
     array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
 
+    _normalize = staticmethod(family.group_norm)
+    _differentiate = staticmethod(family.group_norm_backward)
+
     def __init__(
         self,
         num_groups: int,
@@ -97,39 +100,8 @@ class GroupNorm(Layer):
                 f"this GroupNorm has num_channels={self.num_channels}"
             )
 
-    def _normalize(
-        self, x: NDArray[Any], out: NDArray[Any] | None, num_threads: int | None
-    ) -> tuple[NDArray[Any], Any]:
-        return family.group_norm(
-            x,
-            self.gamma,
-            self.beta,
-            num_groups=self.num_groups,
-            axis=self.axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
-
-    def _differentiate(
-        self,
-        dy: ArrayLike,
-        x: NDArray[Any],
-        statistics: Any,
-        out: NDArray[Any] | None,
-        num_threads: int | None,
-    ) -> tuple[NDArray[Any], ...]:
-        return family.group_norm_backward(
-            dy,
-            x,
-            statistics,
-            self.gamma,
-            num_groups=self.num_groups,
-            axis=self.axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {"num_groups": self.num_groups, "axis": self.axis, "eps": self.eps}
 
     def __repr__(self) -> str:
         axis = [] if self.axis == 1 else [f"axis={self.axis}"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .. import family
 from ._layer import Layer, positive, whole
@@ -32,6 +32,7 @@ class _LastAxes(Layer):
     """What LayerNorm and RMSNorm share: the shape they normalize over."""
 
     normalized_shape: tuple[int, ...]
+    eps: float | None
     elementwise_affine: bool
 
     def _admit(self, x: NDArray[Any]) -> None:
@@ -41,9 +42,8 @@ class _LastAxes(Layer):
                 f"{self.normalized_shape}, the normalized_shape of this {type(self).__name__}"
             )
 
-    @property
-    def _axis(self) -> int:
-        return -len(self.normalized_shape)
+    def _options(self) -> dict[str, Any]:
+        return {"axis": -len(self.normalized_shape), "eps": self.eps}
 
 
 class LayerNorm(_LastAxes):
@@ -97,6 +97,9 @@ class LayerNorm(_LastAxes):
     array([[-1.,  1.]], dtype=float32)
     """
 
+    _normalize = staticmethod(family.layer_norm)
+    _differentiate = staticmethod(family.layer_norm_backward)
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -114,38 +117,6 @@ class LayerNorm(_LastAxes):
             self.elementwise_affine,
             self.elementwise_affine and bool(bias),
             dtype,
-        )
-
-    def _normalize(
-        self, x: NDArray[Any], out: NDArray[Any] | None, num_threads: int | None
-    ) -> tuple[NDArray[Any], Any]:
-        return family.layer_norm(
-            x,
-            self.gamma,
-            self.beta,
-            axis=self._axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
-
-    def _differentiate(
-        self,
-        dy: ArrayLike,
-        x: NDArray[Any],
-        statistics: Any,
-        out: NDArray[Any] | None,
-        num_threads: int | None,
-    ) -> tuple[NDArray[Any], ...]:
-        return family.layer_norm_backward(
-            dy,
-            x,
-            statistics,
-            self.gamma,
-            axis=self._axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
         )
 
     def __repr__(self) -> str:
@@ -196,7 +167,9 @@ class RMSNorm(_LastAxes):
     array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
 
-    eps: float | None
+    _normalize = staticmethod(family.rms_norm)
+    _differentiate = staticmethod(family.rms_norm_backward)
+    _takes = ("gamma",)
 
     def __init__(
         self,
@@ -210,32 +183,6 @@ class RMSNorm(_LastAxes):
         self.eps = None if eps is None else positive(eps)
         self.elementwise_affine = bool(elementwise_affine)
         super().__init__(self.normalized_shape, self.elementwise_affine, False, dtype)
-
-    def _normalize(
-        self, x: NDArray[Any], out: NDArray[Any] | None, num_threads: int | None
-    ) -> tuple[NDArray[Any], Any]:
-        return family.rms_norm(
-            x, self.gamma, axis=self._axis, eps=self.eps, out=out, num_threads=num_threads
-        )
-
-    def _differentiate(
-        self,
-        dy: ArrayLike,
-        x: NDArray[Any],
-        statistics: Any,
-        out: NDArray[Any] | None,
-        num_threads: int | None,
-    ) -> tuple[NDArray[Any], ...]:
-        return family.rms_norm_backward(
-            dy,
-            x,
-            statistics,
-            self.gamma,
-            axis=self._axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
 
     def __repr__(self) -> str:
         eps = "None" if self.eps is None else f"{self.eps:g}"
