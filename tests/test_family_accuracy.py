@@ -57,7 +57,7 @@ def test_offset(case, dtype, power, rng):
 
 @every_dtype
 @every_short
-def test_an_outlier_among_the_samples(case, dtype, rng, level):
+def test_an_outlier_among_the_samples(case, dtype, rng):
     """The pivot is then far from the mean, and the row is summed again."""
     x, _, gamma, beta = case.data(rng, dtype)
     size = case.rows(x).shape[2]
@@ -68,7 +68,7 @@ def test_an_outlier_among_the_samples(case, dtype, rng, level):
 
 @every_dtype
 @every_short
-def test_constant_rows_give_exactly_beta(case, dtype, rng, level):
+def test_constant_rows_give_exactly_beta(case, dtype, rng):
     for value in (0, 1e-30, 0.1, 1e7, 16777217):
         x = np.full(case.shape, value, dtype)
         _, dy, gamma, beta = case.data(rng, dtype)
@@ -80,7 +80,7 @@ def test_constant_rows_give_exactly_beta(case, dtype, rng, level):
 
 @every_dtype
 @every_short
-def test_exact_statistics(case, dtype, rng, level):
+def test_exact_statistics(case, dtype, rng):
     """Pairs p * (1 + k / 16) and p * (1 - k / 16): exact in any order of summing."""
     rows = case.rows(np.empty(case.shape))
     n, g, d = rows.shape
@@ -176,7 +176,7 @@ def test_poison_stays_in_its_row(case, dtype, rng):
                 assert same_bits(a[keep], b[keep]), name
 
 
-def test_nan_beside_the_view_has_no_effect(rng, level):
+def test_nan_beside_the_view_has_no_effect(rng):
     for case in CASES:
         x, dy, gamma, beta = case.data(rng, np.float32)
         first = case.everything(x, dy, gamma, beta)

@@ -38,17 +38,17 @@ def test_threads_and_levels(case, dtype, rng, restore):
 
 @every_dtype
 @every_case
-def test_cache_sizes_and_alignment(case, dtype, rng, level):
+def test_cache_sizes_and_alignment(case, dtype, rng):
     """Streamed or not, in place or not, and wherever in memory the arrays lie."""
     x, dy, gamma, beta = case.data(rng, dtype)
-    kernels = _runtime.kernels_at(level, "layer_norm")
+    kernels = _runtime.row_kernels
     first = case.everything(x, dy, gamma, beta)
     _, statistics = case.forward(x, gamma, beta)
     try:
         for l3 in (0, 2**40):
             kernels.set_caches(2**18, l3)
             assert not differing(case.everything(x, dy, gamma, beta), first)
-            for start in (1, 3, 5):
+            for start in (1, 3):
                 room = np.full(x.size + start + 16, np.nan, dtype)
                 out = room[start : start + x.size].reshape(x.shape)
                 case.forward(x, gamma, beta, out=out)
@@ -66,7 +66,7 @@ def test_cache_sizes_and_alignment(case, dtype, rng, level):
                 assert dx is pair[given]
                 assert same_bits(dx, first["dx"])
     finally:
-        _runtime.kernels_at(level, "layer_norm")  # sets the caches as the machine has them
+        _runtime.kernels_at(_runtime.level, "layer_norm")  # sets the caches as the machine has them
 
 
 @pytest.mark.parametrize("case", [layer(300, 1024), group(4, 3, 16, 64, 64)], ids=str)
@@ -80,7 +80,7 @@ def test_repeats(case, rng, level):
 
 
 @every_dtype
-def test_a_sample_does_not_depend_on_the_batch(dtype, rng, level):
+def test_a_sample_does_not_depend_on_the_batch(dtype, rng):
     """y, dx and statistics of one sample alone are those it has in the batch."""
     for case in CASES:
         x, dy, gamma, beta = case.data(rng, dtype)

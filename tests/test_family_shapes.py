@@ -36,7 +36,7 @@ def check(case, rng, dtype=np.float32):
 @pytest.mark.parametrize("make", [layer, rms])
 def test_every_size_of_row(make, rng, level):
     for d in range(1, 71):
-        for n in (1, 2, 3, 5, 33):
+        for n in (1, 3, 33):
             check(make(n, d), rng)
 
 
@@ -51,7 +51,7 @@ def test_around_each_threshold_of_blocks(rows, rng):
     check(layer(rows, 40), rng)
 
 
-def test_every_number_of_positions(rng, level):
+def test_every_number_of_positions(rng):
     for s in range(1, 71):
         check(group(2, 3, 4, s), rng)
         check(group(6, 2, 6, s), rng)
@@ -176,7 +176,7 @@ LAYOUTS += [group(2, 5, 4, 3, 6, axis=-1), instance(5, 6, 4, 150), instance(5, 4
 
 @every_dtype
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
-def test_layouts(case, dtype, rng, level):
+def test_layouts(case, dtype, rng):
     x, dy, gamma, beta = case.data(rng, dtype)
     first = case.everything(x, dy, gamma, beta)
     for (name, strange), (_, other) in zip(laid_out(x), laid_out(dy), strict=True):
