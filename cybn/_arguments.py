@@ -67,12 +67,29 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
     return value.astype(plain, copy=False).view(plain)
 
 
+def gradient_pair(
+    dy: ArrayLike, x: ArrayLike, half: bool = True
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return dy and x as arrays of one shape and dtype."""
+    x = tensor("x", x, half)
+    return companion("dy", dy, x), x
+
+
 def number(name: str, value: Any) -> float:
     """Return `value` as a float."""
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
+def check_eps(eps: float, least: float | None = None) -> None:
+    """Refuse an eps that is not positive, or not at least `least` where given, or not finite."""
+    eps = number("eps", eps)
+    if least is None and not (eps > 0 and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be positive and finite")
+    if least is not None and not (eps >= least and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be finite and not negative")
 
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:

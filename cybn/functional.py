@@ -8,7 +8,7 @@ N = everything before the channel axis, C = channels, S = everything after it.
 
 from __future__ import annotations
 
-from math import isfinite, prod
+from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _arguments, _layout, _statistics
-from ._arguments import channel_axis, companion, destination, number, parameters, storage, tensor
+from ._arguments import (
+    channel_axis,
+    check_eps,
+    companion,
+    destination,
+    gradient_pair,
+    parameters,
+    storage,
+    tensor,
+)
 from ._runtime import kernels, thread_count
 from ._statistics import measure
 from .moments import Moments
@@ -142,7 +151,7 @@ def batch_norm(
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     r = None if residual is None else companion("residual", residual, x)
@@ -211,7 +220,7 @@ def batch_norm_inference(
         return out
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     r = None if residual is None else companion("residual", residual, x)
@@ -286,7 +295,7 @@ def batch_norm_backward(
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments is of type {type(moments).__name__}; it must be the Moments that "
@@ -346,7 +355,7 @@ def batch_norm_inference_backward(
         As in `batch_norm_inference`.
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
     fixed = [v.astype(np.float64, copy=False) for v in given]
     act = activation_of(activation, slope)
@@ -458,14 +467,6 @@ def _folded(array: NDArray[Any] | None, x: NDArray[Any], plan: _layout.Plan) -> 
     return None if array is None else plan.view(_layout.like(array, x, plan))
 
 
-def _check_eps(eps: float, least: float | None = None) -> None:
-    eps = number("eps", eps)
-    if least is None and not (eps > 0 and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be positive and finite")
-    if least is not None and not (eps >= least and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be finite and not negative")
-
-
 def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
     """Refuse a batch whose channels have no variance, or no values."""
     count = x.size // x.shape[axis] if x.shape[axis] else least
@@ -482,8 +483,7 @@ def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
 def _gradient_pair(
     dy: ArrayLike, x: ArrayLike, axis: int
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    x = tensor("x", x)
-    dy = companion("dy", dy, x)
+    dy, x = gradient_pair(dy, x)
     return dy, x, channel_axis(x, axis)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cybn
-from cybn import _runtime, functional, reference
+from cybn import _runtime, family, functional, reference
 
 HERE = Path(__file__).resolve().parents[1]  # the clone, if these tests lie in one
 PACKAGE = Path(cybn.__file__).resolve().parent
@@ -23,6 +23,9 @@ PUBLIC = {
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
     *("Drift", "Renorm", "population_statistics"),
+    *("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm"),
+    *("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
+    *("group_norm", "group_norm_backward", "instance_norm", "instance_norm_backward"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -38,12 +41,14 @@ DOORS = {
     "_statistics": {"_layout", "_arguments", "_runtime"},
     "moments": {"_arguments", "_chunks", "_runtime", "_selection", "_statistics"},
     "functional": {"moments", "_layout", "_arguments", "_runtime", "_statistics"},
-    "layers": {"functional", "moments", "_arguments"},
+    "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
+    "family": {"_rows", "moments", "_arguments", "_runtime"},
+    "layers": {"family", "functional", "moments", "_arguments"},
     "folding": {"layers", "_arguments"},
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
     "population": {"layers", "moments"},
-    "": {"layers", "functional", "moments", "population", "_runtime", "_version"},
+    "": {"layers", "family", "functional", "moments", "population", "_runtime", "_version"},
     "plot": {""},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
@@ -94,12 +99,12 @@ def test_public_names():
     assert set(cybn.__all__) == PUBLIC
     for name in PUBLIC:
         assert getattr(cybn, name) is not None
-    assert set(functional.__all__) == set(reference.__all__)
+    assert {*functional.__all__, *family.__all__} == set(reference.__all__)
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize("name", [*functional.__all__, *family.__all__])
 def test_reference_has_the_same_signature(name):
-    ours = inspect.signature(getattr(functional, name)).parameters.values()
+    ours = inspect.signature(getattr(cybn, name)).parameters.values()
     twins = inspect.signature(getattr(reference, name)).parameters.values()
     assert [(p.name, p.kind, p.default) for p in twins] == [
         (p.name, p.kind, p.default) for p in ours
@@ -176,6 +181,7 @@ def test_import_loads_numpy_and_the_standard_library_alone():
         "cybn.layers._renorm",
         "cybn.layers._safety",
         "cybn.population",
+        *("cybn.family", "cybn.layers.group_norm", "cybn.layers.layer_norm"),
     ],
 )
 def test_docstring_examples(name):
@@ -213,4 +219,5 @@ def test_what_is_installed():
     assert not [f for f in files if "tests" in f.parts or f.name.startswith(("test_", "conftest"))]
     compiled = [f.name for f in files if f.suffix in (".so", ".pyd") and "_kernels" in f.parts]
     assert any(name.startswith("host.") for name in compiled)
-    assert any(name.startswith("batch_norm_baseline.") for name in compiled)
+    for kernel in ("batch_norm", "layer_norm"):
+        assert any(name.startswith(f"{kernel}_baseline.") for name in compiled)

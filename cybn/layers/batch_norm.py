@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, ClassVar, NamedTuple, Self, get_args
 
@@ -15,6 +15,7 @@ from .._arguments import array, number
 from ..moments import Moments
 from . import _conventions, _parts, _state, _trials
 from ._explain import explain
+from ._layer import float_type
 from ._parts import Part
 from ._renorm import Renorm
 from ._running import NanPolicy, Running
@@ -30,17 +31,6 @@ class _Saved(NamedTuple):
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
-
-
-def _float_type(dtype: Any) -> np.dtype[Any]:
-    """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
-    try:
-        given = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        given = dtype
-    if given not in (np.float32, np.float64):
-        raise TypeError(f"dtype is {given}; it must be float32 or float64")
-    return np.dtype(np.float32 if given == np.float32 else np.float64)
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -141,6 +131,12 @@ class BatchNorm(Safety):
     """
 
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
+    _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Moments]]] = staticmethod(
+        functional.batch_norm
+    )
+    _differentiate: ClassVar[Callable[..., tuple[NDArray[Any], ...]]] = staticmethod(
+        functional.batch_norm_backward
+    )
 
     num_features: int
     axis: int
@@ -214,7 +210,7 @@ class BatchNorm(Safety):
             )
         if renorm is not None and not track_running_stats:
             raise ValueError("renorm needs running statistics; track_running_stats is False")
-        self.dtype = _float_type(dtype)
+        self.dtype = float_type(dtype)
         self.activation = activation
         self.slope = number("slope", slope)
         self.num_features = int(num_features)
@@ -345,11 +341,13 @@ class BatchNorm(Safety):
         y: NDArray[Any]
         statistics: Moments | Running | list[Part]
         batch: Moments | None = None
+        noted = learns or (trial is not None and trial.note is not None)
         if self._by_batch(training):
             y, statistics = self._normalize_by_batch(x, training, options)
-            batch = statistics if isinstance(statistics, Moments) else _parts.merged(statistics)
+            if noted:
+                batch = self._whole(statistics)
         else:
-            if learns or (trial is not None and trial.note is not None):
+            if noted:
                 batch = self._measure(x, learns, num_threads)  # before out, which may be x
             statistics = running = self._running
             y = functional.batch_norm_inference(
@@ -369,7 +367,7 @@ class BatchNorm(Safety):
     ) -> tuple[NDArray[Any], Moments | list[Part]]:
         """Return y and what backward needs; in parts or renormalized where training is so."""
         if not training or (self.virtual_batch_size is None and self.renorm is None):
-            return functional.batch_norm(x, self.gamma, self.beta, **options)
+            return self._normalize(x, self.gamma, self.beta, **options)
         return _parts.forward(
             x,
             self.gamma,
@@ -379,6 +377,10 @@ class BatchNorm(Safety):
             running=self._running,
             **options,
         )
+
+    def _whole(self, statistics: Moments | list[Part]) -> Moments:
+        """Return the statistics of a batch that the running ones move towards."""
+        return statistics if isinstance(statistics, Moments) else _parts.merged(statistics)
 
     def _measure(self, x: NDArray[Any], learns: bool, num_threads: int | None) -> Moments:
         """Return the moments of a batch; ValueError where it is too small to learn from."""
@@ -488,7 +490,7 @@ class BatchNorm(Safety):
             "num_threads": num_threads,
         }
         if isinstance(saved.statistics, Moments):
-            dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(
+            dx, dgamma, dbeta, *dresidual = self._differentiate(
                 dy, saved.x, saved.statistics, self.gamma, **options
             )
         elif isinstance(saved.statistics, list):
@@ -671,7 +673,7 @@ class BatchNorm(Safety):
         Where the mean is many standard deviations from zero, ``x * scale`` and ``shift`` cancel,
         and the layer itself, which subtracts the mean first, is the more accurate of the two.
         """
-        dtype = self.dtype if dtype is None else _float_type(dtype)
+        dtype = self.dtype if dtype is None else float_type(dtype)
         if not self.track_running_stats:
             raise ValueError(
                 "track_running_stats is False: this layer normalizes with the statistics of each "
