@@ -37,11 +37,17 @@ DOORS = {
     "layers": {"functional", "moments", "_arguments"},
     "reference": {"moments"},
     "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "torch": {"functional", "moments"},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
 }
-VISITORS = {"demo", "bench", "__main__"}  # may import optional packages; no other room imports them
+VISITORS = {
+    "torch",
+    "demo",
+    "bench",
+    "__main__",
+}  # may import optional packages; no other room imports them
 
 
 def room(module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import functional
@@ -15,8 +14,8 @@ from ._memory import empty_like
 __all__ = ["Options", "batch_norm"]
 
 TWICE = (
-    "the gradient of a cybn.torch batch norm cannot be differentiated again: it is computed outside "
-    "autograd. For second derivatives use PyTorch's own: cybn.torch.revert(model)"
+    "the gradient of a cybn.torch batch norm cannot be differentiated again: it is computed "
+    "outside autograd. For second derivatives use PyTorch's own: cybn.torch.revert(model)"
 )
 
 
@@ -59,8 +58,8 @@ def batch_norm(
     return _forward(*arguments)
 
 
-def _view(t: Tensor | None) -> NDArray[Any] | None:
-    """Return the memory of a tensor as an array."""
+def _view(t: Tensor | None) -> Any:
+    """Return the memory of a tensor as an array, or None for None."""
     return None if t is None else t.detach().numpy()
 
 
@@ -77,15 +76,14 @@ def _forward(
     var: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Moments | None]:
+    y = empty_like(x)
     array, gamma, beta = _view(x), _view(weight), _view(bias)
-    keywords = options.keywords()
-    keywords["num_threads"] = _threads(x)
-    keywords["out"] = empty_like(x, array)
+    keywords = options.keywords() | {"out": y.numpy(), "num_threads": _threads(x)}
     if mean is None:
-        y, moments = functional.batch_norm(array, gamma, beta, **keywords)
-        return torch.from_numpy(y), moments
-    y = functional.batch_norm_inference(array, _view(mean), _view(var), gamma, beta, **keywords)
-    return torch.from_numpy(y), None
+        _, moments = functional.batch_norm(array, gamma, beta, **keywords)
+        return y, moments
+    functional.batch_norm_inference(array, _view(mean), _view(var), gamma, beta, **keywords)
+    return y, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -107,7 +105,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        found = _backward(dy, *inputs, ctx.moments, ctx.options)
+        found = _backward(dy, inputs, ctx.moments, ctx.options)
         wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
         if torch.is_grad_enabled():  # create_graph=True
             wanted = _Once.apply(wanted, dy, *inputs)
@@ -115,29 +113,22 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    moments: Moments | None,
-    options: Options,
+    dy: Tensor, inputs: tuple[Tensor, ...], moments: Moments | None, options: Options
 ) -> list[Tensor]:
     """Return the gradients of x, weight and bias."""
+    x, weight, bias, mean, var = inputs
+    dx = empty_like(x)
     array, gamma = _view(x), _view(weight)
-    keywords = options.keywords()
-    keywords["num_threads"] = _threads(x)
-    keywords["out"] = empty_like(x, array)
+    keywords = options.keywords() | {"out": dx.numpy(), "num_threads": _threads(x)}
     if options.activation is not None:
         keywords["beta"] = _view(bias)
     dy = dy.numpy(force=True)
     if moments is not None:
-        found = functional.batch_norm_backward(dy, array, moments, gamma, **keywords)
+        _, *found = functional.batch_norm_backward(dy, array, moments, gamma, **keywords)
     else:
         fixed = _view(mean), _view(var)
-        found = functional.batch_norm_inference_backward(dy, array, *fixed, gamma, **keywords)
-    return [torch.from_numpy(g) for g in found]
+        _, *found = functional.batch_norm_inference_backward(dy, array, *fixed, gamma, **keywords)
+    return [dx, *map(torch.from_numpy, found)]
 
 
 class _Once(torch.autograd.Function):

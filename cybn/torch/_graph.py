@@ -44,7 +44,7 @@ def followers(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
     calls: dict[nn.Module, set[nn.Module | None]] = {}
     covered: Counter[nn.Module] = Counter()
     _visit(model, calls, covered)
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    places = Counter(_places(model))
     found: dict[nn.Module, nn.Module | None] = {}
     for norm, activations in calls.items():
         certain = len(activations) == 1 and covered[norm] == places[norm]
@@ -57,12 +57,17 @@ def _visit(
 ) -> None:
     """Note the calls in `root`, traced as a whole, or in its parts where that fails."""
     graphs = _traces(root)
-    parts = root.children() if graphs is None else []
+    parts = set(root.children() if graphs is None else ())
     if graphs is not None:
-        covered.update(m for _, m in root.named_modules(remove_duplicate=False))
+        covered.update(_places(root))
         for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
-            if isinstance(module := _called(root, node), _BASE):
+            module = _called(root, node)
+            if isinstance(module, _BASE):
                 calls.setdefault(module, set()).add(_only_user(root, node))
+            elif module is not None and any(True for _ in module.children()):
+                parts.add(module)  # one step in the trace, of which nothing inside was seen
+        for part in parts:
+            covered.subtract(_places(part))
     for part in parts:
         _visit(part, calls, covered)
 
@@ -97,6 +102,11 @@ def _arguments(root: nn.Module) -> Iterator[dict[str, Any]]:
         raise TypeError("too many optional arguments")
     for chosen in itertools.product((True, False), repeat=len(optional)):
         yield {p.name: p.default for p, left in zip(optional, chosen, strict=True) if left}
+
+
+def _places(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield each module of `root` as often as it has a name."""
+    return (module for _, module in root.named_modules(remove_duplicate=False))
 
 
 def _called(root: nn.Module, node: fx.Node) -> nn.Module | None:

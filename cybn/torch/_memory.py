@@ -96,18 +96,15 @@ if hasattr(os, "register_at_fork"):  # another thread may have held the lock
     os.register_at_fork(after_in_child=_blocks.forget)
 
 
-def empty_like(x: Tensor, array: NDArray[Any]) -> NDArray[Any] | None:
-    """Return memory for a result that lies as `x` does, or None where NumPy's own will do.
-
-    `array` is the view of `x`.
-    """
-    if array.nbytes < LEAST or not (
+def empty_like(x: Tensor) -> Tensor:
+    """Return an uninitialized tensor that lies in memory as `x` does."""
+    if x.nbytes < LEAST or not (
         x.is_contiguous()
         or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
     ):
-        return None
-    return _blocks.array(array)
+        return torch.empty_like(x, requires_grad=False)
+    return torch.from_numpy(_blocks.array(x.detach().numpy()))
 
 
 def empty_cache() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from .. import functional
@@ -33,7 +33,7 @@ def _watched() -> bool:
     )
 
 
-class _Converted:
+class _Converted(nn.Module):
     """What stands before a class of PyTorch in the order of bases."""
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -41,9 +41,15 @@ class _Converted:
         stock = STOCK.get(type(self))
         if stock is None:  # a subclass of the user's
             return self
-        twin = stock.__new__(stock)
+        twin: nn.Module = object.__new__(stock)
         twin.__dict__ = {k: v for k, v in self.__dict__.items() if k != "follower"}
         return twin
+
+
+    def _one_step(self, input: fx.Proxy) -> fx.Proxy:
+        """Stand in a traced graph as one module, as PyTorch's own classes do."""
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
 
 class _BatchNorm(_Converted):
@@ -55,10 +61,8 @@ class _BatchNorm(_Converted):
         """Normalize `input`, of shape (N, C, ...), as PyTorch's module of the same name does."""
         if torch.compiler.is_compiling():
             return super().forward(input)
-        if isinstance(input, torch.fx.Proxy):  # a tracer sees one module, as with PyTorch's own
-            tracer = input.tracer
-            name = tracer.path_of_module(self)
-            return tracer.create_proxy("call_module", name, (input,), {})
+        if isinstance(input, fx.Proxy):
+            return self._one_step(input)
         if type(input) not in _PLAIN or _watched():
             return super().forward(input)
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
@@ -106,12 +110,11 @@ class _BatchNorm(_Converted):
             batches.add_(1)
         if momentum is None:
             momentum = 0.0 if batches is None else 1.0 / float(batches)
-        if mean is not None:
-            old = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
-            new = functional.absorb(*old, batch, momentum, 1)
-            with torch.no_grad():
-                mean.copy_(torch.from_numpy(new[0]))
-                var.copy_(torch.from_numpy(new[1]))
+        if mean is not None and var is not None:
+            old_mean, old_var = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
+            new_mean, new_var = functional.absorb(old_mean, old_var, batch, momentum, 1)
+            mean.detach().copy_(torch.from_numpy(new_mean))
+            var.detach().copy_(torch.from_numpy(new_var))
 
     def _follower(self) -> Any:
         """Return the activation that is computed here, unless a hook looks in between."""
@@ -154,11 +157,13 @@ class _Activation(_Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the activation of `input`."""
-        if not torch.compiler.is_compiling() and type(input) is Tensor:
-            done = input.__dict__
-            if done.get(_DONE) is self:
-                del done[_DONE]  # this once
-                return input
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        if isinstance(input, fx.Proxy):
+            return self._one_step(input)
+        if type(input) is Tensor and input.__dict__.get(_DONE) is self:
+            del input.__dict__[_DONE]  # this once
+            return input
         return super().forward(input)
 
     def _activation(self) -> tuple[Any, ...]:
