@@ -228,7 +228,10 @@ def test_what_cannot_be_traced_is_traced_in_parts():
 
     model = nn.Sequential(Depends())
     assert names(model) == {
-        "0.a.1": "0.a.2", "0.b.bn1": "0.b.act", "0.b.bn2": "0.b.act", "0.b.bn3": None,
+        "0.a.1": "0.a.2",
+        "0.b.bn1": "0.b.act",
+        "0.b.bn2": "0.b.act",
+        "0.b.bn3": None,
     }
 
 

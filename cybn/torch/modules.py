@@ -45,7 +45,6 @@ class _Converted(nn.Module):
         twin.__dict__ = {k: v for k, v in self.__dict__.items() if k != "follower"}
         return twin
 
-
     def _one_step(self, input: fx.Proxy) -> fx.Proxy:
         """Stand in a traced graph as one module, as PyTorch's own classes do."""
         tracer = input.tracer
