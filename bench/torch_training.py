@@ -36,6 +36,7 @@ from cybn.bench.machine import machine
 BATCH = {"ResNet-50": 16, "MobileNetV2": 32}
 CLASSES = 1000
 STEPS = 30  # of a loss curve
+RATE = 1e-3  # small, so that rounding grows slowly
 KEEP_MEMORY = {  # glibc: do not give memory back to the system between steps
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -134,7 +135,7 @@ def curve(model: nn.Module, args: argparse.Namespace, batch: int, threads: int) 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
     x, target = data(batch * 4, args.size)
     target %= 4  # few enough classes for the loss to fall
     losses = []
