@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -13,30 +15,56 @@ _MOST_WORK: Any = 10_000
 _OPTIONAL = ("gamma", "beta")
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: _F32, 8: _F64}
 
 
-def tensor(name: str, value: ArrayLike) -> NDArray[Any]:
-    """Return `value` as an aligned array of native float32 or float64."""
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is the bfloat16 of the package ml_dtypes, which need not be imported here."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+
+
+def storage(dtype: np.dtype[Any]) -> str:
+    """Return one char for a tensor's dtype: d, f, e (float16) or E (bfloat16)."""
+    return dtype.char if dtype.kind == "f" else "E"
+
+
+def array(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and its mask would be ignored; "
+            f"give a plain array, such as {name}.filled(0.0)"
+        )
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:
+    """Return `value` as an aligned array of native float32 or float64, or a half type."""
     if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} is a masked array, and its mask would be ignored; "
-                f"give a plain array, such as {name}.filled(0.0)"
-            )
-        value = np.asarray(value)
+        value = array(name, value)
     dtype = value.dtype
     if dtype is not _F32 and dtype is not _F64:
-        if dtype.kind != "f" or dtype.itemsize not in (4, 8):
-            raise TypeError(
-                f"{name} is {dtype}; it must be float32 or float64. "
-                f"Convert it: np.asarray({name}, np.float32)"
-            )
-        plain = _F32 if dtype.itemsize == 4 else _F64
-        # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
-        value = value.astype(plain, copy=False).view(plain)
+        value = _converted(name, value, half)
     if not value.flags.aligned:
         value = value.copy(order="K")
     return value
+
+
+def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
+    """Return an array of another dtype than plain float32 or float64 as one that will do."""
+    dtype = value.dtype
+    if half and is_bfloat16(dtype):
+        return value
+    if dtype.kind != "f" or dtype.itemsize not in ((2, 4, 8) if half else (4, 8)):
+        need = "float32 or float64" + (", or float16 or bfloat16" if half else "")
+        raise TypeError(
+            f"{name} is {dtype}; it must be {need}. Convert it: np.asarray({name}, np.float32)"
+        )
+    plain = _PLAIN[dtype.itemsize]
+    # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
+    return value.astype(plain, copy=False).view(plain)
 
 
 def number(name: str, value: Any) -> float:
@@ -59,6 +87,29 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
+def activation(name: Any, slope: Any, known: Mapping[str, int]) -> tuple[int, float]:
+    """Return the number of an activation, 0 where `name` is None, and the slope of leaky_relu."""
+    if name is None:
+        return 0, 0.0
+    number_of = known.get(name) if isinstance(name, str) else None
+    if number_of is None:
+        raise ValueError(f"activation is {name!r}; it must be None or one of {', '.join(known)}")
+    slope = number("slope", slope)
+    if not isfinite(slope):
+        raise ValueError(f"slope is {slope}; it must be finite")
+    return number_of, slope
+
+
+def companion(name: str, value: ArrayLike, x: NDArray[Any]) -> NDArray[Any]:
+    """Return an array that must have the shape and dtype of `x`."""
+    array = tensor(name, value)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must have the shape of x, {x.shape}")
+    if array.dtype != x.dtype:
+        raise ValueError(f"{name} is {array.dtype}; it must have the dtype of x, {x.dtype}")
+    return array
+
+
 def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str]:
     """Return per-channel vectors as contiguous arrays of one float type, and that type's char.
 
@@ -73,7 +124,7 @@ def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str
                 f"{name} is None; it must have shape ({channels},), one value a channel"
             )
         if value is not None:
-            value = tensor(name, value)
+            value = tensor(name, value, half=False)
             if value.shape != (channels,):
                 raise ValueError(
                     f"{name} has shape {value.shape}; it must have shape ({channels},), "
@@ -90,23 +141,26 @@ def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str
 
 
 def destination(
-    out: NDArray[Any] | None, x: NDArray[Any], inputs: tuple[NDArray[Any] | None, ...]
+    out: NDArray[Any] | None,
+    x: NDArray[Any],
+    inputs: tuple[NDArray[Any] | None, ...],
+    name: str = "out",
 ) -> NDArray[Any]:
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
         return np.empty_like(x, subok=False)
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out is of type {type(out).__name__}; it must be a plain NumPy array")
+        raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
     if out.shape != x.shape:
-        raise ValueError(f"out has shape {out.shape}; it must have the shape of x, {x.shape}")
+        raise ValueError(f"{name} has shape {out.shape}; it must have the shape of x, {x.shape}")
     if out.dtype != x.dtype:
-        raise ValueError(f"out is {out.dtype}; it must have the dtype of x, {x.dtype}")
+        raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only; give an array that may be written to")
+        raise ValueError(f"{name} is read-only; give an array that may be written to")
     for array in inputs:
         if array is not None and array is not out and _overlap_in_part(out, array):
             raise ValueError(
-                "out overlaps an input in part, and would overwrite values not yet read; "
+                f"{name} overlaps an input in part, and would overwrite values not yet read; "
                 "give the input itself, or memory of its own"
             )
     return out

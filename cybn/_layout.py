@@ -33,8 +33,9 @@ class Plan(NamedTuple):
     chunks: int  # pieces in which a channel is summed
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return a contiguous or row-strided array of this plan's order as (N, C, S), in place."""
-        return (array if self.plain else array.transpose(self.order)).reshape(self.shape)
+        """Return an array that fits this plan as (N, C, S), in place; half types as words."""
+        nsc = (array if self.plain else array.transpose(self.order)).reshape(self.shape)
+        return nsc.view(np.uint16) if nsc.itemsize == 2 else nsc
 
 
 def count_chunks(n: int, c: int, s: int) -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from math import isfinite, prod
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _layout
-from ._arguments import channel_axis, destination, number, parameters, tensor
+from . import _arguments, _layout
+from ._arguments import channel_axis, companion, destination, number, parameters, storage, tensor
 from ._runtime import kernels, thread_count
 from .moments import Moments
 
@@ -30,7 +30,11 @@ __all__ = [
 
 _SMALL: int = kernels.SMALL  # elements from which a call is not a small one
 
-_NAMES = {"f": "float", "d": "double"}
+# By storage, as in _arguments: the kernels' names of element types.
+_ELEMENTS = {"f": "float", "d": "double", "e": "uint16_t", "E": "uint16_t"}
+_PARAMETERS = {"f": "float", "d": "double"}
+_STORAGE: dict[str, int] = {"f": 0, "d": 0} | kernels.STORAGE
+_ACTIVATIONS: dict[str, int] = kernels.ACTIVATIONS
 
 _ABSORB: Any
 _SMALL_FORWARD: Any
@@ -42,13 +46,13 @@ _BACKWARD: dict[str, Any]
 
 
 def _bind(module: ModuleType) -> None:
-    """Call the kernels of `module` from now on; keys are the chars of x's and parameters' types."""
+    """Call the kernels of `module` from now on; keys are storage and the parameters' type."""
     global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
     _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
     _ABSORB = module.absorb
-    _STATISTICS = {t: module.statistics[name] for t, name in _NAMES.items()}
+    _STATISTICS = {e: module.statistics[name] for e, name in _ELEMENTS.items()}
     _FORWARD, _INFERENCE, _BACKWARD = (
-        {t + p: kernel[_NAMES[t], _NAMES[p]] for t in _NAMES for p in _NAMES}
+        {e + p: kernel[_ELEMENTS[e], _PARAMETERS[p]] for e in _ELEMENTS for p in _PARAMETERS}
         for kernel in (module.forward, module.inference, module.backward)
     )
 
@@ -63,27 +67,40 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], Moments]:
     """Normalize each channel with the mean and biased variance of this batch.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ioffe and Szegedy 2015, Algorithm 1).
+    ``y = f((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` (Ioffe and Szegedy 2015,
+    Algorithm 1), where f is the activation.
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2 axes
+    x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
         The batch. Read in place where its memory is contiguous in any order of its axes, or
-        channels-first and sliced along N; copied first where it is not.
+        channels-first and sliced along N; copied first where it is not. Half types (bfloat16 is
+        that of ml_dtypes) are widened to float32 as they are read, and results are rounded to
+        them, to nearest even; what is beyond their largest value becomes infinite.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64; 1 and 0 where None.
     axis : int, default 1
         The channel axis; negative counts from the end.
     eps : float, default 1e-5
         Added to the variance. Positive.
+    activation : {None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu"}
+        f, computed before y leaves the cache. NaN stays NaN; relu, relu6 and leaky_relu leave
+        -0.0 as it is, and their derivative where their argument is 0 is that of negative ones.
+    slope : float, default 0.01
+        Of leaky_relu below 0.
+    residual : array_like, shape and dtype of `x`, optional
+        Added before the activation. Copied first where it does not lie in memory as `x` does.
     out : ndarray, optional
-        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise.
-        With the memory layout of `x` it is written in place, without a copy.
+        Where y goes: shape and dtype of `x`. May be `x` or `residual` itself; must not overlap
+        them otherwise. With the memory layout of `x` it is written in place, without a copy.
     num_threads : int, optional
         Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
         any number.
@@ -98,10 +115,10 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an array is not float32 or float64.
+        If an array is of another dtype.
     ValueError
-        If a shape does not fit, a channel has fewer than two values, `eps` is not positive, or
-        `out` is read-only or overlaps `x` in part.
+        If a shape does not fit, a channel has fewer than two values, `eps` is not positive,
+        `activation` is unknown, or `out` is read-only or overlaps an input in part.
 
     Notes
     -----
@@ -117,8 +134,9 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
-    if _may_be_small(axis, eps, num_threads):
-        small = _small_forward(x, gamma, beta, axis, eps, out)
+    act = activation_of(activation, slope)
+    if residual is None and _may_be_small(axis, eps, num_threads):
+        small = _small_forward(x, gamma, beta, axis, eps, act, out)
         if small is not None:
             return small
     x = tensor("x", x)
@@ -127,13 +145,16 @@ def batch_norm(
     _check_eps(eps)
     vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
-    y = destination(out, x, (x, *vectors))
+    r = None if residual is None else companion("residual", residual, x)
+    y = destination(out, x, (x, r, *vectors))
     if x.size == 0:
         return y, _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
     work = _work(plan)
-    _FORWARD[x.dtype.char + p](plan.view(x), plan.view(target), *vectors, work, eps, nt)
+    e = storage(x.dtype)
+    arrays = plan.view(x), plan.view(target), _folded(r, x, plan)
+    _FORWARD[e + p](*arrays, *vectors, work, eps, *act, _STORAGE[e], nt)
     return _deliver(y, target), _moments(plan, work)
 
 
@@ -146,21 +167,24 @@ def batch_norm_inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> NDArray[Any]:
     """Normalize each channel with a given mean and variance.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``.
+    ``y = f((x - mean) / sqrt(var + eps) * gamma + beta + residual)``.
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2 axes
+    x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
         As in `batch_norm`; may be empty.
     mean, var : array_like, shape (C,)
         Mean and variance of each channel, float32 or float64. A float64 mean is used in full
         with float32 data too.
-    gamma, beta, axis, out, num_threads
+    gamma, beta, axis, activation, slope, residual, out, num_threads
         As in `batch_norm`.
     eps : float, default 1e-5
         Added to the variance. Not negative.
@@ -177,10 +201,12 @@ def batch_norm_inference(
     ValueError
         If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
     """
+    act = activation_of(activation, slope)
     if (
         out is not None
+        and residual is None
         and _may_be_small(axis, eps, num_threads)
-        and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps)
+        and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps, *act)
     ):
         return out
     x = tensor("x", x)
@@ -188,12 +214,15 @@ def batch_norm_inference(
     _check_eps(eps, least=0)
     vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
-    y = destination(out, x, (x, *vectors))
+    r = None if residual is None else companion("residual", residual, x)
+    y = destination(out, x, (x, r, *vectors))
     if x.size == 0:
         return y
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
-    _INFERENCE[x.dtype.char + p](plan.view(x), plan.view(target), *vectors, plan.chunks, eps, nt)
+    e = storage(x.dtype)
+    arrays = plan.view(x), plan.view(target), _folded(r, x, plan)
+    _INFERENCE[e + p](*arrays, *vectors, plan.chunks, eps, *act, _STORAGE[e], nt)
     return _deliver(y, target)
 
 
@@ -203,35 +232,50 @@ def batch_norm_backward(
     moments: Moments,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    from_output: bool = False,
     out: NDArray[Any] | None = None,
+    out_residual: NDArray[Any] | None = None,
     num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+) -> tuple[NDArray[Any], ...]:
     """Gradients of `batch_norm`: through the mean and the variance of the batch.
 
     Parameters
     ----------
     dy : array_like, shape and dtype of `x`
         Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
-    x : array_like of float32 or float64
+    x : array_like
         The batch given to `batch_norm`.
     moments : Moments
         What `batch_norm` returned for it.
-    gamma : array_like, shape (C,), optional
-        The scale given to `batch_norm`.
-    axis, eps, num_threads
-        As given to `batch_norm`.
+    gamma, beta : array_like, shape (C,), optional
+        As given to `batch_norm`. beta matters only with an activation or `from_output`.
+    axis, eps, activation, slope, residual, num_threads
+        As given to `batch_norm`. What the activation was given is computed again from `x`.
+    from_output : bool, default False
+        `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
+        its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
+        known to about ``2**-23 * |y / gamma|`` in float32.
     out : ndarray, optional
-        Where dx goes; may be `dy` or `x` itself.
+        Where dx goes; may be `dy`, `x` or `residual` itself.
+    out_residual : ndarray, optional
+        Where dresidual goes; must not overlap another array.
 
     Returns
     -------
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        Gradients with respect to gamma and beta, in the dtype of `gamma`, or of `x` where that
-        is None.
+        Gradients with respect to gamma and beta, in the dtype of `gamma`; where that is None, of
+        `x`, but float32 for half types.
+    dresidual : ndarray
+        Gradient with respect to the residual: `out_residual` or a new array; only where there
+        was a residual.
 
     Raises
     ------
@@ -255,7 +299,9 @@ def batch_norm_backward(
             "Give the Moments that batch_norm returned for this x"
         )
     fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "moments.m2": moments.m2})
-    return _backward(dy, x, fixed, gamma, True, axis, eps, out, num_threads)
+    act = activation_of(activation, slope)
+    through = _Through(fixed[0], fixed[1], True, gamma, beta, act, residual, from_output)
+    return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
 def batch_norm_inference_backward(
@@ -265,25 +311,33 @@ def batch_norm_inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    from_output: bool = False,
     out: NDArray[Any] | None = None,
+    out_residual: NDArray[Any] | None = None,
     num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+) -> tuple[NDArray[Any], ...]:
     """Gradients of `batch_norm_inference`: mean and variance are constants.
 
     Parameters
     ----------
-    dy, x, gamma, axis, eps, num_threads
+    dy, x, gamma, beta, axis, eps, activation, slope, residual, from_output, num_threads
         As in `batch_norm_backward`; `x` may be empty.
     mean, var : array_like, shape (C,)
         As given to `batch_norm_inference`.
     out : ndarray, optional
-        Where dx goes; may be `dy` or `x` itself.
+        Where dx goes; may be `dy`, `x` or `residual` itself.
+    out_residual : ndarray, optional
+        Where dresidual goes; must not overlap another array.
 
     Returns
     -------
-    dx, dgamma, dbeta : ndarray
+    dx, dgamma, dbeta, dresidual : ndarray
         As in `batch_norm_backward`.
 
     Raises
@@ -295,7 +349,9 @@ def batch_norm_inference_backward(
     _check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
     fixed = [v.astype(np.float64, copy=False) for v in given]
-    return _backward(dy, x, fixed, gamma, False, axis, eps, out, num_threads)
+    act = activation_of(activation, slope)
+    through = _Through(fixed[0], fixed[1], False, gamma, beta, act, residual, from_output)
+    return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
 def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> Moments:
@@ -303,7 +359,7 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2 axes
+    x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
         At least one value a channel.
     axis, num_threads
         As in `batch_norm`.
@@ -328,7 +384,8 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
         return _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     work = _work(plan)
-    _STATISTICS[x.dtype.char](plan.view(x), work, nt)
+    e = storage(x.dtype)
+    _STATISTICS[e](plan.view(x), work, _STORAGE[e], nt)
     return _moments(plan, work)
 
 
@@ -367,6 +424,11 @@ def absorb(
     return result
 
 
+def activation_of(activation: str | None, slope: float) -> tuple[int, float]:
+    """Return the kernels' number of an activation, and the slope; errors where it is unknown."""
+    return _arguments.activation(activation, slope, _ACTIVATIONS)
+
+
 # ---- shared ------------------------------------------------------------------------------
 
 
@@ -381,7 +443,7 @@ def _may_be_small(axis: Any, eps: Any, num_threads: Any) -> bool:
 
 
 def _small_forward(
-    x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, out: Any
+    x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, act: tuple[int, float], out: Any
 ) -> tuple[NDArray[Any], Moments] | None:
     """Do a plain small `batch_norm` in one compiled step; None where it is not one."""
     if type(x) is not np.ndarray or not 0 < x.size < _SMALL or not -x.ndim <= axis < x.ndim:
@@ -389,10 +451,15 @@ def _small_forward(
     channels = x.shape[axis]
     y = np.empty_like(x) if out is None else out
     work = np.empty((3, channels))
-    if not _SMALL_FORWARD(x, gamma, beta, y, work, axis, eps):
+    if not _SMALL_FORWARD(x, gamma, beta, y, work, axis, eps, *act):
         return None
     work.setflags(write=False)
     return y, Moments._adopt(x.size // channels, work[0], work[1])
+
+
+def _folded(array: NDArray[Any] | None, x: NDArray[Any], plan: _layout.Plan) -> NDArray[Any] | None:
+    """Return an array that goes with `x` as (N, C, S), a copy where it lies otherwise."""
+    return None if array is None else plan.view(_layout.like(array, x, plan))
 
 
 def _check_eps(eps: float, least: float | None = None) -> None:
@@ -420,49 +487,104 @@ def _gradient_pair(
     dy: ArrayLike, x: ArrayLike, axis: int
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
     x = tensor("x", x)
-    dy = tensor("dy", dy)
-    if dy.shape != x.shape:
-        raise ValueError(f"dy has shape {dy.shape}; it must have the shape of x, {x.shape}")
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy is {dy.dtype}; it must have the dtype of x, {x.dtype}")
+    dy = companion("dy", dy, x)
     return dy, x, channel_axis(x, axis)
+
+
+class _Through(NamedTuple):
+    """What lies between x and y, for a backward."""
+
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]  # m2 where through_statistics
+    through_statistics: bool
+    gamma: ArrayLike | None
+    beta: ArrayLike | None
+    activation: tuple[int, float]
+    residual: ArrayLike | None
+    from_output: bool
 
 
 def _backward(
     dy: NDArray[Any],
     x: NDArray[Any],
-    fixed: list[NDArray[np.float64]],
-    gamma: ArrayLike | None,
-    through_statistics: bool,
+    through: _Through,
     axis: int,
     eps: float,
-    out: NDArray[Any] | None,
+    outs: tuple[NDArray[Any] | None, NDArray[Any] | None],
     num_threads: int | None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Check what both backwards share and call the kernel; `fixed` is mean and m2, or var."""
-    (scale,), p = parameters(x.shape[axis], gamma=gamma)
-    dtype = x.dtype if scale is None else scale.dtype
+) -> tuple[NDArray[Any], ...]:
+    """Check what both backwards share and call the kernel."""
+    vectors, p = parameters(x.shape[axis], gamma=through.gamma, beta=through.beta)
+    gamma, beta = vectors
+    dtype = _parameter_type(x) if gamma is None else gamma.dtype
     nt = thread_count(num_threads)
-    dx = destination(out, x, (x, dy, scale, *fixed))
+    residual = None if through.residual is None else companion("residual", through.residual, x)
+    mean, var = through.mean, through.var
+    if through.from_output:
+        _check_invertible(gamma, through.activation, residual)
+        mean = np.zeros(x.shape[axis]) if beta is None else beta.astype(np.float64, copy=False)
+    inputs = (x, dy, residual, mean, var, *vectors)
+    dx = destination(outs[0], x, inputs)
+    dresidual = None
+    if residual is not None:
+        dresidual = destination(outs[1], x, (dx, *inputs), "out_residual")
+        if any(dresidual is array for array in (dx, *inputs)):
+            raise ValueError("out_residual is an input or out; give memory of its own")
     if x.size == 0:
         zeros = np.zeros(x.shape[axis], dtype)
-        return dx, zeros, zeros.copy()
+        return (dx, zeros, zeros.copy()) + (() if dresidual is None else (dresidual,))
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(dx, x, plan)
+    kept = None if dresidual is None else _layout.like_empty(dresidual, x, plan)
     work = _work(plan)
-    _BACKWARD[x.dtype.char + p](
+    e = storage(x.dtype)
+    _BACKWARD[e + p](
         plan.view(_layout.like(dy, x, plan)),
         plan.view(x),
         plan.view(target),
-        *fixed,
-        scale,
+        _folded(residual, x, plan),
+        None if kept is None else plan.view(kept),
+        mean,
+        var,
+        gamma,
+        beta,
         work,
         eps,
-        through_statistics,
+        through.through_statistics,
+        through.from_output,
+        *through.activation,
+        _STORAGE[e],
         nt,
     )
     with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
-        return _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
+        gradients = _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
+    if dresidual is None or kept is None:
+        return gradients
+    return (*gradients, _deliver(dresidual, kept))
+
+
+def _check_invertible(
+    gamma: NDArray[Any] | None, activation: tuple[int, float], residual: NDArray[Any] | None
+) -> None:
+    """Refuse to compute gradients from y where y does not tell what xhat was."""
+    number_of, slope = activation
+    if residual is not None:
+        raise ValueError("residual is given; from_output works without one")
+    if number_of and not (number_of == _ACTIVATIONS["leaky_relu"] and slope > 0):
+        raise ValueError(
+            "from_output needs an activation with an inverse: None, or leaky_relu with a positive "
+            "slope. Keep x, and give that"
+        )
+    if gamma is not None and not np.all(gamma):
+        raise ValueError(
+            f"gamma is 0 in channel {np.flatnonzero(gamma == 0)[0]}: y does not tell what x was. "
+            "Keep x, and give that"
+        )
+
+
+def _parameter_type(x: NDArray[Any]) -> np.dtype[Any]:
+    """Return the dtype of dgamma and dbeta where there is no gamma."""
+    return x.dtype if x.itemsize > 2 else np.dtype(np.float32)
 
 
 def _no_channels(x: NDArray[Any], axis: int) -> Moments:

@@ -44,6 +44,9 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
@@ -53,7 +56,10 @@ def batch_norm(
     var = m2 / rows.shape[1]  # (4)
     rstd = 1 / np.sqrt(var + eps)  # (5)
     xhat = e * rstd  # (6)
-    y = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
+    z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
+    if residual is not None:
+        z = z + _fold(residual, axis)
+    y, _ = activated(z, activation, slope)
     return _unfold(y, x, axis, out), Moments(rows.shape[1], mean[:, 0], m2[:, 0])
 
 
@@ -67,6 +73,9 @@ def batch_norm_inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
@@ -74,7 +83,10 @@ def batch_norm_inference(
     e = _fold(x, axis) - _column(mean, 0.0)  # (2)
     rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
     xhat = e * rstd  # (6)
-    y = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
+    z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
+    if residual is not None:
+        z = z + _fold(residual, axis)
+    y, _ = activated(z, activation, slope)
     return _unfold(y, x, axis, out)
 
 
@@ -85,21 +97,29 @@ def batch_norm_backward(
     moments: Moments,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    from_output: bool = False,
     out: Array | None = None,
+    out_residual: Array | None = None,
     num_threads: int | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm`, through the batch statistics."""
-    g, rows = _fold(dy, axis), _fold(x, axis)
-    e = rows - _column(moments.mean, 0.0)  # (2)
+    rows = _fold(x, axis)
     rstd = 1 / np.sqrt(_column(moments.var(), 1.0) + eps)  # (5)
-    xhat = e * rstd  # (6)
+    xhat, z = _xhat(
+        rows, _column(moments.mean, 0.0), rstd, gamma, beta, activation, slope, from_output
+    )
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, out_residual)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
     projected = g - dbeta / rows.shape[1] - xhat * (dgamma / rows.shape[1])  # (20)
     dx = _column(gamma, 1.0) * rstd * projected  # (21)
-    return _unfold(dx, x, axis, out), dgamma[:, 0], dbeta[:, 0]
+    return _unfold(dx, x, axis, out), dgamma[:, 0], dbeta[:, 0], *dresidual
 
 
 @np.errstate(all="ignore")
@@ -110,20 +130,26 @@ def batch_norm_inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.01,
+    residual: ArrayLike | None = None,
+    from_output: bool = False,
     out: Array | None = None,
+    out_residual: Array | None = None,
     num_threads: int | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm_inference`; `mean` and `var` are constants."""
-    g = _fold(dy, axis)
-    e = _fold(x, axis) - _column(mean, 0.0)  # (2)
     rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
-    xhat = e * rstd  # (6)
+    rows = _fold(x, axis)
+    xhat, z = _xhat(rows, _column(mean, 0.0), rstd, gamma, beta, activation, slope, from_output)
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, out_residual)
     dbeta = g.sum(axis=1)  # (12)
     dgamma = (g * xhat).sum(axis=1)  # (13)
     dx = _column(gamma, 1.0) * rstd * g  # (23)
-    return _unfold(dx, x, axis, out), dgamma, dbeta
+    return _unfold(dx, x, axis, out), dgamma, dbeta, *dresidual
 
 
 @np.errstate(all="ignore")
@@ -132,6 +158,67 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     rows = _fold(x, axis)
     mean, _, m2 = _statistics(rows)
     return Moments(rows.shape[1], mean[:, 0], m2[:, 0])
+
+
+@np.errstate(all="ignore")
+def activated(z: Array, activation: str | None, slope: float) -> tuple[Array, Array]:
+    """Return y = f(z), and f'(z)."""
+    one, zero = np.ones_like(z), np.zeros_like(z)
+    if activation is None:
+        return z, one
+    if activation == "relu":
+        return np.where(z < 0, zero, z), np.where(z <= 0, zero, one)
+    if activation == "relu6":
+        y = np.where(z > 6, 6 * one, np.where(z < 0, zero, z))
+        return y, np.where((z <= 0) | (z >= 6), zero, one)
+    if activation == "leaky_relu":
+        return np.where(z < 0, slope * z, z), np.where(z <= 0, slope * one, one)
+    if activation == "tanh":
+        return np.tanh(z), 1 / np.cosh(z) ** 2
+    e = np.exp(-np.abs(z))
+    up = np.where(z >= 0, one, e) / (1 + e)  # sigmoid
+    down = np.where(z >= 0, e, one) / (1 + e)  # 1 - sigmoid
+    if activation == "sigmoid":
+        return up, up * down
+    if activation == "silu":
+        return z * up, up * (1 + z * down)
+    raise ValueError(f"activation is {activation!r}")
+
+
+def _xhat(
+    rows: Array,
+    mean: Array | float,
+    rstd: Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    activation: str | None,
+    slope: float,
+    from_output: bool,
+) -> tuple[Array, Array]:
+    """Return xhat and z of rows of x; or of rows of y, where activation can be inverted."""
+    if from_output:
+        z = np.where(rows < 0, rows / slope, rows) if activation else rows
+        return (z - _column(beta, 0.0)) / _column(gamma, 1.0), z
+    xhat = (rows - mean) * rstd  # (2), (6)
+    return xhat, _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
+
+
+def _through_activation(
+    dy: ArrayLike,
+    x: ArrayLike,
+    z: Array,
+    axis: int,
+    activation: str | None,
+    slope: float,
+    residual: ArrayLike | None,
+    out_residual: Array | None,
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the gradient with respect to z, and that of the residual if there is one."""
+    if residual is not None:
+        z = z + _fold(residual, axis)
+    _, derivative = activated(z, activation, slope)
+    g = np.where(derivative == 0, 0, _fold(dy, axis) * derivative)
+    return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
 
 def _statistics(rows: Array) -> tuple[Array, Array, Array]:

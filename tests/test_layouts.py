@@ -384,7 +384,6 @@ def test_overlap_fuzz(rng):
 
 GOOD = np.array([[1, 2.0], [3, 5], [2, 2]])
 REFUSED = {
-    "float16": GOOD.astype(np.float16),
     "long double": GOOD.astype(np.longdouble),
     "int64": GOOD.astype(int),
     "uint8": GOOD.astype(np.uint8),

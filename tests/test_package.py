@@ -35,6 +35,8 @@ DOORS = {
     "_runtime": {"_version", "_kernels"},
     "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
     "layers": {"functional", "moments", "_arguments"},
+    "folding": {"layers", "_arguments"},
+    "interop": {"layers", "_arguments"},
     "reference": {"moments"},
     "": {"layers", "functional", "moments", "_runtime", "_version"},
     "torch": {"functional", "moments"},
@@ -42,12 +44,9 @@ DOORS = {
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
 }
-VISITORS = {
-    "torch",
-    "demo",
-    "bench",
-    "__main__",
-}  # may import optional packages; no other room imports them
+VISITORS = {  # may import optional packages; no other room imports them
+    *("demo", "bench", "interop", "torch", "__main__"),
+}
 
 
 def room(module):
@@ -153,7 +152,12 @@ def test_import_loads_numpy_and_the_standard_library_alone():
 
 
 @pytest.mark.parametrize(
-    "name", ["cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"]
+    "name",
+    [
+        *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
+        *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
+        *("cybn.interop._convert", "cybn.interop._flax"),
+    ],
 )
 def test_docstring_examples(name):
     module = importlib.import_module(name)

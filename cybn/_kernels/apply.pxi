@@ -19,7 +19,7 @@ cdef inline void load(
 cdef void scale_coefficients(
     const Job* job, Py_ssize_t c0, Py_ssize_t c1, T* hi, T* a, T* b
 ) noexcept nogil:
-    """y = (x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + b."""
+    """z = (x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + b."""
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double beta[VECTOR]
@@ -38,20 +38,32 @@ cdef void scale_coefficients(
             a[c - c0 + i] = <T> r[i]
             mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
             b[c - c0 + i] = <T> (beta[i] - r[i] * mean[i] if mean[i] != 0 else beta[i])
-    if job.apply == SCALE_DY:
-        for i in range(c1 - c0):
-            hi[i] = 0
-            b[i] = 0
+
+
+cdef void load_xhat_scale(
+    const Job* job, Py_ssize_t c, Py_ssize_t n, double* restrict r
+) noexcept nogil:
+    """What x - mean is multiplied by to give xhat; z - beta, where x was written over."""
+    cdef Py_ssize_t i
+    if job.inverse:
+        load(job.gamma, c, n, 1, r)
+        for i in range(n):
+            r[i] = 1 / r[i]
+    else:
+        load(job.var, c, n, 0, r)
+        for i in range(n):
+            r[i] = 1 / sqrt(r[i] / job.count + job.eps)
 
 
 cdef void unscale_coefficients(
     const Job* job, Py_ssize_t c0, Py_ssize_t c1, T* hi, T* a, T* k, T* b
 ) noexcept nogil:
-    """dx = r gamma (dy - dbeta / M - xhat dgamma / M), as dy * a + (x - hi) * k + b."""
+    """dx = r gamma (g - dbeta / M - xhat dgamma / M), as g * a + (x - hi) * k + b."""
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double gamma[VECTOR]
-    cdef double M = <double> job.N * <double> job.S, g
+    cdef double xhat[VECTOR]
+    cdef double M = <double> job.N * <double> job.S, slope
     cdef Py_ssize_t c, i, n, v
     for v in range((c1 - c0 + VECTOR - 1) // VECTOR):
         c = c0 + v * VECTOR
@@ -59,14 +71,28 @@ cdef void unscale_coefficients(
         load(job.mean, c, n, 0, mean)
         load(job.var, c, n, 0, r)
         load(job.gamma, c, n, 1, gamma)
+        load_xhat_scale(job, c, n, xhat)
         for i in range(n):
-            r[i] = 1 / sqrt(r[i] / job.count + job.eps)
-            gamma[i] = gamma[i] * r[i]
-            g = -gamma[i] * r[i] * job.sums[job.C + c + i] / M
+            r[i] = gamma[i] / sqrt(r[i] / job.count + job.eps)
+            slope = -r[i] * xhat[i] * job.sums[job.C + c + i] / M
             hi[c - c0 + i] = <T> mean[i]
-            a[c - c0 + i] = <T> gamma[i]
-            k[c - c0 + i] = <T> g
-            b[c - c0 + i] = <T> (-gamma[i] * job.sums[c + i] / M - g * (mean[i] - <T> mean[i]))
+            a[c - c0 + i] = <T> r[i]
+            k[c - c0 + i] = <T> slope
+            b[c - c0 + i] = <T> (-r[i] * job.sums[c + i] / M - slope * (mean[i] - <T> mean[i]))
+
+
+cdef void coefficients(
+    const Job* job, Py_ssize_t c0, Py_ssize_t c1, T* hi, T* a, T* k, T* b, T* z
+) noexcept nogil:
+    """All that apply may need of channels c0..c1; z is b of the forward, hi and a are the same."""
+    cdef Py_ssize_t i
+    if job.apply == UNSCALE:
+        unscale_coefficients(job, c0, c1, hi, a, k, b)
+    if job.apply != UNSCALE or job.activation != IDENTITY:
+        scale_coefficients(job, c0, c1, hi, a, z)
+    if job.apply == SCALE_DY:
+        for i in range(c1 - c0):
+            k[i] = 0
 
 
 cdef void apply_tile(
@@ -76,33 +102,43 @@ cdef void apply_tile(
     cdef T a[TILE]
     cdef T k[TILE]
     cdef T b[TILE]
+    cdef T z[TILE]
+    cdef Job kept
     cdef Py_ssize_t m = t.c1 - t.c0
     # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
     cdef bint rows = job.S < RUN_MIN
     cdef Py_ssize_t end = m * job.S - m if rows else 0
-    if job.apply == UNSCALE:
-        unscale_coefficients(job, t.c0, t.c1, hi + end, a + end, k + end, b + end)
-    else:
-        scale_coefficients(job, t.c0, t.c1, hi + end, a + end, b + end)
+    coefficients(job, t.c0, t.c1, hi + end, a + end, k + end, b + end, z + end)
+    if job.dresidual != NULL:  # reduce has done the activation, and kept the result
+        dy = <const T*> job.dresidual
+        kept = job[0]
+        kept.activation = IDENTITY
+        kept.dresidual = NULL
+        kept.staged = job.storage != NATIVE
+        kept.gated = False
+        kept.buffered = job.stream or job.storage != NATIVE
+        kept.dy_row = job.dresidual_row
+        job = &kept
     if rows:
         spread(hi + end, m, job.S, hi)
         spread(a + end, m, job.S, a)
-        spread(b + end, m, job.S, b)
-        if job.apply == UNSCALE:
+        if job.apply != SCALE:
             spread(k + end, m, job.S, k)
-        apply_rows(x, dy, y, job, t, hi, a, k, b)
+        if job.apply == UNSCALE:
+            spread(b + end, m, job.S, b)
+        if job.apply == SCALE or job.activation != IDENTITY:
+            spread(z + end, m, job.S, z)
+        apply_rows(x, dy, y, job, t, hi, a, k, b, z)
     else:
-        apply_runs(x, dy, y, job, t, hi, a, k, b)
+        apply_runs(x, dy, y, job, t, hi, a, k, b, z)
     if job.stream:
         stream_end()
 
 
 cdef void apply_runs(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
-    T* hi, T* a, T* k, T* b,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
-    cdef T buffer[PIECE]
-    cdef T* to
     cdef Py_ssize_t n, c, i, s, m, at
     for n in range(t.n1 - 1, t.n0 - 1, -1):
         for c in range(t.c0, t.c1):
@@ -110,60 +146,153 @@ cdef void apply_runs(
             s = t.s0
             while s < t.s1:
                 at = c * job.S + s
-                to = y + n * job.y_row + at
                 m = PIECE
                 if job.stream:  # the next piece starts on a line
-                    m -= (<size_t> to & 63) // sizeof(T)
+                    m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
                 m = min(m, t.s1 - s)
-                if job.stream:
-                    to = &buffer[0]
-                if job.apply == SCALE:
-                    scale(x + n * job.x_row + at, to, m, hi[i], a[i], b[i])
-                elif job.apply == SCALE_DY:
-                    scale(dy + n * job.dy_row + at, to, m, hi[i], a[i], b[i])
+                if job.staged:
+                    apply_piece(x, dy, y, job, n, at, m, hi[i], a[i], k[i], b[i], z[i])
                 else:
-                    unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, m,
-                            hi[i], a[i], k[i], b[i])
-                if job.stream:
-                    stream(y + n * job.y_row + at, buffer, m * sizeof(T))
+                    apply_plain_piece(x, dy, y, job, n, at, m, hi[i], a[i], k[i], b[i], z[i])
                 s += m
+
+
+cdef inline void apply_plain_piece(
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    T hi, T a, T k, T b, T z,
+) noexcept nogil:
+    """apply_piece without stages, whose calls would take 5 % of it in cache."""
+    cdef T buffer[PIECE]
+    cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    x += n * (job.x_row // sizeof(T)) + i
+    dy += n * (job.dy_row // sizeof(T)) + i
+    if job.apply == SCALE and job.residual != NULL:
+        scale_add(x, residual_at(job, y, n, i), to, m, hi, a, z, <T> job.low, <T> job.high)
+    elif job.apply == SCALE:
+        scale(x, to, m, hi, a, z, <T> job.low, <T> job.high)
+    elif job.apply == SCALE_DY:
+        scale(dy, to, m, 0, a, 0, <T> (-INFINITY), <T> INFINITY)
+    elif job.gated:
+        unscale(dy, x, to, m, hi, a, k, b, z, True)
+    else:
+        unscale(dy, x, to, m, hi, a, k, b, 0, False)
+    if job.stream:
+        stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T))
+
+
+cdef void apply_piece(
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    T hi, T a, T k, T b, T z,
+) noexcept nogil:
+    """Values i..i + m of row n, all of one channel."""
+    cdef T buffer[PIECE]
+    cdef T of_x[PIECE]
+    cdef T of_g[PIECE]
+    cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    cdef const T* at_x = x
+    cdef const T* g
+    if job.apply == SCALE:
+        at_x = fetch(job, x, job.x_row, n, i, m, of_x)
+        if job.residual != NULL:
+            scale(at_x, to, m, hi, a, z, <T> (-INFINITY), <T> INFINITY)
+        else:
+            scale(at_x, to, m, hi, a, z, <T> job.low, <T> job.high)
+        epilogue(job, to, n, i, m)
+    else:
+        if job.apply == UNSCALE or job.activation != IDENTITY:
+            at_x = fetch_x(job, x, n, i, m, of_x)
+        g = run_gradient(at_x, dy, job, n, i, m, hi, a, z, of_g)
+        if job.apply == UNSCALE:
+            unscale(g, at_x, to, m, hi, a, k, b, 0, False)
+        else:
+            scale(g, to, m, 0, a, 0, <T> (-INFINITY), <T> INFINITY)
+    if job.buffered:
+        deliver(job, buffer, y, job.y_row, n, i, m)
 
 
 cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
-    T* hi, T* a, T* k, T* b,
+    T* hi, T* a, T* k, T* b, T* z,
 ) noexcept nogil:
-    cdef T buffer[TILE]
-    cdef T* to
-    cdef Py_ssize_t g, n, m, w = (t.c1 - t.c0) * job.S, at = t.c0 * job.S
+    cdef Py_ssize_t g, n, m, w = (t.c1 - t.c0) * job.S
     cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
     cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
     if step > 1:
         repeat(hi, w, step)
         repeat(a, w, step)
+        repeat(k, w, step)
         repeat(b, w, step)
-        if job.apply == UNSCALE:
-            repeat(k, w, step)
+        repeat(z, w, step)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
         while n < min(t.n0 + (g + 1) * group, t.n1):
             m = w * min(step, t.n1 - n)
-            to = &buffer[0] if job.stream else y + n * job.y_row + at
-            if job.apply == SCALE:
-                col_scale(x + n * job.x_row + at, to, m, hi, a, b)
-            elif job.apply == SCALE_DY:
-                col_scale(dy + n * job.dy_row + at, to, m, hi, a, b)
+            if job.staged:
+                apply_row(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
             else:
-                col_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, to, m, hi, a, k, b)
-            if job.stream:
-                stream(y + n * job.y_row + at, buffer, m * sizeof(T))
+                apply_plain_row(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
             n += step
+
+
+cdef inline void apply_plain_row(
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
+) noexcept nogil:
+    """apply_row without stages, whose calls would take 5 % of it in cache."""
+    cdef T buffer[TILE]
+    cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    x += n * (job.x_row // sizeof(T)) + i
+    dy += n * (job.dy_row // sizeof(T)) + i
+    if job.apply == SCALE and job.residual != NULL:
+        col_scale_add(x, residual_at(job, y, n, i), to, m, hi, a, z, <T> job.low, <T> job.high)
+    elif job.apply == SCALE:
+        col_scale(x, to, m, hi, a, z, <T> job.low, <T> job.high)
+    elif job.apply == SCALE_DY:
+        col_scale(dy, to, m, k, a, k, <T> (-INFINITY), <T> INFINITY)
+    elif job.gated:
+        col_unscale(dy, x, to, m, hi, a, k, b, z, True)
+    else:
+        col_unscale(dy, x, to, m, hi, a, k, b, k, False)
+    if job.stream:
+        stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T))
+
+
+cdef void apply_row(
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
+) noexcept nogil:
+    """Values i..i + m of row n, a coefficient each."""
+    cdef T buffer[TILE]
+    cdef T of_x[TILE]
+    cdef T of_g[TILE]
+    cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    cdef const T* at_x = x
+    cdef const T* g
+    if job.apply == SCALE:
+        at_x = fetch(job, x, job.x_row, n, i, m, of_x)
+        if job.residual != NULL:
+            col_scale(at_x, to, m, hi, a, z, <T> (-INFINITY), <T> INFINITY)
+        else:
+            col_scale(at_x, to, m, hi, a, z, <T> job.low, <T> job.high)
+        epilogue(job, to, n, i, m)
+    else:
+        if job.apply == UNSCALE or job.activation != IDENTITY:
+            at_x = fetch_x(job, x, n, i, m, of_x)
+        g = row_gradient(at_x, dy, job, n, i, m, hi, a, z, of_g)
+        if job.apply == UNSCALE:
+            col_unscale(g, at_x, to, m, hi, a, k, b, k, False)
+        else:
+            col_scale(g, to, m, k, a, k, <T> (-INFINITY), <T> INFINITY)
+    if job.buffered:
+        deliver(job, buffer, y, job.y_row, n, i, m)
 
 
 cdef inline Py_ssize_t rows_at_once(
     const Job* job, Py_ssize_t w, Py_ssize_t rows
 ) noexcept nogil:
     """Rows that can be taken as one: where each starts at the end of the one before."""
-    if w != job.x_row or w != job.y_row or (job.apply != SCALE and w != job.dy_row):
+    cdef Py_ssize_t row = w * job.item
+    if (row != job.x_row or row != job.y_row or (job.apply != SCALE and row != job.dy_row)
+            or (job.residual != NULL and row != job.residual_row)):
         return 1
     return max(1, min(APPLY_ROW // w, rows))

@@ -6,13 +6,17 @@
 #
 #   operation            reduce            finish             apply
 #   statistics           sums of x         mean, m2           -
-#   forward              sums of x         mean, m2           y  = (x - hi) * a + b
-#   inference            -                 -                  y  = (x - hi) * a + b
-#   backward             dots of dy, x     dbeta, dgamma      dx = dy * a + (x - hi) * k + b
-#   inference_backward   dots of dy, x     dbeta, dgamma      dx = dy * a
+#   forward              sums of x         mean, m2           y  = f((x - hi) * a + b + residual)
+#   inference            -                 -                  y  = f((x - hi) * a + b + residual)
+#   backward             dots of g, x      dbeta, dgamma      dx = g * a + (x - hi) * k + b
+#   inference_backward   dots of g, x      dbeta, dgamma      dx = g * a
+#
+# f is the activation, z what it is given, and g = dy f'(z), with z computed again from x.
 #
 # a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory,
-#    8 where the second look at x finds it in cache. Backward: 20 or 12. Inference: 8.
+#    8 where the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. A residual
+#    adds 4 forward; backward, reduce reads it and writes its gradient, which apply then reads in
+#    place of dy: 28 or 20. Half types: half of all of that.
 # b. Owned. A thread owns a block of channels and takes it through all three steps. One
 #    parallel region, no barrier, and the second look comes from the core's own cache: the
 #    block is sized so that it fits L2, and apply walks N backwards, over the lines touched last.
@@ -24,15 +28,25 @@
 # e. Pivot. Sums are centred on the mean of SAMPLES values spread over the channel. Where that
 #    turns out too far from the mean, or squares left the range of T, finish sums that channel
 #    again in float64 (docs/math.md, 6.2).
-# f. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into b: the
+# f. Composition. Half types, activations and residuals are stages on pieces in L1 (stages.pxi);
+#    no loop is written twice for any of them. Jobs with stages take narrower tiles of rows.
+# g. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into b: the
 #    error of y does not grow with |mean| / std.
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
+from libc.stdint cimport uint16_t
+from libc.string cimport memcpy, memset
 
+from cybn._kernels.activate cimport (
+    IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation, activate, add, chain,
+    invert)
+from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
-from cybn._kernels.runs cimport LANES, PIECE, RUN_MIN, T, WIDE, across, dots, scale, sums, unscale
+    FLUSH, TILE, col_dots, col_dots2, col_gate_add, col_scale, col_scale_add, col_sums,
+    col_unscale, gather, repeat, spread)
+from cybn._kernels.runs cimport (
+    LANES, PIECE, RUN_MIN, T, WIDE, across, dots, gate_add, scale, scale_add, sums, unscale)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
@@ -64,8 +78,18 @@ cdef struct Vector:         # (C,) of either float type, or absent
 cdef struct Job:
     Reduce reduce
     Apply apply
+    Storage storage         # of x, dy, y, residual and dresidual
+    Py_ssize_t item         # bytes of an element of those
+    Activation activation
+    double slope            # of leaky_relu
+    double low, high        # what relu and relu6 clamp to; else infinite
+    bint inverse            # x is y, which was written over it; mean is beta
     Py_ssize_t N, C, S
-    Py_ssize_t x_row, dy_row, y_row     # elements from one n to the next
+    Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
+    const void* residual
+    Py_ssize_t residual_row
+    void* dresidual
+    Py_ssize_t dresidual_row
     Vector mean, var        # var is m2 where count is the number of values
     Vector gamma, beta
     double count, eps
@@ -76,7 +100,10 @@ cdef struct Job:
     Py_ssize_t block, blocks            # channels a block, number of blocks
     int threads
     bint owned
+    bint gated              # the plain loops of backward go through relu
+    bint staged             # more than the plain loops is to be done
     bint stream             # y goes past the caches
+    bint buffered           # y is computed in L1 before it goes anywhere
 
 cdef struct Tile:           # channels c0..c1 of rows n0..n1, columns s0..s1
     Py_ssize_t c0, c1, n0, n1, s0, s1
@@ -96,6 +123,7 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
+include "stages.pxi"
 include "reduce.pxi"
 include "apply.pxi"
 
@@ -169,9 +197,19 @@ cdef void plan(
 ) noexcept nogil:
     """Cut the work into chunks, which decide the bits, and blocks, which do not."""
     cdef Py_ssize_t tensors = 2 if job.reduce == DOTS else 1
-    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * sizeof(T) * tensors)
-    cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * sizeof(T)
-    job.stream = touched > l3_bytes and y != x and y != dy
+    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * job.item * tensors)
+    cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * job.item
+    cdef Py_ssize_t columns
+    job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
+    job.buffered = job.stream or job.storage != NATIVE
+    job.buffered |= y == job.residual and job.activation >= LEAKY_RELU
+    job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
+    job.staged = job.storage != NATIVE or job.activation >= LEAKY_RELU
+    if job.reduce == DOTS and not job.gated:
+        job.staged |= job.residual != NULL or job.activation != IDENTITY
+    if job.storage != NATIVE:
+        job.gated = False
+    columns = TILE // 2 if job.staged else TILE
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)
@@ -180,9 +218,9 @@ cdef void plan(
     if job.S >= RUN_MIN:
         job.block = max(1, min(fit, BLOCK))
     elif job.owned:
-        job.block = min(max(fit, 64 // job.S), TILE // job.S)
+        job.block = min(max(fit, 64 // job.S), columns // job.S)
     else:
-        job.block = TILE // job.S
+        job.block = columns // job.S
     if job.owned:
         job.block = max(1, min(job.block, (job.C + threads - 1) // threads))
     if rows_in_sum(job) > 1:  # several rows as one: only whole rows will do
@@ -230,9 +268,20 @@ cdef void run(
 
 # ---- entries -----------------------------------------------------------------------------
 
+ctypedef fused E:           # an element in storage: float32, float64, or a half type
+    float
+    double
+    uint16_t
+
 ctypedef fused P:           # the parameters' type
     float
     double
+
+# The numbers of what Python names; absent names are 0.
+ACTIVATIONS = {
+    "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH,
+    "silu": SILU}
+STORAGE = {"e": FLOAT16, "E": BFLOAT16}     # by dtype.char
 
 
 cdef inline Vector vector(const P* data) noexcept nogil:
@@ -253,21 +302,31 @@ cdef inline Vector optional(const P[::1] values):
 
 cdef inline Job new_job(Reduce reduce, Apply apply, double eps) noexcept:
     cdef Job job
+    memset(&job, 0, sizeof(job))
     job.reduce = reduce
     job.apply = apply
-    job.x_row = job.dy_row = job.y_row = 0
-    job.mean.data = job.var.data = job.gamma.data = job.beta.data = NULL
     job.mean.wide = job.var.wide = job.gamma.wide = job.beta.wide = True
     job.count = 1
     job.eps = eps
-    job.sums = job.pivot = NULL
+    set_activation(&job, IDENTITY, 0)
     return job
 
 
-cdef inline Job job_on(const T[:, :, :] x, Reduce reduce, Apply apply, double eps):
+cdef inline void set_activation(Job* job, int activation, double slope) noexcept:
+    job.activation = <Activation> activation
+    job.slope = slope
+    job.low = 0 if activation == RELU or activation == RELU6 else -INFINITY
+    job.high = 6 if activation == RELU6 else INFINITY
+
+
+cdef inline Job job_on(
+    const E[:, :, :] x, Storage storage, Reduce reduce, Apply apply, double eps
+):
     cdef Job job = new_job(reduce, apply, eps)
+    job.storage = storage
+    job.item = sizeof(E)
     job.N, job.C, job.S = x.shape[0], x.shape[1], x.shape[2]
-    job.x_row = x.strides[0] // sizeof(T)
+    job.x_row = x.strides[0]
     return job
 
 
@@ -276,82 +335,125 @@ cdef inline void use_work(Job* job, double[:, ::1] work):
     job.pivot = &work[work.shape[0] - 1, 0]
 
 
+cdef inline void start(
+    const E* x, const E* dy, E* y, Job* job, Py_ssize_t chunks, int threads
+) noexcept nogil:
+    """Run in float64 for float64, in float32 for all that is narrower."""
+    if E is double:
+        run(x, dy, y, job, chunks, threads)
+    else:
+        run(<const float*> x, <const float*> dy, <float*> y, job, chunks, threads)
+
+
 def statistics(
-    const T[:, :, :] x,       # IN  (N, C, S)
+    const E[:, :, :] x,         # IN  (N, C, S)
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
+    Storage storage,
     int threads,
 ):
-    cdef Job job = job_on(x, SUMS, NO_WRITE, 0)
+    cdef Job job = job_on(x, storage, SUMS, NO_WRITE, 0)
     use_work(&job, work)
     with nogil:
-        run(&x[0, 0, 0], <const T*> NULL, <T*> NULL, &job, work.shape[0] // 2, threads)
+        start(&x[0, 0, 0], <const E*> NULL, <E*> NULL, &job, work.shape[0] // 2, threads)
 
 
 def forward(
-    const T[:, :, :] x,       # IN  (N, C, S)
-    T[:, :, :] y,             # OUT (N, C, S), may be x
+    const E[:, :, :] x,         # IN  (N, C, S)
+    E[:, :, :] y,               # OUT (N, C, S), may be x
+    const E[:, :, :] residual,  # IN  (N, C, S) or None, may be y
     const P[::1] gamma,         # IN  (C,) or None
     const P[::1] beta,          # IN  (C,) or None
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
     double eps,
+    int activation,
+    double slope,
+    Storage storage,
     int threads,
 ):
-    cdef Job job = job_on(x, SUMS, SCALE, eps)
-    job.y_row = y.strides[0] // sizeof(T)
+    cdef Job job = job_on(x, storage, SUMS, SCALE, eps)
+    job.y_row = y.strides[0]
     job.gamma = optional(gamma)
     job.beta = optional(beta)
     job.count = <double> job.N * <double> job.S
     use_work(&job, work)
     job.mean.data = job.sums
     job.var.data = job.sums + job.C
+    set_activation(&job, activation, slope)
+    set_residual(&job, residual)
     with nogil:
-        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job, work.shape[0] // 2, threads)
+        start(&x[0, 0, 0], <const E*> NULL, &y[0, 0, 0], &job, work.shape[0] // 2, threads)
+
+
+cdef inline void set_residual(Job* job, const E[:, :, :] residual):
+    if residual is not None:
+        job.residual = &residual[0, 0, 0]
+        job.residual_row = residual.strides[0]
 
 
 def inference(
-    const T[:, :, :] x,       # IN  (N, C, S)
-    T[:, :, :] y,             # OUT (N, C, S), may be x
+    const E[:, :, :] x,         # IN  (N, C, S)
+    E[:, :, :] y,               # OUT (N, C, S), may be x
+    const E[:, :, :] residual,  # IN  (N, C, S) or None, may be y
     const P[::1] mean,          # IN  (C,)
     const P[::1] var,           # IN  (C,)
     const P[::1] gamma,         # IN  (C,) or None
     const P[::1] beta,          # IN  (C,) or None
     Py_ssize_t chunks,
     double eps,
+    int activation,
+    double slope,
+    Storage storage,
     int threads,
 ):
-    cdef Job job = job_on(x, NO_SUMS, SCALE, eps)
-    job.y_row = y.strides[0] // sizeof(T)
+    cdef Job job = job_on(x, storage, NO_SUMS, SCALE, eps)
+    job.y_row = y.strides[0]
     job.mean = vector(&mean[0])
     job.var = vector(&var[0])
     job.gamma = optional(gamma)
     job.beta = optional(beta)
+    set_activation(&job, activation, slope)
+    set_residual(&job, residual)
     with nogil:
-        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &job, chunks, threads)
+        start(&x[0, 0, 0], <const E*> NULL, &y[0, 0, 0], &job, chunks, threads)
 
 
 def backward(
-    const T[:, :, :] dy,      # IN  (N, C, S)
-    const T[:, :, :] x,       # IN  (N, C, S)
-    T[:, :, :] dx,            # OUT (N, C, S), may be dy or x
-    const double[::1] mean,     # IN  (C,)
+    const E[:, :, :] dy,        # IN  (N, C, S)
+    const E[:, :, :] x,         # IN  (N, C, S); y where inverse
+    E[:, :, :] dx,              # OUT (N, C, S), may be dy or x
+    const E[:, :, :] residual,  # IN  (N, C, S) or None
+    E[:, :, :] dresidual,       # OUT (N, C, S), None where residual is
+    const double[::1] mean,     # IN  (C,); beta where inverse
     const double[::1] var,      # IN  (C,) m2 where the statistics are those of x
     const P[::1] gamma,         # IN  (C,) or None
+    const P[::1] beta,          # IN  (C,) or None
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): dbeta and dgamma in rows 0 and 1
     double eps,
     bint through_statistics,
+    bint inverse,
+    int activation,
+    double slope,
+    Storage storage,
     int threads,
 ):
-    cdef Job job = job_on(x, DOTS, UNSCALE if through_statistics else SCALE_DY, eps)
-    job.dy_row = dy.strides[0] // sizeof(T)
-    job.y_row = dx.strides[0] // sizeof(T)
+    cdef Job job = job_on(x, storage, DOTS, UNSCALE if through_statistics else SCALE_DY, eps)
+    job.dy_row = dy.strides[0]
+    job.y_row = dx.strides[0]
     job.mean = vector(&mean[0])
     job.var = vector(&var[0])
     job.gamma = optional(gamma)
+    job.beta = optional(beta)
     if through_statistics:
         job.count = <double> job.N * <double> job.S
     use_work(&job, work)
+    job.inverse = inverse
+    set_activation(&job, activation, slope)
+    set_residual(&job, residual)
+    if dresidual is not None:
+        job.dresidual = &dresidual[0, 0, 0]
+        job.dresidual_row = dresidual.strides[0]
     with nogil:
-        run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
+        start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
 
 
 include "small.pxi"

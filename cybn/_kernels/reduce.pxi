@@ -16,26 +16,77 @@ cdef void reduce_runs(
     double* out2,
 ) noexcept nogil:
     cdef double acc[BLOCK * 2 * WIDE]
+    cdef T hi[BLOCK]
+    cdef T a[BLOCK]
+    cdef T b[BLOCK]
+    cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
     cdef Py_ssize_t c, n, piece, m, i, length = t.s1 - t.s0
     cdef Py_ssize_t step = even_step(length)
     cdef Py_ssize_t pieces = (length + step - 1) // step
-    cdef T p
     for i in range((t.c1 - t.c0) * 2 * WIDE):
         acc[i] = 0
+    if job.activation != IDENTITY:
+        scale_coefficients(job, t.c0, t.c1, hi, a, b)
+    for c in range(t.c1 - t.c0):
+        hi[c] = <T> shift[t.c0 + c]
     for n in range(t.n0, t.n1):
-        for c in range(t.c0, t.c1):
-            p = <T> shift[c]
+        for c in range(t.c1 - t.c0):
             for piece in range(pieces):
                 m = min(step, length - piece * step)
-                i = c * job.S + t.s0 + piece * step
-                if job.reduce == SUMS:
-                    sums(x + n * job.x_row + i, m, p, acc + (c - t.c0) * 2 * WIDE)
+                i = (t.c0 + c) * job.S + t.s0 + piece * step
+                if job.staged:
+                    staged_piece(x, dy, job, n, i, m, hi[c], a[c], b[c], acc + c * 2 * WIDE)
+                elif job.reduce == SUMS:
+                    sums(x + n * x_row + i, m, hi[c], acc + c * 2 * WIDE)
+                elif job.gated:
+                    dots(dy + n * dy_row + i, x + n * x_row + i, m, hi[c], a[c], b[c], True,
+                         acc + c * 2 * WIDE)
                 else:
-                    dots(dy + n * job.dy_row + i, x + n * job.x_row + i, m, p,
-                         acc + (c - t.c0) * 2 * WIDE)
-    for c in range(t.c0, t.c1):
-        out1[c] = across(acc + (c - t.c0) * 2 * WIDE)
-        out2[c] = across(acc + (c - t.c0) * 2 * WIDE + WIDE)
+                    dots(dy + n * dy_row + i, x + n * x_row + i, m, hi[c], 0, 0, False,
+                         acc + c * 2 * WIDE)
+    for c in range(t.c1 - t.c0):
+        out1[t.c0 + c] = across(acc + c * 2 * WIDE)
+        out2[t.c0 + c] = across(acc + c * 2 * WIDE + WIDE)
+
+
+cdef void staged_piece(
+    const T* x, const T* dy, const Job* job,
+    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    T hi, T a, T b, double* acc,
+) noexcept nogil:
+    """Add values i..i + m of row n, all of one channel."""
+    cdef T of_x[PIECE]
+    cdef T of_g[PIECE]
+    cdef const T* at_x = fetch_x(job, x, n, i, m, of_x)
+    if job.reduce == SUMS:
+        sums(at_x, m, hi, acc)
+    else:
+        dots(run_gradient(at_x, dy, job, n, i, m, hi, a, b, of_g), at_x, m, hi, 0, 0,
+             False, acc)
+
+
+cdef inline const T* run_gradient(
+    const T* at_x, const T* dy, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    T hi, T a, T b, T* buffer,
+) noexcept nogil:
+    """Gradient with respect to z of values i..i + m of row n, all of one channel."""
+    cdef T of_z[PIECE]
+    cdef const T* z = of_z
+    cdef const T* g
+    if job.activation == RELU and job.residual != NULL and job.storage == NATIVE:
+        buffer = room(job, n, i, buffer)
+        gate_add(fetch(job, dy, job.dy_row, n, i, m, buffer), at_x, residual_at(job, z, n, i),
+                 buffer, m, hi, a, b)
+        return buffer
+    if job.inverse:
+        z = at_x
+    elif job.activation != IDENTITY:
+        scale(at_x, of_z, m, hi, a, b, <T> (-INFINITY), <T> INFINITY)
+        if job.residual != NULL:
+            add_residual(job, of_z, n, i, m, <T> (-INFINITY), <T> INFINITY)
+    g = gradient(job, dy, z, n, i, m, room(job, n, i, buffer))
+    keep(job, g, n, i, m)
+    return g
 
 
 cdef void reduce_rows(
@@ -47,30 +98,38 @@ cdef void reduce_rows(
     double* out1,
     double* out2,
 ) noexcept nogil:
-    cdef T p[TILE]
+    cdef T hi[TILE]
+    cdef T scale_a[TILE]
+    cdef T scale_b[TILE]
     cdef T a[TILE]
     cdef T b[TILE]
-    cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, at = t.c0 * job.S
+    cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, end = w - m
     cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
-    cdef const T* from_x = x + t.n0 * job.x_row + at
-    cdef const T* from_dy = dy + t.n0 * job.dy_row + at
+    if job.activation != IDENTITY:
+        scale_coefficients(job, t.c0, t.c1, hi + end, scale_a + end, scale_b + end)
+        spread(scale_a + end, m, job.S, scale_a)
+        spread(scale_b + end, m, job.S, scale_b)
+        repeat(scale_a, w, step)
+        repeat(scale_b, w, step)
     for c in range(m):
-        a[c] = <T> shift[t.c0 + c]
+        hi[end + c] = <T> shift[t.c0 + c]
         out1[t.c0 + c] = 0
         out2[t.c0 + c] = 0
-    spread(a, m, job.S, p)
-    repeat(p, w, step)
+    spread(hi + end, m, job.S, hi)
+    repeat(hi, w, step)
     for i in range(w * step):
         a[i] = 0
         b[i] = 0
     for i in range(rows // FLUSH):
-        reduce_some(from_x, from_dy, job, i * FLUSH * step, FLUSH, step, w * step, p, a, b)
+        reduce_some(x, dy, job, t.n0 + i * FLUSH * step, FLUSH, step, t.c0 * job.S, w * step,
+                    hi, scale_a, scale_b, a, b)
         gather(a, m, job.S, step, out1 + t.c0)
         gather(b, m, job.S, step, out2 + t.c0)
-    i = rows - rows % FLUSH
-    reduce_some(from_x, from_dy, job, i * step, rows % FLUSH, step, w * step, p, a, b)
-    i = rows * step
-    reduce_some(from_x, from_dy, job, i, 1, 1, w * (t.n1 - t.n0 - i), p, a, b)
+    i = t.n0 + (rows - rows % FLUSH) * step
+    reduce_some(x, dy, job, i, rows % FLUSH, step, t.c0 * job.S, w * step,
+                hi, scale_a, scale_b, a, b)
+    i = t.n0 + rows * step
+    reduce_some(x, dy, job, i, 1, 1, t.c0 * job.S, w * (t.n1 - i), hi, scale_a, scale_b, a, b)
     gather(a, m, job.S, step, out1 + t.c0)
     gather(b, m, job.S, step, out2 + t.c0)
 
@@ -82,15 +141,87 @@ cdef inline Py_ssize_t rows_in_sum(const Job* job) noexcept nogil:
 
 cdef inline void reduce_some(
     const T* x, const T* dy, const Job* job,
-    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t w,
-    const T* p, T* a, T* b,
+    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
+    const T* hi, const T* scale_a, const T* scale_b, T* a, T* b,
 ) noexcept nogil:
-    """Add rows n, n + step, ... to the column sums."""
-    if job.reduce == SUMS:
-        col_sums(x + n * job.x_row, step * job.x_row, rows, w, p, a, b)
+    """Add values i..i + w of rows n, n + step, ... to the column sums."""
+    cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
+    if job.storage != NATIVE and job.reduce == SUMS:
+        staged_sums(x, job, n, rows, step, i, w, hi, a, b)
+    elif job.staged and job.reduce == DOTS:
+        staged_dots(x, dy, job, n, rows, step, i, w, hi, scale_a, scale_b, a, b)
+    elif job.reduce == SUMS:
+        col_sums(x + n * x_row + i, step * x_row, rows, w, hi, a, b)
+    elif job.gated:
+        col_dots(dy + n * dy_row + i, step * dy_row, x + n * x_row + i, step * x_row,
+                 rows, w, hi, scale_a, scale_b, True, a, b)
     else:
-        col_dots(dy + n * job.dy_row, step * job.dy_row, x + n * job.x_row, step * job.x_row,
-                 rows, w, p, a, b)
+        col_dots(dy + n * dy_row + i, step * dy_row, x + n * x_row + i, step * x_row,
+                 rows, w, hi, hi, hi, False, a, b)
+
+
+cdef void staged_sums(
+    const T* x, const Job* job,
+    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
+    const T* hi, T* a, T* b,
+) noexcept nogil:
+    """col_sums of what is fetched four rows at a time: the same order, the same bits."""
+    cdef T of_x[4 * TILE]
+    cdef Py_ssize_t j, r = 0, many
+    while r < rows:
+        many = 4 if rows - r >= 4 else 1
+        for j in range(many):
+            fetch_x(job, x, n + (r + j) * step, i, w, of_x + j * w)
+        col_sums(of_x, w, many, w, hi, a, b)
+        r += many
+
+
+cdef void staged_dots(
+    const T* x, const T* dy, const Job* job,
+    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
+    const T* hi, const T* scale_a, const T* scale_b, T* a, T* b,
+) noexcept nogil:
+    """col_dots of what is fetched two rows at a time: the same order, the same bits."""
+    cdef T of_x[2 * TILE]
+    cdef T of_g[2 * TILE]
+    cdef const T* x0
+    cdef const T* x1
+    cdef Py_ssize_t end = n + rows * step, two = end - 2 * step
+    while n <= two:
+        x0 = fetch_x(job, x, n, i, w, of_x)
+        x1 = fetch_x(job, x, n + step, i, w, of_x + TILE)
+        col_dots2(row_gradient(x0, dy, job, n, i, w, hi, scale_a, scale_b, of_g),
+                  row_gradient(x1, dy, job, n + step, i, w, hi, scale_a, scale_b, of_g + TILE),
+                  x0, x1, w, hi, hi, hi, False, a, b)
+        n += 2 * step
+    if n < end:
+        x0 = fetch_x(job, x, n, i, w, of_x)
+        col_dots(row_gradient(x0, dy, job, n, i, w, hi, scale_a, scale_b, of_g), 0, x0, 0, 1, w,
+                 hi, hi, hi, False, a, b)
+
+
+cdef inline const T* row_gradient(
+    const T* at_x, const T* dy, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t w,
+    const T* hi, const T* a, const T* b, T* buffer,
+) noexcept nogil:
+    """Gradient with respect to z of values i..i + w of row n."""
+    cdef T of_z[TILE]
+    cdef const T* z = of_z
+    cdef const T* g
+    if job.activation == RELU and job.residual != NULL and job.storage == NATIVE:
+        buffer = room(job, n, i, buffer)
+        col_gate_add(fetch(job, dy, job.dy_row, n, i, w, buffer), at_x, residual_at(job, z, n, i),
+                     buffer, w, hi, a, b)
+        return buffer
+    if job.inverse:
+        z = at_x
+    elif job.activation != IDENTITY:
+        col_scale(at_x, of_z, w, hi, a, b, <T> (-INFINITY), <T> INFINITY)
+        if job.residual != NULL:
+            add_residual(job, of_z, n, i, w, <T> (-INFINITY), <T> INFINITY)
+    g = gradient(job, dy, z, n, i, w, room(job, n, i, buffer))
+    keep(job, g, n, i, w)
+    return g
 
 
 cdef void reduce_tile(
@@ -109,42 +240,42 @@ cdef void find_pivot(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) n
 
     Added in a tree: the sum of eight equal values is then exact, and so is their mean.
     """
-    cdef Py_ssize_t v[SAMPLES]
+    cdef Py_ssize_t n[SAMPLES]
+    cdef Py_ssize_t s[SAMPLES]
+    cdef double v[SAMPLES]
     cdef Py_ssize_t c, i, at, M = job.N * job.S
-    cdef const T* at_c
     for i in range(SAMPLES):
         at = (M // SAMPLES) * i + (M % SAMPLES) * i // SAMPLES + M // (2 * SAMPLES)
-        v[i] = (at // job.S) * job.x_row + at % job.S
+        n[i] = at // job.S
+        s[i] = at % job.S
     for c in range(c0, c1):
-        at_c = x + c * job.S
+        for i in range(SAMPLES):
+            v[i] = value(job, x, n[i], c * job.S + s[i])
         job.pivot[c] = <T> (0.125 * (
-            ((<double> at_c[v[0]] + at_c[v[1]]) + (<double> at_c[v[2]] + at_c[v[3]]))
-            + ((<double> at_c[v[4]] + at_c[v[5]]) + (<double> at_c[v[6]] + at_c[v[7]]))))
+            ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
 
 
 cdef void sum_again(
     const T* x, const Job* job, Py_ssize_t c, double shift, double* s1, double* s2
 ) noexcept nogil:
     """Sums of x - shift and its square in float64, for the channels that need it."""
+    cdef T buffer[WIDE]
     cdef double a[WIDE]
     cdef double b[WIDE]
     cdef double d
-    cdef Py_ssize_t n, s, j, full = job.S - job.S % WIDE
+    cdef Py_ssize_t n, s, j, m
     cdef const T* run
     for j in range(WIDE):
         a[j] = 0
         b[j] = 0
     for n in range(job.N):
-        run = x + n * job.x_row + c * job.S
-        for s in range(full // WIDE):
-            for j in range(WIDE):
-                d = run[s * WIDE + j] - shift
+        for s in range((job.S + WIDE - 1) // WIDE):
+            m = min(WIDE, job.S - s * WIDE)
+            run = fetch(job, x, job.x_row, n, c * job.S + s * WIDE, m, buffer)
+            for j in range(m):
+                d = run[j] - shift
                 a[j] += d
                 b[j] += d * d
-        for j in range(job.S - full):
-            d = run[full + j] - shift
-            a[j] += d
-            b[j] += d * d
     s1[0] = across(a)
     s2[0] = across(b)
 
@@ -176,13 +307,16 @@ cdef void finish_sums(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) 
 cdef void finish_dots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
     """Turn the sums about hi into dbeta and dgamma; `of_type` only says which T."""
     cdef const double* mean = <const double*> job.mean.data
-    cdef const double* var = <const double*> job.var.data
     cdef double* dbeta = job.sums
     cdef double* dgamma = job.sums + job.C
-    cdef Py_ssize_t c
-    for c in range(c0, c1):
-        dgamma[c] = (dgamma[c] - (mean[c] - <T> mean[c]) * dbeta[c]) / sqrt(
-            var[c] / job.count + job.eps)
+    cdef double r[VECTOR]
+    cdef Py_ssize_t c, i, n, v
+    for v in range((c1 - c0 + VECTOR - 1) // VECTOR):
+        c = c0 + v * VECTOR
+        n = min(VECTOR, c1 - c)
+        load_xhat_scale(job, c, n, r)
+        for i in range(c, c + n):
+            dgamma[i] = (dgamma[i] - (mean[i] - <T> mean[i]) * dbeta[i]) * r[i - c]
 
 
 cdef void finish_block(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 # The rows family: short S, and channels-last, where S = 1.
 #
 # A tile is m neighbouring channels over some rows n: in each row, w = m * S neighbouring values.
@@ -16,7 +17,7 @@
 #    nothing, and rows whose stride is a multiple of 4096 bytes share one set of an 8-way L1.
 # c. FLUSH. The column sums in T collect at most FLUSH rows, then go to float64.
 
-from cybn._kernels.runs cimport T, WIDE, across
+from cybn._kernels.runs cimport T, WIDE, across, clamp, gate, unbounded
 
 cdef enum:
     TILE = 1024     # columns of a tile
@@ -70,34 +71,49 @@ cdef inline void col_dots(
     Py_ssize_t stride,
     Py_ssize_t rows,
     Py_ssize_t w,
-    const T* restrict shift,    # IN  (w,)
-    T* restrict a,              # IO  (w,) sums of dy
-    T* restrict b,              # IO  (w,) sums of dy * (x - shift)
+    const T* restrict hi,       # IN  (w,)
+    const T* restrict scale_a,  # IN  (w,) z = (x - hi) * scale_a + scale_b
+    const T* restrict scale_b,  # IN  (w,)
+    bint relu,                  # a constant: g = dy, or dy through the relu of z
+    T* restrict a,              # IO  (w,) sums of g
+    T* restrict b,              # IO  (w,) sums of g * (x - hi)
 ) noexcept nogil:
     cdef Py_ssize_t n, j, two = rows - rows % 2
+    cdef T d, g
     for n in range(0, two, 2):
         col_dots2(dy + n * dy_stride, dy + (n + 1) * dy_stride,
-                  x + n * stride, x + (n + 1) * stride, w, shift, a, b)
+                  x + n * stride, x + (n + 1) * stride, w, hi, scale_a, scale_b, relu, a, b)
     for n in range(two, rows):
         for j in range(w):
-            a[j] += dy[n * dy_stride + j]
-            b[j] += dy[n * dy_stride + j] * (x[n * stride + j] - shift[j])
+            d = x[n * stride + j] - hi[j]
+            g = dy[n * dy_stride + j]
+            g = gate(g, d * scale_a[j] + scale_b[j]) if relu else g
+            a[j] += g
+            b[j] += g * d
 
 
 cdef inline void col_dots2(
-    const T* restrict g0,
-    const T* restrict g1,
+    const T* restrict dy0,
+    const T* restrict dy1,
     const T* restrict x0,
     const T* restrict x1,
     Py_ssize_t w,
-    const T* restrict shift,
+    const T* restrict hi,
+    const T* restrict scale_a,
+    const T* restrict scale_b,
+    bint relu,
     T* restrict a,
     T* restrict b,
 ) noexcept nogil:
     cdef Py_ssize_t j
+    cdef T d0, d1, g0, g1
     for j in range(w):
-        a[j] += g0[j] + g1[j]
-        b[j] += g0[j] * (x0[j] - shift[j]) + g1[j] * (x1[j] - shift[j])
+        d0 = x0[j] - hi[j]
+        d1 = x1[j] - hi[j]
+        g0 = gate(dy0[j], d0 * scale_a[j] + scale_b[j]) if relu else dy0[j]
+        g1 = gate(dy1[j], d1 * scale_a[j] + scale_b[j]) if relu else dy1[j]
+        a[j] += g0 + g1
+        b[j] += g0 * d0 + g1 * d1
 
 
 cdef inline void col_scale(
@@ -107,11 +123,50 @@ cdef inline void col_scale(
     const T* restrict hi,       # IN  (w,)
     const T* restrict a,        # IN  (w,)
     const T* restrict b,        # IN  (w,)
+    T low,
+    T high,
 ) noexcept nogil:
-    """y = (x - hi) * a + b"""
+    """y = (x - hi) * a + b, clamped"""
+    cdef Py_ssize_t j
+    if unbounded(low, high):
+        for j in range(w):
+            y[j] = (x[j] - hi[j]) * a[j] + b[j]
+    else:
+        for j in range(w):
+            y[j] = clamp((x[j] - hi[j]) * a[j] + b[j], low, high)
+
+
+cdef inline void col_scale_add(
+    const T* x,
+    const T* r,
+    T* y,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict b,
+    T low,
+    T high,
+) noexcept nogil:
+    """y = (x - hi) * a + b + r, clamped; y may be x or r"""
     cdef Py_ssize_t j
     for j in range(w):
-        y[j] = (x[j] - hi[j]) * a[j] + b[j]
+        y[j] = clamp((x[j] - hi[j]) * a[j] + b[j] + r[j], low, high)
+
+
+cdef inline void col_gate_add(
+    const T* dy,
+    const T* x,
+    const T* r,
+    T* g,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict b,
+) noexcept nogil:
+    """g = dy through relu at (x - hi) * a + b + r"""
+    cdef Py_ssize_t j
+    for j in range(w):
+        g[j] = gate(dy[j], (x[j] - hi[j]) * a[j] + b[j] + r[j])
 
 
 cdef inline void col_unscale(
@@ -123,11 +178,16 @@ cdef inline void col_unscale(
     const T* restrict a,        # IN  (w,)
     const T* restrict k,        # IN  (w,)
     const T* restrict b,        # IN  (w,)
+    const T* restrict scale_b,  # IN  (w,)
+    bint relu,                  # a constant: g = dy, or dy through relu at (x - hi) * a + scale_b
 ) noexcept nogil:
-    """dx = dy * a + (x - hi) * k + b"""
+    """dx = g * a + (x - hi) * k + b"""
     cdef Py_ssize_t j
+    cdef T d, g
     for j in range(w):
-        dx[j] = dy[j] * a[j] + (x[j] - hi[j]) * k[j] + b[j]
+        d = x[j] - hi[j]
+        g = gate(dy[j], d * a[j] + scale_b[j]) if relu else dy[j]
+        dx[j] = g * a[j] + d * k[j] + b[j]
 
 
 cdef inline void spread(

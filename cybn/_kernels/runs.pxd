@@ -1,3 +1,4 @@
+# cython: cdivision=True
 # The runs family: long stretches of one channel.
 #
 # A run is the S neighbouring values x[n, c, :]. Its channel is one, so shift and coefficients
@@ -17,6 +18,8 @@
 #    about a twentieth of the piece. A piece of 4 KiB stays in L1.
 # c. Values are centred on a shift close to the mean before they are summed or squared, so no
 #    digits cancel later (docs/math.md, 6.2).
+
+from libc.math cimport INFINITY
 
 ctypedef fused T:
     float
@@ -72,41 +75,91 @@ cdef inline void sums(
     flush(a, b, acc)
 
 
+cdef inline T gate(T dy, T z) noexcept nogil:
+    """dy through relu: 0 where z is not above 0."""
+    return 0 if z <= 0 else dy
+
+
 cdef inline void dots(
     const T* restrict dy,       # IN  (n,), n <= PIECE
     const T* restrict x,        # IN  (n,)
     Py_ssize_t n,
-    T shift,
-    double* restrict acc,       # IO  (2, WIDE): sums of dy and of dy * (x - shift)
+    T hi,
+    T scale_a,                  # z = (x - hi) * scale_a + scale_b
+    T scale_b,
+    bint relu,                  # a constant: g = dy, or dy through the relu of z
+    double* restrict acc,       # IO  (2, WIDE): sums of g and of g * (x - hi)
 ) noexcept nogil:
     cdef T a[LANES]
     cdef T b[LANES]
+    cdef T d, g
     cdef Py_ssize_t i, j, full = n - n % LANES
     for j in range(LANES):
         a[j] = 0
         b[j] = 0
     for i in range(full // LANES):
         for j in range(LANES):
-            a[j] += dy[i * LANES + j]
-            b[j] += dy[i * LANES + j] * (x[i * LANES + j] - shift)
+            d = x[i * LANES + j] - hi
+            g = dy[i * LANES + j]
+            g = gate(g, d * scale_a + scale_b) if relu else g
+            a[j] += g
+            b[j] += g * d
     for j in range(n - full):
-        a[j] += dy[full + j]
-        b[j] += dy[full + j] * (x[full + j] - shift)
+        d = x[full + j] - hi
+        g = dy[full + j]
+        g = gate(g, d * scale_a + scale_b) if relu else g
+        a[j] += g
+        b[j] += g * d
     flush(a, b, acc)
+
+
+cdef inline T clamp(T z, T low, T high) noexcept nogil:
+    """z within low..high; NaN and -0.0 stay what they are."""
+    z = low if low > z else z
+    return high if high < z else z
+
+
+cdef inline bint unbounded(T low, T high) noexcept nogil:
+    """Whether clamp would change nothing: plain loops without it are 2 to 6 % faster in cache."""
+    return low == -INFINITY and high == INFINITY
 
 
 cdef inline void scale(
     const T* x,                 # IN  (n,)
-    T* y,                       # OUT (n,), may be x
+    T* y,                       # OUT (n,), may be x or r
     Py_ssize_t n,
     T hi,
     T a,
     T b,
+    T low,                      # relu and relu6 cost nothing here; infinite where there is none
+    T high,
 ) noexcept nogil:
-    """y = (x - hi) * a + b"""
+    """y = (x - hi) * a + b, clamped"""
+    cdef Py_ssize_t i
+    if unbounded(low, high):
+        for i in range(n):
+            y[i] = (x[i] - hi) * a + b
+    else:
+        for i in range(n):
+            y[i] = clamp((x[i] - hi) * a + b, low, high)
+
+
+cdef inline void scale_add(
+    const T* x, const T* r, T* y, Py_ssize_t n, T hi, T a, T b, T low, T high
+) noexcept nogil:
+    """y = (x - hi) * a + b + r, clamped; y may be x or r"""
     cdef Py_ssize_t i
     for i in range(n):
-        y[i] = (x[i] - hi) * a + b
+        y[i] = clamp((x[i] - hi) * a + b + r[i], low, high)
+
+
+cdef inline void gate_add(
+    const T* dy, const T* x, const T* r, T* g, Py_ssize_t n, T hi, T a, T b
+) noexcept nogil:
+    """g = dy through relu at (x - hi) * a + b + r"""
+    cdef Py_ssize_t i
+    for i in range(n):
+        g[i] = gate(dy[i], (x[i] - hi) * a + b + r[i])
 
 
 cdef inline void unscale(
@@ -118,8 +171,13 @@ cdef inline void unscale(
     T a,
     T k,
     T b,
+    T scale_b,
+    bint relu,                  # a constant: g = dy, or dy through relu at (x - hi) * a + scale_b
 ) noexcept nogil:
-    """dx = dy * a + (x - hi) * k + b"""
+    """dx = g * a + (x - hi) * k + b"""
     cdef Py_ssize_t i
+    cdef T d, g
     for i in range(n):
-        dx[i] = dy[i] * a + (x[i] - hi) * k + b
+        d = x[i] - hi
+        g = gate(dy[i], d * a + scale_b) if relu else dy[i]
+        dx[i] = g * a + d * k + b

@@ -58,7 +58,8 @@ cdef bint describe(Job* job, const Py_buffer* x, const Py_buffer* out, Py_ssize_
     if job.C == 1:  # one channel is one run, as in _layout
         job.S *= job.N
         job.N = 1
-    job.x_row = job.y_row = job.C * job.S
+    job.item = x.itemsize
+    job.x_row = job.y_row = job.C * job.S * job.item
     return 0 < job.N * job.C * job.S < SERIAL
 
 
@@ -113,15 +114,23 @@ cdef bint small(Job* job, tuple arrays, Py_ssize_t axis) except -1:
             PyBuffer_Release(&view[i])
 
 
-def small_inference(x, mean, var, gamma, beta, out, Py_ssize_t axis, double eps):
+def small_inference(
+    x, mean, var, gamma, beta, out, Py_ssize_t axis, double eps,
+    int activation=0, double slope=0,
+):
     """Return whether batch_norm_inference was a plain small call, and was done."""
     cdef Job job = new_job(NO_SUMS, SCALE, eps)
+    set_activation(&job, activation, slope)
     return (
         mean is not None and var is not None
         and small(&job, (x, out, mean, var, gamma, beta, None), axis))
 
 
-def small_forward(x, gamma, beta, out, work, Py_ssize_t axis, double eps):
+def small_forward(
+    x, gamma, beta, out, work, Py_ssize_t axis, double eps,
+    int activation=0, double slope=0,
+):
     """Return whether batch_norm was a plain small call, and was done; work is (3, C)."""
     cdef Job job = new_job(SUMS, SCALE, eps)
+    set_activation(&job, activation, slope)
     return small(&job, (x, out, None, None, gamma, beta, work), axis)

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 # Stores that go past the caches, for outputs that no cache could keep.
 #
 # A plain store first reads the line it writes to. Writing whole lines with non-temporal stores

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .. import _arguments
+
 _MOST_BATCHES = int(np.iinfo(np.int64).max)
 
 
@@ -27,9 +29,7 @@ def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
 
 def vector(name: str, value: Any, channels: int, dtype: DTypeLike) -> NDArray[Any]:
     """Return a copy of `value` as (C,) of `dtype`."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; it must be a plain one")
-    array = np.asarray(value)
+    array = _arguments.array(name, value)
     if array.dtype.kind != "f":
         raise ValueError(f"{name} is {array.dtype}; it must be a float array")
     if array.shape != (channels,):

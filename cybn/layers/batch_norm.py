@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import functional
-from .._arguments import number
+from .._arguments import array, number
 from ..moments import Moments
 from . import _state
 from ._running import Running
@@ -22,8 +22,10 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
-    x: NDArray[Any] | None  # None where the output was written over it
     statistics: Moments | Running  # of the batch; fixed
+    x: NDArray[Any] | None  # y where from_output; None where it was written over for good
+    from_output: bool
+    residual: NDArray[Any] | None  # None where there was none
 
 
 def _float_type(dtype: Any) -> np.dtype[Any]:
@@ -37,8 +39,12 @@ def _float_type(dtype: Any) -> np.dtype[Any]:
     return np.dtype(np.float32 if given == np.float32 else np.float64)
 
 
-def _unless_overwritten(x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if out is not None and np.may_share_memory(x, out) else x
+def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
+    """Whether two arrays start at one address; they then are one, or `out` was refused."""
+    if a is None or b is None:
+        return False
+    start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    return start
 
 
 class BatchNorm:
@@ -66,7 +72,12 @@ class BatchNorm:
         1: `running_var` follows the unbiased variance, as in PyTorch; 0: the biased one.
     dtype : dtype, default float32
         Of gamma, beta, their gradients and the running statistics: float32 or float64. Inputs
-        may be either, whatever this is.
+        may be either or a half type, whatever this is.
+    activation : {None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu"}
+        Applied to the normalized values, and the residual if there is one, in the same pass; see
+        `batch_norm`.
+    slope : float, default 0.01
+        Of leaky_relu below 0.
 
     Attributes
     ----------
@@ -91,8 +102,11 @@ class BatchNorm:
     Notes
     -----
     The input of a forward is kept by reference, not copied, until the next forward or backward:
-    do not change it in between. A call that raises has changed nothing. Several threads may
-    share a layer: running updates are serialized; backward belongs to the last forward.
+    do not change it in between, nor gamma and beta where there is an activation. The same holds
+    for the residual. A forward that writes over its input (``out=x``) keeps one array instead of
+    two: without an activation, or with leaky_relu, backward recovers what it needs from y; with
+    any other it raises. A call that raises has changed nothing. Several threads may share a
+    layer: running updates are serialized; backward belongs to the last forward.
 
     References
     ----------
@@ -119,6 +133,8 @@ class BatchNorm:
     track_running_stats: bool
     running_ddof: int
     dtype: np.dtype[Any]
+    activation: str | None
+    slope: float
     training: bool
     gamma: NDArray[Any] | None
     beta: NDArray[Any] | None
@@ -136,6 +152,8 @@ class BatchNorm:
         track_running_stats: bool = True,
         running_ddof: int = 1,
         dtype: DTypeLike = np.float32,
+        activation: str | None = None,
+        slope: float = 0.01,
     ) -> None:
         if isinstance(num_features, bool) or not hasattr(num_features, "__index__"):
             raise TypeError(f"num_features is {num_features!r}; it must be an int")
@@ -153,7 +171,10 @@ class BatchNorm:
             )
         if running_ddof not in (0, 1):
             raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased) or 1")
+        _, slope = functional.activation_of(activation, slope)
         self.dtype = _float_type(dtype)
+        self.activation = activation
+        self.slope = slope
         self.num_features = int(num_features)
         self.axis = int(axis)
         self.eps = eps
@@ -188,16 +209,18 @@ class BatchNorm:
         self,
         x: ArrayLike,
         *,
+        residual: ArrayLike | None = None,
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Call `forward`."""
-        return self.forward(x, out=out, num_threads=num_threads)
+        return self.forward(x, residual=residual, out=out, num_threads=num_threads)
 
     def forward(
         self,
         x: ArrayLike,
         *,
+        residual: ArrayLike | None = None,
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
@@ -205,11 +228,14 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float32, float64, float16 or bfloat16
             C values along the channel axis. Kept by reference for `backward`.
+        residual : array_like, shape and dtype of `x`, optional
+            Added before the activation. Kept by reference for `backward`.
         out : ndarray, optional
-            Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,
-            which needs it.
+            Where y goes: shape and dtype of `x`. May be `x` itself; then `backward` works from
+            y, if the activation is None or leaky_relu. May be `residual` itself; then there is
+            no backward through an activation, which needs it.
         num_threads : int, optional
             Threads for this call; `cybn.get_num_threads` where None.
 
@@ -225,43 +251,54 @@ class BatchNorm:
             layer's.
         """
         x = self._admit(x)
+        residual = None if residual is None else array("residual", residual)
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "eps": self.eps,
+            "activation": self.activation,
+            "slope": self.slope,
+            "residual": residual,
+            "out": out,
+            "num_threads": num_threads,
+        }
+        statistics: Moments | Running
         if not self.training and self.track_running_stats:
-            running = self._running
+            statistics = running = self._running
             y = functional.batch_norm_inference(
-                x,
-                running.mean,
-                running.var,
-                self.gamma,
-                self.beta,
-                axis=self.axis,
-                eps=self.eps,
-                out=out,
-                num_threads=num_threads,
+                x, running.mean, running.var, self.gamma, self.beta, **options
             )
-            self._saved = _Saved(_unless_overwritten(x, out), running)
-            return y
-        y, batch = functional.batch_norm(
-            x,
-            self.gamma,
-            self.beta,
-            axis=self.axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
-        if self.training and self.track_running_stats:
-            with self._lock:
-                self._running = self._running.absorb(batch, self.momentum, self.running_ddof)
-        self._saved = _Saved(_unless_overwritten(x, out), batch)
+        else:
+            y, statistics = batch = functional.batch_norm(x, self.gamma, self.beta, **options)
+            if self.training and self.track_running_stats:
+                with self._lock:
+                    self._running = self._running.absorb(batch[1], self.momentum, self.running_ddof)
+        self._saved = self._keep(statistics, x, y, residual)
         return y
+
+    def _keep(
+        self,
+        statistics: Moments | Running,
+        x: NDArray[Any],
+        y: NDArray[Any],
+        residual: NDArray[Any] | None,
+    ) -> _Saved:
+        """Return what backward may need; y where it took the place of x, and tells what x was."""
+        lost = self.activation is not None and _same_memory(residual, y)
+        if not lost and not _same_memory(x, y):
+            return _Saved(statistics, x, False, residual)
+        tells = self.activation is None or (self.activation == "leaky_relu" and self.slope > 0)
+        if lost or residual is not None or not tells:
+            return _Saved(statistics, None, False, residual)
+        return _Saved(statistics, y, True, None)
 
     def backward(
         self,
         dy: ArrayLike,
         *,
         out: NDArray[Any] | None = None,
+        out_residual: NDArray[Any] | None = None,
         num_threads: int | None = None,
-    ) -> NDArray[Any]:
+    ) -> Any:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
         Goes through the batch statistics if that forward used them, else through the running
@@ -273,55 +310,67 @@ class BatchNorm:
             Gradient with respect to y.
         out : ndarray, optional
             Where dx goes; may be `dy` itself.
+        out_residual : ndarray, optional
+            Where dresidual goes; must not overlap another array.
         num_threads : int, optional
             Threads for this call; `cybn.get_num_threads` where None.
 
         Returns
         -------
-        ndarray
+        dx : ndarray
             `out`, or a new array with the dtype and memory layout of the input.
+        dresidual : ndarray
+            Gradient of the residual; only where the forward had one: ``dx, dr = ...``.
 
         Raises
         ------
         RuntimeError
-            If there was no forward since the last backward, or it wrote over its input.
+            If there was no forward since the last backward, or it wrote over its input and y
+            does not tell what that was.
         TypeError, ValueError
-            If `dy` or `out` does not fit the input.
+            If `dy` or `out` does not fit the input; ValueError, if the forward wrote over its
+            input, and a gamma is 0.
         """
         saved = self._saved
         if saved is None:
             raise RuntimeError("backward needs a forward before it; each backward takes up one")
         if saved.x is None:
             raise RuntimeError(
-                "the last forward wrote its output over its input, which backward needs; "
-                "give forward another out"
+                "the last forward wrote its output over its input or residual, which backward "
+                "needs with this activation; give forward another out"
             )
         self._check_own("grad_gamma", "grad_beta")
         options: dict[str, Any] = {
+            "beta": self.beta,
             "axis": self.axis,
             "eps": self.eps,
+            "activation": self.activation,
+            "slope": self.slope,
+            "residual": saved.residual,
+            "from_output": saved.from_output,
             "out": out,
+            "out_residual": out_residual,
             "num_threads": num_threads,
         }
         if isinstance(saved.statistics, Moments):
-            dx, dgamma, dbeta = functional.batch_norm_backward(
+            dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(
                 dy, saved.x, saved.statistics, self.gamma, **options
             )
         else:
             mean, var, _ = saved.statistics
-            dx, dgamma, dbeta = functional.batch_norm_inference_backward(
+            dx, dgamma, dbeta, *dresidual = functional.batch_norm_inference_backward(
                 dy, saved.x, mean, var, self.gamma, **options
             )
         if self.grad_gamma is not None and self.grad_beta is not None:
             self.grad_gamma[...] = dgamma
             self.grad_beta[...] = dbeta
         self._saved = None
-        return dx
+        return (dx, *dresidual) if dresidual else dx
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
         if not isinstance(x, np.ndarray):
-            x = np.asarray(x)
+            x = array("x", x)
         name = type(self).__name__
         if self._axes and x.ndim not in self._axes:
             takes = " or ".join(self._axes.values())
@@ -400,6 +449,45 @@ class BatchNorm:
         """Put the running statistics back to mean 0, variance 1, no batches."""
         with self._lock:
             self._running = Running.start(self.num_features, self.dtype)
+
+    def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Of the result: float32 or float64; that of the layer where None. Computed in float64
+            and rounded once.
+
+        Returns
+        -------
+        scale, shift : ndarray, shape (C,)
+            ``gamma / sqrt(running_var + eps)`` and ``beta - running_mean * scale``: new arrays.
+
+        Raises
+        ------
+        ValueError
+            If `track_running_stats` is False: without running statistics there is no such form.
+        TypeError
+            If `dtype` is neither float32 nor float64.
+
+        Notes
+        -----
+        Where the mean is many standard deviations from zero, ``x * scale`` and ``shift`` cancel,
+        and the layer itself, which subtracts the mean first, is the more accurate of the two.
+        """
+        dtype = self.dtype if dtype is None else _float_type(dtype)
+        if not self.track_running_stats:
+            raise ValueError(
+                "track_running_stats is False: this layer normalizes with the statistics of each "
+                "batch, which no fixed scale and shift can do"
+            )
+        mean, var, _ = self._running
+        gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
+        beta = 0.0 if self.beta is None else self.beta.astype(np.float64)
+        scale = gamma / np.sqrt(var.astype(np.float64) + self.eps)
+        shift = beta - mean.astype(np.float64) * scale
+        return scale.astype(dtype), shift.astype(dtype)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of all that `load_state_dict` needs.
@@ -480,6 +568,10 @@ class BatchNorm:
             parts.append(f"running_ddof={self.running_ddof}")
         if self.dtype != np.float32:
             parts.append(f"dtype={self.dtype}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        if self.activation == "leaky_relu":
+            parts.append(f"slope={self.slope:g}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

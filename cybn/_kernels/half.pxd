@@ -1,0 +1,82 @@
+# cython: cdivision=True
+# Half types in storage: float16 and bfloat16 as 16-bit words, widened to float32 and back.
+#
+# Widening is exact. Narrowing rounds to nearest, ties to even; beyond the largest finite value
+# it gives an infinity, subnormals are kept, a NaN stays a (quiet) NaN. All of it is integer
+# arithmetic and selects on whole vectors, so it needs no instruction that only some CPUs have,
+# and gives the same bits on all of them.
+
+from libc.stdint cimport uint16_t, uint32_t
+from libc.string cimport memcpy
+
+cdef enum Storage:
+    NATIVE              # float or double: nothing to convert
+    FLOAT16             # 1 sign, 5 exponent, 10 mantissa bits
+    BFLOAT16            # the upper half of a float32
+
+
+cdef inline uint32_t bits(float f) noexcept nogil:
+    cdef uint32_t u
+    memcpy(&u, &f, sizeof(u))
+    return u
+
+
+cdef inline float number(uint32_t u) noexcept nogil:
+    cdef float f
+    memcpy(&f, &u, sizeof(f))
+    return f
+
+
+cdef inline float from_float16(uint16_t h) noexcept nogil:
+    """Move the fields up; 2**112 corrects the exponent's bias, subnormals included."""
+    cdef uint32_t sign = h & 0x8000, rest = h & 0x7FFF
+    cdef uint32_t u = bits(number(rest << 13) * number(0x77800000))
+    u |= 0x7F800000 if rest >= 0x7C00 else 0
+    return number(u | sign << 16)
+
+
+cdef inline uint16_t to_float16(float f) noexcept nogil:
+    cdef uint32_t sign = bits(f) & 0x80000000U
+    cdef uint32_t u = bits(f) ^ sign
+    # Below 2**-14: adding 0.5 puts the last bit kept at the last bit of the sum, rounded.
+    cdef uint32_t low = bits(number(u) + 0.5) - 0x3F000000
+    cdef uint32_t mid = (u - 0x38000000 + 0xFFF + (u >> 13 & 1)) >> 13
+    cdef uint32_t high = 0x7E00 if u > 0x7F800000 else 0x7C00
+    u = low if u < 0x38800000 else (mid if u < 0x47800000 else high)
+    return <uint16_t> (u | sign >> 16)
+
+
+cdef inline uint16_t to_bfloat16(float f) noexcept nogil:
+    cdef uint32_t u = bits(f)
+    cdef uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16
+    return <uint16_t> (u >> 16 | 0x40 if (u & 0x7FFFFFFF) > 0x7F800000 else rounded)
+
+
+cdef inline void widen(
+    const uint16_t* restrict h,     # IN  (n,)
+    float* restrict f,              # OUT (n,)
+    Py_ssize_t n,
+    Storage storage,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    if storage == FLOAT16:
+        for i in range(n):
+            f[i] = from_float16(h[i])
+    else:
+        for i in range(n):
+            f[i] = number(<uint32_t> h[i] << 16)
+
+
+cdef inline void narrow(
+    const float* restrict f,        # IN  (n,)
+    uint16_t* restrict h,           # OUT (n,)
+    Py_ssize_t n,
+    Storage storage,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    if storage == FLOAT16:
+        for i in range(n):
+            h[i] = to_float16(f[i])
+    else:
+        for i in range(n):
+            h[i] = to_bfloat16(f[i])

@@ -1,0 +1,129 @@
+# Stages: what stands between memory and the loops. Each works on a piece that lies in L1, and
+# which of them run is decided by the job, outside the loops.
+#
+#   stage      works on               where
+#   fetch      x, dy, residual        widens half types; other types are read where they lie
+#   fetch_x    y                      back to z, where the layer wrote y over x
+#   gradient   dy, z                  g = dy times the slope of the activation at z
+#   epilogue   z, residual            y = activation(z + residual)
+#   keep       g                      is the gradient of the residual
+#   deliver    y, dx                  narrows to half types, or writes past the caches
+
+cdef inline const T* fetch(
+    const Job* job, const T* base, Py_ssize_t pitch,
+    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch,
+) noexcept nogil:
+    """Values i..i + m of row n: where they lie, or widened into scratch."""
+    cdef const void* at = <const char*> base + n * pitch + i * job.item
+    if job.storage == NATIVE:
+        return <const T*> at
+    if T is float:
+        widen(<const uint16_t*> at, scratch, m, job.storage)
+    return scratch
+
+
+cdef inline double value(
+    const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i
+) noexcept nogil:
+    """Value i of row n."""
+    cdef T buffer[1]
+    buffer[0] = 0
+    return fetch(job, x, job.x_row, n, i, 1, buffer)[0]
+
+
+cdef inline const T* fetch_x(
+    const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch
+) noexcept nogil:
+    """What the statistics are those of: x, or z where x is the y that was written over it."""
+    cdef const T* at = fetch(job, x, job.x_row, n, i, m, scratch)
+    if not job.inverse or job.activation == IDENTITY:
+        return at
+    invert(at, scratch, m, <T> job.slope)
+    return scratch
+
+
+cdef inline const T* gradient(
+    const Job* job, const T* dy, const T* z,
+    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* g,
+) noexcept nogil:
+    """Values i..i + m of row n of dy, taken back through the activation."""
+    cdef const T* at = fetch(job, dy, job.dy_row, n, i, m, g)
+    if job.activation == IDENTITY:
+        return at
+    chain(at, z, g, m, job.activation, <T> job.slope)
+    return g
+
+
+cdef inline T* room(
+    const Job* job, Py_ssize_t n, Py_ssize_t i, T* buffer
+) noexcept nogil:
+    """Where g is computed: as dresidual, where it is kept as it is, or in the buffer."""
+    if job.dresidual == NULL or job.storage != NATIVE:
+        return buffer
+    return <T*> (<char*> job.dresidual + n * job.dresidual_row + i * job.item)
+
+
+cdef inline void keep(
+    const Job* job, const T* g, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m
+) noexcept nogil:
+    """Keep g as the gradient of the residual."""
+    cdef void* to
+    if job.dresidual == NULL:
+        return
+    to = <char*> job.dresidual + n * job.dresidual_row + i * job.item
+    if job.storage != NATIVE:
+        if T is float:
+            narrow(g, <uint16_t*> to, m, job.storage)
+    elif to != <const void*> g:
+        memcpy(to, g, m * sizeof(T))
+
+
+cdef inline void add_residual(
+    const Job* job, T* z, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T low, T high
+) noexcept nogil:
+    cdef T scratch[TILE]
+    add(z, fetch(job, <const T*> job.residual, job.residual_row, n, i, m, scratch), m, low, high)
+
+
+cdef inline const T* residual_at(
+    const Job* job, const T* of_type, Py_ssize_t n, Py_ssize_t i
+) noexcept nogil:
+    """Where value i of row n of the residual lies; not for half types."""
+    return <const T*> (<const char*> job.residual + n * job.residual_row + i * sizeof(T))
+
+
+cdef inline void epilogue(
+    const Job* job, T* z, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m
+) noexcept nogil:
+    """What apply's own loop has not done yet."""
+    if job.residual != NULL:
+        add_residual(job, z, n, i, m, <T> job.low, <T> job.high)
+    if job.activation >= LEAKY_RELU:
+        activate(z, m, job.activation, <T> job.slope)
+
+
+cdef inline T* target(
+    const Job* job, const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i, T* buffer
+) noexcept nogil:
+    """Where values i.. of row n are computed: where they belong, or in the buffer."""
+    if job.buffered:
+        return buffer
+    return <T*> (<char*> base + n * pitch + i * job.item)
+
+
+cdef inline void deliver(
+    const Job* job, const T* computed, const T* base, Py_ssize_t pitch,
+    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+) noexcept nogil:
+    """Bring what was computed in a buffer to where it belongs."""
+    cdef uint16_t half[TILE]
+    cdef const void* source = computed
+    cdef void* to = <char*> base + n * pitch + i * job.item
+    if job.storage != NATIVE:
+        if T is float:
+            narrow(computed, &half[0] if job.stream else <uint16_t*> to, m, job.storage)
+        source = &half[0]
+    if job.stream:
+        stream(to, source, m * job.item)
+    elif job.storage == NATIVE:
+        memcpy(to, source, m * job.item)

@@ -1,0 +1,94 @@
+"""Arrays of other libraries, in place where they allow it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments
+
+_HOST = (1, 3)  # DLPack's device types whose memory the CPU reads: CPU, and pinned for CUDA
+
+
+def as_array(value: Any, name: str = "x") -> NDArray[Any]:
+    """Return an array of another library as a NumPy array, without a copy where possible.
+
+    DLPack is tried first, then ``__array__``. PyTorch tensors, JAX and CuPy-like arrays on the CPU
+    share their memory with the result; whether it may be written to is up to the library.
+
+    Parameters
+    ----------
+    value : array_like
+        An array of NumPy, PyTorch, JAX, TensorFlow, Keras or any library that speaks DLPack or
+        ``__array__``; or a number, or nested sequences of them. A tensor that requires gradients is
+        read without them, as by its ``detach()``.
+    name : str, default "x"
+        What errors call it.
+
+    Returns
+    -------
+    ndarray
+        `value` itself where it is a NumPy array.
+
+    Raises
+    ------
+    ValueError
+        If `value` lies on a device whose memory the CPU does not read.
+    TypeError
+        If it is masked, of a type that NumPy does not have, such as bfloat16, or no array at all.
+
+    Examples
+    --------
+    >>> from cybn.interop import as_array
+    >>> as_array([1.0, 2.0])
+    array([1., 2.])
+    """
+    if type(value) is np.ndarray:
+        return _known(value, name)
+    detach = getattr(value, "detach", None)
+    if callable(detach) and getattr(value, "requires_grad", False):
+        value = detach()
+    if not isinstance(value, np.ndarray | np.generic) and hasattr(value, "__dlpack__"):
+        _check_device(value, name)
+        try:
+            return _known(np.from_dlpack(value), name)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            if not hasattr(value, "__array__"):
+                raise _unreadable(value, name, error) from error
+    if isinstance(value, np.ma.MaskedArray):
+        return _arguments.array(name, value)  # raises
+    try:
+        array = np.asarray(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _unreadable(value, name, error) from error
+    return _known(array, name)
+
+
+def _check_device(value: Any, name: str) -> None:
+    try:
+        kind = int(value.__dlpack_device__()[0])
+    except (AttributeError, BufferError, TypeError, ValueError):
+        kind = 0  # not one that DLPack knows
+    if kind not in _HOST:
+        device = getattr(value, "device", f"of DLPack type {kind}")
+        raise ValueError(
+            f"{name} lies on the device {device}; copy it to the CPU first, such as by {name}.cpu()"
+        )
+
+
+def _known(array: NDArray[Any], name: str) -> NDArray[Any]:
+    if array.dtype.kind in "OV":
+        raise TypeError(
+            f"{name} is {array.dtype}, which NumPy does not compute with; convert it to float32 "
+            "first"
+        )
+    return array
+
+
+def _unreadable(value: Any, name: str, error: Exception) -> TypeError:
+    return TypeError(
+        f"{name}, of type {type(value).__name__}, cannot be read as a NumPy array: {error}. "
+        "NumPy has no bfloat16 and no sparse arrays; convert it first, such as to float32"
+    )

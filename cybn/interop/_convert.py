@@ -1,0 +1,141 @@
+"""A whole model's state at once: the keys of batch norms renamed, all others left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ._forms import VAR, form, search, variance, write
+
+
+class Converted(NamedTuple):
+    """A converted state, and what was done to it.
+
+    Attributes
+    ----------
+    state : dict
+        The new state.
+    taken : dict of str to dict of str to str
+        For each batch norm, by its prefix in the old state: old key to new key, None for a key
+        that the new form has no place for.
+    passed_over : dict of str to str
+        What has a running mean or variance and was left alone, by prefix, and why.
+    """
+
+    state: dict[str, Any]
+    taken: dict[str, dict[str, str | None]]
+    passed_over: dict[str, str]
+
+
+def find(
+    state: Mapping[str, Any],
+    form: str,
+    *,
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+) -> dict[str, tuple[str, ...]]:
+    """Return the batch norms in a model's state: their prefixes, and each one's keys.
+
+    What has no running statistics, such as a layer norm, is never taken. An instance norm of
+    PyTorch that tracks statistics has the same keys as a batch norm: name it in `skip`.
+
+    Parameters
+    ----------
+    state : mapping of str to array_like
+        Flat.
+    form : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "cybn"}
+        Whose names to look for.
+    only : iterable of str, optional
+        The prefixes to take, and no others. "keras-h5" numbers its keys, so a batch norm is taken
+        unasked only where its name has "batch_norm" in it; "nnx" and "onnx" ones without scale and
+        shift are not taken unasked either.
+    skip : iterable of str, default ()
+        Prefixes to leave alone.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        In the order of `state`.
+
+    Raises
+    ------
+    TypeError
+        If `state` is no mapping.
+    ValueError
+        If `form` is unknown, or `only` names what is not there.
+
+    Examples
+    --------
+    A layer from each batch norm of a model:
+
+    >>> from cybn import interop
+    >>> state = {"bn.running_mean": [0.0], "bn.running_var": [1.0], "fc.weight": [[1.0]]}
+    >>> layers = {p: interop.from_torch(state, p) for p in interop.find(state, "torch")}
+    >>> {prefix: bn.num_features for prefix, bn in layers.items()}
+    {'bn': 1}
+    """
+    return {p: tuple(keys.values()) for p, keys in search(state, form, only, skip).taken.items()}
+
+
+def convert(
+    state: Mapping[str, Any],
+    source: str,
+    target: str,
+    *,
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    rename: Callable[[str], str] | None = None,
+    count: Any = None,
+) -> Converted:
+    """Convert all batch norms of a model's state from one form to another.
+
+    Parameters
+    ----------
+    state : mapping of str to array_like
+        Flat. Read only.
+    source, target : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "cybn"}
+        Whose names `state` has, and whose it is to have.
+    only, skip
+        As in `find`.
+    rename : callable, optional
+        Gives the new prefix of a batch norm from the old one; the same where None.
+    count : int, array_like or mapping of str to these, optional
+        Values of a channel in a training batch, N * S, for all or by old prefix. Where it is given
+        and the two forms follow different variances, the running variance is converted; else it
+        goes over unchanged, and inference gives the same. The form "cybn" takes either.
+
+    Returns
+    -------
+    Converted
+        (state, taken, passed_over). The arrays in `state` are those given, not copies, but for
+        converted variances, and zeros and ones for what the source left out.
+
+    Raises
+    ------
+    TypeError
+        If `state` is no mapping.
+    ValueError
+        As in `find`, and if a new key is in `state` already.
+    """
+    old, new = form(source), form(target)
+    found = search(state, source, only, skip)
+    counts = count if isinstance(count, Mapping) else dict.fromkeys(found.taken, count)
+    if unknown := sorted(set(counts) - set(found.taken)):
+        raise ValueError(f"count is given for {unknown}, where no batch norm was taken")
+    gone = {key for keys in found.taken.values() for key in keys.values()}
+    result = {key: value for key, value in state.items() if key not in gone}
+    taken: dict[str, dict[str, str | None]] = {}
+    for prefix, keys in found.taken.items():
+        group = {role: state[key] for role, key in keys.items()}
+        n = counts.get(prefix)
+        if n is not None and old.ddof is not None and new.ddof is not None:
+            group[VAR] = variance(group[VAR], old.ddof, new.ddof, n)
+        name = prefix if rename is None else rename(prefix)
+        written = write(group, target, name)
+        if both := sorted(set(written) & set(result)):
+            raise ValueError(f"the new key {both[0]!r} is in the state already; rename= moves it")
+        result |= written
+        taken[prefix] = {
+            key: new.key(name, role) if role in new.roles else None for role, key in keys.items()
+        }
+    return Converted(result, taken, found.passed_over)

@@ -1,0 +1,148 @@
+"""Flax: scale and bias in params, mean and var in batch_stats; momentum weighs the old value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from numpy.typing import ArrayLike, NDArray
+
+from ..layers import BatchNorm
+from ._layers import arrays_of, build, other_momentum
+
+Api = Literal["linen", "nnx"]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as a flat one, with "/" between the keys; the leaves as they are.
+
+    Examples
+    --------
+    >>> from cybn.interop import flatten
+    >>> flatten({"params": {"BatchNorm_0": {"scale": 1}}})
+    {'params/BatchNorm_0/scale': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a flat dict, with "/" between the parts of its keys, as nested ones.
+
+    Raises
+    ------
+    ValueError
+        If a key is both a leaf and the way to another.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *way, last = key.split("/")
+        branch = nested
+        for part in way:
+            branch = branch.setdefault(part, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"{key!r} leads through {part!r}, which has a value of its own")
+        if last in branch:
+            raise ValueError(f"{key!r} has a value, and keys below it")
+        branch[last] = value
+    return nested
+
+
+def _form(api: str) -> str:
+    if api not in ("linen", "nnx"):
+        raise ValueError(f"api is {api!r}; it must be 'linen' or 'nnx'")
+    return "flax" if api == "linen" else "nnx"
+
+
+def from_flax(
+    variables: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.99,
+    axis: int = -1,
+    api: Api = "linen",
+    layer: type[BatchNorm] = BatchNorm,
+    running_ddof: int | None = None,
+    count: ArrayLike | None = None,
+) -> BatchNorm:
+    """Return a layer with the variables of a Flax batch norm.
+
+    Parameters
+    ----------
+    variables : mapping
+        linen: ``{"params": ..., "batch_stats": ...}``, nested or flat with "/" between the keys;
+        nnx: a pure dict of the module's state. Read only.
+    prefix : str, default ""
+        Where in `variables` the module is, such as "Block_0/BatchNorm_0"; without the collection.
+    epsilon, momentum, axis
+        The module's, in Flax's sense: `momentum` weighs the old value. Flax's defaults.
+    api : {"linen", "nnx"}
+        Which of Flax's two kinds of modules.
+    layer, running_ddof, count
+        As in `from_keras`.
+
+    Returns
+    -------
+    BatchNorm
+        As from `from_keras`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `from_torch`.
+    """
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables is of type {type(variables).__name__}; it must be a dict")
+    options = {"eps": epsilon, "momentum": other_momentum(momentum), "axis": axis}
+    flat = flatten(variables)
+    return build(flat, _form(api), prefix, layer, running_ddof, count, **options)
+
+
+def to_flax(
+    bn: BatchNorm, prefix: str = "", *, api: Api = "linen", count: ArrayLike | None = None
+) -> dict[str, Any]:
+    """Return the state of a layer as Flax has it: nested dicts.
+
+    Parameters
+    ----------
+    bn, count
+        As in `to_keras`.
+    prefix : str, default ""
+        Where in the dict the module is, with "/" between the parts.
+    api : {"linen", "nnx"}
+        linen: ``{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}``, `prefix` below
+        the collections; nnx: all four side by side.
+
+    Returns
+    -------
+    dict
+        Of copies.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `to_keras`.
+    """
+    flat: dict[str, NDArray[Any]] = arrays_of(bn, _form(api), prefix, count)
+    return unflatten(flat)
+
+
+def flax_options(bn: BatchNorm) -> dict[str, Any]:
+    """Return what to give ``flax.linen.BatchNorm``, or nnx's after its num_features.
+
+    Raises
+    ------
+    ValueError
+        If the momentum is None: Flax has no mean of all batches.
+    """
+    return {
+        "axis": bn.axis,
+        "momentum": other_momentum(bn.momentum),
+        "epsilon": bn.eps,
+        "use_bias": bn.affine,
+        "use_scale": bn.affine,
+    }

@@ -1,0 +1,270 @@
+"""The forms of a batch norm's state: what each library calls its arrays, and what they mean.
+
+===========  ========================================================================  ==========
+form         keys of a batch norm with the prefix p                                    variance
+===========  ========================================================================  ==========
+cybn         p.gamma  p.beta  p.running_mean  p.running_var  p.num_batches_tracked     the layer's
+torch        p.weight p.bias  p.running_mean  p.running_var  p.num_batches_tracked     unbiased
+keras        p/gamma  p/beta  p/moving_mean   p/moving_variance; read with ``:0`` too  biased
+keras-h5     p/vars/0 p/vars/1  p/vars/2      p/vars/3                                 biased
+flax         params/p/scale  params/p/bias  batch_stats/p/mean  batch_stats/p/var      biased
+nnx          p/scale  p/bias  p/mean          p/var                                    biased
+onnx         p.scale  p.B     p.input_mean    p.input_var; read as p.mean, p.var too   biased
+===========  ========================================================================  ==========
+
+A *group* is what one batch norm has, by the names of cybn's own state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import as_array
+
+GAMMA, BETA, MEAN, VAR, BATCHES = (
+    "gamma",
+    "beta",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+)
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one library names the arrays of a batch norm."""
+
+    leaves: dict[str, str]  # last part of a key -> role; the first of a role is the one written
+    separator: str
+    ddof: int | None  # of the running variance; None: the layer knows
+    ending: str = ""  # that a key may have when read
+    collections: dict[str, str] | None = None  # first part of the key, by role
+    tracked: bool = True  # whether it always has running statistics
+    affine: bool = False  # whether it always has gamma and beta
+    lone: bool = False  # whether gamma or beta may stand alone
+    hint: str = ""  # what a prefix must have in it, where the keys do not say enough
+    sure: bool = True  # whether mean and variance alone show that it is a batch norm
+
+    def parse(self, key: str) -> tuple[str, str] | None:
+        """Return the prefix and the role of a key; None where it has no part in a batch norm."""
+        if not isinstance(key, str):
+            return None
+        key = key.removesuffix(self.ending)
+        for leaf, role in self.leaves.items():
+            head = key.removesuffix(leaf)
+            if head == key or (head and not head.endswith(self.separator)):
+                continue
+            if self.collections is not None:
+                collection = self.collections[role] + self.separator
+                if not head.startswith(collection):
+                    continue
+                head = head.removeprefix(collection)
+            return head.removesuffix(self.separator), role
+        return None
+
+    def key(self, prefix: str, role: str) -> str:
+        """Return the key that is written for a role."""
+        leaf = next(leaf for leaf, of in self.leaves.items() if of == role)
+        parts = [prefix, leaf] if prefix else [leaf]
+        if self.collections is not None:
+            parts.insert(0, self.collections[role])
+        return self.separator.join(parts)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that it has keys for, in the order in which they are written."""
+        return tuple(dict.fromkeys(self.leaves.values()))
+
+
+FORMS = {
+    "cybn": Form(
+        {role: role for role in (GAMMA, BETA, MEAN, VAR, BATCHES)},
+        ".",
+        ddof=None,
+        tracked=False,
+    ),
+    "torch": Form(
+        {"weight": GAMMA, "bias": BETA, MEAN: MEAN, VAR: VAR, BATCHES: BATCHES},
+        ".",
+        ddof=1,
+        tracked=False,
+    ),
+    "keras": Form(
+        {"gamma": GAMMA, "beta": BETA, "moving_mean": MEAN, "moving_variance": VAR},
+        "/",
+        ddof=0,
+        ending=":0",
+        lone=True,
+    ),
+    "keras-h5": Form(
+        {"vars/0": GAMMA, "vars/1": BETA, "vars/2": MEAN, "vars/3": VAR},
+        "/",
+        ddof=0,
+        affine=True,
+        hint="batch_norm",
+    ),
+    "flax": Form(
+        {"scale": GAMMA, "bias": BETA, "mean": MEAN, "var": VAR},
+        "/",
+        ddof=0,
+        collections={GAMMA: "params", BETA: "params", MEAN: "batch_stats", VAR: "batch_stats"},
+        lone=True,
+    ),
+    "nnx": Form(
+        {"scale": GAMMA, "bias": BETA, "mean": MEAN, "var": VAR},
+        "/",
+        ddof=0,
+        lone=True,
+        sure=False,
+    ),
+    "onnx": Form(
+        {
+            "scale": GAMMA,
+            "B": BETA,
+            "input_mean": MEAN,
+            "input_var": VAR,
+            "mean": MEAN,
+            "var": VAR,
+        },
+        ".",
+        ddof=0,
+        affine=True,
+        sure=False,
+    ),
+}
+
+
+def form(name: str) -> Form:
+    """Return a form by name; ValueError where there is none of that name."""
+    if name not in FORMS:
+        raise ValueError(f"the form is {name!r}; it must be one of {', '.join(FORMS)}")
+    return FORMS[name]
+
+
+class Found(NamedTuple):
+    """Which keys of a state belong to batch norms."""
+
+    taken: dict[str, dict[str, str]]  # prefix -> role -> key
+    passed_over: dict[str, str]  # prefix -> why it was not taken
+
+
+def search(
+    state: Mapping[str, Any], name: str, only: Iterable[str] | None, skip: Iterable[str]
+) -> Found:
+    """Return the batch norms in a flat state."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state is of type {type(state).__name__}; it must be a flat dict")
+    known, wanted, skip = form(name), None if only is None else set(only), set(skip)
+    groups: dict[str, dict[str, str]] = {}
+    for key in state:
+        if (parsed := known.parse(key)) is not None:
+            prefix, role = parsed
+            if role in groups.setdefault(prefix, {}):
+                other = groups[prefix][role]
+                raise ValueError(f"the keys {other!r} and {key!r} name the same array")
+            groups[prefix][role] = key
+    found = Found({}, {})
+    for prefix, keys in groups.items():
+        if not {MEAN, VAR} & set(keys):  # a layer norm, or a linear layer: not worth a word
+            continue
+        if prefix in skip or (wanted is not None and prefix not in wanted):
+            found.passed_over[prefix] = "not asked for"
+            continue
+        sure = wanted is not None
+        if reason := next(_doubts(state, known, prefix, keys, sure), ""):
+            found.passed_over[prefix] = reason
+        else:
+            found.taken[prefix] = keys
+    if wanted is not None and (lost := sorted(wanted - set(found.taken))):
+        why = {p: found.passed_over.get(p, "no such keys") for p in lost}
+        raise ValueError(f"no batch norm of the form {name!r} at {why}")
+    return found
+
+
+def _doubts(
+    state: Mapping[str, Any], known: Form, prefix: str, keys: dict[str, str], sure: bool
+) -> Iterator[str]:
+    """Yield the reasons why a group is not a batch norm. `sure`: the caller says that it is."""
+    if not {MEAN, VAR} <= set(keys):
+        yield "it has a mean or a variance, but not both"
+    affine = {GAMMA, BETA} & set(keys)
+    if known.hint and len(affine) != 2:
+        yield "its numbered keys fit other layers as well"
+    if len(affine) == 1 and not known.lone:
+        yield "it has a scale or a shift, but not both"
+    if not sure and known.hint and known.hint not in prefix:
+        yield f"its name has no {known.hint!r} in it: name it in only="
+    if not sure and not known.sure and not affine:
+        yield "it has a mean and a variance, but no scale or shift: name it in only="
+    shapes = {np.shape(state[key]) for role, key in keys.items() if role != BATCHES}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        yield f"its arrays are not of one shape (C,): {sorted(shapes)}"
+
+
+def read(state: Mapping[str, Any], name: str, prefix: str) -> Group:
+    """Return the group at a prefix, with or without running statistics, as NumPy arrays."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state is of type {type(state).__name__}; it must be a flat dict")
+    known = form(name)
+    group: Group = {}
+    for key, value in state.items():
+        if (parsed := known.parse(key)) is not None and parsed[0] == prefix:
+            if parsed[1] in group:
+                raise ValueError(f"the key {key!r} names an array that another key has named")
+            group[parsed[1]] = as_array(value, key)
+    if not group:
+        others = ", ".join(map(repr, search(state, name, None, ()).taken)) or "none"
+        raise ValueError(
+            f"no batch norm of the form {name!r} at prefix {prefix!r}; there are: {others}"
+        )
+    for one, other in ((MEAN, VAR), (VAR, MEAN), (GAMMA, BETA), (BETA, GAMMA)):
+        lone = known.lone and one in (GAMMA, BETA)
+        if one in group and other not in group and not lone:
+            missing = known.key(prefix, other)
+            raise ValueError(f"{known.key(prefix, one)!r} is there, but not {missing!r}")
+    if known.tracked and MEAN not in group:
+        raise ValueError(
+            f"there is no {known.key(prefix, MEAN)!r}: at prefix {prefix!r} is no batch norm"
+        )
+    return group
+
+
+def write(group: Group, name: str, prefix: str) -> dict[str, Any]:
+    """Return a group under the keys of a form.
+
+    Scale and shift of a batch norm without them are 1 and 0 where the form always has them.
+    """
+    known = form(name)
+    group = {role: value for role, value in group.items() if role in known.roles}
+    if BATCHES in known.roles and VAR in group:
+        group.setdefault(BATCHES, np.array(0, np.int64))
+    affine = {GAMMA, BETA} & set(group)
+    if known.affine or (affine and not known.lone):
+        like = as_array(group[VAR] if VAR in group else group[next(iter(affine))])
+        group.setdefault(GAMMA, np.ones_like(like))
+        group.setdefault(BETA, np.zeros_like(like))
+    return {known.key(prefix, role): group[role] for role in known.roles if role in group}
+
+
+def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
+    """Return a running variance of one convention in the other: times n / (n - 1), or back.
+
+    Computed in long double and rounded once.
+    """
+    array = as_array(var, "running_var")
+    if ddof == to:
+        return array
+    n = np.asarray(as_array(count, "count"), np.float64)
+    if n.shape not in ((), array.shape) or not (np.isfinite(n) & (n > 1)).all():
+        raise ValueError(
+            f"count is {count!r}; it must be the number of values of a channel in a training "
+            f"batch, N * S: above 1, one number or one a channel"
+        )
+    above, below = (n - 1, n) if ddof == 1 else (n, n - 1)
+    return np.asarray((array.astype(np.longdouble) * above / below).astype(array.dtype))

@@ -1,0 +1,440 @@
+"""Files: what was saved comes back to the bit, and a hostile file is a ValueError."""
+
+import io
+import json
+import pickle
+import random
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from fold_cases import random_norm
+
+import cybn
+from cybn import interop
+from cybn.interop import _files
+
+ENDINGS = ["npz", "safetensors"]
+
+
+@pytest.fixture(params=ENDINGS)
+def path(request, tmp_path):
+    if request.param == "safetensors":
+        pytest.importorskip("safetensors")
+    return tmp_path / f"state.{request.param}"
+
+
+def layers(rng):
+    """Layers with every setting away from its default."""
+    second = random_norm(rng, 3, np.float64, affine=False)
+    second.running_ddof, second.momentum, second.axis = 0, None, -1
+    second.num_batches_tracked = 2**40
+    return {
+        "stem.bn": random_norm(rng, 5, np.float32),
+        "é": second,
+        "plain": cybn.BatchNorm1d(4, track_running_stats=False),
+        "bare": cybn.BatchNorm3d(4, track_running_stats=False, affine=False, eps=0.1),
+        "2d": cybn.BatchNorm2d(2, momentum=0.25),
+    }
+
+
+def same(a, b):
+    assert type(a) is type(b)
+    assert repr(a) == repr(b)
+    assert a.running_ddof == b.running_ddof
+    assert a.dtype == b.dtype
+    mine, other = a.state_dict(), b.state_dict()
+    assert list(mine) == list(other)
+    for key, value in mine.items():
+        np.testing.assert_array_equal(value, other[key])
+        assert value.dtype == other[key].dtype
+
+
+def test_layers_make_the_round_trip(path, rng):
+    saved = layers(rng)
+    interop.save_layers(path, saved)
+    loaded = interop.load_layers(path)
+    assert sorted(loaded) == sorted(saved)
+    for name, layer in saved.items():
+        same(loaded[name], layer)
+        assert loaded[name].training
+
+
+def test_one_layer_makes_the_round_trip(path, rng):
+    for layer in layers(rng).values():
+        interop.save_layers(path, layer)
+        same(interop.load_layers(path), layer)
+
+
+def test_no_layers_at_all(path):
+    interop.save_layers(path, {})
+    assert interop.load_layers(path) == {}
+
+
+ARRAYS = {
+    "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    "a/b:0": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "strided": np.arange(10, dtype=np.int16)[::-2],
+    "half": np.ones(3, np.float16),
+    "count": np.array(7, np.int64),
+    "flags": np.array([True, False]),
+    "empty": np.zeros((0, 3)),
+    "big-endian": np.arange(3, dtype=">f8"),
+    "file": np.ones(1),  # a name that np.savez cannot take
+    "nan": np.array([np.nan, np.inf, -0.0]),
+}
+
+
+def test_arrays_make_the_round_trip(path):
+    interop.save_arrays(path, ARRAYS)
+    loaded = interop.load_arrays(path)
+    assert sorted(loaded) == sorted(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].dtype == array.dtype.newbyteorder("=")
+        assert loaded[name].shape == array.shape
+        assert np.signbit(loaded["nan"][2])
+
+
+def test_the_same_arrays_give_the_same_bytes(path):
+    interop.save_arrays(path, ARRAYS)
+    first = path.read_bytes()
+    interop.save_arrays(path, ARRAYS)
+    assert path.read_bytes() == first
+
+
+def test_other_programs_read_and_write_them(path, rng):
+    arrays = {"a.weight": np.ones((2, 3), np.float32), "n": np.array(3)}
+    if path.suffix == ".npz":
+        interop.save_arrays(path, arrays)
+        with np.load(path, allow_pickle=False) as file:
+            assert {k: v.tolist() for k, v in file.items()} == {"a.weight": [[1] * 3] * 2, "n": 3}
+        for save in (np.savez, np.savez_compressed):
+            save(path, **arrays)
+            assert interop.load_arrays(path)["a.weight"].tolist() == [[1] * 3] * 2
+    else:
+        from safetensors.numpy import load_file, save_file
+
+        interop.save_arrays(path, arrays)
+        assert load_file(path)["a.weight"].tolist() == [[1] * 3] * 2
+        save_file(arrays, path)
+        assert interop.load_arrays(path)["n"] == 3
+
+
+def test_the_arrays_of_a_file_of_layers(path, rng):
+    saved = {"a": random_norm(rng, 3, np.float32)}
+    interop.save_layers(path, saved)
+    arrays = interop.load_arrays(path)
+    state = interop.convert(arrays, "cybn", "torch").state
+    assert sorted(state) == sorted(interop.to_torch(saved["a"], "a"))
+
+
+def test_saving_is_whole_or_not_at_all(path, rng):
+    interop.save_arrays(path, ARRAYS)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="bad is object"):
+        interop.save_arrays(path, {"good": np.ones(3), "bad": np.array([None])})
+    with pytest.raises(TypeError, match="bad is <U1; it must be of numbers"):
+        interop.save_arrays(path, {"bad": np.array(["a"])})
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_saved(path, tmp_path, rng):
+    class Mine(cybn.BatchNorm):
+        pass
+
+    bn = cybn.BatchNorm(3)
+    with pytest.raises(TypeError, match="layer 'a' is of type Mine"):
+        interop.save_layers(path, {"a": Mine(3)})
+    with pytest.raises(TypeError, match="layers is of type list"):
+        interop.save_layers(path, [bn])
+    with pytest.raises(ValueError, match="has the name ''"):
+        interop.save_layers(path, {"": bn})
+    with pytest.raises(ValueError, match="'__cybn__' is taken"):
+        interop.save_arrays(path, {"__cybn__": np.ones(3)})
+    with pytest.raises(TypeError, match="dict of str"):
+        interop.save_arrays(path, {1: np.ones(3)})
+    for call in (interop.load_arrays, interop.load_layers, lambda p: interop.save_layers(p, bn)):
+        with pytest.raises(ValueError, match=r"must end in \.npz or \.safetensors"):
+            call(tmp_path / "state.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_there(path):
+    for load in (interop.load_arrays, interop.load_layers):
+        with pytest.raises(FileNotFoundError):
+            load(path)
+
+
+def test_arrays_are_no_layers(path):
+    interop.save_arrays(path, {"gamma": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="is not a file of layers"):
+        interop.load_layers(path)
+
+
+# ---- hostile files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [interop.load_arrays, interop.load_layers])
+def test_any_damage_is_a_value_error_or_harmless(load, path, rng):
+    interop.save_layers(path, {n: b for n, b in layers(rng).items() if b.track_running_stats})
+    whole, dice = path.read_bytes(), random.Random(0)
+    outcomes = {"loaded": 0, "ValueError": 0}
+    for _ in range(250):
+        data = bytearray(whole)
+        if dice.random() < 0.3:
+            data = data[: dice.randrange(len(data))]
+        for _ in range(dice.choice([0, 1, 1, 2, 8])):
+            if data:
+                data[dice.randrange(len(data))] = dice.randrange(256)
+        path.write_bytes(data)
+        try:
+            load(path)
+            outcomes["loaded"] += 1
+        except ValueError:
+            outcomes["ValueError"] += 1
+    print(path.suffix, outcomes)
+    assert outcomes["ValueError"] > 125
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"PK\3\4", b"\xff" * 100, pickle.dumps([1])])
+def test_no_file_of_the_kind(content, path):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable"):
+        interop.load_arrays(path)
+
+
+class Bomb:
+    """Unpickling it raises."""
+
+    def __reduce__(self):
+        return (eval, ("1/0",))
+
+
+def archive(tmp_path, method=zipfile.ZIP_STORED, **members):
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w", method) as file:
+        for name, data in members.items():
+            file.writestr(name.replace("_npy", ".npy"), data)
+    return tmp_path / "bad.npz"
+
+
+def npy(header, data=b""):
+    text = header.encode().ljust(118 - 1) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def header(descr="'<f4'", shape="(3,)"):
+    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+
+
+HOSTILE = {
+    "a pickle among the arrays": npy(header("'|O'"), pickle.dumps(Bomb())),
+    "a bare pickle": pickle.dumps(Bomb()),
+    "strings": npy(header("'<U4'"), b"\0" * 48),
+    "records": npy(header("[('a', '<f4')]"), b"\0" * 12),
+    "dates": npy(header("'<M8[s]'"), b"\0" * 24),
+    "a terabyte": npy(header(shape="(1000000000000,)"), b"\0" * 12),
+    "more than memory has": npy(header(shape=f"({2**62}, {2**62})"), b"\0" * 12),
+    "a negative length": npy(header(shape="(-3,)"), b"\0" * 12),
+    "two negative lengths": npy(header(shape="(-3, -1)"), b"\0" * 12),
+    "too short": npy(header(), b"\0" * 11),
+    "too long": npy(header(), b"\0" * 13),
+    "a version of the future": npy(header(), b"\0" * 12).replace(b"Y\x01", b"Y\x07", 1),
+    "code for a header": npy("__import__('os').abort()"),
+    "nested without end": npy("(" * 110),
+    "a header of 60 KB": b"\x93NUMPY\x01\x00"
+    + struct.pack("<H", 60000)
+    + header().encode().ljust(60000)
+    + b"\0" * 12,
+    "a header longer than the file": b"\x93NUMPY\x01\x00\xff\xff" + header().encode(),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_members(data, tmp_path):
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = archive(tmp_path, method, good_npy=npy(header(), b"\0" * 12), bad_npy=data)
+        with pytest.raises(ValueError, match="not a readable npz file"):
+            interop.load_arrays(path)
+
+
+def test_the_well_formed_member_of_these_tests_is_read(tmp_path):
+    path = archive(tmp_path, good_npy=npy(header(), struct.pack("<3f", 1, 2, 3)))
+    assert interop.load_arrays(path)["good"].tolist() == [1, 2, 3]
+
+
+def test_hostile_archives(tmp_path):
+    member = npy(header(), b"\0" * 12)
+    with pytest.raises(ValueError, match="no npy file"):
+        interop.load_arrays(archive(tmp_path, readme=b"hello"))
+    with pytest.raises(ValueError, match="packed by method"):
+        interop.load_arrays(archive(tmp_path, zipfile.ZIP_LZMA, a_npy=member))
+    with zipfile.ZipFile(tmp_path / "two.npz", "w") as file:
+        file.writestr("a.npy", member)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("a.npy", member)
+    with pytest.raises(ValueError, match="or there are two"):
+        interop.load_arrays(tmp_path / "two.npz")
+
+
+def test_what_a_packed_file_may_unpack_to(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(2**20))
+    path = archive(tmp_path, zipfile.ZIP_DEFLATED, zeros_npy=buffer.getvalue())
+    assert path.stat().st_size < 2**14
+    with pytest.raises(ValueError, match="unpacks to 8388736 bytes; most_bytes is 1000000"):
+        interop.load_arrays(path, most_bytes=10**6)
+    assert interop.load_arrays(path)["zeros"].size == 2**20
+    stored = archive(tmp_path, zeros_npy=buffer.getvalue())
+    assert interop.load_arrays(stored, most_bytes=0)["zeros"].size == 2**20
+
+
+GOOD = {
+    "class": "BatchNorm",
+    "num_features": 3,
+    "axis": 1,
+    "eps": 1e-5,
+    "momentum": 0.1,
+    "affine": True,
+    "track_running_stats": True,
+    "running_ddof": 1,
+    "dtype": "float32",
+}
+BAD = {
+    "another class": {"class": "Pickle"},
+    "a class that is none": {"class": ["BatchNorm"]},
+    "fewer channels": {"num_features": 2},
+    "channels a string": {"num_features": "3"},
+    "channels fractional": {"num_features": 3.5},
+    "eps": {"eps": -1},
+    "eps a word": {"eps": "small"},
+    "momentum": {"momentum": 2},
+    "ddof": {"running_ddof": 7},
+    "dtype": {"dtype": "object"},
+    "dtype of another kind": {"dtype": {"a": 1}},
+    "axis": {"axis": 1.5},
+    "not affine": {"affine": False},
+    "a setting of the future": {"activation_of_2050": "relu"},
+    "many channels and no arrays": {
+        "num_features": 10**15,
+        "affine": False,
+        "track_running_stats": False,
+    },
+}
+
+
+def write_layers(path, settings, arrays, **outer):
+    text = settings
+    if not isinstance(settings, str):
+        outer = {"version": 1, "single": False} | outer
+        text = json.dumps(outer | {"layers": {"a": settings}})
+    _files._save(path, arrays, {})
+    if path.suffix == ".npz":
+        np.savez(path, **arrays, __cybn__=np.frombuffer(text.encode(), np.uint8))
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(arrays, path, {"cybn": text})
+
+
+def arrays_of(bn):
+    return {f"a.{key}": value for key, value in bn.state_dict().items()}
+
+
+def test_the_good_settings_of_these_tests_load(path):
+    bn = cybn.BatchNorm(3)
+    write_layers(path, GOOD, arrays_of(bn))
+    same(interop.load_layers(path)["a"], bn)
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_bad_settings(change, path):
+    stateless = change.get("num_features") == 10**15
+    write_layers(path, GOOD | change, {} if stateless else arrays_of(cybn.BatchNorm(3)))
+    with pytest.raises(ValueError, match="is not a file of layers"):
+        interop.load_layers(path)
+
+
+TEXTS = {
+    "no JSON": "{",
+    "a number": "3",
+    "null": "null",
+    "nested without end": "[" * 100_000,
+    "no layers": '{"version": 1, "single": false}',
+    "layers a list": '{"version": 1, "single": false, "layers": [1]}',
+    "a layer a number": '{"version": 1, "single": false, "layers": {"a": 1}}',
+    "another version": '{"version": 2, "single": false, "layers": {}}',
+    "single without one": '{"version": 1, "single": true, "layers": {}}',
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_bad_texts(text, path):
+    write_layers(path, text, {})
+    with pytest.raises(ValueError, match="is not a file of layers"):
+        interop.load_layers(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a.running_var": np.array([1, -1, 1], np.float32)},
+        {"a.running_mean": np.array([1, np.nan, 1], np.float32)},
+        {"a.gamma": np.ones(3, np.int32)},
+        {"a.gamma": np.ones((3, 1), np.float32)},
+        {"a.num_batches_tracked": np.array(-1)},
+        {"a.num_batches_tracked": np.array(1.5)},
+        {"b.gamma": np.ones(3, np.float32)},
+    ],
+)
+def test_arrays_that_do_not_fit(change, path):
+    write_layers(path, GOOD, arrays_of(cybn.BatchNorm(3)) | change)
+    with pytest.raises(ValueError, match="is not a file of layers"):
+        interop.load_layers(path)
+
+
+def test_hostile_safetensors(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "bad.safetensors"
+
+    def content(text, data=b"", length=None):
+        size = len(text) if length is None else length
+        return struct.pack("<Q", size) + text.encode() + data
+
+    entry = '{"a":{"dtype":"%s","shape":[%s],"data_offsets":[%s]}}'
+    for bad in (
+        content(entry % ("F32", "3", "0,12"), b"\0" * 11),
+        content(entry % ("F32", "3", "0,12"), b"\0" * 13),
+        content(entry % ("F32", "4", "0,12"), b"\0" * 12),
+        content(entry % ("F32", "3", "4,16"), b"\0" * 12),
+        content(entry % ("F32", str(2**62) + ",8", "0,12"), b"\0" * 12),
+        content(entry % ("O", "3", "0,12"), b"\0" * 12),
+        content(entry % ("BF16", "6", "0,12"), b"\0" * 12),
+        content(entry % ("F8_E4M3", "12", "0,12"), b"\0" * 12),
+        content("{}", length=2**40),
+        content("{}", length=2**64 - 1),
+        content("[" * 1000),
+        content('{"__metadata__":{"cybn":3}}'),
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            interop.load_arrays(path)
+    path.write_bytes(content(entry % ("F32", "3", "0,12"), b"\0" * 12))
+    assert interop.load_arrays(path)["a"].tolist() == [0, 0, 0]
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r"pip install 'cybn\[interop\]'"):
+        interop.save_layers(tmp_path / "a.safetensors", cybn.BatchNorm(3))
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"pip install 'cybn\[interop\]'"):
+        interop.load_layers(tmp_path / "a.safetensors")
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(__import__("sys").modules, "onnx.numpy_helper", None)
+    with pytest.raises(ImportError, match=r"onnx: pip install 'cybn\[interop\]'"):
+        interop.to_onnx(cybn.BatchNorm(3)).protos()

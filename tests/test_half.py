@@ -1,0 +1,126 @@
+"""float16 and bfloat16 in storage: float32 arithmetic, rounded once at the end."""
+
+import numpy as np
+import pytest
+from cases import FAMILIES, lay, same_bits
+
+import cybn
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def words(array):
+    return array.view(np.uint16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_word_is_widened_and_narrowed_right(dtype, level):
+    """Scale 1 and shift -0.0 leave every one of the 65,536 words as it is; NaN may turn quiet."""
+    x = np.arange(2**16, dtype=np.uint16).view(dtype)[None, None]
+    y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), None, -np.zeros(1), eps=0)
+    with np.errstate(invalid="ignore"):
+        nan = np.isnan(x.astype(np.float32))
+    assert (np.isnan(y.astype(np.float32)) == nan).all()
+    assert (words(y)[~nan] == words(x)[~nan]).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_to_nearest_even(rng, dtype, level):
+    """Products of two half values: every kind of tie, subnormals and overflow among them."""
+    x = rng.integers(0, 2**16, 200_000).astype(np.uint16).view(dtype)[None, None]
+    x = x[np.isfinite(x.astype(np.float32))][None, None]
+    for factor in (0.75, 1.5, 2.0**-9, 1.0009765625, 2.0**9, 3.0):
+        y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), [factor], eps=0)
+        with np.errstate(over="ignore"):
+            wanted = (x.astype(np.float32) * np.float32(factor)).astype(dtype)
+        # + 0 turns -0.0 into 0.0 nowhere else than at zero
+        assert (words(y) == words(wanted))[wanted != 0].all()
+        assert (y[wanted == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", FAMILIES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
+    """All operations are those of float32 on the widened values, to the bit."""
+    c = shape[1]
+    x, dy, r = (lay(3 * rng.standard_normal(shape) + 1, axis).astype(dtype) for _ in range(3))
+    gamma, beta = rng.standard_normal((2, c)).astype(np.float32)
+    wide = [a.astype(np.float32) for a in (x, dy, r)]
+    act = {"axis": axis, "activation": activation}
+    for i, residual in enumerate((None, r)):
+        y, m = cybn.batch_norm(x, gamma, beta, residual=residual, **act)
+        y32, m32 = cybn.batch_norm(wide[0], gamma, beta, residual=[None, wide[2]][i], **act)
+        assert m == m32
+        assert y.dtype == dtype
+        assert same_bits(y, y32.astype(dtype))
+        got = cybn.batch_norm_backward(
+            dy, x, m, gamma, beta=beta, residual=residual, num_threads=2, **act
+        )
+        wanted = cybn.batch_norm_backward(
+            wide[1], wide[0], m, gamma, beta=beta, residual=[None, wide[2]][i], **act
+        )
+        if residual is None:
+            assert same_bits(got[0], wanted[0].astype(dtype))
+        else:  # dx is made from dresidual, which is rounded to the half type
+            assert same_bits(got[3], wanted[3].astype(dtype))
+            eps = float(ml_dtypes.finfo(dtype).eps)
+            size = np.abs(wanted[0]).max()
+            assert (np.abs(got[0].astype(np.float32) - wanted[0]) <= 2 * eps * size).all()
+        assert same_bits(got[1], wanted[1])
+        assert same_bits(got[2], wanted[2])
+        assert got[1].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_layouts_and_threads(rng, dtype):
+    x = rng.standard_normal((6, 10, 12, 14)).astype(dtype)
+    y, m = cybn.batch_norm(x)
+    for other in (x.transpose(0, 3, 2, 1).copy().transpose(0, 3, 2, 1), np.asfortranarray(x)):
+        z, n = cybn.batch_norm(other, num_threads=3)
+        assert z.strides == other.strides
+        np.testing.assert_allclose(n.mean, m.mean, rtol=0, atol=1e-7)
+        assert (np.abs(z.astype("f") - y.astype("f")) <= 0.02).all()
+    sliced = np.zeros((6, 10, 12, 28), dtype)
+    sliced[..., ::2] = x
+    assert same_bits(cybn.batch_norm(sliced[..., ::2])[0], y)
+    assert same_bits(cybn.batch_norm(x, out=np.asfortranarray(x))[0].copy("C"), y)
+    big = rng.standard_normal((32, 64, 56, 56), dtype=np.float32).astype(dtype)
+    one = cybn.batch_norm(big, num_threads=1)
+    two = cybn.batch_norm(big, num_threads=2)
+    assert same_bits(one[0], two[0])
+    assert one[1] == two[1]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_overflow_is_infinite(dtype):
+    x = np.array([[1.0], [-1.0]]).astype(dtype)
+    y, _ = cybn.batch_norm(x, [3e38])
+    assert np.array_equal(y.astype(np.float32).ravel(), [np.inf, -np.inf]) or dtype != np.float16
+    y, _ = cybn.batch_norm(x, [70000.0])
+    expected = [np.inf, -np.inf] if dtype == np.float16 else [70144.0, -70144.0]
+    assert np.array_equal(y.astype(np.float32).ravel(), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_layer(rng, dtype):
+    x = rng.standard_normal((8, 4, 5, 5)).astype(dtype)
+    bn, wide = cybn.BatchNorm2d(4, activation="relu"), cybn.BatchNorm2d(4, activation="relu")
+    y = bn(x)
+    assert same_bits(y, wide(x.astype(np.float32)).astype(dtype))
+    assert same_bits(bn.running_mean, wide.running_mean)
+    dx = bn.backward(y)
+    assert dx.dtype == dtype
+    assert bn.grad_gamma.dtype == np.float32
+    bn.eval()
+    assert bn(x).dtype == dtype
+
+
+def test_parameters_are_no_half_types():
+    x = np.ones((3, 2), np.float16)
+    with pytest.raises(TypeError, match="gamma is float16; it must be float32 or float64"):
+        cybn.batch_norm(x, np.ones(2, np.float16))
+    with pytest.raises(ValueError, match="out is float32; it must have the dtype of x, float16"):
+        cybn.batch_norm(x, out=np.ones((3, 2), np.float32))

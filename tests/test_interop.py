@@ -1,0 +1,566 @@
+"""State to and from the forms of other libraries, on plain arrays."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fold_cases import random_norm
+
+import cybn
+from cybn import folding, interop
+
+C = 5
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+FORMS = ("cybn", "torch", "keras", "keras-h5", "flax", "nnx", "onnx")
+
+TO = {
+    "torch": interop.to_torch,
+    "keras": interop.to_keras,
+    "flax": interop.to_flax,
+    "nnx": lambda bn, *a, **k: interop.to_flax(bn, *a, api="nnx", **k),
+    "onnx": interop.to_onnx,
+}
+FROM = {
+    "torch": interop.from_torch,
+    "keras": interop.from_keras,
+    "flax": interop.from_flax,
+    "nnx": lambda state, *a, **k: interop.from_flax(state, *a, api="nnx", **k),
+    "onnx": lambda node, name="", **k: interop.from_onnx(node, **k),
+}
+
+
+@pytest.fixture
+def bn(rng):
+    layer = random_norm(rng, C, np.float32)
+    layer.num_batches_tracked = 7
+    return layer
+
+
+def vectors(bn):
+    return [bn.gamma, bn.beta, bn.running_mean, bn.running_var]
+
+
+def same(a, b):
+    for mine, other in zip(vectors(a), vectors(b), strict=True):
+        np.testing.assert_array_equal(mine, other)
+        assert mine.dtype == other.dtype
+
+
+# ---- one layer -------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("name", TO)
+def test_round_trip(name, dtype, rng):
+    bn = random_norm(rng, C, dtype)
+    for prefix in ("", "block", "net/block_0"):
+        prefix = (prefix,) if prefix else ()
+        twin = FROM[name](TO[name](bn, *prefix), *prefix)
+        same(twin, bn)
+        assert twin.dtype == dtype
+        assert twin.running_ddof == (1 if name == "torch" else 0)
+
+
+def test_torch_keys_and_settings(bn):
+    state = interop.to_torch(bn, "layer1.0.bn1")
+    assert list(state) == [
+        f"layer1.0.bn1.{leaf}"
+        for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ]
+    assert interop.torch_options(bn) == {
+        "num_features": C,
+        "eps": bn.eps,
+        "momentum": 0.1,
+        "affine": True,
+        "track_running_stats": True,
+    }
+    twin = interop.from_torch(state, "layer1.0.bn1", momentum=None, eps=0.5)
+    assert (twin.momentum, twin.eps, twin.num_batches_tracked) == (None, 0.5, 7)
+    assert interop.torch_options(twin)["momentum"] is None
+    del state["layer1.0.bn1.num_batches_tracked"]  # as before PyTorch 0.4.1
+    assert interop.from_torch(state, "layer1.0.bn1").num_batches_tracked == 0
+
+
+def test_defaults_are_those_of_the_libraries(bn):
+    settings = {name: FROM[name](TO[name](bn)) for name in ("torch", "keras", "flax", "nnx")}
+    assert {n: (b.eps, b.momentum, b.axis) for n, b in settings.items()} == {
+        "torch": (1e-5, 0.1, 1),
+        "keras": (1e-3, 0.01, -1),
+        "flax": (1e-5, 0.01, -1),
+        "nnx": (1e-5, 0.01, -1),
+    }
+    bare = interop.to_onnx(bn)._replace(attributes={})
+    layer = interop.from_onnx(bare)
+    assert (layer.eps, layer.momentum, layer.axis) == (1e-5, 0.1, 1)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 0.003, 0.5, 1e-7, 0.0, 1.0])
+def test_momentum_comes_back_to_the_bit(momentum):
+    bn = cybn.BatchNorm(C, momentum=momentum, eps=3e-4)
+    keras, flax = interop.keras_options(bn), interop.flax_options(bn)
+    assert keras["momentum"] == flax["momentum"] == pytest.approx(1 - momentum)
+    for options in (keras, flax):
+        assert options["epsilon"] == 3e-4
+    kept = {k: keras[k] for k in ("momentum", "epsilon", "axis")}
+    assert repr(interop.from_keras(interop.to_keras(bn), **kept, running_ddof=1, count=8)) == repr(
+        bn
+    )
+    twin = interop.from_onnx(interop.to_onnx(bn))
+    assert (twin.momentum, twin.eps) == (momentum, 3e-4)
+
+
+def test_the_mean_of_all_batches_stays_in_pytorch(bn):
+    bn.momentum = None
+    for call in (
+        interop.keras_options,
+        interop.flax_options,
+        lambda b: interop.to_onnx(b, training=True),
+    ):
+        with pytest.raises(ValueError, match=r"momentum is None.*set bn\.momentum"):
+            call(bn)
+    assert "momentum" not in interop.to_onnx(bn).attributes
+
+
+@pytest.mark.parametrize("name", ["keras", "flax", "nnx"])
+@pytest.mark.parametrize("left_out", ["gamma", "beta", "both"])
+def test_scale_or_center_left_out(left_out, name, bn):
+    """Keras and Flax may have one without the other; a layer has both or neither."""
+    leaves = {"gamma": ("gamma", "scale"), "beta": ("beta", "bias")}
+    gone = sum(leaves.values(), ()) if left_out == "both" else leaves[left_out]
+    flat = interop.flatten(TO[name](bn))
+    flat = {key: value for key, value in flat.items() if key.split("/")[-1] not in gone}
+    layer = FROM[name](flat if name == "keras" else interop.unflatten(flat))
+    assert layer.affine == (left_out != "both")
+    if left_out == "gamma":
+        np.testing.assert_array_equal(layer.gamma, np.ones(C))
+        np.testing.assert_array_equal(layer.beta, bn.beta)
+    if left_out == "beta":
+        np.testing.assert_array_equal(layer.gamma, bn.gamma)
+        np.testing.assert_array_equal(layer.beta, np.zeros(C))
+    if left_out == "both":
+        again = interop.flatten(TO[name](layer))
+        assert len(again) == 2
+        assert not interop.keras_options(layer)["center"]
+        assert not interop.flax_options(layer)["use_scale"]
+
+
+def test_without_gamma_and_beta_onnx_gets_ones_and_zeros(rng):
+    bn = random_norm(rng, C, np.float32, affine=False)
+    node = interop.to_onnx(bn)
+    np.testing.assert_array_equal(node.initializers["bn.scale"], np.ones(C, np.float32))
+    np.testing.assert_array_equal(node.initializers["bn.B"], np.zeros(C, np.float32))
+    x = rng.standard_normal((3, C), dtype=np.float32)
+    twin = interop.from_onnx(interop.to_onnx(bn))
+    twin.eps = bn.eps
+    np.testing.assert_array_equal(twin.eval()(x), bn.eval()(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_without_running_statistics(affine):
+    bn = cybn.BatchNorm(C, affine=affine, track_running_stats=False)
+    state = interop.to_torch(bn)
+    assert list(state) == (["weight", "bias"] if affine else [])
+    if affine:
+        assert repr(interop.from_torch(state)) == repr(bn)
+    for call in (interop.to_keras, interop.to_flax, interop.to_onnx):
+        with pytest.raises(ValueError, match="track_running_stats is False"):
+            call(bn)
+
+
+def test_results_are_copies(bn):
+    before = [v.tobytes() for v in vectors(bn)]
+    for name in TO:
+        state = TO[name](bn)
+        arrays = state.initializers if name == "onnx" else interop.flatten(state)
+        for array in arrays.values():
+            array[...] = 9
+    state = interop.to_torch(bn)
+    layer = interop.from_torch(state)
+    layer.gamma[:] = 9
+    np.testing.assert_array_equal(state["weight"], bn.gamma)
+    assert before == [v.tobytes() for v in vectors(bn)]
+
+
+def test_a_layer_that_is_there_can_be_filled(bn):
+    mine = cybn.BatchNorm2d(C)
+    gamma = mine.gamma
+    mine.load_state_dict(interop.from_torch(interop.to_torch(bn)).state_dict())
+    assert mine.gamma is gamma
+    same(mine, bn)
+    assert mine.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("layer", [cybn.BatchNorm1d, cybn.BatchNorm2d, cybn.BatchNorm3d])
+@pytest.mark.parametrize("name", TO)
+def test_the_form_of_layer_is_chosen(name, layer, bn):
+    assert type(FROM[name](TO[name](bn), layer=layer)) is layer
+
+
+def test_half_precision_is_widened(bn):
+    state = {k: v.astype(np.float16) for k, v in interop.to_keras(bn).items()}
+    layer = interop.from_keras(state)
+    assert layer.dtype == np.float32
+    np.testing.assert_array_equal(layer.gamma, bn.gamma.astype(np.float16))
+
+
+# ---- the variance's conventions --------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [2, 3, 10, 12544])
+@pytest.mark.parametrize("name", ["keras", "flax", "nnx", "onnx"])
+def test_variance_converted_and_back_within_one_ulp(name, count, dtype, rng):
+    bn = random_norm(rng, 1000, dtype)
+    state = TO[name](bn, count=count)
+    arrays = state.initializers if name == "onnx" else interop.flatten(state)
+    biased = arrays[next(key for key in arrays if "var" in key)]
+    exact = bn.running_var.astype(np.longdouble) * (count - 1) / count
+    assert (abs(biased - exact) <= np.spacing(biased) * np.longdouble(0.501)).all()
+    twin = FROM[name](state, running_ddof=1, count=count)
+    assert twin.running_ddof == 1
+    difference = abs(twin.running_var - bn.running_var) / np.spacing(bn.running_var)
+    print(f"{name} {np.dtype(dtype)} count {count}: {difference.max():.0f} ulp")
+    assert difference.max() <= 1
+
+
+def test_what_a_converted_variance_means():
+    """The same batches seen by both conventions: converting one gives the other."""
+    rng = np.random.default_rng(0)
+    unbiased, biased = (cybn.BatchNorm(C, running_ddof=d, dtype="f8") for d in (1, 0))
+    for bn in (unbiased, biased):
+        bn.running_var, bn.momentum = np.zeros(C), 0.25
+    for _ in range(20):
+        x = rng.standard_normal((6, C))
+        unbiased(x), biased(x)
+    weights = interop.to_keras(unbiased, count=6)
+    np.testing.assert_allclose(weights["moving_variance"], biased.running_var, rtol=1e-14)
+    state = interop.to_torch(biased, count=6)
+    np.testing.assert_allclose(state["running_var"], unbiased.running_var, rtol=1e-14)
+    assert interop.from_torch(state, running_ddof=0, count=6).running_ddof == 0
+
+
+def test_count_may_differ_by_channel_and_is_checked(bn):
+    count = np.arange(2, 2 + C)
+    state = interop.to_keras(bn, count=count)
+    np.testing.assert_array_equal(
+        state["moving_variance"],
+        (bn.running_var * (count - 1.0) / count).astype(np.float32),
+    )
+    for bad in (1, 0, -3, np.nan, np.inf, [2, 3], np.ones(C)):
+        with pytest.raises(ValueError, match=r"count is .*above 1"):
+            interop.to_keras(bn, count=bad)
+    with pytest.raises(ValueError, match="give count="):
+        interop.from_keras(state, running_ddof=1)
+    with pytest.raises(ValueError, match="running_ddof is 2"):
+        interop.from_keras(state, running_ddof=2)
+    np.testing.assert_array_equal(interop.to_torch(bn, count=9)["running_var"], bn.running_var)
+
+
+# ---- ONNX nodes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [7, 9, 13, 14, 15, 21])
+@pytest.mark.parametrize("training", [True, False])
+def test_onnx_forms(training, opset, bn):
+    node = interop.to_onnx(bn, "b.n", x="in", y="out", opset=opset, training=training)
+    new = opset >= 14
+    leaves = ("scale", "B", "input_mean", "input_var") if new else ("scale", "B", "mean", "var")
+    assert node.inputs == ("in", *(f"b.n.{leaf}" for leaf in leaves))
+    assert tuple(node.initializers) == node.inputs[1:]
+    assert len(node.outputs) == (1 if not training else 3 if new else 5)
+    assert not set(node.outputs) & set(node.inputs)
+    assert node.attributes == {"epsilon": bn.eps, "momentum": 0.9} | (
+        {"training_mode": int(training)} if new else {}
+    )
+    same(interop.from_onnx(node), bn)
+
+
+def test_onnx_refuses(bn):
+    node = interop.to_onnx(bn)
+    with pytest.raises(ValueError, match="opset is 6; it must be at least 7"):
+        interop.to_onnx(bn, opset=6)
+    with pytest.raises(ValueError, match="spatial=0"):
+        interop.from_onnx(node._replace(attributes={"spatial": 0}))
+    with pytest.raises(ValueError, match=r"the input 'bn\.B', B of the node, is not in"):
+        interop.from_onnx(node, {"bn.scale": bn.gamma})
+    with pytest.raises(TypeError, match="node is of type dict"):
+        interop.from_onnx({})
+
+
+# ---- whole models ----------------------------------------------------------------------------
+
+
+def model_state(rng, form="torch", keys=("stem.bn", "layer1.0.bn1", "layer1.0.bn2", "head")):
+    """A model's state with batch norms among convolutions, layer norms and other things."""
+    state = {
+        "stem.conv.weight": rng.standard_normal((C, 3, 3, 3), dtype=np.float32),
+        "ln.weight": np.ones(C, np.float32),
+        "ln.bias": np.zeros(C, np.float32),
+        "fc.weight": np.ones((2, C), np.float32),
+        "fc.bias": np.zeros(2, np.float32),
+        "sequential/layer_normalization/gamma": np.ones(C, np.float32),
+        "sequential/layer_normalization/beta": np.ones(C, np.float32),
+        "layers/layer_normalization/vars/0": np.ones(C, np.float32),
+        "layers/layer_normalization/vars/1": np.ones(C, np.float32),
+        "params/LayerNorm_0/scale": np.ones(C, np.float32),
+        "params/LayerNorm_0/bias": np.ones(C, np.float32),
+        "step": np.array(3),
+    }
+    for key in keys:
+        layer = random_norm(rng, C, np.float32)
+        state |= interop.convert(
+            {f"{key}.{k}": v for k, v in layer.state_dict().items()}, "cybn", form
+        ).state
+    return state
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), list(itertools.permutations([f for f in FORMS if f != "cybn"], 2))
+)
+def test_whole_models_there_and_back(source, target, rng):
+    names = ["stem/batch_norm_1", "batch_normalization"]
+    state = model_state(rng, source, names)
+    there = interop.convert(state, source, target)
+    assert list(there.taken) == names
+    assert there.passed_over == {}
+    old = {key for keys in there.taken.values() for key in keys}
+    assert old | set(there.state) >= set(state)
+    for key in set(state) - old:
+        assert there.state[key] is state[key]
+    back = interop.convert(there.state, target, source)
+    counts = {k for k in state if k.endswith("num_batches_tracked")}
+    assert set(back.state) == set(state)
+    for key in set(state) - counts:
+        assert back.state[key] is state[key]
+
+
+def test_whole_model_by_layers(rng):
+    state = model_state(rng)
+    found = interop.find(state, "torch")
+    assert list(found) == ["stem.bn", "layer1.0.bn1", "layer1.0.bn2", "head"]
+    assert found["head"] == (
+        *("head.weight", "head.bias", "head.running_mean", "head.running_var"),
+        "head.num_batches_tracked",
+    )
+    layers = {prefix: interop.from_torch(state, prefix) for prefix in found}
+    again = dict(state)
+    for prefix, layer in layers.items():
+        again |= interop.to_torch(layer, prefix)
+    assert list(again) == list(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(again[key], value)
+
+
+def test_renaming_counts_and_choosing(rng):
+    state = model_state(rng)
+    done = interop.convert(
+        state,
+        "torch",
+        "keras",
+        skip=["head"],
+        rename=lambda prefix: prefix.replace(".", "/"),
+        count={"stem.bn": 4},
+    )
+    assert list(done.taken) == ["stem.bn", "layer1.0.bn1", "layer1.0.bn2"]
+    assert done.passed_over == {"head": "not asked for"}
+    assert done.taken["stem.bn"] == {
+        "stem.bn.weight": "stem/bn/gamma",
+        "stem.bn.bias": "stem/bn/beta",
+        "stem.bn.running_mean": "stem/bn/moving_mean",
+        "stem.bn.running_var": "stem/bn/moving_variance",
+        "stem.bn.num_batches_tracked": None,
+    }
+    assert done.state["head.weight"] is state["head.weight"]
+    np.testing.assert_array_equal(
+        done.state["stem/bn/moving_variance"], state["stem.bn.running_var"] * np.float32(0.75)
+    )
+    key = "layer1.0.bn1"
+    variance = done.state[f"{key.replace('.', '/')}/moving_variance"]
+    assert variance is state[f"{key}.running_var"]
+    with pytest.raises(ValueError, match=r"count is given for \['stem'\], where no batch norm"):
+        interop.convert(state, "torch", "keras", count={"stem": 4})
+    only = interop.find(state, "torch", only=["head"])
+    assert list(only) == ["head"]
+
+
+def test_keras_keys_of_earlier_versions():
+    state = {f"bn/{leaf}:0": np.ones(2) for leaf in ("gamma", "beta")}
+    state |= {f"bn/moving_{leaf}:0": np.ones(2) for leaf in ("mean", "variance")}
+    done = interop.convert(state, "keras", "torch")
+    assert list(done.taken["bn"]) == list(state)
+    assert done.state["bn.num_batches_tracked"] == 0
+    assert done.state["bn.num_batches_tracked"].dtype == np.int64
+    assert interop.from_keras(state, "bn").num_features == 2
+    with pytest.raises(ValueError, match="name the same array"):
+        interop.find(state | {"bn/gamma": np.ones(2)}, "keras")
+
+
+V, M = np.ones(C, np.float32), np.ones((C, 2), np.float32)
+PASSED = {
+    "one of two": ("torch", {"a.running_mean": V}, "not both"),
+    "a convolution with statistics": (
+        "torch",
+        {"a.weight": M, "a.bias": V, "a.running_mean": V, "a.running_var": V},
+        "one shape",
+    ),
+    "two lengths": ("torch", {"a.running_mean": V, "a.running_var": V[:2]}, "one shape"),
+    "weight, no bias": (
+        "torch",
+        {"a.weight": V, "a.running_mean": V, "a.running_var": V},
+        "not both",
+    ),
+    "numbered keys of another layer": (
+        "keras-h5",
+        {f"lstm/vars/{i}": V for i in range(4)},
+        "name it in only=",
+    ),
+    "numbered keys, one short": (
+        "keras-h5",
+        {f"batch_norm/vars/{i}": V for i in (0, 2, 3)},
+        "fit other layers",
+    ),
+    "a mean and a variance": ("nnx", {"input/mean": V, "input/var": V}, "name it in only="),
+    "the same in ONNX": ("onnx", {"input.mean": V, "input.var": V}, "name it in only="),
+}
+
+
+@pytest.mark.parametrize(("form", "state", "why"), PASSED.values(), ids=PASSED)
+def test_doubtful_groups_are_passed_over(form, state, why):
+    done = interop.convert(state, form, "cybn")
+    assert done.state == state
+    assert done.taken == {}
+    ((_, reason),) = done.passed_over.items()
+    assert why in reason
+    assert not interop.find(state, form)
+
+
+def test_doubtful_groups_are_taken_when_named():
+    state = {f"blocks/bn1/vars/{i}": V for i in range(4)}
+    assert list(interop.find(state, "keras-h5", only=["blocks/bn1"])) == ["blocks/bn1"]
+    state = {"norm/mean": V, "norm/var": V}
+    assert list(interop.find(state, "nnx", only=["norm"])) == ["norm"]
+    with pytest.raises(
+        ValueError, match=r"no batch norm of the form 'nnx' at.*other.*no such keys"
+    ):
+        interop.find(state, "nnx", only=["norm", "other"])
+
+
+def test_conversion_refuses(rng):
+    state = model_state(rng)
+    with pytest.raises(ValueError, match="form is 'tf'; it must be one of cybn, torch, keras"):
+        interop.convert(state, "tf", "torch")
+    with pytest.raises(ValueError, match="form is 'tf'"):
+        interop.find(state, "tf")
+    with pytest.raises(TypeError, match="type list; it must be a flat dict"):
+        interop.find([], "torch")
+    with pytest.raises(ValueError, match=r"'head/gamma' is in the state already; rename= moves it"):
+        interop.convert(state | {"head/gamma": V}, "torch", "keras")
+
+
+def test_reading_one_layer_refuses(bn):
+    state = {f"block.{key}": value for key, value in interop.to_torch(bn).items()}
+    with pytest.raises(
+        ValueError, match=r"no batch norm of the form 'torch' at prefix ''.*'block'"
+    ):
+        interop.from_torch(state)
+    with pytest.raises(TypeError, match="type list; it must be a flat dict"):
+        interop.from_torch([("weight", V)])
+    with pytest.raises(ValueError, match=r"'running_mean' is there, but not 'running_var'"):
+        interop.from_torch({"weight": V, "bias": V, "running_mean": V})
+    with pytest.raises(ValueError, match=r"'weight' is there, but not 'bias'"):
+        interop.from_torch({"weight": V, "running_mean": V, "running_var": V})
+    with pytest.raises(ValueError, match=r"no 'ln/moving_mean': at prefix 'ln' is no batch norm"):
+        interop.from_keras({"ln/gamma": V, "ln/beta": V}, "ln")
+    with pytest.raises(ValueError, match=r"running_var is -1.0 in channel 0"):
+        interop.from_torch({"running_mean": V, "running_var": -V})
+    with pytest.raises(ValueError, match=r"shape \(\)"):
+        interop.from_torch({"running_mean": np.float32(1), "running_var": np.float32(1)})
+    with pytest.raises(ValueError, match="api is 'haiku'"):
+        interop.from_flax({}, api="haiku")
+    with pytest.raises(TypeError, match="bn is of type dict"):
+        interop.to_torch({})
+
+
+def test_flattening():
+    nested = {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
+    flat = {"a/b/c": 1, "a/d": 2, "e": 3}
+    assert interop.flatten(nested) == flat
+    assert interop.unflatten(flat) == nested
+    for bad in ({"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}):
+        with pytest.raises(ValueError, match="has a value"):
+            interop.unflatten(bad)
+
+
+# ---- arrays of other libraries ---------------------------------------------------------------
+
+
+class Capsule:
+    """An array that speaks DLPack and nothing else."""
+
+    def __init__(self, array, device=None):
+        self.array, self.place = array, device
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.place or self.array.__dlpack_device__()
+
+
+class Listed:
+    """An array that speaks __array__ and nothing else."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.mark.parametrize("wrap", [Capsule, Listed, np.asarray])
+def test_arrays_come_in_without_a_copy(wrap, rng):
+    array = rng.standard_normal((3, C))
+    assert np.shares_memory(interop.as_array(wrap(array)), array)
+    assert interop.as_array(array) is array
+
+
+def test_arrays_that_do_not():
+    with pytest.raises(ValueError, match=r"w lies on the device of DLPack type 2; .*w\.cpu\(\)"):
+        interop.as_array(Capsule(V, (2, 0)), "w")
+    for bad in (object(), None, np.array([None]), np.zeros(2, "V4")):
+        with pytest.raises(TypeError, match=r"w is .*which NumPy does not compute with"):
+            interop.as_array(bad, "w")
+    with pytest.raises(TypeError, match=r"w is a masked array.*w\.filled"):
+        interop.as_array(np.ma.array([1.0]), "w")
+    with pytest.raises(TypeError, match="w, of type list, cannot be read"):
+        interop.as_array([[1], [1, 2]], "w")
+
+
+@pytest.mark.parametrize("wrap", [Capsule, Listed])
+def test_functions_and_layers_take_them_too(wrap, rng):
+    x, bn = rng.standard_normal((4, C)), random_norm(rng, C, np.float64)
+    bn.eval()
+    y = bn(x)
+    np.testing.assert_array_equal(bn(wrap(x)), y)
+    given = [wrap(a) for a in (x, bn.running_mean, bn.running_var, bn.gamma, bn.beta)]
+    np.testing.assert_array_equal(cybn.batch_norm_inference(*given, eps=bn.eps), y)
+    bn.running_mean = wrap(np.zeros(C))
+    np.testing.assert_array_equal(bn.running_mean, np.zeros(C))
+    weight = rng.standard_normal((C, 3))
+    mine = folding.fold_linear(wrap(weight), None, bn)[0]
+    np.testing.assert_array_equal(mine, folding.fold_linear(weight, None, bn)[0])
+
+
+def test_importing_loads_no_other_library():
+    others = "torch", "keras", "onnx", "jax", "flax", "safetensors", "tensorflow", "ml_dtypes"
+    code = (
+        "import sys, cybn, cybn.folding, cybn.interop as i; bn = cybn.BatchNorm(3); "
+        "i.from_torch(i.to_torch(bn)), i.from_keras(i.to_keras(bn)), i.from_flax(i.to_flax(bn)), "
+        "i.from_onnx(i.to_onnx(bn)); "
+        f"print(*sorted({{n.split('.')[0] for n in sys.modules}} & set({others!r})))"
+    )
+    run = [sys.executable, "-P", "-W", "error", "-c", code]
+    out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert out.split() == []

@@ -1,0 +1,48 @@
+"""The code of the documentation's pages runs as it stands."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the pages are not beside the tests")
+
+
+def run(page, **changes):
+    """Run the Python blocks of a page in one namespace, and return it."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S))
+    for old, new in changes.values():
+        assert old in code
+        code = code.replace(old, new)
+    names = {"__name__": page}
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+def test_interop(tmp_path):
+    names = run("interop.md", place=("/tmp/", f"{tmp_path}/"))
+    assert list(names["done"].taken) == ["stem.bn"]
+    assert names["done"].passed_over == {}
+    assert "stem/bn/moving_variance" in names["done"].state
+    assert list(names["layers"]) == ["stem.bn"]
+    assert len(names["model"]) == 8
+
+
+def test_inference(capsys):
+    torch = pytest.importorskip("torch")
+    less = {"rounds": ("range(200)", "range(1)"), "size": ("320, 320", "64, 64")}
+    less |= {"steps": ("range(20)", "range(4)"), "images": ("128, 128", "64, 64")}
+    with torch.random.fork_rng():
+        names = run("inference.md", **less)
+    out = capsys.readouterr().out
+    errors = [float(e) for e in re.findall(r"error (\S+) of the largest output", out)]
+    assert len(errors) == len(names["networks"])
+    assert max(errors) <= 1e-5
+    worst = [float(e) for e in re.findall(r"(\S+) eps of the sum", out)]
+    assert len(worst) == 6
+    assert max(worst) <= 0.5
+    assert len(re.findall(r"least \S+ ms$", out, re.M)) == len(names["networks"])
+    assert np.all(np.isfinite(names["exact"].numpy()))
