@@ -50,17 +50,14 @@ DOORS = {
     "population": {"layers", "moments"},
     "": {"layers", "family", "functional", "moments", "population", "_runtime", "_version"},
     "plot": {""},
+    "torch": {"functional", "moments"},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
 }
-VISITORS = {
-    "demo",
-    "bench",
-    "interop",
-    "plot",
-    "__main__",
-}  # may import optional packages; no other room imports them
+VISITORS = {  # may import optional packages; no other room imports them
+    *("demo", "bench", "interop", "plot", "torch", "__main__"),
+}
 
 
 def room(module):

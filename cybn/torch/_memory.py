@@ -1,0 +1,117 @@
+"""Memory for large outputs, used again.
+
+A training step frees in its backward what it allocated in its forward. For blocks of this size the
+C library gives the memory back to the system, so every step pays for every page again: page
+faults, which cost more than the normalization itself. Blocks kept here are used again by the next
+output of about their size. Free blocks and those in use together never exceed the most that
+was in use at once.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["empty_cache", "empty_like"]
+
+LEAST = 1 << 20  # bytes of a block; smaller ones the C library keeps itself
+ALIGNMENT = 64  # bytes, a cache line: what PyTorch gives its own tensors
+STEPS = 8  # sizes of blocks per power of two, so at most an eighth is wasted
+
+
+class Blocks:
+    """Blocks of bytes that are lent to arrays, and come back when the array dies."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew; what was lent before does not come back."""
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}  # by size
+        self._lent = self._kept = self._most = 0  # bytes
+        self._lock = Lock()
+        # An array may die anywhere, in _take too: what comes back waits here, without a lock.
+        self._returned: deque[NDArray[np.uint8]] = deque()
+
+    def array(self, like: NDArray[Any]) -> NDArray[Any]:
+        """Return an uninitialized array with the shape, dtype and strides of a dense one."""
+        with self._lock:
+            block = self._take(_rounded(like.nbytes + ALIGNMENT))
+        start = -block.ctypes.data % ALIGNMENT
+        array: NDArray[Any] = np.ndarray(like.shape, like.dtype, block, start, like.strides)
+        weakref.finalize(array, self._returned.append, block).atexit = False
+        return array
+
+    def clear(self) -> None:
+        """Give the free blocks back to the system."""
+        with self._lock:
+            self._collect()
+            self._free.clear()
+            self._kept = 0
+            self._most = self._lent
+
+    def _take(self, size: int) -> NDArray[np.uint8]:
+        self._collect()
+        self._lent += size
+        self._most = max(self._most, self._lent)
+        if size in self._free:
+            return self._drop(size)
+        while self._lent + self._kept > self._most:
+            self._drop(next(iter(self._free)))  # of the sizes that came back, the oldest
+        return np.empty(size, np.uint8)
+
+    def _drop(self, size: int) -> NDArray[np.uint8]:
+        """Remove and return the free block of this size that came last."""
+        blocks = self._free[size]
+        block = blocks.pop()
+        if not blocks:
+            del self._free[size]
+        self._kept -= size
+        return block
+
+    def _collect(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            self._lent -= block.size
+            self._kept += block.size
+            self._free.setdefault(block.size, []).append(block)
+
+
+def _rounded(size: int) -> int:
+    """Return the size of the blocks that serve `size` bytes."""
+    step = 1 << max(0, size.bit_length() - STEPS.bit_length())
+    return -(-size // step) * step
+
+
+_blocks = Blocks()
+if hasattr(os, "register_at_fork"):  # another thread may have held the lock
+    os.register_at_fork(after_in_child=_blocks.forget)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Return an uninitialized tensor that lies in memory as `x` does."""
+    if x.nbytes < LEAST or not (
+        x.is_contiguous()
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    ):
+        return torch.empty_like(x, requires_grad=False)
+    return torch.from_numpy(_blocks.array(x.detach().numpy()))
+
+
+def empty_cache() -> None:
+    """Give memory that is kept for the next outputs back to the system.
+
+    Outputs of 1 MiB and more are written to memory that is used again once they are gone, because
+    fresh memory costs page faults. What is kept, with what is in use, never exceeds the most that
+    was in use at once.
+    """
+    _blocks.clear()

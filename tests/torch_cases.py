@@ -1,0 +1,95 @@
+"""Random batch norms of PyTorch and what they should compute, for the tests of cybn.torch."""
+
+import copy
+
+import numpy as np
+import torch
+from bounds import ULP32, ULP64, forward_bound, wide
+from layer_cases import gradient_bounds
+from torch import nn
+
+STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def random_module(rng, rank, dtype):
+    """Return a stock module with random options, parameters and statistics."""
+    options = {
+        "eps": float(rng.choice([1e-5, 1e-3, 0.1])),
+        "momentum": rng.choice([None, 0.0, 0.1, 0.7, 1.0]),
+        "affine": bool(rng.integers(4)),
+        "track_running_stats": bool(rng.integers(4)),
+    }
+    bn = STOCK[rank](int(rng.integers(1, 33)), dtype=dtype, **options)
+    if bn.affine and not rng.integers(4):
+        bn.bias = None
+    for tensor in (*bn.parameters(), *bn.buffers()):
+        if tensor.is_floating_point():
+            values = np.exp(rng.uniform(-1, 1, tensor.shape))
+            tensor.data.copy_(torch.from_numpy(values))
+    return bn.train(bool(rng.integers(2)))
+
+
+def random_batch(rng, channels, rank, dtype, last=False):
+    """Return x and dy of a random shape, channels off zero by different amounts."""
+    sizes = [int(n) for n in np.exp(rng.uniform(0, 3.5, rank - 1)).round()]
+    while np.prod(sizes) < 2 or np.prod(sizes) * channels > 2**14:
+        sizes = [max(2, n // 2) for n in sizes]
+    shape = (sizes[0], channels, *sizes[1:])
+    column = (1, channels) + (1,) * (rank - 2)
+    x = rng.standard_normal(shape) * np.exp2(rng.uniform(-4, 4, column))
+    x += rng.standard_normal(column) * np.exp2(rng.uniform(-4, 4, column))
+    tensors = [torch.from_numpy(a).to(dtype) for a in (x, rng.standard_normal(shape))]
+    if last and rank in FORMATS:
+        tensors = [t.to(memory_format=FORMATS[rank]) for t in tensors]
+    return tensors
+
+
+def step(bn, x, dy):
+    """Return what one forward and backward make, by name; gradients start from nothing."""
+    x = x.clone().requires_grad_()
+    bn.zero_grad()
+    y = bn(x)
+    y.backward(dy)
+    found = {"y": y.detach(), "dx": x.grad}
+    names = {"weight": "dgamma", "bias": "dbeta"}
+    return found | {names[name]: p.grad for name, p in bn.named_parameters()}
+
+
+def expected(bn, x, dy):
+    """Return the exact value and the bound of all that `step` returns, and of the buffers after."""
+    n = {name: t.detach().numpy() for name, t in bn.state_dict(keep_vars=True).items()}
+    x, dy = x.numpy(), dy.numpy()
+    gamma, beta = n.get("weight"), n.get("bias")
+    batch = bn.training or not bn.track_running_stats
+    fixed = {} if batch else {"mean": n["running_mean"], "var": n["running_var"]}
+    exact, bounds = gradient_bounds(dy, x, gamma, eps=bn.eps, **fixed)
+    wanted = dict(zip(("dx", "dgamma", "dbeta"), zip(exact, bounds, strict=True), strict=True))
+    wanted["y"] = forward_bound(x, gamma, beta, 1, bn.eps, **fixed)
+    if bn.training and bn.track_running_stats:
+        wanted |= running(n, x, bn.momentum)
+    return wanted
+
+
+def running(state, x, momentum):
+    """Return the exact running mean and variance after one more step, and their bounds."""
+    ulp = ULP32 if x.dtype == np.float32 else ULP64
+    (wx,) = wide(x)
+    others = tuple(i for i in range(x.ndim) if i != 1)
+    mean, var = wx.mean(others), wx.var(others, ddof=1)
+    weight = 1 / (int(state["num_batches_tracked"]) + 1) if momentum is None else momentum
+    weight = np.longdouble(weight)
+    old_mean, old_var = wide(state["running_mean"], state["running_var"])
+    size = (1 - weight) * np.abs(old_mean) + weight * (np.abs(mean) + np.sqrt(var))
+    new_var = (1 - weight) * old_var + weight * var
+    return {
+        "running_mean": ((1 - weight) * old_mean + weight * mean, ulp * size),
+        "running_var": (new_var, ulp * new_var),
+    }
+
+
+def twin(module):
+    """Return a converted copy."""
+    import cybn.torch
+
+    return cybn.torch.convert(copy.deepcopy(module))
