@@ -65,7 +65,7 @@ def test_which_norm_script(monkeypatch, capsys, tmp_path):
     for name in ("sklearn", "threadpoolctl", "tqdm", "matplotlib"):
         pytest.importorskip(name)
     picture = tmp_path / "which-norm.png"
-    less = "--epochs 1 --repeats 1 --trials 1 --batch-sizes 32 --picture".split()
+    less = ["--epochs", "1", "--repeats", "1", "--trials", "1", "--batch-sizes", "32", "--picture"]
     monkeypatch.setattr(sys, "argv", ["which_norm.py", *less, os.fspath(picture)])
     runpy.run_path(os.fspath(DOCS / "examples" / "which_norm.py"), run_name="__main__")
     table, rates, contrasts = capsys.readouterr().out.strip().split("\n\n")
