@@ -129,7 +129,7 @@ def draw(results: dict[str, dict[int, Cell]], path: Path) -> None:
     left.set_xticks(range(len(sizes)), sizes)
     left.set_xlabel("training batch size")
     left.set_title("Accuracy: each repeat, and their mean")
-    left.legend(loc="lower right", ncols=2)
+    left.legend(loc="lower left", ncols=2)
     right.set_xticks(range(len(CONTRASTS)), [f"{c:.0%}" for c in CONTRASTS])
     right.set_xlabel("contrast of the test images")
     right.set_title(f"The networks of batch size {CONTRAST_BATCH} on fainter images")
