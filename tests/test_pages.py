@@ -1,6 +1,9 @@
 """The code of the documentation's pages runs as it stands."""
 
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +49,33 @@ def test_inference(capsys):
     assert max(worst) <= 0.5
     assert len(re.findall(r"least \S+ ms$", out, re.M)) == len(names["networks"])
     assert np.all(np.isfinite(names["exact"].numpy()))
+
+
+def test_which_norm():
+    names = run("which-norm.md")
+    assert names["shapes"] == {"batch": (32,), "group": (8, 4), "layer": (8,), "instance": (8, 32)}
+    eps = np.finfo(np.float32).eps
+    assert names["largest"] <= 4 * eps
+    np.testing.assert_allclose(names["squares"], 1, rtol=4 * eps)
+    assert np.abs(names["one_group"]).max() <= 8 * eps
+    assert np.abs(names["c_groups"]).max() <= 8 * eps
+
+
+def test_which_norm_script(monkeypatch, capsys, tmp_path):
+    for name in ("sklearn", "threadpoolctl", "tqdm", "matplotlib"):
+        pytest.importorskip(name)
+    picture = tmp_path / "which-norm.png"
+    less = ["--epochs", "1", "--repeats", "1", "--trials", "1", "--batch-sizes", "32", "--picture"]
+    monkeypatch.setattr(sys, "argv", ["which_norm.py", *less, os.fspath(picture)])
+    runpy.run_path(os.fspath(DOCS / "examples" / "which_norm.py"), run_name="__main__")
+    table, rates, contrasts = capsys.readouterr().out.strip().split("\n\n")
+    cell = r"\d+\.\d \(\d+\.\d to \d+\.\d\) \|"
+    for kind in ("batch", "group", "layer", "RMS", "instance", "none"):
+        assert re.search(rf"^\| +{kind} \|( +{cell})$", table, re.M)
+        assert re.search(rf"^\| +{kind} \| +0\.(0025|01|04) \|$", rates, re.M)
+        row = re.search(rf"^\| +{kind} \|( +{cell}){{4}}$", contrasts, re.M)
+        assert row
+        if kind not in ("batch", "none"):  # contrast is what they take out
+            first, *fainter = re.findall(r"(\S+) \(", row[0])
+            assert all(abs(float(other) - float(first)) <= 1 for other in fainter)
+    assert picture.stat().st_size > 10_000

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -30,60 +29,15 @@ MOMENTUM = 0.01  # running statistics of small batches need a long memory
 LIMITS = (3.0, 5.0)  # of renormalization, in the end
 
 
-class GroupNorm:
-    """Group normalization of (N, C) in NumPy, for as long as cybn has none.
-
-    Groups of C / num_groups features of one sample share a mean and a variance.
-    """
-
-    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
-        self.groups, self.eps = num_groups, eps
-        self.gamma = np.ones(num_channels, np.float32)
-        self.beta = np.zeros(num_channels, np.float32)
-        self.grad_gamma, self.grad_beta = np.zeros_like(self.gamma), np.zeros_like(self.beta)
-
-    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return y; mean and variance are those of each sample's groups, in either mode."""
-        grouped = x.reshape(len(x), self.groups, -1)
-        e = grouped - grouped.mean(2, keepdims=True)
-        self._rstd = 1 / np.sqrt((e * e).mean(2, keepdims=True) + np.float32(self.eps))
-        self._xhat = e * self._rstd
-        return self._xhat.reshape(x.shape) * self.gamma + self.beta
-
-    def backward(self, dy: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return dx, equation (21) of docs/math.md within each group."""
-        (dy * self._xhat.reshape(dy.shape)).sum(0, out=self.grad_gamma)
-        dy.sum(0, out=self.grad_beta)
-        g = (dy * self.gamma).reshape(self._xhat.shape)
-        along = (g * self._xhat).mean(2, keepdims=True) * self._xhat
-        dx: NDArray[np.float32] = self._rstd * (g - g.mean(2, keepdims=True) - along)
-        return dx.reshape(dy.shape)
-
-    def parameters(self) -> list[NDArray[np.float32]]:
-        """Return gamma and beta."""
-        return [self.gamma, self.beta]
-
-    def gradients(self) -> list[NDArray[np.float32]]:
-        """Return their gradients."""
-        return [self.grad_gamma, self.grad_beta]
-
-    def train(self) -> None:
-        """Do nothing: there is one mode."""
-
-    def eval(self) -> None:
-        """Do nothing: there is one mode."""
-
-
 def normalizations(size: int, limits: cybn.Renorm) -> dict[str, Callable[[], Layer]]:
     """Return how to make a layer of each kind, for batches of `size`."""
-    group = getattr(cybn, "GroupNorm", GroupNorm)
     options = {"momentum": MOMENTUM}
     ghost = options | {"virtual_batch_size": max(2, size // 2)}
     return {
         "plain": lambda: cybn.BatchNorm1d(WIDTH, **options),
         "renorm": lambda: cybn.BatchNorm1d(WIDTH, renorm=limits, **options),
         "ghost": lambda: cybn.BatchNorm1d(WIDTH, **ghost),
-        "group norm": lambda: group(GROUPS, WIDTH),
+        "group norm": lambda: cybn.GroupNorm(GROUPS, WIDTH),
     }
 
 
