@@ -53,7 +53,7 @@ class Positions(NamedTuple):
     """Which positions count, and how often, where that is the same in every channel."""
 
     shares: NDArray[Any]  # bool, or float64 where weighted; as x, but 1 along the channel axis
-    count: int  # how many positions count
+    number: int  # how many positions count
     total: int | float  # the sum of the shares
 
 

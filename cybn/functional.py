@@ -147,7 +147,8 @@ def batch_norm(
         If an array is of another dtype.
     ValueError
         If a shape does not fit, a channel has fewer than two values that count, `eps` is not
-        positive, `activation` or `masked` is unknown, a weight is negative or not finite, or `out` is read-only or overlaps an input in part.
+        positive, `activation` or `masked` is unknown, a weight is negative or not finite, or `out`
+        is read-only or overlaps an input in part.
 
     Notes
     -----
@@ -351,9 +352,7 @@ def batch_norm_backward(
         )
     fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "moments.m2": moments.m2})
     act = activation_of(activation, slope)
-    through = _Through(
-        fixed[0], fixed[1], True, gamma, beta, act, residual, positions, from_output
-    )
+    through = _Through(fixed[0], fixed[1], True, gamma, beta, act, residual, positions, from_output)
     return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
@@ -550,9 +549,9 @@ def _check_batch(
     x: NDArray[Any], axis: int, positions: Positions | None = None, least: int = 2
 ) -> None:
     """Refuse a batch whose channels have no variance, or no values."""
-    if positions is not None and positions.count < least and x.size:
+    if positions is not None and positions.number < least and x.size:
         raise ValueError(
-            f"mask, weights or lengths leave {positions.count} of {positions.shares.size} values a "
+            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values a "
             f"channel; at least {least} must count, as one value has no variance. Train with more "
             "values a channel, or normalize with running statistics: eval() on a layer that has "
             "them, or batch_norm_inference"
@@ -677,9 +676,7 @@ def _no_channels(x: NDArray[Any], axis: int) -> Moments:
     return Moments(count, np.empty(0), np.empty(0))
 
 
-def _moments(
-    plan: _layout.Plan, work: NDArray[np.float64], positions: Positions | None
-) -> Moments:
+def _moments(plan: _layout.Plan, work: NDArray[np.float64], positions: Positions | None) -> Moments:
     n, _, s = plan.shape
     if plan.chunks > 1:
         work = work[:2].copy()

@@ -139,9 +139,7 @@ def batch_norm_backward(
     xhat, z = _xhat(
         rows, _column(moments.mean, 0.0), rstd, gamma, beta, activation, slope, from_output
     )
-    g, dresidual = _through_activation(
-        dy, x, z, axis, activation, slope, residual, w, out_residual
-    )
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
     projected = g - w * (dbeta + xhat * dgamma) / w.sum()  # (20), (66)
@@ -176,9 +174,7 @@ def batch_norm_inference_backward(
     w = _shares(x, axis, mask, weights, lengths)
     rows = np.where(w > 0, _fold(x, axis), 0)
     xhat, z = _xhat(rows, _column(mean, 0.0), rstd, gamma, beta, activation, slope, from_output)
-    g, dresidual = _through_activation(
-        dy, x, z, axis, activation, slope, residual, w, out_residual
-    )
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
     dbeta = g.sum(axis=1)  # (12)
     dgamma = (g * xhat).sum(axis=1)  # (13)
     dx = _column(gamma, 1.0) * rstd * g  # (23)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from math import isfinite
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
@@ -31,7 +32,9 @@ class _Saved(NamedTuple):
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
-    selected: dict[str, Any] = {}  # mask, weights and lengths, where there were any
+    selected: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # mask, weights and lengths, where there were any
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -380,7 +383,8 @@ class BatchNorm(Safety):
                 batch = self._whole(statistics)
         else:
             if noted:
-                batch = self._measure(x, learns, num_threads, **selected)  # before out, which may be x
+                # before out, which may be x
+                batch = self._measure(x, learns, num_threads, **selected)
             statistics = running = self._running
             y = functional.batch_norm_inference(
                 x, running.mean, running.var, self.gamma, self.beta, **options
@@ -410,9 +414,9 @@ class BatchNorm(Safety):
         positions = functional.positions_of(x, self.axis, **selected)
         if positions is not None and positions.total <= self.running_ddof:
             raise ValueError(
-                f"weights sum to {positions.total}; the running variance is m2 / (sum - running_ddof), with "
-                f"running_ddof={self.running_ddof}, so the sum must be more than that. Scale the "
-                "weights so that one says how often a value counts, or make the layer with "
+                f"weights sum to {positions.total}; the sum must be more than running_ddof="
+                f"{self.running_ddof}, as the running variance is m2 / (sum - running_ddof). Scale "
+                "the weights so that one says how often a value counts, or make the layer with "
                 "running_ddof=0"
             )
 
