@@ -551,10 +551,10 @@ def _check_batch(
     """Refuse a batch whose channels have no variance, or no values."""
     if positions is not None and positions.number < least and x.size:
         raise ValueError(
-            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values a "
-            f"channel; at least {least} must count, as one value has no variance. Train with more "
-            "values a channel, or normalize with running statistics: eval() on a layer that has "
-            "them, or batch_norm_inference"
+            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values "
+            f"a channel; at least {least} must count, as one value has no variance. Train with "
+            "more values a channel, or normalize with running statistics: eval() on a layer that "
+            "has them, or batch_norm_inference"
         )
     count = x.size // x.shape[axis] if x.shape[axis] else least
     if count == 0:
