@@ -52,7 +52,9 @@ def shared(
         return None, None, 0.0, False, False
     given = plan.rows(positions.shares)
     with np.errstate(over="ignore"):
-        shares = np.array(given, np.float64 if x.itemsize == 8 else np.float32, order="C")
+        shares: NDArray[Any] = np.array(
+            given, np.float64 if x.itemsize == 8 else np.float32, order="C"
+        )
     weighted = given.dtype != np.bool_
     if weighted and not np.array_equal((shares > 0) & np.isfinite(shares), given > 0):
         raise ValueError(

@@ -25,6 +25,9 @@ from ._safety import Safety
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
@@ -32,9 +35,7 @@ class _Saved(NamedTuple):
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
-    selected: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # mask, weights and lengths, where there were any
+    selected: Mapping[str, Any] = _NOTHING  # mask, weights and lengths, where given
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -355,7 +356,7 @@ class BatchNorm(Safety):
         trial = _trials.active(self)
         training = self.training if trial is None else trial.training
         learns = trial is None and self._learns(training)
-        zero = functional.is_zero(masked)
+        functional.is_zero(masked)  # known, or an error
         given = {"mask": mask, "weights": weights, "lengths": lengths}
         selected = {name: value for name, value in given.items() if value is not None}
         if selected:
@@ -372,7 +373,7 @@ class BatchNorm(Safety):
             "num_threads": num_threads,
         }
         if selected:
-            options |= selected | {"masked": "zero" if zero else "normalize"}
+            options |= selected | {"masked": masked}
         y: NDArray[Any]
         statistics: Moments | Running | list[Part]
         batch: Moments | None = None
