@@ -414,6 +414,8 @@ def test_parts_refuse_a_mask(rng):
         with pytest.raises(ValueError, match="virtual_batch_size"):
             bn(x, mask=np.eye(4, 5, dtype=bool))
         assert bn.num_batches_tracked == 0
+        bn(x, lengths=[5, 5, 5, 5])  # leaves nothing out
+        assert bn.num_batches_tracked == 1
         bn.eval()(x, mask=np.eye(4, 5, dtype=bool))
 
 

@@ -358,9 +358,7 @@ class BatchNorm(Safety):
         learns = trial is None and self._learns(training)
         functional.is_zero(masked)  # known, or an error
         given = {"mask": mask, "weights": weights, "lengths": lengths}
-        selected = {name: value for name, value in given.items() if value is not None}
-        if selected:
-            self._check_selection(x, selected, training, learns)
+        selected = self._selected(x, given, training, learns)
         if learns and out is not None and self.nan_policy == "raise":
             self._after(self._measure(x, learns, num_threads, **selected))
         options: dict[str, Any] = {
@@ -399,10 +397,14 @@ class BatchNorm(Safety):
         self._saved = self._keep(statistics, x, y, residual)._replace(selected=selected)
         return y
 
-    def _check_selection(
-        self, x: NDArray[Any], selected: dict[str, Any], training: bool, learns: bool
-    ) -> None:
-        """Refuse a mask, weights or lengths that a batch of this layer cannot do with."""
+    def _selected(
+        self, x: NDArray[Any], given: dict[str, Any], training: bool, learns: bool
+    ) -> dict[str, Any]:
+        """Return what selects values, nothing where all of them count; ValueError if unfit."""
+        selected = {name: value for name, value in given.items() if value is not None}
+        positions = functional.positions_of(x, self.axis, **selected) if selected else None
+        if positions is None:
+            return {}
         parts = self.virtual_batch_size is not None or self.renorm is not None
         if parts and training and self._by_batch(training):
             raise ValueError(
@@ -410,16 +412,14 @@ class BatchNorm(Safety):
                 f"{self.virtual_batch_size} and renorm={self.renorm}; in training it must have "
                 "neither. Train such layers without a mask, or make one without them"
             )
-        if not (learns and "weights" in selected):
-            return
-        positions = functional.positions_of(x, self.axis, **selected)
-        if positions is not None and positions.total <= self.running_ddof:
+        if learns and "weights" in selected and positions.total <= self.running_ddof:
             raise ValueError(
                 f"weights sum to {positions.total}; the sum must be more than running_ddof="
                 f"{self.running_ddof}, as the running variance is m2 / (sum - running_ddof). Scale "
                 "the weights so that one says how often a value counts, or make the layer with "
                 "running_ddof=0"
             )
+        return selected
 
     def _normalize_by_batch(
         self, x: NDArray[Any], training: bool, options: dict[str, Any]
