@@ -37,6 +37,11 @@ class Plan(NamedTuple):
         nsc = (array if self.plain else array.transpose(self.order)).reshape(self.shape)
         return nsc.view(np.uint16) if nsc.itemsize == 2 else nsc
 
+    def rows(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return an array like one channel, with all its axes, as (N, S); a copy if need be."""
+        n, _, s = self.shape
+        return array.transpose(self.order).reshape(n, s)
+
 
 def count_chunks(n: int, c: int, s: int) -> int:
     """Return in how many chunks a channel is summed: of the shape alone, as the bits depend on it.

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import tensor
 
-__all__ = ["Selection", "select"]
+__all__ = ["Positions", "Selection", "choose", "select"]
 
 
 class Selection(NamedTuple):
@@ -47,6 +47,65 @@ def select(
         chosen = valid if chosen is None else chosen & valid
     shares = None if weights is None else _weights(shape, weights)
     return None if chosen is None and shares is None else Selection(chosen, shares)
+
+
+class Positions(NamedTuple):
+    """Which positions count, and how often, where that is the same in every channel."""
+
+    shares: NDArray[Any]  # bool, or float64 where weighted; as x, but 1 along the channel axis
+    number: int  # how many positions count
+    total: int | float  # the sum of the shares
+
+
+def choose(
+    shape: tuple[int, ...],
+    axis: int,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> Positions | None:
+    """Check what selects positions of all channels alike; None where all of them count once."""
+    if mask is None and weights is None and lengths is None:
+        return None
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    mask = None if mask is None else _of_positions("mask", mask, shape, axis)
+    weights = None if weights is None else _of_positions("weights", weights, shape, axis)
+    found = select(one, axis, mask, weights, lengths)
+    assert found is not None
+    if found.weights is None:
+        assert found.mask is not None
+        shares = np.broadcast_to(found.mask, one)
+        count = total = int(np.count_nonzero(shares))
+        return None if count == shares.size else Positions(shares, count, total)
+    valid = True if found.mask is None else found.mask
+    shares = np.broadcast_to(np.where(valid, found.weights, 0.0), one)
+    return Positions(shares, int(np.count_nonzero(shares)), float(shares.sum()))
+
+
+def _of_positions(name: str, value: ArrayLike, shape: tuple[int, ...], axis: int) -> NDArray[Any]:
+    """Return `value` with as many axes as x, of size 1 along the channel axis."""
+    array = np.asarray(value)
+    rest = shape[:axis] + shape[axis + 1 :]
+    lacks = array.ndim < len(shape)
+    if not lacks and array.shape[axis : axis + 1] != (1,):
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must be the same for all channels: broadcastable "
+            f"to {rest}, the shape of x without its channel axis, or of size 1 on axis {axis}. "
+            "Moments.update takes one for each channel"
+        )
+    own = array.shape if lacks else array.shape[:axis] + array.shape[axis + 1 :]
+    try:
+        fits = np.broadcast_shapes(own, rest) == rest
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must be broadcastable to {rest}, "
+            "the shape of x without its channel axis"
+        )
+    if not lacks:
+        return array
+    return np.expand_dims(array.reshape((1,) * (len(rest) - array.ndim) + array.shape), axis)
 
 
 def _spread(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

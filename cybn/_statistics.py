@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from . import _layout
 from ._arguments import storage
 from ._runtime import kernels
+from ._selection import Positions
 
-__all__ = ["bind", "measure", "measure_selected", "work"]
+__all__ = ["bind", "measure", "measure_selected", "shared", "work"]
 
 Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
 Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
@@ -39,17 +40,48 @@ def work(plan: _layout.Plan) -> NDArray[np.float64]:
     return np.empty((2 * plan.chunks + 1, plan.shape[1]))
 
 
+def shared(
+    positions: Positions | None, x: NDArray[Any], plan: _layout.Plan, zeroed: bool = False
+) -> tuple[Any, ...]:
+    """Return what the kernels have to know of the positions of `x` that count.
+
+    Shares in their type, as bytes of (N, S); the places of eight of them; their sum; whether they
+    are weights; whether what does not count becomes 0.
+    """
+    if positions is None:
+        return None, None, 0.0, False, False
+    given = plan.rows(positions.shares)
+    with np.errstate(over="ignore"):
+        shares: NDArray[Any] = np.array(
+            given, np.float64 if x.itemsize == 8 else np.float32, order="C"
+        )
+    weighted = given.dtype != np.bool_
+    if weighted and not np.array_equal((shares > 0) & np.isfinite(shares), given > 0):
+        raise ValueError(
+            f"weights lie in {given[given > 0].min()}..{given.max()}, which {shares.dtype} cannot "
+            "hold; scale them all, which changes no result but the count"
+        )
+    found = np.flatnonzero(shares)
+    if not found.size:  # then there are no statistics to take
+        found = np.zeros(1, np.intp)
+    eighths = np.arange(8) * found.size // 8 + found.size // 16
+    total = shares.sum(dtype=np.float64)
+    return shares.view(np.uint8).reshape(-1), found[eighths], total, weighted, zeroed
+
+
 def measure(
-    x: NDArray[Any], axis: int, threads: int
-) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    x: NDArray[Any], axis: int, threads: int, positions: Positions | None = None
+) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
     """Return count, mean and M2; `x` came in by the door and is not empty, `axis` not negative."""
     x, plan = _layout.fold(x, axis)
     sums = work(plan)
     e = storage(x.dtype)
-    _KERNELS[e](plan.view(x), sums, kernels.STORAGE.get(e, 0), threads)
+    chosen = shared(positions, x, plan)
+    _KERNELS[e](plan.view(x), sums, *chosen, kernels.STORAGE.get(e, 0), threads)
     if plan.chunks > 1:
         sums = sums[:2].copy()
-    return x.size // x.shape[axis], sums[0], sums[1]
+    count = x.size // x.shape[axis] if positions is None else positions.total
+    return count, sums[0], sums[1]
 
 
 @np.errstate(all="ignore")

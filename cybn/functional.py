@@ -27,6 +27,7 @@ from ._arguments import (
     tensor,
 )
 from ._runtime import kernels, thread_count
+from ._selection import Positions, choose
 from ._statistics import measure
 from .moments import Moments
 
@@ -79,6 +80,10 @@ def batch_norm(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], Moments]:
@@ -107,6 +112,20 @@ def batch_norm(
         Of leaky_relu below 0.
     residual : array_like, shape and dtype of `x`, optional
         Added before the activation. Copied first where it does not lie in memory as `x` does.
+    mask : array_like of bool, optional
+        True where a position counts, in all channels alike: broadcastable to the shape of `x`
+        without its channel axis, such as (N, L) for (N, C, L) and (N, L, C); or with as many
+        axes as `x`, of size 1 along that one. What does not count is left out of the statistics,
+        may be NaN there, and gets no gradient.
+    weights : array_like, optional
+        How often each position counts: finite, not negative, and of a shape as that of `mask`. A
+        weight of 0 masks out. Held in the type that is computed in, float32 for half types too.
+    lengths : array_like of int, shape (N,), optional
+        How many positions of each sample count, from the front, along the first axis beside those
+        of batch and channels, such as L. Where several of the three are given, all must agree.
+    masked : {"normalize", "zero"}, default "normalize"
+        What y is where a position does not count: normalized like the rest, or 0, also with an
+        activation.
     out : ndarray, optional
         Where y goes: shape and dtype of `x`. May be `x` or `residual` itself; must not overlap
         them otherwise. With the memory layout of `x` it is written in place, without a copy.
@@ -119,15 +138,17 @@ def batch_norm(
     y : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
-        Count N * S, mean and M2 of each channel, in float64.
+        Count, mean and M2 of each channel, in float64. Count is N * S, or how many positions
+        count, or the sum of the weights, a float.
 
     Raises
     ------
     TypeError
         If an array is of another dtype.
     ValueError
-        If a shape does not fit, a channel has fewer than two values, `eps` is not positive,
-        `activation` is unknown, or `out` is read-only or overlaps an input in part.
+        If a shape does not fit, a channel has fewer than two values that count, `eps` is not
+        positive, `activation` or `masked` is unknown, a weight is negative or not finite, or `out`
+        is read-only or overlaps an input in part.
 
     Notes
     -----
@@ -144,13 +165,16 @@ def batch_norm(
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
     act = activation_of(activation, slope)
-    if residual is None and _may_be_small(axis, eps, num_threads):
+    zero = is_zero(masked)
+    plain = residual is None and mask is None and weights is None and lengths is None
+    if plain and _may_be_small(axis, eps, num_threads):
         small = _small_forward(x, gamma, beta, axis, eps, act, out)
         if small is not None:
             return small
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    _check_batch(x, axis)
+    positions = choose(x.shape, axis, mask, weights, lengths)
+    _check_batch(x, axis, positions)
     check_eps(eps)
     vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
@@ -163,8 +187,9 @@ def batch_norm(
     work = _statistics.work(plan)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), _folded(r, x, plan)
-    _FORWARD[e + p](*arrays, *vectors, work, eps, *act, _STORAGE[e], nt)
-    return _deliver(y, target), _moments(plan, work)
+    chosen = _statistics.shared(positions, x, plan, zero)
+    _FORWARD[e + p](*arrays, *vectors, work, eps, *act, *chosen, _STORAGE[e], nt)
+    return _deliver(y, target), _moments(plan, work, positions)
 
 
 def batch_norm_inference(
@@ -179,6 +204,10 @@ def batch_norm_inference(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> NDArray[Any]:
@@ -195,6 +224,9 @@ def batch_norm_inference(
         with float32 data too.
     gamma, beta, axis, activation, slope, residual, out, num_threads
         As in `batch_norm`.
+    mask, weights, lengths, masked
+        As in `batch_norm`. They matter only with ``masked="zero"``, which puts 0 where a position
+        does not count, or has weight 0.
     eps : float, default 1e-5
         Added to the variance. Not negative.
 
@@ -211,15 +243,18 @@ def batch_norm_inference(
         If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
     """
     act = activation_of(activation, slope)
+    zero = is_zero(masked)
+    plain = residual is None and mask is None and weights is None and lengths is None
     if (
         out is not None
-        and residual is None
+        and plain
         and _may_be_small(axis, eps, num_threads)
         and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps, *act)
     ):
         return out
     x = tensor("x", x)
     axis = channel_axis(x, axis)
+    positions = choose(x.shape, axis, mask, weights, lengths)
     check_eps(eps, least=0)
     vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
@@ -231,7 +266,8 @@ def batch_norm_inference(
     target = _layout.like_empty(y, x, plan)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), _folded(r, x, plan)
-    _INFERENCE[e + p](*arrays, *vectors, plan.chunks, eps, *act, _STORAGE[e], nt)
+    chosen = _statistics.shared(positions if zero else None, x, plan, zero)
+    _INFERENCE[e + p](*arrays, *vectors, plan.chunks, eps, *act, *chosen, _STORAGE[e], nt)
     return _deliver(y, target)
 
 
@@ -247,6 +283,9 @@ def batch_norm_backward(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     from_output: bool = False,
     out: NDArray[Any] | None = None,
     out_residual: NDArray[Any] | None = None,
@@ -264,8 +303,10 @@ def batch_norm_backward(
         What `batch_norm` returned for it.
     gamma, beta : array_like, shape (C,), optional
         As given to `batch_norm`. beta matters only with an activation or `from_output`.
-    axis, eps, activation, slope, residual, num_threads
-        As given to `batch_norm`. What the activation was given is computed again from `x`.
+    axis, eps, activation, slope, residual, mask, weights, lengths, num_threads
+        As given to `batch_norm`. What the activation was given is computed again from `x`. Where a
+        position does not count, dy is not looked at, and dx and dresidual are 0, whatever `masked`
+        was.
     from_output : bool, default False
         `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
         its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
@@ -294,22 +335,24 @@ def batch_norm_backward(
         If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
-    _check_batch(x, axis)
+    positions = choose(x.shape, axis, mask, weights, lengths)
+    _check_batch(x, axis, positions)
     check_eps(eps)
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments is of type {type(moments).__name__}; it must be the Moments that "
             "batch_norm returned for x"
         )
-    count = x.size // max(1, x.shape[axis])
+    count = x.size // max(1, x.shape[axis]) if positions is None else positions.total
     if x.size and (isinstance(moments.count, np.ndarray) or moments.count != count):
         raise ValueError(
             f"moments has count {moments.count}; a channel of x has {count} values. "
-            "Give the Moments that batch_norm returned for this x"
+            "Give the Moments that batch_norm returned for this x, and the same mask, weights "
+            "and lengths"
         )
     fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "moments.m2": moments.m2})
     act = activation_of(activation, slope)
-    through = _Through(fixed[0], fixed[1], True, gamma, beta, act, residual, from_output)
+    through = _Through(fixed[0], fixed[1], True, gamma, beta, act, residual, positions, from_output)
     return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
@@ -326,6 +369,9 @@ def batch_norm_inference_backward(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     from_output: bool = False,
     out: NDArray[Any] | None = None,
     out_residual: NDArray[Any] | None = None,
@@ -337,6 +383,8 @@ def batch_norm_inference_backward(
     ----------
     dy, x, gamma, beta, axis, eps, activation, slope, residual, from_output, num_threads
         As in `batch_norm_backward`; `x` may be empty.
+    mask, weights, lengths
+        As in `batch_norm_backward`; weights matter only where they are 0.
     mean, var : array_like, shape (C,)
         As given to `batch_norm_inference`.
     out : ndarray, optional
@@ -359,18 +407,29 @@ def batch_norm_inference_backward(
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
     fixed = [v.astype(np.float64, copy=False) for v in given]
     act = activation_of(activation, slope)
-    through = _Through(fixed[0], fixed[1], False, gamma, beta, act, residual, from_output)
+    positions = choose(x.shape, axis, mask, weights, lengths)
+    through = _Through(
+        fixed[0], fixed[1], False, gamma, beta, act, residual, positions, from_output
+    )
     return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
-def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> Moments:
+def moments(
+    x: ArrayLike,
+    *,
+    axis: int = 1,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    num_threads: int | None = None,
+) -> Moments:
     """Count, mean and M2 of each channel of `x`, as `batch_norm` computes them.
 
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        At least one value a channel.
-    axis, num_threads
+        At least one value a channel that counts.
+    axis, mask, weights, lengths, num_threads
         As in `batch_norm`.
 
     Returns
@@ -383,15 +442,16 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     TypeError
         If `x` is not float32 or float64.
     ValueError
-        If `x` has fewer than 2 axes, or no values.
+        If `x` has fewer than 2 axes, or no values that count.
     """
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    _check_batch(x, axis, least=1)
+    positions = choose(x.shape, axis, mask, weights, lengths)
+    _check_batch(x, axis, positions, least=1)
     nt = thread_count(num_threads)
     if x.size == 0:
         return _no_channels(x, axis)
-    return Moments._adopt(*measure(x, axis, nt))
+    return Moments._adopt(*measure(x, axis, nt, positions))
 
 
 def absorb(
@@ -434,6 +494,24 @@ def activation_of(activation: str | None, slope: float) -> tuple[int, float]:
     return _arguments.activation(activation, slope, _ACTIVATIONS)
 
 
+def positions_of(
+    x: NDArray[Any],
+    axis: int,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+) -> Positions | None:
+    """Return which positions of `x` count; None where all of them count once."""
+    return choose(x.shape, channel_axis(x, axis), mask, weights, lengths)
+
+
+def is_zero(masked: str) -> bool:
+    """Whether what a mask leaves out becomes 0; ValueError where `masked` is unknown."""
+    if masked not in ("normalize", "zero"):
+        raise ValueError(f"masked is {masked!r}; it must be 'normalize' or 'zero'")
+    return masked == "zero"
+
+
 # ---- shared ------------------------------------------------------------------------------
 
 
@@ -467,8 +545,17 @@ def _folded(array: NDArray[Any] | None, x: NDArray[Any], plan: _layout.Plan) -> 
     return None if array is None else plan.view(_layout.like(array, x, plan))
 
 
-def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
+def _check_batch(
+    x: NDArray[Any], axis: int, positions: Positions | None = None, least: int = 2
+) -> None:
     """Refuse a batch whose channels have no variance, or no values."""
+    if positions is not None and positions.number < least and x.size:
+        raise ValueError(
+            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values "
+            f"a channel; at least {least} must count, as one value has no variance. Train with "
+            "more values a channel, or normalize with running statistics: eval() on a layer that "
+            "has them, or batch_norm_inference"
+        )
     count = x.size // x.shape[axis] if x.shape[axis] else least
     if count == 0:
         raise ValueError(f"x has shape {x.shape}: it has no values to take statistics of")
@@ -497,6 +584,7 @@ class _Through(NamedTuple):
     beta: ArrayLike | None
     activation: tuple[int, float]
     residual: ArrayLike | None
+    positions: Positions | None
     from_output: bool
 
 
@@ -531,6 +619,7 @@ def _backward(
     target = _layout.like_empty(dx, x, plan)
     kept = None if dresidual is None else _layout.like_empty(dresidual, x, plan)
     work = _statistics.work(plan)
+    chosen = _statistics.shared(through.positions, x, plan, zeroed=True)
     e = storage(x.dtype)
     _BACKWARD[e + p](
         plan.view(_layout.like(dy, x, plan)),
@@ -547,6 +636,7 @@ def _backward(
         through.through_statistics,
         through.from_output,
         *through.activation,
+        *chosen,
         _STORAGE[e],
         nt,
     )
@@ -586,12 +676,12 @@ def _no_channels(x: NDArray[Any], axis: int) -> Moments:
     return Moments(count, np.empty(0), np.empty(0))
 
 
-def _moments(plan: _layout.Plan, work: NDArray[np.float64]) -> Moments:
+def _moments(plan: _layout.Plan, work: NDArray[np.float64], positions: Positions | None) -> Moments:
     n, _, s = plan.shape
     if plan.chunks > 1:
         work = work[:2].copy()
     work.setflags(write=False)
-    return Moments._adopt(n * s, work[0], work[1])
+    return Moments._adopt(n * s if positions is None else positions.total, work[0], work[1])
 
 
 def _deliver(out: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:

@@ -55,20 +55,27 @@ def batch_norm(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
     """Normalize each channel of `x` by its own mean and variance; return y and the moments."""
     rows = _fold(x, axis)
-    mean, e, m2 = _statistics(rows)
-    var = m2 / rows.shape[1]  # (4)
+    w = _shares(x, axis, mask, weights, lengths)
+    mean, e, m2 = _statistics(rows, w)
+    var = m2 / w.sum()  # (4), (65)
     rstd = 1 / np.sqrt(var + eps)  # (5)
     xhat = e * rstd  # (6)
     z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
     if residual is not None:
         z = z + _fold(residual, axis)
     y, _ = activated(z, activation, slope)
-    return _unfold(y, x, axis, out), Moments(rows.shape[1], mean[:, 0], m2[:, 0])
+    if masked == "zero":
+        y = np.where(w > 0, y, 0)
+    return _unfold(y, x, axis, out), Moments(_count(w, weights), mean[:, 0], m2[:, 0])
 
 
 @np.errstate(all="ignore")
@@ -84,6 +91,10 @@ def batch_norm_inference(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
@@ -95,6 +106,8 @@ def batch_norm_inference(
     if residual is not None:
         z = z + _fold(residual, axis)
     y, _ = activated(z, activation, slope)
+    if masked == "zero":
+        y = np.where(_shares(x, axis, mask, weights, lengths) > 0, y, 0)
     return _unfold(y, x, axis, out)
 
 
@@ -111,21 +124,25 @@ def batch_norm_backward(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     from_output: bool = False,
     out: Array | None = None,
     out_residual: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm`, through the batch statistics."""
-    rows = _fold(x, axis)
+    w = _shares(x, axis, mask, weights, lengths)
+    rows = np.where(w > 0, _fold(x, axis), 0)
     rstd = 1 / np.sqrt(_column(moments.var(), 1.0) + eps)  # (5)
     xhat, z = _xhat(
         rows, _column(moments.mean, 0.0), rstd, gamma, beta, activation, slope, from_output
     )
-    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, out_residual)
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
-    projected = g - dbeta / rows.shape[1] - xhat * (dgamma / rows.shape[1])  # (20)
+    projected = g - w * (dbeta + xhat * dgamma) / w.sum()  # (20), (66)
     dx = _column(gamma, 1.0) * rstd * projected  # (21)
     return _unfold(dx, x, axis, out), dgamma[:, 0], dbeta[:, 0], *dresidual
 
@@ -144,6 +161,9 @@ def batch_norm_inference_backward(
     activation: str | None = None,
     slope: float = 0.01,
     residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     from_output: bool = False,
     out: Array | None = None,
     out_residual: Array | None = None,
@@ -151,9 +171,10 @@ def batch_norm_inference_backward(
 ) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm_inference`; `mean` and `var` are constants."""
     rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
-    rows = _fold(x, axis)
+    w = _shares(x, axis, mask, weights, lengths)
+    rows = np.where(w > 0, _fold(x, axis), 0)
     xhat, z = _xhat(rows, _column(mean, 0.0), rstd, gamma, beta, activation, slope, from_output)
-    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, out_residual)
+    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
     dbeta = g.sum(axis=1)  # (12)
     dgamma = (g * xhat).sum(axis=1)  # (13)
     dx = _column(gamma, 1.0) * rstd * g  # (23)
@@ -161,11 +182,19 @@ def batch_norm_inference_backward(
 
 
 @np.errstate(all="ignore")
-def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> Moments:
+def moments(
+    x: ArrayLike,
+    *,
+    axis: int = 1,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    num_threads: int | None = None,
+) -> Moments:
     """Return count, mean and M2 of each channel of `x`."""
-    rows = _fold(x, axis)
-    mean, _, m2 = _statistics(rows)
-    return Moments(rows.shape[1], mean[:, 0], m2[:, 0])
+    w = _shares(x, axis, mask, weights, lengths)
+    mean, _, m2 = _statistics(_fold(x, axis), w)
+    return Moments(_count(w, weights), mean[:, 0], m2[:, 0])
 
 
 @np.errstate(all="ignore")
@@ -219,13 +248,14 @@ def _through_activation(
     activation: str | None,
     slope: float,
     residual: ArrayLike | None,
+    w: Array,
     out_residual: Array | None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Return the gradient with respect to z, and that of the residual if there is one."""
     if residual is not None:
         z = z + _fold(residual, axis)
     _, derivative = activated(z, activation, slope)
-    g = np.where(derivative == 0, 0, _fold(dy, axis) * derivative)
+    g = np.where((derivative == 0) | (w == 0), 0, _fold(dy, axis) * derivative)
     return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
 
@@ -389,7 +419,7 @@ def _normalize_rows(
 ) -> tuple[Array, Moments]:
     """Return y of rows (N, G, D), with gamma and beta for (G, D), and their moments."""
     n, groups, count = rows.shape
-    mean, e, m2 = _statistics(rows.reshape(n * groups, count))
+    mean, e, m2 = _statistics(rows.reshape(n * groups, count), np.ones((1, count)))
     rstd = 1 / np.sqrt(m2 / count + eps)  # (4), (5)
     xhat = (e * rstd).reshape(rows.shape)  # (6)
     return gamma * xhat + beta, Moments(count, mean[:, 0], m2[:, 0])  # (46)
@@ -454,17 +484,45 @@ def _deliver(y: Array, out: Array | None) -> Array:
 # ---- shared ------------------------------------------------------------------------------
 
 
-def _statistics(rows: Array) -> tuple[Array, Array, Array]:
-    """Return mean (C, 1), deviations (C, M) and M2 (C, 1), by the corrected two-pass."""
-    count = rows.shape[1]
-    pivot = rows.sum(axis=1, keepdims=True) / count  # (1)
-    pivot = np.clip(pivot, rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True))  # (31)
-    e = rows - pivot  # (2)
-    residual = e.sum(axis=1, keepdims=True) / count  # (30)
-    e = e - residual  # (33)
-    m2 = (e * e).sum(axis=1, keepdims=True)  # (3)
+def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Return mean (C, 1), deviations (C, M) and M2 (C, 1), by the corrected two-pass.
+
+    Of the values that count, each w times; the deviations are those of all.
+    """
+    count, valid = w.sum(), w[0] > 0  # (62)
+    v, w = rows[:, valid], w[:, valid]
+    pivot = (w * v).sum(axis=1, keepdims=True) / count  # (1), (63)
+    pivot = np.clip(pivot, v.min(axis=1, keepdims=True), v.max(axis=1, keepdims=True))  # (31)
+    residual = (w * (v - pivot)).sum(axis=1, keepdims=True) / count  # (30)
+    e = (rows - pivot) - residual  # (2), (33)
+    m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True)  # (3), (64)
     mean = pivot + residual  # (32)
     return mean, e, m2
+
+
+def _shares(
+    x: ArrayLike,
+    axis: int,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> Array:
+    """Return how often each position counts, one row for all channels: shape (1, M)."""
+    first = np.moveaxis(np.asarray(x), axis, 0)
+    w = np.ones(first.shape[1:], _wide(x).dtype)
+    for given in (mask, weights):
+        if given is not None:
+            array = np.asarray(given)
+            w = w * (array.squeeze(axis) if array.ndim == first.ndim else array)
+    if lengths is not None:
+        ends = np.asarray(lengths).reshape(-1, *[1] * (w.ndim - 1))
+        w = w * (np.indices(w.shape)[1] < ends)
+    return w.reshape(1, w.size)
+
+
+def _count(w: Array, weights: ArrayLike | None) -> int | float:
+    """Return how many values count, or the sum of their weights."""
+    return int(w.sum()) if weights is None else float(w.sum())
 
 
 def _wide(values: ArrayLike) -> Array:

@@ -38,9 +38,9 @@ DOORS = {
     "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
     "_selection": {"_arguments"},
-    "_statistics": {"_layout", "_arguments", "_runtime"},
+    "_statistics": {"_layout", "_arguments", "_runtime", "_selection"},
     "moments": {"_arguments", "_chunks", "_runtime", "_selection", "_statistics"},
-    "functional": {"moments", "_layout", "_arguments", "_runtime", "_statistics"},
+    "functional": {"moments", "_layout", "_arguments", "_runtime", "_selection", "_statistics"},
     "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
     "family": {"_rows", "moments", "_arguments", "_runtime"},
     "layers": {"family", "functional", "moments", "_arguments"},
@@ -127,14 +127,15 @@ def test_signatures_are_the_promised_ones():
     }
     names = {f: list(inspect.signature(getattr(cybn, f)).parameters) for f in functional.__all__}
     fused = ["axis", "eps", "activation", "slope", "residual"]
-    forward = [*fused, "out", "num_threads"]
-    back = ["beta", *fused, "from_output", "out", "out_residual", "num_threads"]
+    chosen = ["mask", "weights", "lengths"]
+    forward = [*fused, *chosen, "masked", "out", "num_threads"]
+    back = ["beta", *fused, *chosen, "from_output", "out", "out_residual", "num_threads"]
     assert names == {
         "batch_norm": ["x", "gamma", "beta", *forward],
         "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *forward],
         "batch_norm_backward": ["dy", "x", "moments", "gamma", *back],
         "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *back],
-        "moments": ["x", "axis", "num_threads"],
+        "moments": ["x", "axis", *chosen, "num_threads"],
     }
 
 

@@ -63,7 +63,7 @@ cdef void unscale_coefficients(
     cdef double r[VECTOR]
     cdef double gamma[VECTOR]
     cdef double xhat[VECTOR]
-    cdef double M = <double> job.N * <double> job.S, slope
+    cdef double M = job.M, slope
     cdef Py_ssize_t c, i, n, v
     for v in range((c1 - c0 + VECTOR - 1) // VECTOR):
         c = c0 + v * VECTOR
@@ -114,7 +114,7 @@ cdef void apply_tile(
         kept = job[0]
         kept.activation = IDENTITY
         kept.dresidual = NULL
-        kept.staged = job.storage != NATIVE
+        kept.staged = job.storage != NATIVE or job.share != NULL
         kept.gated = False
         kept.buffered = job.stream or job.storage != NATIVE
         kept.dy_row = job.dresidual_row
@@ -188,6 +188,7 @@ cdef void apply_piece(
     cdef T buffer[PIECE]
     cdef T of_x[PIECE]
     cdef T of_g[PIECE]
+    cdef T of_w[PIECE]
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
     cdef const T* at_x = x
     cdef const T* g
@@ -202,10 +203,14 @@ cdef void apply_piece(
         if job.apply == UNSCALE or job.activation != IDENTITY:
             at_x = fetch_x(job, x, n, i, m, of_x)
         g = run_gradient(at_x, dy, job, n, i, m, hi, a, z, of_g)
-        if job.apply == UNSCALE:
+        if job.apply == UNSCALE and job.weighted:
+            unscale_weighted(g, at_x, shares(job, g, n, i, m, of_w), to, m, hi, a, k, b)
+        elif job.apply == UNSCALE:
             unscale(g, at_x, to, m, hi, a, k, b, 0, False)
         else:
             scale(g, to, m, 0, a, 0, <T> (-INFINITY), <T> INFINITY)
+    if job.zeroed:
+        blank(job, to, n, i, m)
     if job.buffered:
         deliver(job, buffer, y, job.y_row, n, i, m)
 
@@ -265,6 +270,7 @@ cdef void apply_row(
     cdef T buffer[TILE]
     cdef T of_x[TILE]
     cdef T of_g[TILE]
+    cdef T of_w[TILE]
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
     cdef const T* at_x = x
     cdef const T* g
@@ -279,10 +285,14 @@ cdef void apply_row(
         if job.apply == UNSCALE or job.activation != IDENTITY:
             at_x = fetch_x(job, x, n, i, m, of_x)
         g = row_gradient(at_x, dy, job, n, i, m, hi, a, z, of_g)
-        if job.apply == UNSCALE:
+        if job.apply == UNSCALE and job.weighted:
+            col_unscale_weighted(g, at_x, shares(job, g, n, i, m, of_w), to, m, hi, a, k, b)
+        elif job.apply == UNSCALE:
             col_unscale(g, at_x, to, m, hi, a, k, b, k, False)
         else:
             col_scale(g, to, m, k, a, k, <T> (-INFINITY), <T> INFINITY)
+    if job.zeroed:
+        blank(job, to, n, i, m)
     if job.buffered:
         deliver(job, buffer, y, job.y_row, n, i, m)
 

@@ -43,10 +43,10 @@ from cybn._kernels.activate cimport (
     invert)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_dots2, col_gate_add, col_scale, col_scale_add, col_sums,
+    FLUSH, TILE, col_dots, col_dots2, col_gate_add, col_scale, col_scale_add, col_sums, col_sums4,
     col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_MIN, T, WIDE, across, dots, gate_add, scale, scale_add, sums, unscale)
+    LANES, PIECE, RUN_MIN, T, WIDE, across, dots, flush, gate_add, scale, scale_add, sums, unscale)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
@@ -92,7 +92,12 @@ cdef struct Job:
     Py_ssize_t dresidual_row
     Vector mean, var        # var is m2 where count is the number of values
     Vector gamma, beta
-    double count, eps
+    double M                # values a channel, or the sum of their shares
+    double count, eps       # count: what var is to be divided by
+    const void* share       # (N, S) of T: how often each value counts; NULL: each once
+    const Py_ssize_t* places    # (SAMPLES,) values that count, as n * S + s
+    bint weighted           # shares are not just 0 and 1
+    bint zeroed             # what does not count is 0 in y or dx
     double* sums            # (2 * chunks, C): of chunk k in rows 2k, 2k + 1; results in 0 and 1
     double* pivot           # (C,)
     Py_ssize_t chunk_rows, chunk_cols   # chunks of N, and of S
@@ -123,6 +128,7 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
+include "masks.pxi"
 include "stages.pxi"
 include "reduce.pxi"
 include "apply.pxi"
@@ -202,9 +208,10 @@ cdef void plan(
     cdef Py_ssize_t columns
     job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
     job.buffered = job.stream or job.storage != NATIVE
-    job.buffered |= y == job.residual and job.activation >= LEAKY_RELU
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
-    job.staged = job.storage != NATIVE or job.activation >= LEAKY_RELU
+    job.gated = job.gated and job.share == NULL
+    job.staged = job.storage != NATIVE or job.activation >= LEAKY_RELU or job.share != NULL
+    job.buffered |= y == job.residual and job.staged
     if job.reduce == DOTS and not job.gated:
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
@@ -327,12 +334,25 @@ cdef inline Job job_on(
     job.item = sizeof(E)
     job.N, job.C, job.S = x.shape[0], x.shape[1], x.shape[2]
     job.x_row = x.strides[0]
+    job.M = <double> job.N * <double> job.S
     return job
 
 
 cdef inline void use_work(Job* job, double[:, ::1] work):
     job.sums = &work[0, 0]
     job.pivot = &work[work.shape[0] - 1, 0]
+
+
+cdef inline void set_share(
+    Job* job, const unsigned char[::1] share, const Py_ssize_t[::1] places, double total,
+    bint weighted, bint zeroed,
+):
+    if share is not None:
+        job.share = &share[0]
+        job.places = &places[0]
+        job.M = total
+        job.weighted = weighted
+        job.zeroed = zeroed
 
 
 cdef inline void start(
@@ -348,11 +368,17 @@ cdef inline void start(
 def statistics(
     const E[:, :, :] x,         # IN  (N, C, S)
     double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
+    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
+    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
+    double total,                       # the sum of the shares
+    bint weighted,
+    bint zeroed,
     Storage storage,
     int threads,
 ):
     cdef Job job = job_on(x, storage, SUMS, NO_WRITE, 0)
     use_work(&job, work)
+    set_share(&job, share, places, total, weighted, zeroed)
     with nogil:
         start(&x[0, 0, 0], <const E*> NULL, <E*> NULL, &job, work.shape[0] // 2, threads)
 
@@ -367,6 +393,11 @@ def forward(
     double eps,
     int activation,
     double slope,
+    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
+    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
+    double total,                       # the sum of the shares
+    bint weighted,
+    bint zeroed,
     Storage storage,
     int threads,
 ):
@@ -374,7 +405,8 @@ def forward(
     job.y_row = y.strides[0]
     job.gamma = optional(gamma)
     job.beta = optional(beta)
-    job.count = <double> job.N * <double> job.S
+    set_share(&job, share, places, total, weighted, zeroed)
+    job.count = job.M
     use_work(&job, work)
     job.mean.data = job.sums
     job.var.data = job.sums + job.C
@@ -402,6 +434,11 @@ def inference(
     double eps,
     int activation,
     double slope,
+    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
+    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
+    double total,                       # the sum of the shares
+    bint weighted,
+    bint zeroed,
     Storage storage,
     int threads,
 ):
@@ -413,6 +450,7 @@ def inference(
     job.beta = optional(beta)
     set_activation(&job, activation, slope)
     set_residual(&job, residual)
+    set_share(&job, share, places, total, weighted, zeroed)
     with nogil:
         start(&x[0, 0, 0], <const E*> NULL, &y[0, 0, 0], &job, chunks, threads)
 
@@ -433,6 +471,11 @@ def backward(
     bint inverse,
     int activation,
     double slope,
+    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
+    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
+    double total,                       # the sum of the shares
+    bint weighted,
+    bint zeroed,
     Storage storage,
     int threads,
 ):
@@ -443,8 +486,9 @@ def backward(
     job.var = vector(&var[0])
     job.gamma = optional(gamma)
     job.beta = optional(beta)
+    set_share(&job, share, places, total, weighted, zeroed)
     if through_statistics:
-        job.count = <double> job.N * <double> job.S
+        job.count = job.M
     use_work(&job, work)
     job.inverse = inverse
     set_activation(&job, activation, slope)

@@ -34,7 +34,9 @@ cdef void reduce_runs(
             for piece in range(pieces):
                 m = min(step, length - piece * step)
                 i = (t.c0 + c) * job.S + t.s0 + piece * step
-                if job.staged:
+                if job.share != NULL and job.reduce == SUMS:
+                    masked_piece(x, job, n, i, m, hi[c], acc + c * 2 * WIDE)
+                elif job.staged:
                     staged_piece(x, dy, job, n, i, m, hi[c], a[c], b[c], acc + c * 2 * WIDE)
                 elif job.reduce == SUMS:
                     sums(x + n * x_row + i, m, hi[c], acc + c * 2 * WIDE)
@@ -77,6 +79,8 @@ cdef inline const T* run_gradient(
         buffer = room(job, n, i, buffer)
         gate_add(fetch(job, dy, job.dy_row, n, i, m, buffer), at_x, residual_at(job, z, n, i),
                  buffer, m, hi, a, b)
+        if job.share != NULL:
+            blank(job, buffer, n, i, m)
         return buffer
     if job.inverse:
         z = at_x
@@ -84,7 +88,11 @@ cdef inline const T* run_gradient(
         scale(at_x, of_z, m, hi, a, b, <T> (-INFINITY), <T> INFINITY)
         if job.residual != NULL:
             add_residual(job, of_z, n, i, m, <T> (-INFINITY), <T> INFINITY)
-    g = gradient(job, dy, z, n, i, m, room(job, n, i, buffer))
+    buffer = room(job, n, i, buffer)
+    g = gradient(job, dy, z, n, i, m, buffer)
+    if job.share != NULL:
+        choose(g, shares(job, g, n, i, m, of_z), buffer, m, 0)
+        g = buffer
     keep(job, g, n, i, m)
     return g
 
@@ -146,7 +154,9 @@ cdef inline void reduce_some(
 ) noexcept nogil:
     """Add values i..i + w of rows n, n + step, ... to the column sums."""
     cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
-    if job.storage != NATIVE and job.reduce == SUMS:
+    if job.share != NULL and job.reduce == SUMS:
+        masked_rows(x, job, n, rows, step, i, w, hi, a, b)
+    elif job.storage != NATIVE and job.reduce == SUMS:
         staged_sums(x, job, n, rows, step, i, w, hi, a, b)
     elif job.staged and job.reduce == DOTS:
         staged_dots(x, dy, job, n, rows, step, i, w, hi, scale_a, scale_b, a, b)
@@ -212,6 +222,8 @@ cdef inline const T* row_gradient(
         buffer = room(job, n, i, buffer)
         col_gate_add(fetch(job, dy, job.dy_row, n, i, w, buffer), at_x, residual_at(job, z, n, i),
                      buffer, w, hi, a, b)
+        if job.share != NULL:
+            blank(job, buffer, n, i, w)
         return buffer
     if job.inverse:
         z = at_x
@@ -219,7 +231,11 @@ cdef inline const T* row_gradient(
         col_scale(at_x, of_z, w, hi, a, b, <T> (-INFINITY), <T> INFINITY)
         if job.residual != NULL:
             add_residual(job, of_z, n, i, w, <T> (-INFINITY), <T> INFINITY)
-    g = gradient(job, dy, z, n, i, w, room(job, n, i, buffer))
+    buffer = room(job, n, i, buffer)
+    g = gradient(job, dy, z, n, i, w, buffer)
+    if job.share != NULL:
+        choose(g, shares(job, g, n, i, w, of_z), buffer, w, 0)
+        g = buffer
     keep(job, g, n, i, w)
     return g
 
@@ -246,6 +262,8 @@ cdef void find_pivot(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) n
     cdef Py_ssize_t c, i, at, M = job.N * job.S
     for i in range(SAMPLES):
         at = (M // SAMPLES) * i + (M % SAMPLES) * i // SAMPLES + M // (2 * SAMPLES)
+        if job.places != NULL:
+            at = job.places[i]
         n[i] = at // job.S
         s[i] = at % job.S
     for c in range(c0, c1):
@@ -262,9 +280,10 @@ cdef void sum_again(
     cdef T buffer[WIDE]
     cdef double a[WIDE]
     cdef double b[WIDE]
-    cdef double d
+    cdef double d, w
     cdef Py_ssize_t n, s, j, m
     cdef const T* run
+    cdef const T* share = <const T*> job.share
     for j in range(WIDE):
         a[j] = 0
         b[j] = 0
@@ -273,9 +292,10 @@ cdef void sum_again(
             m = min(WIDE, job.S - s * WIDE)
             run = fetch(job, x, job.x_row, n, c * job.S + s * WIDE, m, buffer)
             for j in range(m):
-                d = run[j] - shift
-                a[j] += d
-                b[j] += d * d
+                w = 1 if share == NULL else share[n * job.S + s * WIDE + j]
+                d = run[j] - shift if w != 0 else 0
+                a[j] += w * d
+                b[j] += w * d * d
     s1[0] = across(a)
     s2[0] = across(b)
 
@@ -284,7 +304,7 @@ cdef void finish_sums(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) 
     """Turn the sums about the pivot into mean and m2."""
     cdef double* out1 = job.sums
     cdef double* out2 = job.sums + job.C
-    cdef double M = <double> job.N * <double> job.S
+    cdef double M = job.M
     cdef double tiny = M * (1e-30 if T is float else 1e-290)
     cdef double s1, s2, shift, m2
     cdef Py_ssize_t c

@@ -58,6 +58,7 @@ cdef bint describe(Job* job, const Py_buffer* x, const Py_buffer* out, Py_ssize_
     if job.C == 1:  # one channel is one run, as in _layout
         job.S *= job.N
         job.N = 1
+    job.M = <double> job.N * <double> job.S
     job.item = x.itemsize
     job.x_row = job.y_row = job.C * job.S * job.item
     return 0 < job.N * job.C * job.S < SERIAL

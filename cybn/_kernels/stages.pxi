@@ -3,8 +3,9 @@
 #
 #   stage      works on               where
 #   fetch      x, dy, residual        widens half types; other types are read where they lie
-#   fetch_x    y                      back to z, where the layer wrote y over x
+#   fetch_x    y                      back to z, where the layer wrote y over x; 0 where x is masked
 #   gradient   dy, z                  g = dy times the slope of the activation at z
+#   blank      g, y, dx               0 where x is masked (masks.pxi)
 #   epilogue   z, residual            y = activation(z + residual)
 #   keep       g                      is the gradient of the residual
 #   deliver    y, dx                  narrows to half types, or writes past the caches
@@ -35,11 +36,15 @@ cdef inline const T* fetch_x(
     const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch
 ) noexcept nogil:
     """What the statistics are those of: x, or z where x is the y that was written over it."""
+    cdef T of_w[TILE]
     cdef const T* at = fetch(job, x, job.x_row, n, i, m, scratch)
-    if not job.inverse or job.activation == IDENTITY:
-        return at
-    invert(at, scratch, m, <T> job.slope)
-    return scratch
+    if job.inverse and job.activation != IDENTITY:
+        invert(at, scratch, m, <T> job.slope)
+        at = scratch
+    if job.share != NULL and job.reduce == DOTS:
+        choose(at, shares(job, at, n, i, m, of_w), scratch, m, 0)
+        at = scratch
+    return at
 
 
 cdef inline const T* gradient(

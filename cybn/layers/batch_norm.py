@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from math import isfinite
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
@@ -24,6 +25,9 @@ from ._safety import Safety
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
@@ -31,6 +35,7 @@ class _Saved(NamedTuple):
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
+    selected: Mapping[str, Any] = _NOTHING  # mask, weights and lengths, where given
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -279,17 +284,34 @@ class BatchNorm(Safety):
         x: ArrayLike,
         *,
         residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        masked: str = "normalize",
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Call `forward`."""
-        return self.forward(x, residual=residual, out=out, num_threads=num_threads)
+        return self.forward(
+            x,
+            residual=residual,
+            mask=mask,
+            weights=weights,
+            lengths=lengths,
+            masked=masked,
+            out=out,
+            num_threads=num_threads,
+        )
 
     def forward(
         self,
         x: ArrayLike,
         *,
         residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        masked: str = "normalize",
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
@@ -301,6 +323,12 @@ class BatchNorm(Safety):
             C values along the channel axis. Kept by reference for `backward`.
         residual : array_like, shape and dtype of `x`, optional
             Added before the activation. Kept by reference for `backward`.
+        mask, weights, lengths : array_like, optional
+            Which positions count, and how often; as in `batch_norm`. Batch and running statistics
+            are those of what counts; `backward` gives 0 elsewhere, in eval mode too. Kept by
+            reference for `backward`.
+        masked : {"normalize", "zero"}, default "normalize"
+            What y is where a position does not count.
         out : ndarray, optional
             Where y goes: shape and dtype of `x`. May be `x` itself; then `backward` works from
             y, if the activation is None or leaky_relu. May be `residual` itself; then there is
@@ -317,7 +345,8 @@ class BatchNorm(Safety):
         ------
         TypeError, ValueError
             As in `batch_norm`, and if the rank or the number of channels of `x` is not the
-            layer's.
+            layer's. ValueError, if a mask meets virtual batches or renormalization, or if weights
+            sum to no more than `running_ddof` and are to move the running variance.
         FloatingPointError
             With ``nan_policy="raise"``, where the running statistics would not stay finite. With
             `out` as well, statistics are taken once more beforehand, to leave it as it was.
@@ -327,8 +356,11 @@ class BatchNorm(Safety):
         trial = _trials.active(self)
         training = self.training if trial is None else trial.training
         learns = trial is None and self._learns(training)
+        functional.is_zero(masked)  # known, or an error
+        given = {"mask": mask, "weights": weights, "lengths": lengths}
+        selected = self._selected(x, given, training, learns)
         if learns and out is not None and self.nan_policy == "raise":
-            self._after(self._measure(x, learns, num_threads))
+            self._after(self._measure(x, learns, num_threads, **selected))
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -338,6 +370,8 @@ class BatchNorm(Safety):
             "out": out,
             "num_threads": num_threads,
         }
+        if selected:
+            options |= selected | {"masked": masked}
         y: NDArray[Any]
         statistics: Moments | Running | list[Part]
         batch: Moments | None = None
@@ -348,7 +382,8 @@ class BatchNorm(Safety):
                 batch = self._whole(statistics)
         else:
             if noted:
-                batch = self._measure(x, learns, num_threads)  # before out, which may be x
+                # before out, which may be x
+                batch = self._measure(x, learns, num_threads, **selected)
             statistics = running = self._running
             y = functional.batch_norm_inference(
                 x, running.mean, running.var, self.gamma, self.beta, **options
@@ -359,8 +394,32 @@ class BatchNorm(Safety):
             return y
         if learns and batch is not None:
             self._learn(batch)
-        self._saved = self._keep(statistics, x, y, residual)
+        self._saved = self._keep(statistics, x, y, residual)._replace(selected=selected)
         return y
+
+    def _selected(
+        self, x: NDArray[Any], given: dict[str, Any], training: bool, learns: bool
+    ) -> dict[str, Any]:
+        """Return what selects values, nothing where all of them count; ValueError if unfit."""
+        selected = {name: value for name, value in given.items() if value is not None}
+        positions = functional.positions_of(x, self.axis, **selected) if selected else None
+        if positions is None:
+            return {}
+        parts = self.virtual_batch_size is not None or self.renorm is not None
+        if parts and training and self._by_batch(training):
+            raise ValueError(
+                f"{', '.join(selected)} given to a layer with virtual_batch_size="
+                f"{self.virtual_batch_size} and renorm={self.renorm}; in training it must have "
+                "neither. Train such layers without a mask, or make one without them"
+            )
+        if learns and "weights" in selected and positions.total <= self.running_ddof:
+            raise ValueError(
+                f"weights sum to {positions.total}; the sum must be more than running_ddof="
+                f"{self.running_ddof}, as the running variance is m2 / (sum - running_ddof). Scale "
+                "the weights so that one says how often a value counts, or make the layer with "
+                "running_ddof=0"
+            )
+        return selected
 
     def _normalize_by_batch(
         self, x: NDArray[Any], training: bool, options: dict[str, Any]
@@ -382,11 +441,14 @@ class BatchNorm(Safety):
         """Return the statistics of a batch that the running ones move towards."""
         return statistics if isinstance(statistics, Moments) else _parts.merged(statistics)
 
-    def _measure(self, x: NDArray[Any], learns: bool, num_threads: int | None) -> Moments:
+    def _measure(
+        self, x: NDArray[Any], learns: bool, num_threads: int | None, **selected: Any
+    ) -> Moments:
         """Return the moments of a batch; ValueError where it is too small to learn from."""
-        batch = functional.moments(x, axis=self.axis, num_threads=num_threads)
+        batch = functional.moments(x, axis=self.axis, num_threads=num_threads, **selected)
         if learns:
-            functional._check_batch(x, self.axis)
+            positions = functional.positions_of(x, self.axis, **selected)
+            functional._check_batch(x, self.axis, positions)
         return batch
 
     def _by_batch(self, training: bool) -> bool:
@@ -484,6 +546,7 @@ class BatchNorm(Safety):
             "activation": self.activation,
             "slope": self.slope,
             "residual": saved.residual,
+            **saved.selected,
             "from_output": saved.from_output,
             "out": out,
             "out_residual": out_residual,

@@ -183,7 +183,9 @@ class _InstanceNorm(BatchNorm):
             return saved._replace(x=None, from_output=False)
         return saved
 
-    def _measure(self, x: NDArray[Any], learns: bool, num_threads: int | None) -> Moments:
+    def _measure(
+        self, x: NDArray[Any], learns: bool, num_threads: int | None, **selected: Any
+    ) -> Moments:
         """Return the pooled moments of the samples."""
         moved = np.moveaxis(x, self.axis, 1)
         rows = moved.reshape(1, moved.shape[0] * moved.shape[1], prod(moved.shape[2:]))
