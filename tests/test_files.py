@@ -141,6 +141,51 @@ def test_saving_is_whole_or_not_at_all(path, rng):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a\0b", "has NUL in it"),
+        ("\ud800", "is not valid Unicode"),
+        ("é" * 32501, "bytes; 65000 is the most"),
+        ("__metadata__", "is taken"),
+    ],
+)
+def test_names_that_could_not_be_read_back(name, why, path):
+    interop.save_arrays(path, ARRAYS)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=why):
+        interop.save_arrays(path, {name: np.ones(3)})
+    assert path.read_bytes() == before
+    if name != "__metadata__":
+        with pytest.raises(ValueError, match=why):
+            interop.save_layers(path, {name: cybn.BatchNorm(3)})
+    assert path.read_bytes() == before
+    longest = {"é" * 32500: np.ones(3)}
+    interop.save_arrays(path, longest)
+    assert list(interop.load_arrays(path)) == list(longest)
+
+
+def test_saving_touches_no_other_file(path):
+    other = path.with_name(f"{path.name}.partial")
+    other.write_text("mine")
+    usual = path.with_name("usual")
+    usual.touch()
+    interop.save_arrays(path, ARRAYS)
+    assert other.read_text() == "mine"
+    assert path.stat().st_mode == usual.stat().st_mode
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_saving_fails_cleanly(path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_files.os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        interop.save_arrays(path, ARRAYS)
+    assert not list(path.parent.iterdir())
+
+
 def test_what_cannot_be_saved(path, tmp_path, rng):
     class Mine(cybn.BatchNorm):
         pass
@@ -421,6 +466,10 @@ def test_hostile_safetensors(tmp_path):
     ):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="not a readable safetensors file"):
+            interop.load_arrays(path)
+    for kind, size in (("BF16", "6"), ("F8_E4M3", "12"), ("F8_E5M2", "12")):
+        path.write_bytes(content(entry % (kind, size, "0,12"), b"\0" * 12))
+        with pytest.raises(ValueError, match=f"the tensor 'a' is {kind}, which NumPy does not"):
             interop.load_arrays(path)
     path.write_bytes(content(entry % ("F32", "3", "0,12"), b"\0" * 12))
     assert interop.load_arrays(path)["a"].tolist() == [0, 0, 0]

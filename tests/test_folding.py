@@ -290,6 +290,27 @@ def test_next_linear_refuses_what_is_not_exact():
         folding.fold_into_next_linear(weight[:, :4], None, cybn.BatchNorm(4, activation="relu"))
 
 
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("padding", [1, 2, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_measure_leaves_outputs_after_padding(stride, padding, taps, rng):
+    for fold in (folding.fold_conv, folding.fold_conv_transpose):
+        weight = rng.standard_normal((4, 4, taps), dtype=np.float32)
+        report = folding.measure(fold, weight, None, BN, stride=stride, padding=padding)
+        assert report.outputs > 0
+        assert 0 < report.worst < 1
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_measure_checks_steps(name):
+    least = 0 if name == "padding" else 1
+    for fold in (folding.fold_conv, folding.fold_conv_transpose):
+        with pytest.raises(ValueError, match=f"{name} is {least - 1}; it must be at least {least}"):
+            folding.measure(fold, W, None, BN, **{name: least - 1})
+        with pytest.raises(TypeError, match=f"{name} is 1.5; it must be an int"):
+            folding.measure(fold, W, None, BN, **{name: 1.5})
+
+
 def test_measure_checks_what_it_is_given():
     with pytest.raises(TypeError, match="one of the four folds"):
         folding.measure(np.add, W, None, BN)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fold_cases import MOST_EPS, random_cases
+from fold_cases import MOST_EPS, random_cases, random_norm
 
 import cybn
 from cybn import folding
@@ -128,7 +128,27 @@ def test_every_grouped_transposed_convolution(dims, groups, rng):
     assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
 
 
-def test_parameters_with_gradients_say_what_to_do():
-    conv = torch.nn.Conv1d(2, 4, 3)
-    with pytest.raises(RuntimeError, match="detach"):
-        folding.fold_conv(conv.weight, conv.bias, cybn.BatchNorm(4))
+def test_tensors_of_pytorch_are_read(rng):
+    """With gradients as by their detach(), and bfloat16 by no means."""
+    bn = random_norm(rng, 4, np.float32)
+    weight, bias = (rng.standard_normal(s, dtype=np.float32) for s in ((4, 2, 3), 4))
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (weight, bias)]
+    for fold in (folding.fold_conv, folding.measure):
+        first = () if fold is folding.fold_conv else (folding.fold_conv,)
+        for mine, theirs in zip(
+            fold(*first, weight, bias, bn), fold(*first, *tensors, bn), strict=True
+        ):
+            np.testing.assert_array_equal(mine, theirs)
+    scale, shift = (torch.from_numpy(a).requires_grad_() for a in bn.scale_shift(np.float32))
+    pair = folding.fold_conv(weight, bias, (scale, shift))
+    np.testing.assert_array_equal(
+        pair[0], folding.fold_conv(weight, bias, bn.scale_shift(np.float32))[0]
+    )
+    half = tensors[0].detach().bfloat16()
+    for name, args in {
+        "weight": (half, bias, bn),
+        "bias": (weight, tensors[1].detach().bfloat16(), bn),
+        "scale": (weight, bias, (scale.bfloat16(), shift)),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}.*bfloat16.*float32"):
+            folding.fold_conv(*args)

@@ -1,5 +1,6 @@
 """State to and from the forms of other libraries, on plain arrays."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -146,6 +147,29 @@ def test_scale_or_center_left_out(left_out, name, bn):
         assert not interop.flax_options(layer)["use_scale"]
 
 
+@pytest.mark.parametrize("name", TO)
+def test_an_activation_is_not_dropped(name, bn):
+    twin = copy.copy(bn)
+    twin.activation = "relu"
+    with pytest.raises(ValueError, match=r"activation 'relu'.*copy whose activation is None"):
+        TO[name](twin)
+    twin = copy.copy(twin)  # the way out
+    twin.activation = None
+    same(FROM[name](TO[name](twin)), bn)
+
+
+@pytest.mark.parametrize("momentum", [1.5, -0.5, np.nan])
+def test_a_momentum_out_of_range_is_shown_as_given(momentum, bn):
+    for call in (
+        lambda: interop.from_keras(interop.to_keras(bn), momentum=momentum),
+        lambda: interop.from_flax(interop.to_flax(bn), momentum=momentum),
+    ):
+        with pytest.raises(ValueError, match=f"momentum is {momentum}; it must be in"):
+            call()
+    with pytest.raises(TypeError, match="momentum is 'much'; it must be a number"):
+        interop.from_keras(interop.to_keras(bn), momentum="much")
+
+
 def test_without_gamma_and_beta_onnx_gets_ones_and_zeros(rng):
     bn = random_norm(rng, C, np.float32, affine=False)
     node = interop.to_onnx(bn)
@@ -281,6 +305,9 @@ def test_onnx_refuses(bn):
     node = interop.to_onnx(bn)
     with pytest.raises(ValueError, match="opset is 6; it must be at least 7"):
         interop.to_onnx(bn, opset=6)
+    for opset in (15.0, "15", True):
+        with pytest.raises(TypeError, match=f"opset is {opset!r}; it must be an int"):
+            interop.to_onnx(bn, opset=opset)
     with pytest.raises(ValueError, match="spatial=0"):
         interop.from_onnx(node._replace(attributes={"spatial": 0}))
     with pytest.raises(ValueError, match=r"the input 'bn\.B', B of the node, is not in"):
@@ -483,6 +510,16 @@ def test_reading_one_layer_refuses(bn):
         interop.to_torch({})
 
 
+def test_integer_variances_are_not_truncated(bn):
+    state = {f"bn.{k}": np.arange(1, 4) for k in ("running_mean", "running_var", "weight", "bias")}
+    with pytest.raises(TypeError, match=r"running variance is int64.*make it float32"):
+        interop.convert(state, "torch", "keras", count=10)
+    with pytest.raises(TypeError, match="running variance is int64"):
+        interop.from_torch(state, "bn", running_ddof=0, count=10)
+    done = interop.convert(state, "torch", "keras")  # renamed only
+    assert done.state["bn/moving_variance"] is state["bn.running_var"]
+
+
 def test_flattening():
     nested = {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
     flat = {"a/b/c": 1, "a/d": 2, "e": 3}
@@ -491,6 +528,9 @@ def test_flattening():
     for bad in ({"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}):
         with pytest.raises(ValueError, match="has a value"):
             interop.unflatten(bad)
+    for bad in ({"x/y": 3, "x": {"y": 4}}, {"a": {"x": {"y": 4}, "x/y": 3}}):
+        with pytest.raises(ValueError, match=r"two values have the path '(a/)?x/y'"):
+            interop.flatten(bad)
 
 
 # ---- arrays of other libraries ---------------------------------------------------------------

@@ -195,6 +195,34 @@ def test_training_goes_on_as_in_the_other_library(rng):
     np.testing.assert_allclose(mine.running_var, var, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (("a", "b"), ["a", "b"]),
+        (("", "b"), ["y0", "b"]),
+        (("a", "a"), ["y0", "y1"]),
+        (("", "y0"), ["y0", "y1"]),
+        (("y1", ""), ["y0", "y1"]),
+    ],
+)
+def test_no_onnx_node_is_lost_by_its_name(names, keys, rng):
+    made = [random_norm(rng, C, np.float32) for _ in names]
+    graph = helper.make_graph([], "g", [], [])
+    for i, (bn, name) in enumerate(zip(made, names, strict=True)):
+        node, tensors = interop.to_onnx(bn, f"n{i}", x="x", y=f"y{i}").protos()
+        node.name = name
+        graph.node.append(node)
+        graph.initializer.extend(tensors)
+    model = helper.make_model(graph)
+    layers = interop.onnx_layers(model)
+    assert list(layers) == keys
+    for bn, layer in zip(made, layers.values(), strict=True):
+        np.testing.assert_array_equal(bn.running_mean, layer.running_mean)
+    model.graph.node[1].output[0] = "y0"
+    with pytest.raises(ValueError, match="two BatchNormalization nodes have the same output"):
+        interop.onnx_layers(model)
+
+
 def test_a_whole_pytorch_model(rng):
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, C, 3),

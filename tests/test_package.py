@@ -44,7 +44,7 @@ DOORS = {
     "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
     "family": {"_rows", "moments", "_arguments", "_runtime"},
     "layers": {"family", "functional", "moments", "_arguments"},
-    "folding": {"layers", "_arguments"},
+    "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
     "population": {"layers", "moments"},

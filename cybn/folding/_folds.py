@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import parameters, tensor
+from ..interop import as_array
 from ..layers import BatchNorm
 from ._layouts import CONV, CONV_TRANSPOSE, LINEAR, Grouped, seen
 
@@ -32,8 +33,8 @@ class Affine(NamedTuple):
                 f"bn is of type {type(bn).__name__}; it must be a cybn.BatchNorm, or a tuple "
                 "(scale, shift) of arrays of shape (C,)"
             )
-        channels = np.size(bn[0])
-        (scale, shift), _ = parameters(channels, scale=bn[0], shift=bn[1])
+        scale, shift = as_array(bn[0], "scale"), as_array(bn[1], "shift")
+        (scale, shift), _ = parameters(scale.size, scale=scale, shift=shift)
         return cls(scale.astype(np.float64), shift.astype(np.float64))
 
     def need(self, channels: int, what: str) -> None:
@@ -42,11 +43,16 @@ class Affine(NamedTuple):
             raise ValueError(f"bn has {len(self.scale)} channels; the weight has {channels} {what}")
 
 
+def weight_of(weight: ArrayLike) -> Array:
+    """Return `weight` as an array of float32 or float64, in place where possible."""
+    return tensor("weight", as_array(weight, "weight"), half=False)
+
+
 def bias_of(bias: ArrayLike | None, channels: int) -> Array:
     """Return `bias`, zeros where it is None, in float64."""
     if bias is None:
         return np.zeros(channels)
-    (array,), _ = parameters(channels, bias=bias)
+    (array,), _ = parameters(channels, bias=as_array(bias, "bias"))
     return np.asarray(array, np.float64)
 
 
@@ -71,7 +77,7 @@ def _fold(
     groups: int,
 ) -> tuple[Array, Array]:
     """Fold `bn` into the linear map before it: w * scale, b * scale + shift."""
-    weight, affine = tensor("weight", weight, half=False), Affine.of(bn)
+    weight, affine = weight_of(weight), Affine.of(bn)
     wide = weight.astype(np.float64)
     kernel = seen(wide, layouts, layout, groups)
     g, _, o, *taps = kernel.shape
@@ -97,7 +103,8 @@ def fold_conv(
     Parameters
     ----------
     weight : array_like of float32 or float64
-        Of a convolution over any number of axes, in `layout`.
+        Of a convolution over any number of axes, in `layout`. Arrays of other libraries are read
+        as by `cybn.interop.as_array`, here and below: tensors that require gradients without them.
     bias : array_like, shape (C,), or None
         None: the convolution has no bias.
     bn : BatchNorm or tuple of (scale, shift)
@@ -263,7 +270,7 @@ def fold_into_next_linear(
             f"bn has the activation {activation!r}, which would come between it and the linear "
             "layer; fold such a layer into the one before it"
         )
-    weight, affine = tensor("weight", weight, half=False), Affine.of(bn)
+    weight, affine = weight_of(weight), Affine.of(bn)
     wide = weight.astype(np.float64)
     matrix = seen(wide, LINEAR, layout, 1)[0]  # (inputs, outputs)
     s, last = positions(len(matrix), len(affine.scale), flatten)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import tensor
 from ..layers import BatchNorm
 from ._convolution import convolve, convolve_transposed
 from ._folds import (
@@ -26,6 +25,7 @@ from ._folds import (
     fold_into_next_linear,
     fold_linear,
     positions,
+    weight_of,
 )
 from ._layouts import CONV, CONV_TRANSPOSE, LINEAR, seen
 
@@ -120,6 +120,13 @@ def _run(steps: list[Step], x: Array) -> _Sum:
     return reduce(lambda y, step: step(y), steps, _Sum(x, abs(x)))
 
 
+def _check_step(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be an int, the same along each axis")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
 def measure(
     fold: Callable[..., tuple[Array, Array]],
     weight: ArrayLike,
@@ -163,8 +170,15 @@ def measure(
     Raises
     ------
     TypeError, ValueError
-        As from the fold, and if `folded` does not have the shapes that the fold gives.
+        As from the fold; if `folded` does not have the shapes that the fold gives; and if `stride`
+        or `dilation` is no int of at least 1, or `padding` none of at least 0.
     """
+    for name, value, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        _check_step(name, value, least)
     geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     runs: dict[Any, Any] = {
         fold_conv: (CONV, partial(convolve, **geometry)),
@@ -181,7 +195,7 @@ def measure(
     layout, groups = options.get("layout", "torch"), options.get("groups", 1)
 
     def linear(weight: ArrayLike, bias: ArrayLike | None) -> tuple[Step, Array]:
-        array = tensor("weight", weight, half=False)
+        array = weight_of(weight)
         if array.shape != shape:
             raise ValueError(f"weight has shape {array.shape}; it must have shape {shape}")
         kernel = seen(array.astype(wide), layouts, layout, groups)
@@ -189,7 +203,8 @@ def measure(
 
     (before, kernel), (after, _) = linear(weight, bias), linear(*(folded or own))
     inputs, norm = kernel.shape[0] * kernel.shape[1], _normalize(bn, wide)
-    lengths = [(k - 1) * dilation + 1 + stride for k in kernel.shape[3:]]
+    # Long enough for more than one output; a transposed convolution takes the padding off.
+    lengths = [(k - 1) * dilation + 1 + stride + 2 * padding for k in kernel.shape[3:]]
     chains = [before, norm], [after]
     if fold is fold_into_next_linear:
         channels = len(Affine.of(bn).scale)

@@ -113,7 +113,7 @@ def convert(
     Raises
     ------
     TypeError
-        If `state` is no mapping.
+        If `state` is no mapping, or a variance that is to be converted is not of floats.
     ValueError
         As in `find`, and if a new key is in `state` already.
     """

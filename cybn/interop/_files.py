@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ _Path = str | os.PathLike[str]
 
 LAYERS = {kind.__name__: kind for kind in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)}
 SETTINGS = "__cybn__"  # the member of an npz file that holds the settings of layers
+METADATA = "__metadata__"  # what a safetensors file keeps beside the arrays
 VERSION = 1
 MOST_BYTES = 1 << 32
+MOST_NAME = 65000  # bytes of a name; a zip archive has room for 65535, ending and all
 MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
 
 
@@ -43,7 +46,8 @@ def save_arrays(path: _Path, arrays: Mapping[str, Any]) -> None:
     TypeError
         If `arrays` is no mapping of str, or an array is not of numbers.
     ValueError
-        If `path` has another ending.
+        If `path` has another ending, or a name has NUL in it, is not valid Unicode or takes more
+        than 65000 bytes.
     ImportError
         If safetensors is not installed.
     """
@@ -95,7 +99,7 @@ def save_layers(path: _Path, layers: BatchNorm | Mapping[str, BatchNorm]) -> Non
     TypeError
         If there is anything else in `layers`, or a class that is not cybn's own.
     ValueError
-        If a name is empty, or two names make the same key.
+        If a name is empty, or two names make the same key; and as in `save_arrays`.
     """
     named = {"": layers} if isinstance(layers, BatchNorm) else layers
     if not isinstance(named, Mapping):
@@ -192,14 +196,18 @@ def _save(path: _Path, arrays: Mapping[str, Any], settings: dict[str, Any]) -> N
     ending = _ending(path)
     if not isinstance(arrays, Mapping) or not all(isinstance(name, str) for name in arrays):
         raise TypeError("arrays must be a dict of str to arrays")
-    if SETTINGS in arrays:
-        raise ValueError(f"the name {SETTINGS!r} is taken by cybn")
+    for name in arrays:
+        _check_name(name)
     plain = {name: as_array(array, name) for name, array in arrays.items()}
     for name, array in plain.items():
         if array.dtype.kind not in _npz.KINDS:
             raise TypeError(f"{name} is {array.dtype}; it must be of numbers")
     text = json.dumps(settings) if settings else ""
-    partial = Path(f"{os.fspath(path)}.partial")
+    # A name that nobody else has. Permissions are those of any new file, also where safetensors
+    # puts a private file of its own in its place.
+    partial = Path(path).with_name(f".{secrets.token_hex(8)}.partial")
+    partial.touch(exist_ok=False)
+    mode = partial.stat().st_mode
     try:
         if ending == ".npz":
             note = {SETTINGS: np.frombuffer(text.encode(), np.uint8)} if text else {}
@@ -207,9 +215,24 @@ def _save(path: _Path, arrays: Mapping[str, Any], settings: dict[str, Any]) -> N
                 _npz.write(file, plain | note)
         else:
             _safetensors.write(partial, plain, {"cybn": text} if text else {})
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_name(name: str) -> None:
+    """Refuse what a file could not give back."""
+    if name in (SETTINGS, METADATA):
+        raise ValueError(f"the name {name!r} is taken, by cybn or by safetensors; choose another")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {name!r} is not valid Unicode: {error.reason}") from error
+    if "\0" in name:
+        raise ValueError(f"the name {name!r} has NUL in it; choose another")
+    if size > MOST_NAME:
+        raise ValueError(f"the name {name[:40]!r}... has {size} bytes; {MOST_NAME} is the most")
 
 
 def _load(path: _Path, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:

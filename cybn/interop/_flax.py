@@ -16,6 +16,11 @@ Api = Literal["linen", "nnx"]
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as a flat one, with "/" between the keys; the leaves as they are.
 
+    Raises
+    ------
+    ValueError
+        If two leaves have the same path, as in ``{"a/b": 1, "a": {"b": 2}}``.
+
     Examples
     --------
     >>> from cybn.interop import flatten
@@ -25,7 +30,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+        more = flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+        if both := sorted(set(more) & set(flat)):
+            raise ValueError(f"two values have the path {both[0]!r}: a key has a / in it")
+        flat |= more
     return flat
 
 

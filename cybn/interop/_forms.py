@@ -260,6 +260,11 @@ def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
     array = as_array(var, "running_var")
     if ddof == to:
         return array
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"the running variance is {array.dtype}, which cannot hold a converted one; make it "
+            "float32 or float64 first"
+        )
     n = np.asarray(as_array(count, "count"), np.float64)
     if n.shape not in ((), array.shape) or not (np.isfinite(n) & (n > 1)).all():
         raise ValueError(

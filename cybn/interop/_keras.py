@@ -81,7 +81,8 @@ def to_keras(
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer or has no running statistics, or `count` is not above 1.
+        If `bn` is no layer, or has an activation or no running statistics, or `count` is not
+        above 1.
     """
     return arrays_of(bn, "keras", prefix, count)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._arguments import number
 from ..layers import BatchNorm
 from ._arrays import as_array
 from ._forms import BATCHES, BETA, GAMMA, MEAN, VAR, Group, form, read, variance, write
@@ -61,6 +62,12 @@ def arrays_of(bn: BatchNorm, name: str, prefix: str, count: Any) -> dict[str, An
     """Return copies of a layer's arrays under the keys of a form."""
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"bn is of type {type(bn).__name__}; it must be a cybn.BatchNorm")
+    if bn.activation is not None:
+        raise ValueError(
+            f"bn has the activation {bn.activation!r}, which the other library has as a layer of "
+            "its own: convert a copy whose activation is None (twin = copy.copy(bn); "
+            "twin.activation = None), and put the activation after it there"
+        )
     known, group = form(name), dict(bn.state_dict())
     if MEAN not in group and known.tracked:
         raise ValueError(
@@ -75,11 +82,15 @@ def arrays_of(bn: BatchNorm, name: str, prefix: str, count: Any) -> dict[str, An
 def other_momentum(momentum: float | None) -> float:
     """Return the weight of the old value from that of the new one, or back.
 
-    In decimal, so that 0.1 becomes 0.9, and 0.1 again.
+    In decimal, so that 0.1 becomes 0.9, and 0.1 again. What is out of range is refused here, where
+    the error can still show the value that was given.
     """
     if momentum is None:
         raise ValueError(
             "momentum is None, the mean of all batches, which only PyTorch has as well; "
             "set bn.momentum to a number first"
         )
-    return float(1 - Decimal(repr(float(momentum))))
+    momentum = number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; it must be in 0..1")
+    return float(1 - Decimal(repr(momentum)))

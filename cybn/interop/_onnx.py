@@ -14,6 +14,7 @@ taken to be so. Nodes of opset 1 to 6 are read, not written.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ def to_onnx(
         As in `to_keras`; ValueError too if `opset` is below 7, or the layer's momentum is None and
         `training` is True. For inference such a node goes without momentum.
     """
+    if isinstance(opset, bool) or not hasattr(opset, "__index__"):
+        raise TypeError(f"opset is {opset!r}; it must be an int")
     if opset < 7:
         raise ValueError(f"opset is {opset}; it must be at least 7")
     arrays = arrays_of(bn, "onnx", name, count)
@@ -210,25 +213,35 @@ def onnx_layers(model: Any, **options: Any) -> dict[str, BatchNorm]:
     Returns
     -------
     dict of str to BatchNorm
-        By the node's name, or that of its output where the name is empty or not the only one.
+        By the node's name, or that of its output where the name is empty or not the only one. By
+        the outputs of all nodes where even so two would have the same name.
 
     Raises
     ------
     ValueError
-        As in `from_onnx`.
+        As in `from_onnx`, and if two nodes have the same output.
     """
     graph = model.graph
     constants = [node for node in graph.node if node.op_type == "Constant"]
     known: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     known |= {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
     nodes = [node for node in graph.node if node.op_type == "BatchNormalization"]
-    names = [node.name for node in nodes]
+    names = _distinct([n.name for n in nodes], [n.output[0] for n in nodes])
     return {
-        node.name if node.name and names.count(node.name) == 1 else node.output[0]: from_onnx(
-            node, known, **options
-        )
-        for node in nodes
+        name: from_onnx(node, known, **options) for name, node in zip(names, nodes, strict=True)
     }
+
+
+def _distinct(names: list[str], outputs: list[str]) -> list[str]:
+    """Return a name of its own for each node: its name, or that of its output."""
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("two BatchNormalization nodes have the same output; the model is broken")
+    often = Counter(names)
+    mixed = [
+        name if name and often[name] == 1 else output
+        for name, output in zip(names, outputs, strict=True)
+    ]
+    return mixed if len(set(mixed)) == len(mixed) else outputs
 
 
 def _old_name(key: str) -> str:

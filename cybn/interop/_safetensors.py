@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._npz import KINDS
+# What the format calls the types that NumPy has.
+_KINDS = (
+    {"BOOL", "C64"} | {f"{k}{n}" for k in "IU" for n in (8, 16, 32, 64)} | {"F16", "F32", "F64"}
+)
 
 
 def _package() -> Any:
@@ -39,6 +42,17 @@ def write(
         raise TypeError(f"safetensors cannot hold one of {dtypes}: {error}") from error
 
 
+def _tensor(file: Any, name: str) -> NDArray[Any]:
+    kind = file.get_slice(name).get_dtype()
+    if kind not in _KINDS:
+        raise ValueError(
+            f"the tensor {name!r} is {kind}, which NumPy does not have; convert it to float32 in "
+            "the program that wrote it"
+        )
+    array: NDArray[Any] = file.get_tensor(name)
+    return array
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return arrays and metadata; ValueError where the file is broken or has other types."""
     package = _package()
@@ -48,10 +62,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[st
     )
     try:
         with package.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-            for name, array in arrays.items():
-                if array.dtype.kind not in KINDS:
-                    raise ValueError(f"{name!r} is {array.dtype}, which NumPy does not have")
+            arrays = {name: _tensor(file, name) for name in list(file.keys())}
             return arrays, dict(file.metadata() or {})
     except broken as error:
         raise ValueError(f"not a readable safetensors file of NumPy's types: {error}") from error

@@ -83,7 +83,8 @@ def to_torch(
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer, or `count` is not above 1.
+        If `bn` is no layer, or has an activation, or `count`
+        is not above 1.
     """
     return arrays_of(bn, "torch", prefix, count)
 
