@@ -14,7 +14,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-KERNELS = ["batch_norm"]
+KERNELS = ["batch_norm", "layer_norm"]
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).

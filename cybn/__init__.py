@@ -12,6 +12,16 @@ compiled kernels, in float32 or float64, to the same bits on any number of threa
 
 from ._runtime import get_num_threads, set_num_threads, show_config, threads
 from ._version import __version__
+from .family import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -19,22 +29,53 @@ from .functional import (
     batch_norm_inference_backward,
     moments,
 )
-from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Drift,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    Renorm,
+    RMSNorm,
+)
 from .moments import Moments
+from .population import population_statistics
 
 __all__ = [
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Drift",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "Moments",
+    "RMSNorm",
+    "Renorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "moments",
+    "population_statistics",
+    "rms_norm",
+    "rms_norm_backward",
     "set_num_threads",
     "show_config",
     "threads",

@@ -67,12 +67,29 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
     return value.astype(plain, copy=False).view(plain)
 
 
+def gradient_pair(
+    dy: ArrayLike, x: ArrayLike, half: bool = True
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return dy and x as arrays of one shape and dtype."""
+    x = tensor("x", x, half)
+    return companion("dy", dy, x), x
+
+
 def number(name: str, value: Any) -> float:
     """Return `value` as a float."""
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
+def check_eps(eps: float, least: float | None = None) -> None:
+    """Refuse an eps that is not positive, or not at least `least` where given, or not finite."""
+    eps = number("eps", eps)
+    if least is None and not (eps > 0 and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be positive and finite")
+    if least is not None and not (eps >= least and isfinite(eps)):
+        raise ValueError(f"eps is {eps}; it must be finite and not negative")
 
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -145,6 +162,7 @@ def destination(
     x: NDArray[Any],
     inputs: tuple[NDArray[Any] | None, ...],
     name: str = "out",
+    may_be_input: bool = True,
 ) -> NDArray[Any]:
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
@@ -158,21 +176,23 @@ def destination(
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; give an array that may be written to")
     for array in inputs:
-        if array is not None and array is not out and _overlap_in_part(out, array):
+        if array is None or (array is out and may_be_input):
+            continue
+        if array is out or _overlap(out, array, may_be_input):
             raise ValueError(
-                f"{name} overlaps an input in part, and would overwrite values not yet read; "
-                "give the input itself, or memory of its own"
+                f"{name} overlaps an input{' in part' * may_be_input}, and would overwrite values "
+                f"not yet read; give {'the input itself, or ' * may_be_input}memory of its own"
             )
     return out
 
 
-def _overlap_in_part(out: NDArray[Any], array: NDArray[Any]) -> bool:
-    """Whether the two share memory without being the same view of it."""
+def _overlap(out: NDArray[Any], array: NDArray[Any], unless_same: bool) -> bool:
+    """Whether the two share memory, other than as the same view of it where `unless_same`."""
     if out.flags.owndata and array.flags.owndata:
         return False  # they are not one object
     if not np.may_share_memory(out, array):
         return False
-    same = (
+    same = unless_same and (
         out.__array_interface__["data"] == array.__array_interface__["data"]
         and out.shape == array.shape
         and all(

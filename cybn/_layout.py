@@ -123,6 +123,50 @@ def fold(x: NDArray[Any], axis: int) -> tuple[NDArray[Any], Plan]:
     return x, plan
 
 
+def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Plan]:
+    """Return `x`, or a C-ordered copy of it, and its plan as (N, groups, D).
+
+    The first `lead` axes fold into N in the order in which they lie in memory; the others must be
+    dense in C order to be read in place. `x` is not empty. The plan's chunks mean nothing here.
+    """
+    plan = _row_plan(x.shape, x.strides, x.itemsize, lead, groups)
+    if plan is None:
+        x = np.ascontiguousarray(x)
+        plan = _row_plan(x.shape, x.strides, x.itemsize, lead, groups)
+        assert plan is not None
+    return x, plan
+
+
+@lru_cache(maxsize=4096)
+def _row_plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, lead: int, groups: int
+) -> Plan | None:
+    """Return how an array of these strides folds into rows in place, or None."""
+    outer = sorted(range(lead), key=lambda i: (-strides[i], i))
+    order = (*outer, *range(lead, len(shape)))
+    if not _fits(shape, strides, itemsize, order, lead):
+        return None
+    nsc = prod(shape[:lead]), groups, prod(shape[lead:]) // groups
+    return Plan(order, order == tuple(range(len(order))), lead, nsc, 0)
+
+
+def by_row(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    """Return (N * G,) values, in the order of x's axes, in that of its rows in memory."""
+    if plan.plain:
+        return values
+    order = *plan.order[: plan.split], plan.split
+    return values.reshape(*x.shape[: plan.split], -1).transpose(order).reshape(-1)
+
+
+def by_axis(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    """Return what `by_row` was given: values in the order of x's axes."""
+    if plan.plain:
+        return values
+    outer = plan.order[: plan.split]
+    order = *(outer.index(i) for i in range(plan.split)), plan.split
+    return values.reshape(*(x.shape[i] for i in outer), -1).transpose(order).reshape(-1)
+
+
 def fits(array: NDArray[Any], plan: Plan) -> bool:
     """Whether `array` folds in place the same way as the array that `plan` was made for."""
     return array.flags.aligned and _fits(

@@ -35,8 +35,8 @@ except ImportError as error:
 # ---- instruction level -------------------------------------------------------------------
 
 
-def _module_name(level: str) -> str:
-    return "batch_norm_" + level.replace("-", "_")
+def _module_name(level: str, kernel: str = "batch_norm") -> str:
+    return f"{kernel}_" + level.replace("-", "_")
 
 
 def compiled_levels() -> list[str]:
@@ -59,9 +59,9 @@ def usable_levels() -> list[str]:
     return [level for level in compiled_levels() if level in supported]
 
 
-def kernels_at(level: str) -> ModuleType:
-    """Return the kernel module of one level."""
-    module = _load(_module_name(level))
+def kernels_at(level: str, kernel: str = "batch_norm") -> ModuleType:
+    """Return a kernel module at one level: "batch_norm" or "layer_norm"."""
+    module = _load(_module_name(level, kernel))
     module.set_caches(_cache_bytes(2), _cache_bytes(3))
     return module
 
@@ -86,6 +86,7 @@ def _cache_bytes(index: int) -> int:
 
 level = _choose_level()
 kernels = kernels_at(level)
+row_kernels = kernels_at(level, "layer_norm")
 
 
 # ---- threads -----------------------------------------------------------------------------

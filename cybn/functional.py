@@ -8,16 +8,26 @@ N = everything before the channel axis, C = channels, S = everything after it.
 
 from __future__ import annotations
 
-from math import isfinite, prod
+from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arguments, _layout
-from ._arguments import channel_axis, companion, destination, number, parameters, storage, tensor
+from . import _arguments, _layout, _statistics
+from ._arguments import (
+    channel_axis,
+    check_eps,
+    companion,
+    destination,
+    gradient_pair,
+    parameters,
+    storage,
+    tensor,
+)
 from ._runtime import kernels, thread_count
+from ._statistics import measure
 from .moments import Moments
 
 __all__ = [
@@ -39,7 +49,6 @@ _ACTIVATIONS: dict[str, int] = kernels.ACTIVATIONS
 _ABSORB: Any
 _SMALL_FORWARD: Any
 _SMALL_INFERENCE: Any
-_STATISTICS: dict[str, Any]
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
 _BACKWARD: dict[str, Any]
@@ -47,10 +56,10 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are storage and the parameters' type."""
-    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _STATISTICS, _FORWARD, _INFERENCE, _BACKWARD
+    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _FORWARD, _INFERENCE, _BACKWARD
+    _statistics.bind(module)
     _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
     _ABSORB = module.absorb
-    _STATISTICS = {e: module.statistics[name] for e, name in _ELEMENTS.items()}
     _FORWARD, _INFERENCE, _BACKWARD = (
         {e + p: kernel[_ELEMENTS[e], _PARAMETERS[p]] for e in _ELEMENTS for p in _PARAMETERS}
         for kernel in (module.forward, module.inference, module.backward)
@@ -142,7 +151,7 @@ def batch_norm(
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     vectors, p = parameters(x.shape[axis], gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     r = None if residual is None else companion("residual", residual, x)
@@ -151,7 +160,7 @@ def batch_norm(
         return y, _no_channels(x, axis)
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(y, x, plan)
-    work = _work(plan)
+    work = _statistics.work(plan)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), _folded(r, x, plan)
     _FORWARD[e + p](*arrays, *vectors, work, eps, *act, _STORAGE[e], nt)
@@ -211,7 +220,7 @@ def batch_norm_inference(
         return out
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     vectors, p = parameters(x.shape[axis], mean=mean, var=var, gamma=gamma, beta=beta)
     nt = thread_count(num_threads)
     r = None if residual is None else companion("residual", residual, x)
@@ -286,14 +295,14 @@ def batch_norm_backward(
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
     _check_batch(x, axis)
-    _check_eps(eps)
+    check_eps(eps)
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments is of type {type(moments).__name__}; it must be the Moments that "
             "batch_norm returned for x"
         )
     count = x.size // max(1, x.shape[axis])
-    if x.size and moments.count != count:
+    if x.size and (isinstance(moments.count, np.ndarray) or moments.count != count):
         raise ValueError(
             f"moments has count {moments.count}; a channel of x has {count} values. "
             "Give the Moments that batch_norm returned for this x"
@@ -346,7 +355,7 @@ def batch_norm_inference_backward(
         As in `batch_norm_inference`.
     """
     dy, x, axis = _gradient_pair(dy, x, axis)
-    _check_eps(eps, least=0)
+    check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
     fixed = [v.astype(np.float64, copy=False) for v in given]
     act = activation_of(activation, slope)
@@ -382,11 +391,7 @@ def moments(x: ArrayLike, *, axis: int = 1, num_threads: int | None = None) -> M
     nt = thread_count(num_threads)
     if x.size == 0:
         return _no_channels(x, axis)
-    x, plan = _layout.fold(x, axis)
-    work = _work(plan)
-    e = storage(x.dtype)
-    _STATISTICS[e](plan.view(x), work, _STORAGE[e], nt)
-    return _moments(plan, work)
+    return Moments._adopt(*measure(x, axis, nt))
 
 
 def absorb(
@@ -462,14 +467,6 @@ def _folded(array: NDArray[Any] | None, x: NDArray[Any], plan: _layout.Plan) -> 
     return None if array is None else plan.view(_layout.like(array, x, plan))
 
 
-def _check_eps(eps: float, least: float | None = None) -> None:
-    eps = number("eps", eps)
-    if least is None and not (eps > 0 and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be positive and finite")
-    if least is not None and not (eps >= least and isfinite(eps)):
-        raise ValueError(f"eps is {eps}; it must be finite and not negative")
-
-
 def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
     """Refuse a batch whose channels have no variance, or no values."""
     count = x.size // x.shape[axis] if x.shape[axis] else least
@@ -486,8 +483,7 @@ def _check_batch(x: NDArray[Any], axis: int, least: int = 2) -> None:
 def _gradient_pair(
     dy: ArrayLike, x: ArrayLike, axis: int
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    x = tensor("x", x)
-    dy = companion("dy", dy, x)
+    dy, x = gradient_pair(dy, x)
     return dy, x, channel_axis(x, axis)
 
 
@@ -527,16 +523,14 @@ def _backward(
     dx = destination(outs[0], x, inputs)
     dresidual = None
     if residual is not None:
-        dresidual = destination(outs[1], x, (dx, *inputs), "out_residual")
-        if any(dresidual is array for array in (dx, *inputs)):
-            raise ValueError("out_residual is an input or out; give memory of its own")
+        dresidual = destination(outs[1], x, (dx, *inputs), "out_residual", may_be_input=False)
     if x.size == 0:
         zeros = np.zeros(x.shape[axis], dtype)
         return (dx, zeros, zeros.copy()) + (() if dresidual is None else (dresidual,))
     x, plan = _layout.fold(x, axis)
     target = _layout.like_empty(dx, x, plan)
     kept = None if dresidual is None else _layout.like_empty(dresidual, x, plan)
-    work = _work(plan)
+    work = _statistics.work(plan)
     e = storage(x.dtype)
     _BACKWARD[e + p](
         plan.view(_layout.like(dy, x, plan)),
@@ -590,11 +584,6 @@ def _parameter_type(x: NDArray[Any]) -> np.dtype[Any]:
 def _no_channels(x: NDArray[Any], axis: int) -> Moments:
     count = prod(size for i, size in enumerate(x.shape) if i != axis)
     return Moments(count, np.empty(0), np.empty(0))
-
-
-def _work(plan: _layout.Plan) -> NDArray[np.float64]:
-    """Return room for the sums of each chunk, two results and the pivot of each channel."""
-    return np.empty((2 * plan.chunks + 1, plan.shape[1]))
 
 
 def _moments(plan: _layout.Plan, work: NDArray[np.float64]) -> Moments:

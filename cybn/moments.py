@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Moments"]
+from ._arguments import channel_axis, tensor
+from ._chunks import Chunks
+from ._runtime import thread_count
+from ._selection import Selection, select
+from ._statistics import Count, Statistics, measure, measure_selected
+
+__all__ = ["Moments", "Progress"]
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
 
 def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -19,13 +28,40 @@ def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
     return array
 
 
+def _counted(count: Any, channels: int) -> Count:
+    """Return `count` as an int, a float, or a read-only (C,) array of either."""
+    array = np.asarray(count)
+    if array.ndim == 0 and hasattr(count, "__index__"):
+        result: Count = int(count)  # of any size
+        least: Any = result
+    elif array.dtype.kind not in "iuf":
+        raise TypeError(f"count is {count!r}; it must be an int, a float, or an array of one type")
+    elif array.ndim == 0:
+        result = least = float(array)
+    else:
+        if array.shape != (channels,):
+            raise ValueError(
+                f"count has shape {array.shape}; it must be one number, or have shape ({channels},)"
+            )
+        result = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+        result.setflags(write=False)
+        least = result.min(initial=0)
+    if not least >= 0:
+        raise ValueError(f"count is {least}; it must not be negative")
+    return result
+
+
 class Moments:
     """Count, mean and centred sum of squares of each channel. Immutable.
 
+    Statistics of data of any size are collected with `empty` and `update`, and those of several
+    parts or processes brought together with `merge`. Each returns a new object.
+
     Parameters
     ----------
-    count : int
-        How many values each channel has: N * S.
+    count : int, float, or array_like of shape (C,)
+        How many values each channel has: N * S. A float, the sum of the weights, where values
+        are weighted; an array where a mask or weights differ by channel.
     mean : array_like, shape (C,)
         Mean of each channel. Copied, held as float64.
     m2 : array_like, shape (C,)
@@ -35,9 +71,15 @@ class Moments:
     Raises
     ------
     TypeError
-        If `count` is no integer.
+        If `count` is no number.
     ValueError
         If `count` or an `m2` is negative, or `mean` and `m2` are not vectors of one length.
+
+    Notes
+    -----
+    What is added is first measured by itself and then merged, so no sum grows long. The rounding
+    error of the mean is carried along and put back in, so it does not grow with the number of
+    parts: see docs/statistics.md for figures.
 
     Examples
     --------
@@ -46,41 +88,70 @@ class Moments:
     >>> a = Moments(2, [1.0], [2.0])
     >>> a.merge(Moments(2, [5.0], [2.0]))
     Moments(count=4, mean=[3.], var=[5.])
+    >>> m = Moments.empty(1)
+    >>> for chunk in ([[0.0], [2.0]], [[4.0], [6.0]]):
+    ...     m = m.update(chunk)
+    >>> m
+    Moments(count=4, mean=[3.], var=[5.])
     """
 
-    __slots__ = ("count", "m2", "mean")
+    __slots__ = ("_rest", "count", "m2", "mean")
 
-    count: int
+    count: Count
     mean: NDArray[np.float64]
     m2: NDArray[np.float64]
+    _rest: NDArray[np.float64] | None  # what rounding left of the mean; None: nothing
 
-    def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        if not hasattr(count, "__index__"):
-            raise TypeError(f"count is {count!r}; it must be an int")
-        if count < 0:
-            raise ValueError(f"count is {count}; it must not be negative")
+    def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         mean, m2 = _frozen(mean, "mean"), _frozen(m2, "m2")
         if mean.shape != m2.shape:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
+        count = _counted(count, mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
-        self._set(int(count), mean, m2)
+        self._set(count, mean, m2)
 
-    def _set(self, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
+    def _set(
+        self,
+        count: Count,
+        mean: NDArray[np.float64],
+        m2: NDArray[np.float64],
+        rest: NDArray[np.float64] | None = None,
+    ) -> None:
         object.__setattr__(self, "count", count)
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "m2", m2)
+        object.__setattr__(self, "_rest", rest)
 
     @classmethod
-    def _adopt(cls, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> Moments:
-        """Wrap two fresh float64 vectors that no one else will write to, without a copy."""
+    def _adopt(
+        cls,
+        count: Count,
+        mean: NDArray[np.float64],
+        m2: NDArray[np.float64],
+        rest: NDArray[np.float64] | None = None,
+    ) -> Moments:
+        """Wrap fresh arrays that no one else will write to, without a copy."""
         self = cls.__new__(cls)
         mean.setflags(write=False)
         m2.setflags(write=False)
-        self._set(count, mean, m2)
+        if isinstance(count, np.ndarray):
+            count.setflags(write=False)
+        self._set(count, mean, m2, rest)
         return self
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """Return the moments of no values at all, to begin with: count, mean and M2 are 0.
+
+        Parameters
+        ----------
+        channels : int
+            C.
+        """
+        return cls(0, np.zeros(channels), np.zeros(channels))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Moments is immutable: {name} cannot be set; make a new one")
@@ -99,24 +170,111 @@ class Moments:
         ----------
         ddof : int, default 0
             0 for the biased variance, which normalizes; 1 for the unbiased one, which the
-            running variance keeps.
+            running variance keeps. With weights, 1 is right where a weight says how often a
+            value was seen; where it says how far a value is to be trusted, take 0.
 
         Returns
         -------
         ndarray of float64, shape (C,)
-            A new array.
+            A new array. NaN where ``count - ddof`` is not positive and counts differ by channel.
 
         Raises
         ------
         ValueError
-            If ``count - ddof`` is not positive.
+            If ``count - ddof`` is not positive and all channels have one count.
         """
+        if isinstance(self.count, np.ndarray):
+            degrees = self.count - ddof
+            var: NDArray[np.float64] = np.full(len(self), np.nan)
+            np.divide(self.m2, degrees, out=var, where=degrees > 0)
+            return var
         if self.count - ddof <= 0:
             raise ValueError(
                 f"the variance with ddof={ddof} needs more than {ddof} values a channel, "
                 f"and count is {self.count}"
             )
         return self.m2 / (self.count - ddof)
+
+    def update(
+        self,
+        x: ArrayLike,
+        *,
+        axis: int = 1,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        progress: Progress | None = None,
+        num_threads: int | None = None,
+    ) -> Moments:
+        """Return the moments of what is here already and the values of `x`.
+
+        This object does not change: write ``m = m.update(x)``.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64, at least 2 axes
+            May be larger than memory, as a `numpy.memmap`: it is walked in pieces, and nothing of
+            more than 4 million values, or one position of all channels where those are more, is
+            ever copied. May have no values.
+        axis : int, default 1
+            The channel axis; negative counts from the end.
+        mask : array_like of bool, optional
+            True where a value counts; broadcastable to `x`. Others are not looked at, and may be
+            NaN.
+        weights : array_like, optional
+            How often each value counts: not negative, and broadcastable to `x`. The count is then
+            a float, the sum of the weights.
+        lengths : array_like of int, shape (N,), optional
+            How many positions of each sample count, from the front, along the first axis beside
+            those of batch and channels: L in (N, C, L) and, with ``axis=-1``, in (N, L, C). A
+            value counts where mask and lengths agree.
+        progress : callable, optional
+            Given the pieces, an iterable with a length, it returns an iterable over them, and
+            may draw a bar: `tqdm.tqdm`, or a `functools.partial` of it.
+        num_threads : int, optional
+            Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
+            any number.
+
+        Returns
+        -------
+        Moments
+            Its count is an array where `mask` or `weights` has the size C along the channel axis,
+            and C is more than 1.
+
+        Raises
+        ------
+        TypeError
+            If `x` is not float32 or float64, `mask` not bool, or `lengths` not integer. Integer
+            data, such as images, are converted piece by piece:
+            ``for piece in x: m = m.update(piece.astype(np.float32), axis=...)``.
+        ValueError
+            If `x` has fewer than 2 axes or other channels than this object, a selection does not
+            fit it, or a weight is negative or not finite.
+
+        Notes
+        -----
+        Pieces are cut across the outermost axis in memory, and merged in the order of its index;
+        their size depends on shape and strides alone. Each is measured in float64, float32 data
+        too. So `cybn.moments` of float64 data of one piece (262144 values, or 32 a channel) gives
+        the same bits; with more, or with float32, it may differ in its last ones.
+        """
+        x = _float_array(x)
+        axis = channel_axis(x, axis)
+        if x.shape[axis] != len(self):
+            raise ValueError(
+                f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; "
+                f"these moments have {len(self)}"
+            )
+        selection = select(x.shape, axis, mask, weights, lengths)
+        threads = thread_count(num_threads)
+        if x.size == 0:
+            return self
+        total = self
+        pieces: Iterable[tuple[slice, ...]] = Chunks(x.shape, x.strides, axis)
+        for index in pieces if progress is None else progress(pieces):
+            piece = tensor("x", x[index]).astype(np.float64, copy=False)
+            total = total.merge(Moments._adopt(*_measure(piece, axis, index, selection, threads)))
+        return total
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of the two samples taken together; neither is changed.
@@ -145,31 +303,84 @@ class Moments:
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
-        if self.count == 0:
+        if _is_nothing(self.count):
             return other
-        if other.count == 0:
+        if _is_nothing(other.count):
             return self
         count = self.count + other.count
         with np.errstate(all="ignore"):  # infinite means give NaN, and stay visible
-            delta = other.mean - self.mean
-            mean = self.mean + delta * (other.count / count)
-            m2 = self.m2 + other.m2 + delta**2 * (self.count * (other.count / count))
-        return Moments._adopt(count, mean, m2)
+            share = _share(other.count, count)
+            delta = (other.mean - self.mean) + (_rest(other) - _rest(self))
+            mean, rest = _add(self.mean, _rest(self), delta * share)
+            m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
+        return Moments._adopt(count, mean, m2, rest)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Return all that `from_state_dict` needs, as plain arrays for `numpy.savez` and others.
+
+        Returns
+        -------
+        dict of str to ndarray
+            ``count``, of shape () or (C,), int64 or float64; ``mean``, ``m2`` and ``rest``, what
+            rounding left of the mean, as float64 of shape (C,). Copies.
+
+        Raises
+        ------
+        OverflowError
+            If the count is 2**63 or more.
+        """
+        dtype = np.int64 if isinstance(self.count, int) else None
+        rest = np.zeros(len(self)) + _rest(self)
+        return {
+            "count": np.array(self.count, dtype),
+            "mean": self.mean.copy(),
+            "m2": self.m2.copy(),
+            "rest": rest,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
+        """Return the moments that `state_dict` was called on.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            With the keys of `state_dict`; ``rest`` may be missing, and is 0 then. Copied.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing or unexpected, or a value is not what `Moments` takes.
+        """
+        required = {"count", "mean", "m2"}
+        if not required <= set(state) <= required | {"rest"}:
+            raise ValueError(
+                f"the state has the keys {sorted(map(str, state))}; it must have "
+                "count, mean, m2 and may have rest"
+            )
+        count = np.asarray(state["count"])
+        given = cls(count[()] if count.ndim == 0 else count, state["mean"], state["m2"])
+        if "rest" not in state:
+            return given
+        rest = _frozen(state["rest"], "rest")
+        if rest.shape != given.mean.shape:
+            raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
+        return cls._adopt(given.count, given.mean, given.m2, rest)
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
         return (
-            self.count == other.count
+            np.array_equal(self.count, other.count)
             and np.array_equal(self.mean, other.mean, equal_nan=True)
             and np.array_equal(self.m2, other.m2, equal_nan=True)
         )
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and arrays have no hash
 
-    def __reduce__(self) -> tuple[type[Moments], tuple[Any, ...]]:
-        return Moments, (self.count, self.mean, self.m2)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.count, self.mean, self.m2, self._rest)
 
     def __copy__(self) -> Moments:
         return self
@@ -178,8 +389,71 @@ class Moments:
         return self
 
     def __repr__(self) -> str:
-        def short(v: NDArray[np.float64]) -> str:
+        def short(v: NDArray[Any]) -> str:
             return np.array2string(v, precision=6, threshold=6, edgeitems=3, separator=", ")
 
-        var = self.var() if self.count else self.m2
-        return f"Moments(count={self.count}, mean={short(self.mean)}, var={short(var)})"
+        count = short(self.count) if isinstance(self.count, np.ndarray) else f"{self.count}"
+        var = self.m2 if _is_nothing(self.count) else self.var()
+        return f"Moments(count={count}, mean={short(self.mean)}, var={short(var)})"
+
+
+def _float_array(x: ArrayLike) -> NDArray[Any]:
+    """Return `x` as an array, not converted yet; TypeError unless it can be."""
+    array = x if isinstance(x, np.ndarray) else np.asarray(x)
+    try:
+        tensor("x", array[..., :0] if array.ndim else array)
+    except TypeError as error:
+        raise TypeError(
+            f"{error}. Where that does not fit in memory, piece by piece: "
+            "m = m.update(piece.astype(np.float32))"
+        ) from None
+    return array
+
+
+def _measure(
+    piece: NDArray[Any],
+    axis: int,
+    index: tuple[slice, ...],
+    selection: Selection | None,
+    threads: int,
+) -> Statistics:
+    if selection is None:
+        return measure(piece, axis, threads)
+    return measure_selected(piece, axis, *selection.at(index), threads)
+
+
+def _restore(
+    count: Count,
+    mean: NDArray[np.float64],
+    m2: NDArray[np.float64],
+    rest: NDArray[np.float64] | None,
+) -> Moments:
+    """Return the moments that were pickled."""
+    return Moments._adopt(count, mean, m2, rest)
+
+
+def _is_nothing(count: Count) -> bool:
+    return not isinstance(count, np.ndarray) and count == 0
+
+
+def _rest(moments: Moments) -> NDArray[np.float64] | float:
+    return 0.0 if moments._rest is None else moments._rest
+
+
+def _share(part: Count, whole: Count) -> NDArray[np.float64] | float:
+    """Return part / whole, 0 where the whole is 0."""
+    if not isinstance(whole, np.ndarray):
+        return part / whole
+    return np.divide(part, whole, out=np.zeros(whole.size), where=whole > 0)
+
+
+def _add(
+    mean: NDArray[np.float64], rest: NDArray[np.float64] | float, step: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean + rest + step as a rounded sum and what that leaves over (Knuth's two-sum)."""
+    rough = mean + step
+    back = rough - mean
+    left = (mean - (rough - back)) + (step - back) + rest
+    left = np.where(np.isfinite(left), left, 0.0)  # an infinite or NaN mean leaves nothing
+    total = rough + left
+    return total, left - (total - rough)

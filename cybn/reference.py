@@ -1,10 +1,10 @@
-"""The slow twin: batch normalization in plain NumPy, to check the kernels against.
+"""The slow twin: batch normalization and its family in plain NumPy, to check the kernels against.
 
-Every function has the name and the signature of its counterpart in `cybn.functional`, where
+Every function has the name and the signature of its counterpart in `cybn`, where
 the long docstrings are. A number in a comment, like (7), is an equation of docs/math.md, which
 also explains the letters. One formula a line; clarity and accuracy first, speed last.
 
-It differs from `cybn.functional` in four ways:
+It differs from that counterpart in four ways:
 
 - everything is computed and returned in float64, or in long double where `x` is long double;
   only `Moments` holds float64 always;
@@ -30,7 +30,15 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "moments",
+    "rms_norm",
+    "rms_norm_backward",
 ]
 
 Array = NDArray[Any]
@@ -221,6 +229,231 @@ def _through_activation(
     return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
 
+# ---- the family: rows of a sample instead of channels of a batch ---------------------------
+
+
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Moments]:
+    """Normalize each sample over its axes from `axis` on; return y and the moments."""
+    shape = np.shape(x)[axis:]
+    shift = 0.0 if beta is None else _each(beta, shape)
+    y, moments = _normalize_rows(_last_axes(x, axis), _each(gamma, shape), shift, eps)
+    return _deliver(y.reshape(np.shape(x)), out), moments
+
+
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dgamma and dbeta of `layer_norm`."""
+    shape = np.shape(x)[axis:]
+    g, rows = _last_axes(dy, axis), _last_axes(x, axis)
+    dx, dgamma, dbeta = _row_gradients(g, rows, moments, _each(gamma, shape), eps)
+    dx = _deliver(dx.reshape(np.shape(x)), out)
+    return dx, dgamma.reshape(shape), dbeta.reshape(shape)
+
+
+@np.errstate(all="ignore")
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """Divide each sample by its root mean square; return y and the mean squares."""
+    rows = _last_axes(x, axis)
+    mean_square = (rows * rows).sum(axis=2) / rows.shape[2]  # (52)
+    rrms = 1 / np.sqrt(mean_square[:, :, np.newaxis] + _rms_eps(x, eps))  # (53)
+    xhat = rows * rrms  # (54)
+    y = _each(gamma, np.shape(x)[axis:]) * xhat  # (55)
+    return _deliver(y.reshape(np.shape(x)), out), mean_square[:, 0]
+
+
+@np.errstate(all="ignore")
+def rms_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean_square: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array]:
+    """Return dx and dgamma of `rms_norm`."""
+    g, rows, shape = _last_axes(dy, axis), _last_axes(x, axis), np.shape(x)[axis:]
+    rrms = 1 / np.sqrt(_wide(mean_square)[:, np.newaxis, np.newaxis] + _rms_eps(x, eps))  # (53)
+    xhat = rows * rrms  # (54)
+    dgamma = (g * xhat).sum(axis=0)  # (48)
+    dz = g * _each(gamma, shape)  # (49)
+    c2 = (dz * xhat).mean(axis=2, keepdims=True)  # (50)
+    dx = rrms * (dz - xhat * c2)  # (57)
+    return _deliver(dx.reshape(np.shape(x)), out), dgamma.reshape(shape)
+
+
+def group_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Moments]:
+    """Normalize each group of channels of each sample; return y and the moments."""
+    rows, moved = _groups(x, axis, num_groups)
+    scale, shift = (
+        _spread(v, default, moved, num_groups) for v, default in ((gamma, 1), (beta, 0))
+    )
+    y, moments = _normalize_rows(rows, scale, shift, eps)
+    return _deliver(np.moveaxis(y.reshape(moved), 1, axis), out), moments
+
+
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dgamma and dbeta of `group_norm`."""
+    (g, _), (rows, moved) = _groups(dy, axis, num_groups), _groups(x, axis, num_groups)
+    scale = _spread(gamma, 1, moved, num_groups)
+    dx, *sums = _row_gradients(g, rows, moments, scale, eps)
+    dgamma, dbeta = (v.reshape(moved[1], -1).sum(axis=1) for v in sums)
+    return _deliver(np.moveaxis(dx.reshape(moved), 1, axis), out), dgamma, dbeta
+
+
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Moments]:
+    """Normalize each channel of each sample; return y and the moments."""
+    groups = np.shape(x)[axis]
+    return group_norm(x, gamma, beta, num_groups=groups, axis=axis, eps=eps, out=out)
+
+
+def instance_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dgamma and dbeta of `instance_norm`."""
+    groups = np.shape(x)[axis]
+    return group_norm_backward(
+        dy, x, moments, gamma, num_groups=groups, axis=axis, eps=eps, out=out
+    )
+
+
+@np.errstate(all="ignore")
+def _normalize_rows(
+    rows: Array, gamma: Array | float, beta: Array | float, eps: float
+) -> tuple[Array, Moments]:
+    """Return y of rows (N, G, D), with gamma and beta for (G, D), and their moments."""
+    n, groups, count = rows.shape
+    mean, e, m2 = _statistics(rows.reshape(n * groups, count))
+    rstd = 1 / np.sqrt(m2 / count + eps)  # (4), (5)
+    xhat = (e * rstd).reshape(rows.shape)  # (6)
+    return gamma * xhat + beta, Moments(count, mean[:, 0], m2[:, 0])  # (46)
+
+
+@np.errstate(all="ignore")
+def _row_gradients(
+    g: Array, rows: Array, moments: Moments, gamma: Array | float, eps: float
+) -> tuple[Array, Array, Array]:
+    """Return dx of rows (N, G, D), and dgamma and dbeta for (G, D)."""
+    by_row = (*rows.shape[:2], 1)
+    e = rows - moments.mean.reshape(by_row)  # (2)
+    rstd = 1 / np.sqrt(moments.var().reshape(by_row) + eps)  # (5)
+    xhat = e * rstd  # (6)
+    dbeta = g.sum(axis=0)  # (47)
+    dgamma = (g * xhat).sum(axis=0)  # (48)
+    dz = g * gamma  # (49)
+    c1 = dz.mean(axis=2, keepdims=True)  # (50)
+    c2 = (dz * xhat).mean(axis=2, keepdims=True)  # (50)
+    dx = rstd * (dz - c1 - xhat * c2)  # (51)
+    return dx, dgamma, dbeta
+
+
+def _last_axes(x: ArrayLike, axis: int) -> Array:
+    """Return `x` as wide (N, 1, D), where D holds the axes from `axis` on."""
+    wide = _wide(x)
+    return wide.reshape(prod(wide.shape[:axis]), 1, prod(wide.shape[axis:]))
+
+
+def _each(values: ArrayLike | None, shape: tuple[int, ...]) -> Array | float:
+    """Return one wide number an element of a row, shape (1, D), or 1 where there are none."""
+    return 1.0 if values is None else _wide(values).reshape(1, prod(shape))
+
+
+def _groups(x: ArrayLike, axis: int, groups: int) -> tuple[Array, tuple[int, ...]]:
+    """Return `x` as wide (N, G, D), and its shape with the channels on axis 1."""
+    moved = np.moveaxis(_wide(x), axis, 1)
+    return moved.reshape(len(moved), groups, prod(moved.shape[1:]) // groups), moved.shape
+
+
+def _spread(
+    values: ArrayLike | None, default: float, moved: tuple[int, ...], groups: int
+) -> Array | float:
+    """Return one wide number an element of a row, shape (G, D), from one a channel."""
+    if values is None:
+        return float(default)
+    return np.repeat(_wide(values), prod(moved[2:])).reshape(groups, -1)
+
+
+def _rms_eps(x: ArrayLike, eps: float | None) -> float:
+    return float(np.finfo(np.asarray(x).dtype).eps) if eps is None else eps
+
+
+def _deliver(y: Array, out: Array | None) -> Array:
+    """Return `y`, or `out` filled with it if there is one."""
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
+# ---- shared ------------------------------------------------------------------------------
+
+
 def _statistics(rows: Array) -> tuple[Array, Array, Array]:
     """Return mean (C, 1), deviations (C, M) and M2 (C, 1), by the corrected two-pass."""
     count = rows.shape[1]
@@ -249,10 +482,7 @@ def _fold(x: ArrayLike, axis: int) -> Array:
 def _unfold(rows: Array, x: ArrayLike, axis: int, out: Array | None) -> Array:
     """Undo `_fold`, into `out` if there is one."""
     y = np.moveaxis(rows.reshape(np.moveaxis(np.asarray(x), axis, 0).shape), 0, axis)
-    if out is None:
-        return y
-    out[...] = y
-    return out
+    return _deliver(y, out)
 
 
 def _column(values: ArrayLike | None, default: float) -> Array | float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cybn import _runtime, functional
+from cybn import _rows, _runtime, functional
 
 LEVELS = _runtime.usable_levels()
 
@@ -13,9 +13,15 @@ def rng():
     return np.random.default_rng(20150211)  # the day the batch-normalization paper came out
 
 
+def bind(level):
+    """Call the kernels of one instruction level from now on."""
+    functional._bind(_runtime.kernels_at(level))
+    _rows._bind(_runtime.kernels_at(level, "layer_norm"))
+
+
 @pytest.fixture(params=LEVELS)
 def level(request):
     """Run the test once per instruction level that the build has and the CPU runs."""
-    functional._bind(_runtime.kernels_at(request.param))
+    bind(request.param)
     yield request.param
-    functional._bind(_runtime.kernels)
+    bind(_runtime.level)

@@ -351,7 +351,7 @@ def test_nothing_is_half_done_in_a_layer_whose_arrays_cannot_be_written():
 
 
 def test_backward_refuses_an_input_that_was_overwritten():
-    bn = cybn.BatchNorm(3)
+    bn = cybn.BatchNorm(3, activation="relu")
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     bn(x, out=x)
     with pytest.raises(RuntimeError, match="wrote its output over its input"):

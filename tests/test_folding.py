@@ -286,12 +286,8 @@ def test_next_linear_refuses_what_is_not_exact():
         folding.fold_into_next_linear(weight, None, BN, flatten="rows")
     with pytest.raises(ValueError, match="bn has 5 channels; the weight has 12 inputs"):
         folding.fold_into_next_linear(weight, None, cybn.BatchNorm(5), flatten="channels-first")
-
-    class Activated(cybn.BatchNorm):
-        activation = "relu"
-
     with pytest.raises(ValueError, match="activation 'relu', which would come between"):
-        folding.fold_into_next_linear(weight[:, :4], None, Activated(4))
+        folding.fold_into_next_linear(weight[:, :4], None, cybn.BatchNorm(4, activation="relu"))
 
 
 def test_measure_checks_what_it_is_given():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cybn
-from cybn import _runtime, functional, reference
+from cybn import _runtime, family, functional, reference
 
 HERE = Path(__file__).resolve().parents[1]  # the clone, if these tests lie in one
 PACKAGE = Path(cybn.__file__).resolve().parent
@@ -22,6 +22,10 @@ PUBLIC = {
     *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
+    *("Drift", "Renorm", "population_statistics"),
+    *("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm"),
+    *("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
+    *("group_norm", "group_norm_backward", "instance_norm", "instance_norm_backward"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -31,21 +35,28 @@ DOORS = {
     "_kernels": set(),
     "_layout": set(),
     "_arguments": set(),
-    "moments": set(),
+    "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
-    "functional": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
-    "layers": {"functional", "moments", "_arguments"},
+    "_selection": {"_arguments"},
+    "_statistics": {"_layout", "_arguments", "_runtime"},
+    "moments": {"_arguments", "_chunks", "_runtime", "_selection", "_statistics"},
+    "functional": {"moments", "_layout", "_arguments", "_runtime", "_statistics"},
+    "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
+    "family": {"_rows", "moments", "_arguments", "_runtime"},
+    "layers": {"family", "functional", "moments", "_arguments"},
     "folding": {"layers", "_arguments"},
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
-    "": {"layers", "functional", "moments", "_runtime", "_version"},
+    "population": {"layers", "moments"},
+    "": {"layers", "family", "functional", "moments", "population", "_runtime", "_version"},
+    "plot": {""},
     "torch": {"functional", "moments"},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
 }
 VISITORS = {  # may import optional packages; no other room imports them
-    *("demo", "bench", "interop", "torch", "__main__"),
+    *("demo", "bench", "interop", "plot", "torch", "__main__"),
 }
 
 
@@ -85,12 +96,12 @@ def test_public_names():
     assert set(cybn.__all__) == PUBLIC
     for name in PUBLIC:
         assert getattr(cybn, name) is not None
-    assert set(functional.__all__) == set(reference.__all__)
+    assert {*functional.__all__, *family.__all__} == set(reference.__all__)
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize("name", [*functional.__all__, *family.__all__])
 def test_reference_has_the_same_signature(name):
-    ours = inspect.signature(getattr(functional, name)).parameters.values()
+    ours = inspect.signature(getattr(cybn, name)).parameters.values()
     twins = inspect.signature(getattr(reference, name)).parameters.values()
     assert [(p.name, p.kind, p.default) for p in twins] == [
         (p.name, p.kind, p.default) for p in ours
@@ -108,14 +119,21 @@ def test_signatures_are_the_promised_ones():
         "track_running_stats": True,
         "running_ddof": 1,
         "dtype": np.float32,
+        "activation": None,
+        "slope": 0.01,
+        "nan_policy": "propagate",
+        "virtual_batch_size": None,
+        "renorm": None,
     }
     names = {f: list(inspect.signature(getattr(cybn, f)).parameters) for f in functional.__all__}
-    options = ["axis", "eps", "out", "num_threads"]
+    fused = ["axis", "eps", "activation", "slope", "residual"]
+    forward = [*fused, "out", "num_threads"]
+    back = ["beta", *fused, "from_output", "out", "out_residual", "num_threads"]
     assert names == {
-        "batch_norm": ["x", "gamma", "beta", *options],
-        "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *options],
-        "batch_norm_backward": ["dy", "x", "moments", "gamma", *options],
-        "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *options],
+        "batch_norm": ["x", "gamma", "beta", *forward],
+        "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *forward],
+        "batch_norm_backward": ["dy", "x", "moments", "gamma", *back],
+        "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *back],
         "moments": ["x", "axis", "num_threads"],
     }
 
@@ -157,6 +175,10 @@ def test_import_loads_numpy_and_the_standard_library_alone():
         *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
         *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
         *("cybn.interop._convert", "cybn.interop._flax"),
+        "cybn.layers._renorm",
+        "cybn.layers._safety",
+        "cybn.population",
+        *("cybn.family", "cybn.layers.group_norm", "cybn.layers.layer_norm"),
     ],
 )
 def test_docstring_examples(name):
@@ -194,4 +216,5 @@ def test_what_is_installed():
     assert not [f for f in files if "tests" in f.parts or f.name.startswith(("test_", "conftest"))]
     compiled = [f.name for f in files if f.suffix in (".so", ".pyd") and "_kernels" in f.parts]
     assert any(name.startswith("host.") for name in compiled)
-    assert any(name.startswith("batch_norm_baseline.") for name in compiled)
+    for kernel in ("batch_norm", "layer_norm"):
+        assert any(name.startswith(f"{kernel}_baseline.") for name in compiled)

@@ -57,7 +57,7 @@ def test_small_calls_are_taken(rng):
     """The plain case does not take the long way."""
     x = rng.standard_normal((32, 16)).astype(np.float32)
     mean, var, gamma, beta = parameters(rng, 16, np.float32)
-    assert functional._small_forward(x, gamma, beta, 1, 1e-5, None) is not None
+    assert functional._small_forward(x, gamma, beta, 1, 1e-5, (0, 0.0), None) is not None
     assert functional._SMALL_INFERENCE(x, mean, var, gamma, beta, np.empty_like(x), 1, 1e-5)
     assert functional._SMALL_INFERENCE(x, mean, var, None, None, x, 1, 1e-5)
 

@@ -80,6 +80,26 @@ cdef inline T gate(T dy, T z) noexcept nogil:
     return 0 if z <= 0 else dy
 
 
+cdef inline void wide_sums(
+    const T* restrict x,        # IN  (n,)
+    Py_ssize_t n,
+    double shift,
+    double* restrict acc,       # IO  (2, WIDE): sums of d and of d * d, d = x - shift
+) noexcept nogil:
+    """The sums in float64 throughout, for what squares of T cannot hold."""
+    cdef double d
+    cdef Py_ssize_t i, j, full = n - n % WIDE
+    for i in range(full // WIDE):
+        for j in range(WIDE):
+            d = x[i * WIDE + j] - shift
+            acc[j] += d
+            acc[WIDE + j] += d * d
+    for j in range(n - full):
+        d = x[full + j] - shift
+        acc[j] += d
+        acc[WIDE + j] += d * d
+
+
 cdef inline void dots(
     const T* restrict dy,       # IN  (n,), n <= PIECE
     const T* restrict x,        # IN  (n,)

@@ -114,6 +114,5 @@ def use_exact_statistics(network: Network, images: NDArray[np.float32]) -> None:
     for layer in network.layers:
         if isinstance(layer, cybn.BatchNorm):
             exact = reduce(cybn.Moments.merge, [cybn.moments(chunk) for chunk in chunks])
-            layer.running_mean = exact.mean
-            layer.running_var = exact.var(layer.running_ddof)
+            layer.set_statistics(exact)
         chunks = [layer(chunk) for chunk in chunks]

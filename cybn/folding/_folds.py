@@ -71,7 +71,7 @@ def _fold(
     groups: int,
 ) -> tuple[Array, Array]:
     """Fold `bn` into the linear map before it: w * scale, b * scale + shift."""
-    weight, affine = tensor("weight", weight), Affine.of(bn)
+    weight, affine = tensor("weight", weight, half=False), Affine.of(bn)
     wide = weight.astype(np.float64)
     kernel = seen(wide, layouts, layout, groups)
     g, _, o, *taps = kernel.shape
@@ -263,7 +263,7 @@ def fold_into_next_linear(
             f"bn has the activation {activation!r}, which would come between it and the linear "
             "layer; fold such a layer into the one before it"
         )
-    weight, affine = tensor("weight", weight), Affine.of(bn)
+    weight, affine = tensor("weight", weight, half=False), Affine.of(bn)
     wide = weight.astype(np.float64)
     matrix = seen(wide, LINEAR, layout, 1)[0]  # (inputs, outputs)
     s, last = positions(len(matrix), len(affine.scale), flatten)

@@ -181,7 +181,7 @@ def measure(
     layout, groups = options.get("layout", "torch"), options.get("groups", 1)
 
     def linear(weight: ArrayLike, bias: ArrayLike | None) -> tuple[Step, Array]:
-        array = tensor("weight", weight)
+        array = tensor("weight", weight, half=False)
         if array.shape != shape:
             raise ValueError(f"weight has shape {array.shape}; it must have shape {shape}")
         kernel = seen(array.astype(wide), layouts, layout, groups)

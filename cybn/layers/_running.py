@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import functional
 from ..moments import Moments
+
+NanPolicy = Literal["propagate", "raise", "skip"]
 
 
 class Running(NamedTuple):
@@ -36,3 +38,20 @@ class Running(NamedTuple):
         weight = 1 / batches if momentum is None else momentum
         mean, var = functional.absorb(self.mean, self.var, batch, weight, ddof)
         return Running(mean, var, batches)
+
+    def settle(self, after: Running, policy: NanPolicy) -> Running:
+        """Return which statistics stand after a batch: `after`, or these if it spoilt them."""
+        if policy == "propagate":
+            return after
+        spoilt = np.flatnonzero(~(np.isfinite(after.mean) & np.isfinite(after.var)))
+        if not spoilt.size:
+            return after
+        if policy == "skip":
+            return self
+        c = spoilt[0]
+        raise FloatingPointError(
+            f"x would make the running statistics of channel {c} mean {after.mean[c]} and "
+            f"variance {after.var[c]}; {spoilt.size} of {after.mean.size} channels are not finite. "
+            "Look for NaN and infinity in x, or choose another nan_policy; where they were not "
+            "finite before, reset_running_stats() starts anew"
+        )

@@ -29,13 +29,18 @@ def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
 
 def vector(name: str, value: Any, channels: int, dtype: DTypeLike) -> NDArray[Any]:
     """Return a copy of `value` as (C,) of `dtype`."""
-    array = _arguments.array(name, value)
-    if array.dtype.kind != "f":
-        raise ValueError(f"{name} is {array.dtype}; it must be a float array")
-    if array.shape != (channels,):
-        raise ValueError(f"{name} has shape {array.shape}; it must have shape ({channels},)")
+    return array(name, value, (channels,), dtype)
+
+
+def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return a copy of `value` as an array of this shape and dtype."""
+    given = _arguments.array(name, value)
+    if given.dtype.kind != "f":
+        raise ValueError(f"{name} is {given.dtype}; it must be a float array")
+    if given.shape != shape:
+        raise ValueError(f"{name} has shape {given.shape}; it must have shape {shape}")
     with np.errstate(over="ignore"):
-        return array.astype(dtype)
+        return given.astype(dtype)
 
 
 def finite(name: str, array: NDArray[Any], least: float = -np.inf) -> NDArray[Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -13,8 +13,13 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .. import functional
 from .._arguments import array, number
 from ..moments import Moments
-from . import _state
-from ._running import Running
+from . import _conventions, _parts, _state, _trials
+from ._explain import explain
+from ._layer import float_type
+from ._parts import Part
+from ._renorm import Renorm
+from ._running import NanPolicy, Running
+from ._safety import Safety
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -22,21 +27,10 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
-    statistics: Moments | Running  # of the batch; fixed
+    statistics: Moments | Running | list[Part]  # of the batch; fixed; of parts of the batch
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
-
-
-def _float_type(dtype: Any) -> np.dtype[Any]:
-    """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
-    try:
-        given = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        given = dtype
-    if given not in (np.float32, np.float64):
-        raise TypeError(f"dtype is {given}; it must be float32 or float64")
-    return np.dtype(np.float32 if given == np.float32 else np.float64)
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -47,7 +41,7 @@ def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     return start
 
 
-class BatchNorm:
+class BatchNorm(Safety):
     """Batch normalization over arrays of any rank from 2.
 
     In training mode each channel is normalized with the mean and biased variance of the batch,
@@ -78,6 +72,16 @@ class BatchNorm:
         `batch_norm`.
     slope : float, default 0.01
         Of leaky_relu below 0.
+    nan_policy : {"propagate", "raise", "skip"}, default "propagate"
+        What a training batch does that would put a NaN or infinity into the running statistics:
+        put it there, in its channel; raise FloatingPointError, with nothing changed; or leave
+        the running statistics and `num_batches_tracked` as they were.
+    virtual_batch_size : int, optional
+        Ghost batches: in training, normalize that many samples at a time, by their own
+        statistics. The last virtual batch has what is left; where that is one value a channel,
+        it joins the one before. The running statistics follow those of the whole batch.
+    renorm : Renorm, optional
+        Batch renormalization, within these limits.
 
     Attributes
     ----------
@@ -91,6 +95,8 @@ class BatchNorm:
         Training steps so far.
     training : bool
         The mode; see `train` and `eval`.
+    update_statistics, use_batch_statistics, train_affine : bool
+        What may change in training; see `Switches` and `freeze`.
 
     Raises
     ------
@@ -111,7 +117,8 @@ class BatchNorm:
     References
     ----------
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-    Internal Covariate Shift", 2015.
+    Internal Covariate Shift", 2015. Ghost batches: Hoffer, Hubara and Soudry, "Train longer,
+    generalize better", 2017. Renormalization: see `Renorm`.
 
     Examples
     --------
@@ -124,6 +131,12 @@ class BatchNorm:
     """
 
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
+    _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Moments]]] = staticmethod(
+        functional.batch_norm
+    )
+    _differentiate: ClassVar[Callable[..., tuple[NDArray[Any], ...]]] = staticmethod(
+        functional.batch_norm_backward
+    )
 
     num_features: int
     axis: int
@@ -135,6 +148,9 @@ class BatchNorm:
     dtype: np.dtype[Any]
     activation: str | None
     slope: float
+    nan_policy: NanPolicy
+    virtual_batch_size: int | None
+    renorm: Renorm | None
     training: bool
     gamma: NDArray[Any] | None
     beta: NDArray[Any] | None
@@ -154,6 +170,9 @@ class BatchNorm:
         dtype: DTypeLike = np.float32,
         activation: str | None = None,
         slope: float = 0.01,
+        nan_policy: NanPolicy = "propagate",
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
     ) -> None:
         if isinstance(num_features, bool) or not hasattr(num_features, "__index__"):
             raise TypeError(f"num_features is {num_features!r}; it must be an int")
@@ -171,10 +190,29 @@ class BatchNorm:
             )
         if running_ddof not in (0, 1):
             raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased) or 1")
-        _, slope = functional.activation_of(activation, slope)
-        self.dtype = _float_type(dtype)
+        functional.activation_of(activation, slope)
+        if nan_policy not in get_args(NanPolicy):
+            raise ValueError(
+                f"nan_policy is {nan_policy!r}; it must be one of {', '.join(get_args(NanPolicy))}"
+            )
+        if virtual_batch_size is not None:
+            if isinstance(virtual_batch_size, bool) or not hasattr(virtual_batch_size, "__index__"):
+                raise TypeError(
+                    f"virtual_batch_size is {virtual_batch_size!r}; it must be an int, or None"
+                )
+            if virtual_batch_size < 1:
+                raise ValueError(
+                    f"virtual_batch_size is {virtual_batch_size}; it must be at least 1"
+                )
+        if not (renorm is None or isinstance(renorm, Renorm)):
+            raise TypeError(
+                f"renorm is {renorm!r}; it must be a Renorm, such as Renorm(r_max=3, d_max=5)"
+            )
+        if renorm is not None and not track_running_stats:
+            raise ValueError("renorm needs running statistics; track_running_stats is False")
+        self.dtype = float_type(dtype)
         self.activation = activation
-        self.slope = slope
+        self.slope = number("slope", slope)
         self.num_features = int(num_features)
         self.axis = int(axis)
         self.eps = eps
@@ -182,6 +220,9 @@ class BatchNorm:
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.running_ddof = int(running_ddof)
+        self.nan_policy = nan_policy
+        self.virtual_batch_size = None if virtual_batch_size is None else int(virtual_batch_size)
+        self.renorm = renorm
         self.training = True
         shape = (self.num_features,)
         self.gamma = np.ones(shape, self.dtype) if affine else None
@@ -190,7 +231,35 @@ class BatchNorm:
         self.grad_beta = np.zeros(shape, self.dtype) if affine else None
         self._running = Running.start(self.num_features, self.dtype)
         self._saved: _Saved | None = None
+        self._seen: tuple[Moments, Running] | None = None  # last batch, and what it moved
         self._lock = threading.Lock()
+
+    @classmethod
+    def like(cls, library: str, num_features: int, **options: Any) -> Self:
+        """Return a layer that means eps, momentum and the running variance as `library` does.
+
+        Parameters
+        ----------
+        library : {"torch", "keras", "onnx", "paper"}
+            Default eps, default momentum, weight of, and running variance:
+
+            - torch: 1e-5; 0.1, the new value; unbiased
+            - keras: 1e-3; 0.99, the old value; biased
+            - onnx: 1e-5; 0.9, the old value; biased
+            - paper: 1e-5, as the paper names none; the mean over all batches; unbiased
+        num_features : int
+            C.
+        **options
+            As for the layer itself, with `momentum` in the library's meaning: with "keras",
+            ``momentum=0.99`` is 0.01 here. The channel axis stays 1, also where that library
+            has it last: give ``axis=-1``.
+
+        Raises
+        ------
+        ValueError
+            If `library` is none of these, or an option is out of its range.
+        """
+        return cls(num_features, **_conventions.settings(library, options))
 
     # ---- mode ----------------------------------------------------------------------------
 
@@ -249,9 +318,17 @@ class BatchNorm:
         TypeError, ValueError
             As in `batch_norm`, and if the rank or the number of channels of `x` is not the
             layer's.
+        FloatingPointError
+            With ``nan_policy="raise"``, where the running statistics would not stay finite. With
+            `out` as well, statistics are taken once more beforehand, to leave it as it was.
         """
         x = self._admit(x)
         residual = None if residual is None else array("residual", residual)
+        trial = _trials.active(self)
+        training = self.training if trial is None else trial.training
+        learns = trial is None and self._learns(training)
+        if learns and out is not None and self.nan_policy == "raise":
+            self._after(self._measure(x, learns, num_threads))
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -261,23 +338,81 @@ class BatchNorm:
             "out": out,
             "num_threads": num_threads,
         }
-        statistics: Moments | Running
-        if not self.training and self.track_running_stats:
+        y: NDArray[Any]
+        statistics: Moments | Running | list[Part]
+        batch: Moments | None = None
+        noted = learns or (trial is not None and trial.note is not None)
+        if self._by_batch(training):
+            y, statistics = self._normalize_by_batch(x, training, options)
+            if noted:
+                batch = self._whole(statistics)
+        else:
+            if noted:
+                batch = self._measure(x, learns, num_threads)  # before out, which may be x
             statistics = running = self._running
             y = functional.batch_norm_inference(
                 x, running.mean, running.var, self.gamma, self.beta, **options
             )
-        else:
-            y, statistics = batch = functional.batch_norm(x, self.gamma, self.beta, **options)
-            if self.training and self.track_running_stats:
-                with self._lock:
-                    self._running = self._running.absorb(batch[1], self.momentum, self.running_ddof)
+        if trial is not None:
+            if trial.note is not None and batch is not None and self.track_running_stats:
+                trial.note(self, batch)
+            return y
+        if learns and batch is not None:
+            self._learn(batch)
         self._saved = self._keep(statistics, x, y, residual)
         return y
 
+    def _normalize_by_batch(
+        self, x: NDArray[Any], training: bool, options: dict[str, Any]
+    ) -> tuple[NDArray[Any], Moments | list[Part]]:
+        """Return y and what backward needs; in parts or renormalized where training is so."""
+        if not training or (self.virtual_batch_size is None and self.renorm is None):
+            return self._normalize(x, self.gamma, self.beta, **options)
+        return _parts.forward(
+            x,
+            self.gamma,
+            self.beta,
+            size=self.virtual_batch_size,
+            limits=self.renorm,
+            running=self._running,
+            **options,
+        )
+
+    def _whole(self, statistics: Moments | list[Part]) -> Moments:
+        """Return the statistics of a batch that the running ones move towards."""
+        return statistics if isinstance(statistics, Moments) else _parts.merged(statistics)
+
+    def _measure(self, x: NDArray[Any], learns: bool, num_threads: int | None) -> Moments:
+        """Return the moments of a batch; ValueError where it is too small to learn from."""
+        batch = functional.moments(x, axis=self.axis, num_threads=num_threads)
+        if learns:
+            functional._check_batch(x, self.axis)
+        return batch
+
+    def _by_batch(self, training: bool) -> bool:
+        """Whether a batch is normalized with its own statistics."""
+        if not self.track_running_stats:
+            return True
+        return training if self.use_batch_statistics is None else self.use_batch_statistics
+
+    def _learns(self, training: bool) -> bool:
+        """Whether a batch moves the running statistics."""
+        return training and self.track_running_stats and self.update_statistics
+
+    def _after(self, batch: Moments) -> Running:
+        """Return the running statistics after `batch`; they may be those of before."""
+        after = self._running.absorb(batch, self.momentum, self.running_ddof)
+        return self._running.settle(after, self.nan_policy)
+
+    def _learn(self, batch: Moments) -> None:
+        with self._lock:
+            before, after = self._running, self._after(batch)
+            if after is not before:
+                self._running, self._seen = after, (batch, before)
+
     def _keep(
         self,
-        statistics: Moments | Running,
+        statistics: Moments | Running | list[Part],
         x: NDArray[Any],
         y: NDArray[Any],
         residual: NDArray[Any] | None,
@@ -331,6 +466,8 @@ class BatchNorm:
             If `dy` or `out` does not fit the input; ValueError, if the forward wrote over its
             input, and a gamma is 0.
         """
+        if _trials.active(self) is not None:
+            raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
         saved = self._saved
         if saved is None:
             raise RuntimeError("backward needs a forward before it; each backward takes up one")
@@ -353,7 +490,11 @@ class BatchNorm:
             "num_threads": num_threads,
         }
         if isinstance(saved.statistics, Moments):
-            dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(
+            dx, dgamma, dbeta, *dresidual = self._differentiate(
+                dy, saved.x, saved.statistics, self.gamma, **options
+            )
+        elif isinstance(saved.statistics, list):
+            dx, dgamma, dbeta, *dresidual = _parts.backward(
                 dy, saved.x, saved.statistics, self.gamma, **options
             )
         else:
@@ -362,10 +503,14 @@ class BatchNorm:
                 dy, saved.x, mean, var, self.gamma, **options
             )
         if self.grad_gamma is not None and self.grad_beta is not None:
-            self.grad_gamma[...] = dgamma
-            self.grad_beta[...] = dbeta
-        self._saved = None
+            self.grad_gamma[...] = dgamma if self.train_affine else 0
+            self.grad_beta[...] = dbeta if self.train_affine else 0
+        self._forget()
         return (dx, *dresidual) if dresidual else dx
+
+    def _forget(self) -> None:
+        """Let go of the last forward."""
+        self._saved = None
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
@@ -395,14 +540,19 @@ class BatchNorm:
     # ---- parameters and state ------------------------------------------------------------
 
     def parameters(self) -> list[NDArray[Any]]:
-        """Return ``[gamma, beta]``, the arrays themselves; empty where `affine` is False."""
-        return [] if self.gamma is None or self.beta is None else [self.gamma, self.beta]
+        """Return ``[gamma, beta]``, the arrays themselves.
+
+        Empty where `affine` or `train_affine` is False.
+        """
+        return self._affine()[:2] if self.train_affine else []
 
     def gradients(self) -> list[NDArray[Any]]:
         """Return ``[grad_gamma, grad_beta]``, in the order of `parameters`."""
-        if self.grad_gamma is None or self.grad_beta is None:
-            return []
-        return [self.grad_gamma, self.grad_beta]
+        return self._affine()[2:] if self.train_affine else []
+
+    def _affine(self) -> list[NDArray[Any]]:
+        arrays = [self.gamma, self.beta, self.grad_gamma, self.grad_beta]
+        return [array for array in arrays if array is not None]
 
     @property
     def running_mean(self) -> NDArray[Any] | None:
@@ -445,10 +595,57 @@ class BatchNorm:
         self._refuse_untracked(name)
         return _state.vector(name, value, self.num_features, self.dtype)
 
+    def set_statistics(self, moments: Moments) -> None:
+        """Take these moments, such as those of a whole dataset, for the running statistics.
+
+        `running_mean` becomes their mean and `running_var` their variance, unbiased or not as
+        `running_ddof` says. `num_batches_tracked` stays as it is.
+
+        Parameters
+        ----------
+        moments : Moments
+            Of C channels, with more than `running_ddof` values in each.
+
+        Raises
+        ------
+        TypeError
+            If `moments` is none.
+        AttributeError
+            If `track_running_stats` is False.
+        ValueError
+            If it has other channels, too few values, or one that is not finite. The layer is
+            unchanged.
+        """
+        if not isinstance(moments, Moments):
+            raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
+        mean = _state.finite("running_mean", self._tracked("running_mean", moments.mean))
+        var = self._tracked("running_var", moments.var(self.running_ddof))
+        var = _state.finite("running_var", var, least=0)
+        with self._lock:
+            self._running = self._running._replace(mean=mean, var=var)
+
     def reset_running_stats(self) -> None:
         """Put the running statistics back to mean 0, variance 1, no batches."""
         with self._lock:
             self._running = Running.start(self.num_features, self.dtype)
+            self._seen = None
+
+    def explain(self, channel: int = 0) -> None:
+        """Print the formulas of the next forward, with the numbers of this layer in.
+
+        Parameters
+        ----------
+        channel : int, default 0
+            Whose gamma, beta and running statistics to put in.
+
+        Raises
+        ------
+        ValueError
+            If there is no such channel.
+        """
+        if not 0 <= channel < self.num_features:
+            raise ValueError(f"channel is {channel}; it must be in 0..{self.num_features - 1}")
+        print(explain(self, channel))
 
     def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
@@ -476,7 +673,7 @@ class BatchNorm:
         Where the mean is many standard deviations from zero, ``x * scale`` and ``shift`` cancel,
         and the layer itself, which subtracts the mean first, is the more accurate of the two.
         """
-        dtype = self.dtype if dtype is None else _float_type(dtype)
+        dtype = self.dtype if dtype is None else float_type(dtype)
         if not self.track_running_stats:
             raise ValueError(
                 "track_running_stats is False: this layer normalizes with the statistics of each "
@@ -547,11 +744,12 @@ class BatchNorm:
             self.beta[...] = vectors["beta"]
         with self._lock:
             self._running = running
+            self._seen = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_lock"]
-        state["_saved"] = None  # the input of a forward is not the layer's to copy
+        state["_saved"] = state["_seen"] = None  # the input of a forward is not the layer's to copy
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -572,6 +770,12 @@ class BatchNorm:
             parts.append(f"activation={self.activation!r}")
         if self.activation == "leaky_relu":
             parts.append(f"slope={self.slope:g}")
+        if self.nan_policy != "propagate":
+            parts.append(f"nan_policy={self.nan_policy!r}")
+        if self.virtual_batch_size is not None:
+            parts.append(f"virtual_batch_size={self.virtual_batch_size}")
+        if self.renorm is not None:
+            parts.append(f"renorm={self.renorm!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

@@ -1,0 +1,79 @@
+# cython: cdivision=True
+# Loops along a row that has one mean and variance, with a gamma and beta for each column.
+#
+#   pass           reads            writes     bytes an element (float32), gamma and beta in L1
+#   weighted_dots  dy, x            -          8
+#   row_scale      x                y          8
+#   row_unscale    dy, x            dx         12
+#
+# The mean comes as hi + lo, both of type T: subtracted one after the other, the first exactly
+# where it matters, so the error does not grow with |mean| / std (docs/math.md, 6.4).
+
+from cybn._kernels.runs cimport LANES, T, flush
+
+
+cdef inline void weighted_dots(
+    const T* restrict dy,       # IN  (n,), n <= PIECE
+    const T* restrict x,        # IN  (n,)
+    const T* restrict gamma,    # IN  (n,)
+    Py_ssize_t n,
+    T shift,
+    double* restrict acc,       # IO  (2, WIDE): sums of dz and dz * (x - shift), dz = dy * gamma
+) noexcept nogil:
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef T dz
+    cdef Py_ssize_t i, j, full = n - n % LANES
+    for j in range(LANES):
+        a[j] = 0
+        b[j] = 0
+    for i in range(full // LANES):
+        for j in range(LANES):
+            dz = dy[i * LANES + j] * gamma[i * LANES + j]
+            a[j] += dz
+            b[j] += dz * (x[i * LANES + j] - shift)
+    for j in range(n - full):
+        dz = dy[full + j] * gamma[full + j]
+        a[j] += dz
+        b[j] += dz * (x[full + j] - shift)
+    flush(a, b, acc)
+
+
+cdef inline void row_scale(
+    const T* restrict x,        # IN  (n,)
+    const T* restrict gamma,    # IN  (n,)
+    const T* restrict beta,     # IN  (n,)
+    T* restrict y,              # OUT (n,)
+    Py_ssize_t n,
+    T hi,
+    T lo,
+    T r,
+) noexcept nogil:
+    """y = ((x - hi) - lo) * r * gamma + beta"""
+    cdef Py_ssize_t j
+    for j in range(n):
+        y[j] = ((x[j] - hi) - lo) * r * gamma[j] + beta[j]
+
+
+cdef inline void row_unscale(
+    const T* restrict dy,       # IN  (n,)
+    const T* restrict x,        # IN  (n,)
+    const T* restrict gamma,    # IN  (n,)
+    T* restrict dx,             # OUT (n,)
+    Py_ssize_t n,
+    T hi,
+    T lo,
+    T r,
+    T c1,
+    T c2,
+    T* restrict a,              # IO  (n,) sums of dy * xhat
+    T* restrict b,              # IO  (n,) sums of dy
+) noexcept nogil:
+    """dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r"""
+    cdef Py_ssize_t j
+    cdef T xhat
+    for j in range(n):
+        xhat = ((x[j] - hi) - lo) * r
+        a[j] += dy[j] * xhat
+        b[j] += dy[j]
+        dx[j] = ((dy[j] * gamma[j] - c1) - xhat * c2) * r

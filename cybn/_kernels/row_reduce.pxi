@@ -1,0 +1,188 @@
+# Reduce: sums of rows, segment by segment, and finish: what becomes of them.
+
+cdef inline T find_pivot(const T* x, const Job* job) noexcept nogil:
+    """Mean of SAMPLES values spread evenly over a row, rounded to T; 0 where it is not centred.
+
+    Added in a tree: the sum of eight equal values is then exact, and so is their mean.
+    """
+    cdef double v[SAMPLES]
+    cdef Py_ssize_t i, D = job.D
+    if not job.centred:
+        return 0
+    for i in range(SAMPLES):
+        v[i] = x[(D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)]
+    return <T> (0.125 * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
+
+
+cdef void reduce_run(
+    const T* x, const T* dy, const Job* job, T shift, Py_ssize_t i, double* out
+) noexcept nogil:
+    """Sums of segment i of a row of runs."""
+    cdef double acc[2 * WIDE]
+    cdef Py_ssize_t at, end, j
+    segment_of_run(job, i, &at, &end)
+    for j in range(2 * WIDE):
+        acc[j] = 0
+    while at < end:
+        if job.backward:
+            dots(dy + at, x + at, min(PIECE, end - at), shift, 0, 0, False, acc)
+        else:
+            sums(x + at, min(PIECE, end - at), shift, acc)
+        at += PIECE
+    out[0] = across(acc)
+    out[1] = across(acc + WIDE)
+
+
+cdef inline void segment_of_run(
+    const Job* job, Py_ssize_t i, Py_ssize_t* start, Py_ssize_t* end
+) noexcept nogil:
+    """Where segment i lies in its row: nearly equal parts of a run, in whole pieces."""
+    cdef Py_ssize_t run = i // job.cuts * job.S
+    cdef Py_ssize_t length = (job.S + job.cuts - 1) // job.cuts
+    length = (length + PIECE - 1) // PIECE * PIECE
+    start[0] = run + i % job.cuts * length
+    end[0] = min(start[0] + length, run + job.S)
+
+
+cdef void reduce_columns(
+    const T* x, const T* dy, const T* gamma, const Job* job, const Span* s,
+    const T* shift, Py_ssize_t i,
+) noexcept nogil:
+    """Sums of segment i of some rows, which share their gamma."""
+    cdef double acc[BLOCK * 2 * WIDE]
+    cdef T room[TILE]
+    cdef const T* weight = room
+    cdef Py_ssize_t n, t, j, m, at
+    cdef double* out
+    for j in range((s.n1 - s.n0) * 2 * WIDE):
+        acc[j] = 0
+    for t in range(i * job.tiles // job.cuts, (i + 1) * job.tiles // job.cuts):
+        at = t * job.tile
+        m = min(job.tile, job.D - at)
+        if job.backward:
+            weight = spread_tile(gamma, job, s.g, t, room)
+        at += s.g * job.D
+        for n in range(s.n0, s.n1):
+            j = n - s.n0
+            if job.backward:
+                weighted_dots(dy + n * job.dy_row + at, x + n * job.x_row + at, weight, m,
+                              shift[j], acc + j * 2 * WIDE)
+            else:
+                sums(x + n * job.x_row + at, m, shift[j], acc + j * 2 * WIDE)
+    for n in range(s.n0, s.n1):
+        out = job.sums + ((n * job.G + s.g) * job.segments + i) * 2
+        out[0] = across(acc + (n - s.n0) * 2 * WIDE)
+        out[1] = across(acc + (n - s.n0) * 2 * WIDE + WIDE)
+
+
+cdef inline const T* spread_tile(
+    const T* v, const Job* job, Py_ssize_t g, Py_ssize_t t, T* room
+) noexcept nogil:
+    """The values of tile t, one a column: in place where that is one a channel, else in room."""
+    cdef Py_ssize_t at = t * job.tile
+    if job.S == 1:
+        return v + g * job.D + at
+    spread(v + g * job.K + at // job.S, min(job.tile, job.D - at) // job.S, job.S, room)
+    return room
+
+
+cdef void reduce(
+    const T* x, const T* dy, const T* gamma, const Job* job, const Span* s, Py_ssize_t i
+) noexcept nogil:
+    """Sums of segment i of each row. Forward, they are about a pivot, which is left in mean."""
+    cdef T shift[BLOCK]
+    cdef Py_ssize_t n, row
+    for n in range(s.n0, s.n1):
+        row = n * job.G + s.g
+        if job.backward:
+            shift[n - s.n0] = <T> job.mean[row]
+        else:
+            shift[n - s.n0] = find_pivot(x + n * job.x_row + s.g * job.D, job)
+            if i == 0:
+                (<double*> job.mean)[row] = shift[n - s.n0]
+    if job.runs:
+        for n in range(s.n0, s.n1):
+            row = s.g * job.D
+            reduce_run(x + n * job.x_row + row, dy + n * job.dy_row + row, job, shift[n - s.n0], i,
+                       job.sums + ((n * job.G + s.g) * job.segments + i) * 2)
+    else:
+        reduce_columns(x, dy, gamma, job, s, shift, i)
+
+
+cdef void sum_again(
+    const T* x, Py_ssize_t D, double shift, double* s1, double* s2
+) noexcept nogil:
+    """Sums of x - shift and its square in float64, for the rows that need it."""
+    cdef double acc[2 * WIDE]
+    cdef Py_ssize_t j
+    for j in range(2 * WIDE):
+        acc[j] = 0
+    wide_sums(x, D, shift, acc)
+    s1[0] = across(acc)
+    s2[0] = across(acc + WIDE)
+
+
+cdef void finish_forward(const T* x, const Job* job, Py_ssize_t row) noexcept nogil:
+    """Turn the sums about the pivot into mean and m2 (docs/math.md, 6.2)."""
+    cdef double tiny = job.D * (1e-30 if T is float else 1e-290)
+    cdef double pivot = job.mean[row], s1 = 0, s2 = 0, shift, m2
+    cdef const double* part = job.sums + row * job.segments * 2
+    cdef Py_ssize_t i
+    for i in range(job.segments):
+        s1 += part[2 * i]
+        s2 += part[2 * i + 1]
+    if not job.centred:
+        s1 = 0
+    shift = s1 / job.D
+    m2 = s2 - s1 * shift
+    if (s1 != 0 or s2 != 0) and not (tiny <= m2 < INFINITY and s1 * shift <= 4 * m2):
+        if job.centred:
+            sum_again(x, job.D, 0, &s1, &s2)
+            pivot = s1 / job.D
+        sum_again(x, job.D, pivot, &s1, &s2)
+        shift = s1 / job.D if job.centred else 0
+        m2 = s2 - s1 * shift
+        m2 = 0 if m2 < 0 else m2
+    (<double*> job.mean)[row] = pivot + shift
+    (<double*> job.m2)[row] = m2
+
+
+cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
+    return 1 / sqrt(job.m2[row] / job.D + job.eps)
+
+
+cdef void finish_backward(
+    const T* gamma, const Job* job, Py_ssize_t n, Py_ssize_t g
+) noexcept nogil:
+    """Add the segments up: to the sums of the row; of runs, to those of each channel before."""
+    cdef Py_ssize_t row = n * job.G + g, C = job.G * job.K, c, i
+    cdef double mean = job.mean[row], r = rstd(job, row)
+    cdef double lo = mean - <T> mean
+    cdef double* part = job.sums + row * job.segments * 2
+    cdef double* dgamma = job.parts + n * 2 * C + g * job.K
+    cdef double* dbeta = dgamma + C
+    cdef double s1, s2, total1 = 0, total2 = 0
+    for c in range(job.segments // job.cuts):
+        s1 = s2 = 0
+        for i in range(c * job.cuts, (c + 1) * job.cuts):
+            s1 += part[2 * i]
+            s2 += part[2 * i + 1]
+        s2 = (s2 - lo * s1) * r
+        if job.runs:
+            dgamma[c] = s2
+            dbeta[c] = s1
+            s1 *= gamma[g * job.K + c]
+            s2 *= gamma[g * job.K + c]
+        total1 += s1
+        total2 += s2
+    part[0] = total1
+    part[1] = total2
+
+
+cdef void finish(const T* x, const T* gamma, const Job* job, const Span* s) noexcept nogil:
+    cdef Py_ssize_t n
+    for n in range(s.n0, s.n1):
+        if job.backward:
+            finish_backward(gamma, job, n, s.g)
+        else:
+            finish_forward(x + n * job.x_row + s.g * job.D, job, n * job.G + s.g)

@@ -1,0 +1,455 @@
+"""The family of batch normalization as functions: layer, RMS, group and instance normalization.
+
+Where batch normalization takes one mean and variance a channel over the whole batch, these take
+one a *row* of a sample: all D values of the normalized axes (layer, RMS), of a group of channels
+(group), or of one channel (instance). Nothing crosses from sample to sample, so training and
+inference are the same, and results for a sample do not depend on the rest of the batch.
+
+Each function checks its arguments, folds them to rows (N, G, D), allocates, and calls one kernel.
+
+N = samples, G = groups of a sample, D = values of a group. C = channels, S = positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _rows
+from ._arguments import check_eps, destination, gradient_pair, tensor
+from ._runtime import thread_count
+from .moments import Moments
+
+__all__ = [
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+]
+
+
+# ---- layer normalization -----------------------------------------------------------------
+
+
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each sample over its last axes, from `axis` on.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with mean and biased variance taken over
+    the normalized axes (Ba, Kiros and Hinton 2016).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 1 axis
+        Read in place where the normalized axes lie in memory in C order and the others fold to
+        one, in any order; copied first where not. May be empty.
+    gamma, beta : array_like, shape ``x.shape[axis:]``, optional
+        Scale and shift of each element of the normalized axes; 1 and 0 where None. Rounded to the
+        dtype of `x`.
+    axis : int, default -1
+        The first normalized axis; negative counts from the end.
+    eps : float, default 1e-5
+        Added to the variance. Positive.
+    out : ndarray, optional
+        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise.
+    num_threads : int, optional
+        Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
+        any number.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count D, mean and M2 of each sample: N of them, in the order of ``x.reshape(N, D)``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        If a shape does not fit, `eps` is not positive, or `out` is read-only or overlaps an
+        input in part.
+
+    Notes
+    -----
+    The error of y has the bound of `batch_norm`, with the mean and standard deviation of the
+    sample. A NaN stays in its sample.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, m = cybn.layer_norm(np.array([[1.0, 3.0], [2.0, 2.0]]), eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[-1.,  1.],
+           [ 0.,  0.]]), array([2., 2.]))
+    """
+    x = tensor("x", x, half=False)
+    form = _rows.layer_form(x, axis)
+    check_eps(eps)
+    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=beta)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, *vectors))
+    return y, _rows.moments_of(form, _rows.forward(x, y, form, vectors, eps, True, nt))
+
+
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `layer_norm`.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of `x`
+        Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
+    x : array_like of float32 or float64
+        What was given to `layer_norm`.
+    moments : Moments
+        What `layer_norm` returned for it.
+    gamma : array_like, shape ``x.shape[axis:]``, optional
+        The scale given to `layer_norm`.
+    axis, eps, num_threads
+        As given to `layer_norm`.
+    out : ndarray, optional
+        Where dx goes; may be `dy` or `x` itself.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape ``x.shape[axis:]``
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or `moments` is no `Moments`.
+    ValueError
+        If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
+    """
+    dy, x = gradient_pair(dy, x, half=False)
+    form = _rows.layer_form(x, axis)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+
+
+# ---- RMS normalization -------------------------------------------------------------------
+
+
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Divide each sample by its root mean square over its last axes, from `axis` on.
+
+    ``y = x / sqrt(mean(x**2) + eps) * gamma`` (Zhang and Sennrich 2019): layer normalization
+    without the mean.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 1 axis
+        As in `layer_norm`.
+    gamma : array_like, shape ``x.shape[axis:]``, optional
+        Scale of each element of the normalized axes; 1 where None.
+    axis, out, num_threads
+        As in `layer_norm`.
+    eps : float, optional
+        Added to the mean square. Positive; where None, the machine epsilon of the dtype of `x`,
+        as in PyTorch.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    mean_square : ndarray of float64, shape (N,)
+        Mean square of each sample, which `rms_norm_backward` needs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, mean_square = cybn.rms_norm(np.array([[3.0, 4.0, 0.0, 0.0]]))
+    >>> y.round(6), mean_square
+    (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
+    """
+    x = tensor("x", x, half=False)
+    form = _rows.layer_form(x, axis)
+    eps = _rows.rms_eps(x, eps)
+    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=None)
+    nt = thread_count(num_threads)
+    y = destination(out, x, (x, *vectors))
+    _, squares = _rows.forward(x, y, form, vectors, eps, False, nt)
+    return y, squares / max(1, form.size)
+
+
+def rms_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean_square: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Gradients of `rms_norm`.
+
+    Parameters
+    ----------
+    dy, x, gamma, axis, out, num_threads
+        As in `layer_norm_backward`.
+    mean_square : array_like of float64, shape (N,)
+        What `rms_norm` returned for `x`.
+    eps : float, optional
+        As given to `rms_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma : ndarray, shape ``x.shape[axis:]``
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward`.
+    """
+    dy, x = gradient_pair(dy, x, half=False)
+    form = _rows.layer_form(x, axis)
+    eps = _rows.rms_eps(x, eps)
+    squares = tensor("mean_square", mean_square, half=False).astype(np.float64, copy=False)
+    if squares.shape != (form.rows,):
+        raise ValueError(
+            f"mean_square has shape {squares.shape}; it must have shape ({form.rows},), "
+            "one value a sample: give what rms_norm returned for this x"
+        )
+    statistics = np.zeros(form.rows), squares * form.size
+    dx, dgamma, _ = _rows.gradients(
+        dy, x, form, statistics, gamma, None, eps, False, out, num_threads
+    )
+    return dx, dgamma
+
+
+# ---- group normalization -----------------------------------------------------------------
+
+
+def group_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each group of neighbouring channels of each sample.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with mean and biased variance taken over
+    the C / `num_groups` channels of a group and all positions (Wu and He 2018).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2 axes
+        Samples along axis 0. Read in place where each sample lies in memory in C order of
+        channels and positions; copied to that order first where not, so channels-last costs a
+        copy of the input, and one of the result.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel; 1 and 0 where None. Rounded to the dtype of `x`.
+    num_groups : int
+        Number of groups; C must be a multiple of it.
+    axis : int, default 1
+        The channel axis, not that of the samples; negative counts from the end.
+    eps, out, num_threads
+        As in `layer_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count, mean and M2 of each group of each sample: N * `num_groups`, samples first.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or `num_groups` no int.
+    ValueError
+        As in `layer_norm`, and if the channels do not split into `num_groups` groups, or `x` has
+        but one value a group and one sample.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> y, m = cybn.group_norm(x, num_groups=2, eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
+    """
+    x = tensor("x", x, half=False)
+    form = _rows.group_form(x, axis, num_groups)
+    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+
+
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `group_norm`.
+
+    Parameters
+    ----------
+    dy, x, moments, out
+        As in `layer_norm_backward`; `moments` are those that `group_norm` returned.
+    gamma, num_groups, axis, eps, num_threads
+        As given to `group_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape (C,)
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward` and `group_norm`.
+    """
+    dy, x = gradient_pair(dy, x, half=False)
+    form = _rows.group_form(x, axis, num_groups)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+
+
+# ---- instance normalization --------------------------------------------------------------
+
+
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Normalize each channel of each sample over its positions.
+
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ulyanov, Vedaldi and Lempitsky 2016):
+    `group_norm` with a group for each channel.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 3 axes
+        As in `group_norm`, with more than one position.
+    gamma, beta, axis, eps, out, num_threads
+        As in `group_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    moments : Moments
+        Count, mean and M2 of each channel of each sample: N * C, samples first.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64.
+    ValueError
+        As in `group_norm`, and if a channel has but one position.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> y, m = cybn.instance_norm(np.array([[[1.0, 3.0], [5.0, 9.0]]]), eps=1e-12)
+    >>> y.round(6), m.mean
+    (array([[[-1.,  1.],
+            [-1.,  1.]]]), array([2., 7.]))
+    """
+    x = tensor("x", x, half=False)
+    form = _rows.instance_form(x, axis)
+    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+
+
+def instance_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `instance_norm`.
+
+    Parameters
+    ----------
+    dy, x, moments, out
+        As in `layer_norm_backward`; `moments` are those that `instance_norm` returned.
+    gamma, axis, eps, num_threads
+        As given to `instance_norm`.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array with the dtype and memory layout of `x`.
+    dgamma, dbeta : ndarray, shape (C,)
+        In the dtype of `gamma`, or of `x` where that is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `layer_norm_backward` and `instance_norm`.
+    """
+    dy, x = gradient_pair(dy, x, half=False)
+    form = _rows.instance_form(x, axis)
+    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)

@@ -1,0 +1,174 @@
+"""Looking without touching, and going back: preview, snapshot, restore, drift."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from numpy.typing import ArrayLike, NDArray
+
+from .. import functional
+from ..moments import Moments
+from . import _drift, _trials
+from ._drift import Drift
+from ._running import Running
+from ._switches import Switches
+
+__all__ = ["Safety", "Snapshot"]
+
+
+class Snapshot(NamedTuple):
+    """What `BatchNorm.snapshot` took: give it to `BatchNorm.restore`, and change nothing in it."""
+
+    affine: list[NDArray[Any]]  # gamma, beta and their gradients, or nothing
+    running: Running
+    training: bool
+    switches: tuple[bool, bool | None, bool]
+    seen: tuple[Moments, Running] | None
+
+
+class Safety(Switches):
+    """What a layer offers beside training and inference; a part of `BatchNorm`."""
+
+    if TYPE_CHECKING:  # what BatchNorm has
+        num_features: int
+        axis: int
+        eps: float
+        track_running_stats: bool
+        running_ddof: int
+        training: bool
+        _running: Running
+        _seen: tuple[Moments, Running] | None
+        _lock: threading.Lock
+
+        def _affine(self) -> list[NDArray[Any]]: ...
+        def _check_own(self, *names: str) -> None: ...
+        def _admit(self, x: ArrayLike) -> NDArray[Any]: ...
+        def _forget(self) -> None: ...
+
+    @contextmanager
+    def preview(self) -> Iterator[Self]:
+        """Run forwards in training mode that leave no trace, within a ``with`` block.
+
+        A forward in it normalizes as in training, whatever the mode. Running statistics,
+        `num_batches_tracked`, the mode and what the last real forward left for `backward` stay as
+        they are; `backward` itself raises. Holds for the calling thread (or task) alone: others
+        may go on training the layer.
+
+        Yields
+        ------
+        BatchNorm
+            The layer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cybn import BatchNorm
+        >>> bn = BatchNorm(1)
+        >>> with bn.preview():
+        ...     y = bn(np.array([[1.0], [3.0]]))
+        >>> bn.num_batches_tracked
+        0
+        """
+        with _trials.trial(self, training=True):
+            yield self
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of gamma, beta, gradients, running statistics, mode and switches.
+
+        Unlike a state dict it holds all that training changes, NaN included, and fits this layer
+        or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
+        """
+        with self._lock:
+            running, seen = self._running, self._seen
+        copy = Running(running.mean.copy(), running.var.copy(), running.batches)
+        affine = [array.copy() for array in self._affine()]
+        return Snapshot(affine, copy, self.training, self._switches(), seen)
+
+    def restore(self, snapshot: Snapshot) -> Self:
+        """Go back to a snapshot, to the bit; return the layer.
+
+        gamma, beta and their gradients are written to in place. A forward since then can no
+        longer be followed by a backward.
+
+        Parameters
+        ----------
+        snapshot : Snapshot
+            From `snapshot` of this layer, or of one made alike. May be used again.
+
+        Raises
+        ------
+        TypeError
+            If it is no snapshot.
+        ValueError
+            If it is that of another kind of layer. The layer is unchanged.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(
+                f"snapshot is of type {type(snapshot).__name__}; it must come from snapshot()"
+            )
+        own = [*self._affine(), self._running.mean]
+        theirs = [*snapshot.affine, snapshot.running.mean]
+        if [(a.shape, a.dtype) for a in own] != [(a.shape, a.dtype) for a in theirs]:
+            raise ValueError(
+                "snapshot is that of a layer with another num_features, affine or dtype"
+            )
+        self._check_own("gamma", "beta", "grad_gamma", "grad_beta")
+        for array, value in zip(self._affine(), snapshot.affine, strict=True):
+            array[...] = value
+        mean, var, batches = snapshot.running
+        with self._lock:
+            self._running = Running(mean.copy(), var.copy(), batches)
+            self._seen = snapshot.seen
+        self.training = snapshot.training
+        self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
+        self._forget()
+        return self
+
+    def drift(self, data: ArrayLike | Moments | None = None) -> Drift:
+        """Measure how far the statistics of a batch lie from the running ones, per channel.
+
+        Parameters
+        ----------
+        data : array_like, Moments, or None
+            A batch, or its moments, to compare with the running statistics as they are now. None:
+            the last batch that moved them, against what they were before it.
+
+        Returns
+        -------
+        Drift
+            ``shift``, in running standard deviations, and ``log_variance_ratio``. Variances are
+            unbiased or not as `running_ddof` says.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics, or `data` is None and no batch has moved
+            them.
+        TypeError, ValueError
+            If `data` is not a batch that the layer takes, or moments of other channels.
+        """
+        if not self.track_running_stats:
+            raise RuntimeError("drift needs running statistics; track_running_stats is False")
+        if data is None:
+            if self._seen is None:
+                raise RuntimeError(
+                    "no batch has moved the running statistics since the layer was made, loaded "
+                    "or copied; give drift a batch, or its Moments"
+                )
+            batch, running = self._seen
+        else:
+            batch, running = self._moments_of(data), self._running
+        return _drift.measure(batch, running, self.running_ddof, self.eps)
+
+    def _moments_of(self, data: ArrayLike | Moments) -> Moments:
+        """Return the moments of a batch, which may be given as such; of this layer's channels."""
+        if not isinstance(data, Moments):
+            return functional.moments(self._admit(data), axis=self.axis)
+        if len(data) != self.num_features:
+            raise ValueError(
+                f"data has {len(data)} channels; this layer has num_features={self.num_features}"
+            )
+        return data

@@ -1,0 +1,188 @@
+"""What the tests of the family share: its members, cases of each, and their error bounds.
+
+All bounds are computed on rows: (N, G, D), where the D values of a row share mean and variance.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import pytest
+from bounds import ULP32, ULP64, wide
+
+import cybn
+from cybn import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One member on one shape."""
+
+    member: str  # layer, rms, group, instance
+    shape: tuple
+    axis: int = 1
+    groups: int = 0
+    options: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def centred(self):
+        return self.member != "rms"
+
+    @property
+    def last_axes(self):
+        return self.member in ("layer", "rms")
+
+    @property
+    def parameter_shape(self):
+        return self.shape[self.axis :] if self.last_axes else (self.shape[self.axis],)
+
+    def keywords(self):
+        more = {"num_groups": self.groups} if self.member == "group" else {}
+        return {"axis": self.axis, **more, **self.options}
+
+    def forward(self, x, gamma=None, beta=None, module=cybn, **k):
+        """Return y and the statistics."""
+        function = getattr(module, f"{self.member}_norm")
+        parameters = (gamma, beta) if self.centred else (gamma,)
+        return function(x, *parameters, **self.keywords(), **k)
+
+    def backward(self, dy, x, statistics, gamma=None, module=cybn, **k):
+        """Return dx, dgamma and, where there is one, dbeta."""
+        function = getattr(module, f"{self.member}_norm_backward")
+        return function(dy, x, statistics, gamma, **self.keywords(), **k)
+
+    def everything(self, x, dy, gamma, beta, module=cybn, **k):
+        """Return all results by name."""
+        y, statistics = self.forward(x, gamma, beta, module, **k)
+        found = self.backward(dy, x, statistics, gamma, module, **k)
+        results = {"y": y} | dict(zip(("dx", "dgamma", "dbeta"), found, strict=False))
+        if self.centred:
+            return results | {"mean": statistics.mean, "m2": statistics.m2}
+        return results | {"mean_square": statistics}
+
+    def rows(self, a):
+        """Return an array of the case's shape as (N, G, D)."""
+        if self.last_axes:
+            return a.reshape(prod(self.shape[: self.axis]), 1, prod(self.parameter_shape))
+        moved = np.moveaxis(a, self.axis, 1)
+        groups = self.groups or moved.shape[1]
+        return moved.reshape(len(moved), groups, prod(moved.shape[1:]) // groups)
+
+    def along(self, v):
+        """Return gamma or beta as (G, D)."""
+        if self.last_axes:
+            return v.reshape(1, -1)
+        groups = self.groups or v.size
+        return np.repeat(v, prod(self.shape) // (self.shape[0] * v.size)).reshape(groups, -1)
+
+    def data(self, rng, dtype, offset=0.0):
+        """Return random x, dy, gamma and beta."""
+        x = (rng.standard_normal(self.shape) + offset).astype(dtype)
+        dy = rng.standard_normal(self.shape).astype(dtype)
+        gamma = rng.uniform(0.5, 2, self.parameter_shape).astype(dtype)
+        beta = rng.standard_normal(self.parameter_shape).astype(dtype)
+        return x, dy, gamma, beta
+
+    def __str__(self):
+        axis = "" if self.axis == 1 or self.last_axes else f"-axis{self.axis}"
+        groups = f"-g{self.groups}" if self.groups else ""
+        return f"{self.member}-{'x'.join(map(str, self.shape))}{groups}{axis}"
+
+
+def layer(*shape, axis=-1):
+    return Case("layer", shape, axis)
+
+
+def rms(*shape, axis=-1):
+    return Case("rms", shape, axis)
+
+
+def group(groups, *shape, axis=1):
+    return Case("group", shape, axis, groups)
+
+
+def instance(*shape, axis=1):
+    return Case("instance", shape, axis)
+
+
+# Each way through the kernels: short rows, rows of several tiles, several blocks and chunks of
+# rows, rows of several segments; then columns spread over channels, runs, and runs in segments.
+CASES = [
+    layer(9, 7),
+    layer(3000, 33),
+    layer(67, 1025),
+    layer(5, 3, 4, 6, axis=-3),
+    layer(2, 70001),
+    rms(9, 7),
+    rms(700, 130),
+    rms(2, 3, 70001),
+    group(2, 5, 8),
+    group(3, 4, 12, 7, 7),
+    group(4, 300, 8, 5, 5),
+    group(1, 2, 140, 511),
+    group(2, 3, 6, 515),
+    group(1, 2, 3, 70001),
+    group(2, 3, 5, 7, 8, axis=-1),
+    instance(3, 5, 11),
+    instance(40, 3, 4, 4, 4),
+    instance(2, 3, 25, 25),
+    instance(1, 2, 131073),
+    instance(3, 9, 8, 4, axis=-1),
+]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def forward_bound(case, x, gamma, beta):
+    """Return the exact y and the allowed error of each element, as rows.
+
+    That of batch normalization, with the mean and standard deviation of the row; for RMS
+    normalization 2**-21 * |y|, or 2**-48 * |y|.
+    """
+    wx, g, b = wide(x, gamma, beta)
+    exact, _ = case.forward(wx, g, b, module=reference, **eps_of(case, x))
+    exact, wx = case.rows(exact), case.rows(wx)
+    ulp = ULP32 if x.dtype == np.float32 else ULP64
+    if not case.centred:
+        return exact, ulp * np.abs(exact)
+    mean, std = row_statistics(case, wx)
+    g, b = np.abs(case.along(g)), np.abs(case.along(b))
+    offset = 0 if x.dtype == np.float32 else np.abs(mean) / std
+    return exact, ulp * (g * np.abs(wx - mean) / std + g * (1 + offset) + b)
+
+
+def row_statistics(case, wx, eps=1e-5):
+    """Return mean and standard deviation of each row, (N, G, 1)."""
+    if not case.centred:
+        return 0, np.sqrt((wx * wx).mean(2, keepdims=True) + np.finfo(np.float32).eps)
+    return wx.mean(2, keepdims=True), np.sqrt(wx.var(2, keepdims=True) + eps)
+
+
+def backward_bound(case, dy, x, gamma):
+    """Return the exact gradients and the allowed error of each, dx as rows.
+
+    With dz = dy * gamma and size = |xhat| + 1, and in float64 + |mean| / std:
+    dbeta: ulp * sum |dy|;  dgamma: ulp * sum (|dy| * size);
+    dx: ulp * r * (|dz| + mean |dz| + size * mean (|dz| * size)).
+    """
+    wdy, wx, g = wide(dy, x, gamma)
+    _, statistics = case.forward(wx, module=reference, **eps_of(case, x))
+    exact = list(case.backward(wdy, wx, statistics, g, module=reference, **eps_of(case, x)))
+    exact[0] = case.rows(exact[0])
+    wdy, wx = np.abs(case.rows(wdy)), case.rows(wx)
+    mean, std = row_statistics(case, wx)
+    size = np.abs(wx - mean) / std + 1
+    if x.dtype == np.float64:
+        size = size + np.abs(mean) / std
+    ulp = ULP32 if x.dtype == np.float32 else ULP64
+    dz = wdy * np.abs(case.along(g))
+    dx = dz + dz.mean(2, keepdims=True) + size * (dz * size).mean(2, keepdims=True)
+    sums = [(wdy * size).sum(0), wdy.sum(0)]
+    bounds = [v.reshape(*case.parameter_shape, -1).sum(-1) for v in sums]
+    return exact, [ulp * dx / std, *(ulp * v for v in bounds)]
+
+
+def eps_of(case, x):
+    """Return the eps that RMS normalization takes from the dtype, for the reference."""
+    return {} if case.centred else {"eps": float(np.finfo(x.dtype).eps)}

@@ -1,0 +1,91 @@
+"""The family: the same bits for any number of threads, level, cache size, place and repeat."""
+
+import numpy as np
+import pytest
+from cases import same_bits
+from conftest import LEVELS, bind
+from family_cases import CASES, every_case, every_dtype, group, instance, layer, rms
+
+from cybn import _runtime
+
+LARGE = [layer(300, 1024), rms(40, 8192), layer(3, 200000), group(4, 3, 16, 128, 128)]
+LARGE += [group(1, 2, 200, 400), instance(2, 5, 256, 200)]
+THREADS = (1, 2, 3, 4, 7, 16)
+
+
+@pytest.fixture
+def restore():
+    yield
+    bind(_runtime.level)
+
+
+def differing(got, first):
+    return [name for name in first if not same_bits(got[name], first[name])]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_threads_and_levels(case, dtype, rng, restore):
+    data = case.data(rng, dtype, offset=3.0)
+    case.rows(data[0])[0, 0, :1] += 1e6  # a row that may be summed again
+    bind(LEVELS[-1])
+    first = case.everything(*data, num_threads=1)
+    for level in LEVELS:
+        bind(level)
+        for threads in THREADS[1:] if level == LEVELS[-1] else THREADS[:2]:
+            assert not differing(case.everything(*data, num_threads=threads), first), threads
+
+
+@every_dtype
+@every_case
+def test_cache_sizes_and_alignment(case, dtype, rng):
+    """Streamed or not, in place or not, and wherever in memory the arrays lie."""
+    x, dy, gamma, beta = case.data(rng, dtype)
+    kernels = _runtime.row_kernels
+    first = case.everything(x, dy, gamma, beta)
+    _, statistics = case.forward(x, gamma, beta)
+    try:
+        for l3 in (0, 2**40):
+            kernels.set_caches(2**18, l3)
+            assert not differing(case.everything(x, dy, gamma, beta), first)
+            for start in (1, 3):
+                room = np.full(x.size + start + 16, np.nan, dtype)
+                out = room[start : start + x.size].reshape(x.shape)
+                case.forward(x, gamma, beta, out=out)
+                assert same_bits(out, first["y"])
+                case.backward(dy, x, statistics, gamma, out=out)
+                assert same_bits(out, first["dx"])
+                assert np.isnan(room[:start]).all()
+                assert np.isnan(room[start + x.size :]).all()
+            own = x.copy()
+            assert case.forward(own, gamma, beta, out=own)[0] is own
+            assert same_bits(own, first["y"])
+            for given in (0, 1):
+                pair = [dy.copy(), x.copy()]
+                dx = case.backward(*pair, statistics, gamma, out=pair[given])[0]
+                assert dx is pair[given]
+                assert same_bits(dx, first["dx"])
+    finally:
+        _runtime.kernels_at(_runtime.level, "layer_norm")  # sets the caches as the machine has them
+
+
+@pytest.mark.parametrize("case", [layer(300, 1024), group(4, 3, 16, 64, 64)], ids=str)
+def test_repeats(case, rng, level):
+    """With more threads than cores, too."""
+    data = case.data(rng, np.float32)
+    first = case.everything(*data, num_threads=1)
+    for repeat in range(30):
+        got = case.everything(*data, num_threads=THREADS[repeat % len(THREADS)])
+        assert not differing(got, first)
+
+
+@every_dtype
+def test_a_sample_does_not_depend_on_the_batch(dtype, rng):
+    """y, dx and statistics of one sample alone are those it has in the batch."""
+    for case in CASES:
+        x, dy, gamma, beta = case.data(rng, dtype)
+        whole = case.everything(x, dy, gamma, beta)
+        i = len(x) // 2
+        alone = case.everything(x[i : i + 1], dy[i : i + 1], gamma, beta)
+        assert same_bits(alone["y"][0], whole["y"][i])
+        assert same_bits(alone["dx"][0], whole["dx"][i])

@@ -1,0 +1,379 @@
+"""`Moments` as an accumulator: chunkings, selections, files larger than what may be copied."""
+
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+from bounds import column, wide
+
+import cybn
+from cybn import Moments, _chunks
+
+C = 5
+STD = np.arange(1.0, C + 1)
+# (dtype, mean in standard deviations, what the relative error of the variance must stay below)
+BARS = [
+    (np.float32, 0.0, 1e-12),
+    (np.float64, 0.0, 1e-12),
+    (np.float32, 1e4, 1e-10),
+    (np.float64, 1e4, 1e-10),
+    (np.float64, 1e8, 1e-8),
+]
+
+
+def collect(parts, channels=C, **options):
+    m = Moments.empty(channels)
+    for part in parts:
+        m = m.update(part, num_threads=1, **options)
+    return m
+
+
+def exact(x, axis=1):
+    """Mean and variance in long double, about the mean."""
+    (x,) = wide(x)
+    axis %= x.ndim
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    mean = x.mean(others)
+    return mean, ((x - column(mean, x.ndim, axis)) ** 2).mean(others)
+
+
+def check(m, x, axis=1, var_bar=1e-12):
+    """Mean within 4 ulp of the larger of mean and standard deviation; variance relative."""
+    mean, var = exact(x, axis)
+    ulp = np.spacing(np.maximum(np.abs(mean), np.sqrt(var)).astype(float))
+    assert (np.abs(m.mean - mean) <= 4 * ulp).all()
+    assert (np.abs(m.var() - var) <= var_bar * var).all()
+    return float(np.max(np.abs(m.mean - mean) / ulp)), float(np.max(np.abs(m.var() - var) / var))
+
+
+# ---- chunkings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunkings", [200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dtype", "offset", "bar"), BARS)
+def test_random_chunkings(dtype, offset, bar, chunkings, rng):
+    x = ((rng.standard_normal((1500, C)) + offset) * STD).astype(dtype)
+    worst = []
+    for _ in range(chunkings):
+        pieces = rng.integers(1, rng.choice([3, 30, 150]))
+        cuts = np.sort(rng.choice(np.arange(1, len(x)), pieces, replace=False))
+        m = collect(np.split(x, cuts))
+        assert m.count == len(x)
+        worst.append(check(m, x, var_bar=bar))
+    ulps, relative = np.max(worst, axis=0)
+    print(f"{dtype.__name__} {offset:g}: mean {ulps:.2f} ulp, variance {relative:.1e}")
+
+
+@pytest.mark.parametrize("parts", [1, 1500])
+@pytest.mark.parametrize(("dtype", "offset", "bar"), BARS)
+def test_in_one_go_and_value_by_value(dtype, offset, bar, parts, rng):
+    x = ((rng.standard_normal((1500, C)) + offset) * STD).astype(dtype)
+    check(collect(np.split(x, parts)), x, var_bar=bar)
+
+
+def test_merging_goes_on_as_exactly_as_updating(rng):
+    x = (rng.standard_normal((1500, C)) + 1e8) * STD
+    halves = [collect(np.split(half, 150)) for half in np.split(x, 2)]
+    check(halves[0].merge(halves[1]), x, var_bar=1e-8)
+
+
+def test_one_piece_of_float64_has_the_bits_of_moments(level, rng):
+    for axis in (1, -1):
+        x = rng.standard_normal((9, C, 30, C)) + 3
+        assert Moments.empty(C).update(x, axis=axis) == cybn.moments(x, axis=axis)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_bits_on_any_number_of_threads(threads, rng):
+    x = rng.standard_normal((300, C, 400), dtype=np.float32)
+    assert Moments.empty(C).update(x, num_threads=threads) == Moments.empty(C).update(x)
+
+
+def test_update_returns_a_new_one(rng):
+    empty = Moments.empty(C)
+    m = empty.update(rng.standard_normal((9, C)))
+    assert empty == Moments(0, np.zeros(C), np.zeros(C))
+    assert m.count == 9
+    assert m.update(np.empty((0, C))) is m
+    assert not m.mean.flags.writeable
+
+
+# ---- any size ----------------------------------------------------------------------------
+
+LAYOUTS = [
+    ((7, C, 6, 5), 1),
+    ((7, 6, 5, C), -1),
+    ((C, 70), 0),
+    ((40, 1, 3), 1),
+    ((2, 300, 3), 1),
+    ((30, C, 4), 0),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
+@pytest.mark.parametrize("few", [1, 50, 10**6])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pieces_cover_the_array_once(shape, axis, few, order, monkeypatch, rng):
+    monkeypatch.setattr(_chunks, "FEW", few)
+    monkeypatch.setattr(_chunks, "ROWS", 2)
+    monkeypatch.setattr(_chunks, "MOST", 60)
+    x = np.zeros(shape, order=order)
+    axis %= x.ndim
+    pieces = _chunks.Chunks(x.shape, x.strides, axis)
+    sizes = []
+    for index in pieces:
+        x[index] += 1
+        sizes.append(x[index].size)
+        assert x[index].shape[axis] == shape[axis]
+    assert (x == 1).all()
+    assert len(pieces) == len(sizes)
+    assert max(sizes) <= max(60, shape[axis])
+    x[...] = rng.standard_normal(shape) + 5
+    check(Moments.empty(shape[axis]).update(x, axis=axis), x, axis)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_memory_mapped_file_in_bounded_memory(turned, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(_chunks, "FEW", 1 << 12)
+    monkeypatch.setattr(_chunks, "MOST", 1 << 14)
+    shape, count = (4000, 4, 100), 400_000  # 6 or 13 MB, in a walk of pieces of at most 128 KiB
+    x = np.memmap(tmp_path / "x", dtype, "w+", shape=shape[::-1] if turned else shape)
+    x = x.T if turned else x
+    for i, part in enumerate(np.array_split(x, 10)):
+        part[...] = i
+    tracemalloc.start()
+    m = Moments.empty(4).update(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 8 * (1 << 14)
+    assert m.count == count
+    np.testing.assert_allclose(m.mean, 4.5, rtol=1e-15)
+    np.testing.assert_allclose(m.var(), 8.25, rtol=1e-15)
+
+
+def test_progress_sees_each_piece(rng):
+    x = rng.standard_normal((70, 3, 2000))
+    seen = []
+
+    def bar(pieces):
+        seen.append(len(pieces))
+        for piece in pieces:
+            yield piece
+            seen.append(1)
+
+    assert Moments.empty(3).update(x, progress=bar) == Moments.empty(3).update(x)
+    assert seen == [2, 1, 1]
+
+
+def test_tqdm(rng, capsys):
+    tqdm = pytest.importorskip("tqdm")
+    m = Moments.empty(3).update(rng.standard_normal((70, 3, 2000)), progress=tqdm.tqdm)
+    assert m.count == 140_000
+    assert "2/2" in capsys.readouterr().err
+
+
+# ---- mask, weights, lengths --------------------------------------------------------------
+
+each_axis = pytest.mark.parametrize("axis", [1, -1], ids=["channels-first", "channels-last"])
+
+
+def poisoned(rng, axis, dtype=np.float32):
+    """A batch (12, C, 7, 3) on `axis`, a mask of its positions, and NaN wherever that is False."""
+    x = (rng.standard_normal((12, C, 7, 3)) * column(STD, 4, 1) + 3).astype(dtype)
+    mask = rng.random((12, 1, 7, 3)) < 0.6
+    x[np.broadcast_to(~mask, x.shape)] = np.nan
+    return np.moveaxis(x, 1, axis), np.moveaxis(mask, 1, axis)
+
+
+@each_axis
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masked_is_the_same_as_gathered(axis, dtype, rng):
+    x, mask = poisoned(rng, axis, dtype)
+    m = Moments.empty(C).update(x, axis=axis, mask=mask)
+    valid = np.moveaxis(x, axis, -1)[np.moveaxis(mask, axis, -1)[..., 0]]
+    assert m == cybn.moments(valid.astype(float))
+    assert type(m.count) is int
+    assert m.count == mask.sum()
+
+
+def test_a_mask_that_differs_by_channel(rng):
+    x = rng.standard_normal((50, C)) + 3
+    mask = rng.random((50, C)) < 0.7
+    mask[:, 2] = False
+    m = Moments.empty(C).update(np.where(mask, x, np.nan), mask=mask)
+    assert m.count.dtype == np.int64
+    np.testing.assert_array_equal(m.count, mask.sum(0))
+    assert m.mean[2] == m.m2[2] == 0
+    assert np.isnan(m.var()[2])
+    for c in (0, 1, 3, 4):
+        alone = cybn.moments(x[mask[:, c], c][:, None])
+        assert (m.mean[c], m.m2[c]) == (alone.mean[0], alone.m2[0])
+    twice = m.update(x)  # one count meets many
+    np.testing.assert_array_equal(twice.count, mask.sum(0) + 50)
+    everything = [np.concatenate([x[mask[:, c], c], x[:, c]]) for c in range(C)]
+    np.testing.assert_allclose(twice.var(1), [v.var(ddof=1) for v in everything], rtol=1e-13)
+    assert repr(m).startswith("Moments(count=[")
+    assert pickle.loads(pickle.dumps(m)) == m
+    assert twice.merge(Moments.empty(C)) is twice
+    with pytest.raises(ValueError, match="read-only"):
+        m.count[0] = 1
+
+
+@each_axis
+def test_pieces_of_a_selection(axis, monkeypatch, rng):
+    x, mask = poisoned(rng, axis)
+    weights = rng.random((12, 1, 1, 1))
+    whole = Moments.empty(C).update(x, axis=axis, mask=mask, weights=weights)
+    monkeypatch.setattr(_chunks, "FEW", 100)
+    monkeypatch.setattr(_chunks, "ROWS", 2)
+    parts = Moments.empty(C).update(x, axis=axis, mask=mask, weights=weights)
+    np.testing.assert_allclose(parts.count, whole.count, rtol=1e-14)
+    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(parts.m2, whole.m2, rtol=1e-13)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_whole_weights_are_repetitions(by_channel, rng):
+    x = rng.standard_normal((60, C)) + 3
+    weights = rng.integers(0, 4, (60, C if by_channel else 1))
+    x[np.broadcast_to(weights == 0, x.shape)] = np.nan  # never looked at
+    m = Moments.empty(C).update(x, weights=weights)
+    for c in range(C):
+        times = weights[:, c if by_channel else 0]
+        values = np.repeat(x[:, c], times)
+        count = m.count[c] if by_channel else m.count
+        assert count == times.sum()
+        np.testing.assert_allclose(m.mean[c], values.mean(), rtol=1e-14)
+        for ddof in (0, 1):
+            np.testing.assert_allclose(m.var(ddof)[c], values.var(ddof=ddof), rtol=1e-13)
+    if not by_channel:
+        assert type(m.count) is float
+
+
+def test_weights_of_one_change_only_the_type_of_the_count(rng):
+    x = rng.standard_normal((60, C)) + 1e4
+    plain, weighted = Moments.empty(C).update(x), Moments.empty(C).update(x, weights=1.0)
+    assert type(weighted.count) is float
+    assert weighted.count == plain.count
+    check(weighted, x, var_bar=1e-10)
+    both = plain.merge(weighted)
+    assert type(both.count) is float
+    assert both.count == 120
+
+
+@each_axis
+def test_lengths(axis, rng):
+    x = rng.standard_normal((6, C, 9)) + 3
+    lengths = np.array([9, 0, 4, 1, 9, 7], np.uint8)
+    mask = np.arange(9) < lengths[:, None, None]
+    x[np.broadcast_to(~mask, x.shape)] = np.nan
+    valid = x.transpose(0, 2, 1)[mask[:, 0]]
+    x = np.moveaxis(x, 1, axis)
+    m = Moments.empty(C).update(x, axis=axis, lengths=lengths)
+    assert m == cybn.moments(valid)
+    every_other = (np.arange(9) % 2 == 0).reshape((9, 1) if axis == -1 else (9,))
+    m = Moments.empty(C).update(x, axis=axis, lengths=lengths, mask=every_other)
+    assert m.count == sum((n + 1) // 2 for n in lengths.tolist())
+
+
+def test_nothing_selected_adds_nothing(rng):
+    x = rng.standard_normal((6, C))
+    m = Moments.empty(C).update(x)
+    assert m.update(x, mask=np.zeros((6, 1), bool)) == m
+    assert m.update(x, weights=np.zeros((6, 1))) == m
+
+
+def test_nan_stays_in_its_channel(rng):
+    x = rng.standard_normal((6, C))
+    clean = Moments.empty(C).update(x).update(x)
+    dirty = x.copy()
+    dirty[3, 1] = np.nan
+    m = Moments.empty(C).update(x).update(dirty)
+    assert np.isnan([m.mean[1], m.m2[1]]).all()
+    np.testing.assert_array_equal(np.delete(m.mean, 1), np.delete(clean.mean, 1))
+    np.testing.assert_array_equal(np.delete(m.m2, 1), np.delete(clean.m2, 1))
+
+
+# ---- what it refuses ---------------------------------------------------------------------
+
+X = np.ones((4, C, 3), np.float32)
+BAD = {
+    "integers": (X.astype(np.uint8), {}, TypeError, r"x is uint8.*piece by piece.*astype"),
+    "masked array": (np.ma.masked_array(X), {}, TypeError, "masked array"),
+    "rank": (X[0, 0], {}, ValueError, "at least 2 axes"),
+    "channels": (X[:, :2], {}, ValueError, r"2 channels on axis 1; these moments have 5"),
+    "mask of numbers": (X, {"mask": np.ones(X.shape)}, TypeError, "mask is float64.*bool"),
+    "mask of another shape": (
+        X,
+        {"mask": np.ones((4, 2, 3), bool)},
+        ValueError,
+        r"mask has shape \(4, 2, 3\).*broadcastable.*\(4, 5, 3\)",
+    ),
+    "mask of more axes": (X, {"mask": np.ones((2, 4, C, 3), bool)}, ValueError, "mask has shape"),
+    "negative weights": (X, {"weights": -1.0}, ValueError, r"weights has the value -1\.0"),
+    "NaN weights": (X, {"weights": np.nan}, ValueError, "weights has the value nan"),
+    "lengths that are too long": (X, {"lengths": [1, 2, 3, 4]}, ValueError, r"1\.\.4.*0\.\.3"),
+    "too few lengths": (X, {"lengths": [1, 2]}, ValueError, r"lengths has shape \(2,\).*\(4,\)"),
+    "fractional lengths": (X, {"lengths": [1.0] * 4}, TypeError, "lengths is float64"),
+    "lengths without an axis": (X[..., 0], {"lengths": [1] * 4}, ValueError, "needs an axis"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    x, options, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        Moments.empty(C).update(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        ("2", TypeError, "count is '2'"),
+        (np.array([1, -1]), ValueError, "count is -1"),
+        (np.array([1, 2, 3]), ValueError, r"count has shape \(3,\).*\(2,\)"),
+        (float("nan"), ValueError, "count is nan"),
+        (-0.5, ValueError, "count is -0.5"),
+    ],
+)
+def test_bad_counts(count, error, message):
+    with pytest.raises(error, match=message):
+        Moments(count, [0.0, 0.0], [0.0, 0.0])
+
+
+def test_backward_refuses_counts_that_differ_by_channel(rng):
+    x = rng.standard_normal((6, C))
+    m = Moments.empty(C).update(x, mask=np.ones((6, C), bool))
+    with pytest.raises(ValueError, match=r"moments has count \[6 6 6 6 6\]; a channel of x has 6"):
+        cybn.batch_norm_backward(x, x, m)
+
+
+# ---- saved and loaded --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": 0.5}, {"mask": np.ones((300, C), bool)}])
+def test_saved_as_plain_arrays_and_continued_to_the_bit(options, rng, tmp_path):
+    parts = np.split(rng.standard_normal((600, C)) + 1e8, 2)
+    m = Moments.empty(C).update(parts[0], **options)
+    np.savez(tmp_path / "moments.npz", **m.state_dict())
+    with np.load(tmp_path / "moments.npz", allow_pickle=False) as state:
+        twin = Moments.from_state_dict(state)
+    assert twin == m
+    assert type(twin.count) is type(m.count)
+    there, back = twin.update(parts[1], **options), m.update(parts[1], **options)
+    for name, value in there.state_dict().items():
+        assert value.tobytes() == back.state_dict()[name].tobytes()
+    again = pickle.loads(pickle.dumps(m)).update(parts[1], **options)
+    assert again.state_dict()["rest"].tobytes() == back.state_dict()["rest"].tobytes()
+
+
+def test_bad_states():
+    good = Moments.empty(2).state_dict()
+    assert Moments.from_state_dict({k: v for k, v in good.items() if k != "rest"}).count == 0
+    for bad in ({"count": 1}, good | {"var": 1}):
+        with pytest.raises(ValueError, match="the state has the keys"):
+            Moments.from_state_dict(bad)
+    with pytest.raises(ValueError, match=r"rest has shape \(3,\)"):
+        Moments.from_state_dict(good | {"rest": np.zeros(3)})

@@ -1,0 +1,152 @@
+"""Statistics of a whole dataset, recorded in the user's own forward function."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from bounds import column
+from layer_cases import snapshot
+
+import cybn
+from cybn import population_statistics
+
+C = 3
+
+
+@pytest.fixture
+def data(rng):
+    return (rng.standard_normal((50, C, 4)) * column(np.arange(1, C + 1), 3, 1) + 5).astype(float)
+
+
+def uneven(x, size=16):
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+class Network:
+    """Two batch norms around something that is not linear, and one that is used twice."""
+
+    def __init__(self):
+        self.first, self.second = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm1d(C, dtype=float)
+        self.twice = cybn.BatchNorm(C, dtype=float)
+        self.second.gamma[:] = 2
+
+    def __call__(self, x):
+        hidden = np.tanh(self.second(np.abs(self.first(x))))
+        return self.twice(self.twice(hidden) + hidden)
+
+
+def check(m, x):
+    assert m.count == x.size // C
+    np.testing.assert_allclose(m.mean, x.mean((0, 2)), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(m.var(), x.var((0, 2)), rtol=1e-12)
+
+
+def test_one_layer_exactly_where_averages_are_wrong(data):
+    bn, batches = cybn.BatchNorm(C), uneven(data)
+    data[:16] += 4  # the batches differ from each other
+    m = population_statistics(bn, batches)[bn]
+    check(m, data)
+    average = np.mean([b.var((0, 2)) for b in batches], axis=0)
+    assert (np.abs(average / m.var() - 1) > 0.02).all()
+    bn.set_statistics(m)
+    np.testing.assert_allclose(bn.running_var, data.var((0, 2), ddof=1), rtol=1e-6)
+
+
+def test_a_network_by_the_batch(data):
+    net, batches = Network(), uneven(data)
+    result = population_statistics(net, batches)
+    assert list(result) == [net.first, net.second, net.twice]
+    check(result[net.first], data)
+    plain = partial(cybn.batch_norm, eps=1e-5)
+    hidden = [np.abs(plain(b)[0]) for b in batches]
+    check(result[net.second], np.concatenate(hidden))
+    h = [np.tanh(2 * plain(b)[0]) for b in hidden]
+    both = [*h, *(plain(b)[0] + b for b in h)]
+    check(result[net.twice], np.concatenate(both))
+
+
+def test_a_network_by_the_running_statistics(data):
+    """Independent of the batches; first to last, all are right."""
+    results = []
+    for size in (16, 7, 50):
+        net = Network()
+        for layer in (net.first, net.second):
+            m = population_statistics(net, uneven(data, size), upstream="running")[layer]
+            layer.set_statistics(m)
+        results.append(np.array([net.first.running_var, net.second.running_var]))
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-12)
+    net.first.eval()
+    check(m, np.abs(net.first(data)))
+
+
+@pytest.mark.parametrize("upstream", ["batch", "running"])
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+def test_nothing_in_the_layers_changes(mode, upstream, data):
+    net = Network()
+    layers = [net.first, net.second, net.twice]
+    for layer in layers:
+        getattr(layer, mode)()
+    before = [snapshot(layer) for layer in layers]
+    population_statistics(net, uneven(data), upstream=upstream)
+
+    def spoilt():
+        yield data
+        yield data[:, :2]
+
+    with pytest.raises(ValueError, match="num_features"):
+        population_statistics(net, spoilt(), upstream=upstream)
+    assert [snapshot(layer) for layer in layers] == before
+    net.first.train().unfreeze()(data)  # and all is as usual again
+    assert net.first.num_batches_tracked == 1
+
+
+def test_a_frozen_network_still_records(data):
+    bn = cybn.BatchNorm(C).freeze()
+    check(population_statistics(bn, uneven(data))[bn], data)
+
+
+def test_a_list_of_layers(data):
+    bn, last = cybn.BatchNorm(C), cybn.BatchNorm(C)
+    result = population_statistics([bn, np.abs, last], uneven(data))
+    assert list(result) == [bn, last]
+    assert result[last].mean.min() > 0.5
+
+
+def test_batches_are_a_generator_and_progress_sees_them(data):
+    bn, seen = cybn.BatchNorm(C), []
+
+    def bar(batches):
+        for batch in batches:
+            seen.append(len(batch))
+            yield batch
+
+    check(population_statistics(bn, iter(uneven(data)), progress=bar)[bn], data)
+    assert seen == [16, 16, 16, 2]
+
+
+def test_ghost_batches_are_recorded_whole(data):
+    bn = cybn.BatchNorm(C, virtual_batch_size=4, renorm=cybn.Renorm())
+    check(population_statistics(bn, uneven(data))[bn], data)
+
+
+def test_layers_without_running_statistics_are_left_out(data):
+    bn, other = cybn.BatchNorm(C), cybn.BatchNorm(C, track_running_stats=False)
+    assert list(population_statistics([other, bn], uneven(data))) == [bn]
+    with pytest.raises(ValueError, match="no batch norm that tracks running statistics ran in any"):
+        population_statistics(other, uneven(data))
+
+
+def test_what_it_refuses(data):
+    bn = cybn.BatchNorm(C)
+    with pytest.raises(ValueError, match="has no batches"):
+        population_statistics(bn, [])
+    with pytest.raises(TypeError, match="model_or_layers is of type int"):
+        population_statistics(3, [data])
+    with pytest.raises(TypeError, match="model_or_layers is of type list"):
+        population_statistics([bn, 3], [data])
+    with pytest.raises(ValueError, match="upstream is 'eval'"):
+        population_statistics(bn, [data], upstream="eval")
+    with pytest.raises(ValueError, match="one value a channel"):
+        population_statistics(bn, [data, data[:1, :, :1]])
+    lone = population_statistics(bn, [data, data[:1, :, :1]], upstream="running")[bn]
+    assert lone.count == 201
