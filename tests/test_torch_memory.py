@@ -1,4 +1,4 @@
-"""cybn.torch's memory for large outputs: used again, bounded, and given back."""
+"""cybn.torch's memory for large gradients: used again, bounded, and given back."""
 
 import gc
 import threading
@@ -127,12 +127,27 @@ def test_a_training_step_reuses_the_memory_of_the_last(monkeypatch):
         gc.collect()
         kept.append(held(fresh))
     assert len(set(kept)) == 1
-    assert kept[0] == (0, 2 * _memory._rounded(x.nbytes + 64))
+    assert kept[0] == (0, _memory._rounded(x.nbytes + 64))
     cybn.torch.empty_cache()
     assert held(fresh) == (0, 0)
 
 
-def test_small_outputs_are_pytorchs_own(monkeypatch):
+@pytest.mark.parametrize("brief", [True, False])
+@pytest.mark.parametrize("side", [8, 64])
+@pytest.mark.parametrize("kind", ["first", "last", "sliced"])
+def test_results_lie_as_the_tensor_does(kind, side, brief):
+    x = torch.empty(8, 16, side, side)
+    if kind == "last":
+        x = x.to(memory_format=torch.channels_last)
+    x = x[:, ::2] if kind == "sliced" else x
+    y = _memory.empty_like(x, brief=brief)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert y.stride() == torch.empty_like(x).stride()
+    assert y.data_ptr() % 64 == 0
+    assert y._base is None
+
+
+def test_small_gradients_are_pytorchs_own(monkeypatch):
     fresh = Blocks()
     monkeypatch.setattr(_memory, "_blocks", fresh)
     cybn.torch.BatchNorm2d(4)(torch.randn(2, 4, 8, 8)).sum().backward()

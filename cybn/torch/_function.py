@@ -76,7 +76,7 @@ def _forward(
     var: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Moments | None]:
-    y = empty_like(x)
+    y = empty_like(x, brief=False)
     array, gamma, beta = _view(x), _view(weight), _view(bias)
     keywords = options.keywords() | {"out": y.numpy(), "num_threads": _threads(x)}
     if mean is None:
@@ -117,7 +117,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of x, weight and bias."""
     x, weight, bias, mean, var = inputs
-    dx = empty_like(x)
+    dx = empty_like(x, brief=True)
     array, gamma = _view(x), _view(weight)
     keywords = options.keywords() | {"out": dx.numpy(), "num_threads": _threads(x)}
     if options.activation is not None:

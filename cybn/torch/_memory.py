@@ -1,9 +1,14 @@
-"""Memory for large outputs, used again.
+"""Memory for large results: page faults cost more than the normalization itself.
 
-A training step frees in its backward what it allocated in its forward. For blocks of this size the
-C library gives the memory back to the system, so every step pays for every page again: page
-faults, which cost more than the normalization itself. Blocks kept here are used again by the next
-output of about their size. Free blocks and those in use together never exceed the most that
+The C library gives large blocks back to the system when they are freed, so every step of a
+training pays for every page again. Two things are done about it.
+
+What forward returns lives until backward, and comes from `np.empty`, which asks for huge pages.
+The C library keeps some of that memory, and PyTorch's own tensors are then put on it, huge pages
+and all. Keeping it here for the next forward was slower: PyTorch then had to get fresh memory.
+
+What backward returns dies at once, and goes to blocks that are kept here and used again by the
+next result of about their size. Free blocks and those in use together never exceed the most that
 was in use at once.
 """
 
@@ -45,8 +50,7 @@ class Blocks:
         """Return an uninitialized array with the shape, dtype and strides of a dense one."""
         with self._lock:
             block = self._take(_rounded(like.nbytes + ALIGNMENT))
-        start = -block.ctypes.data % ALIGNMENT
-        array: NDArray[Any] = np.ndarray(like.shape, like.dtype, block, start, like.strides)
+        array = _on(block, like)
         weakref.finalize(array, self._returned.append, block).atexit = False
         return array
 
@@ -85,6 +89,12 @@ class Blocks:
             self._free.setdefault(block.size, []).append(block)
 
 
+def _on(block: NDArray[np.uint8], like: NDArray[Any]) -> NDArray[Any]:
+    """Return an aligned array on `block` with the shape, dtype and strides of a dense one."""
+    start = -block.ctypes.data % ALIGNMENT
+    return np.ndarray(like.shape, like.dtype, block, start, like.strides)
+
+
 def _rounded(size: int) -> int:
     """Return the size of the blocks that serve `size` bytes."""
     step = 1 << max(0, size.bit_length() - STEPS.bit_length())
@@ -96,22 +106,25 @@ if hasattr(os, "register_at_fork"):  # another thread may have held the lock
     os.register_at_fork(after_in_child=_blocks.forget)
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Return an uninitialized tensor that lies in memory as `x` does."""
+def empty_like(x: Tensor, *, brief: bool) -> Tensor:
+    """Return an uninitialized tensor that lies in memory as `x` does; `brief` if it dies soon."""
     if x.nbytes < LEAST or not (
         x.is_contiguous()
         or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
     ):
         return torch.empty_like(x, requires_grad=False)
-    return torch.from_numpy(_blocks.array(x.detach().numpy()))
+    like = x.detach().numpy()
+    if brief:
+        return torch.from_numpy(_blocks.array(like))
+    return torch.from_numpy(_on(np.empty(like.nbytes + ALIGNMENT, np.uint8), like))
 
 
 def empty_cache() -> None:
-    """Give memory that is kept for the next outputs back to the system.
+    """Give memory that is kept for the next gradients back to the system.
 
-    Outputs of 1 MiB and more are written to memory that is used again once they are gone, because
-    fresh memory costs page faults. What is kept, with what is in use, never exceeds the most that
-    was in use at once.
+    Gradients of inputs, of 1 MiB and more, are written to memory that is used again once they are
+    gone, because fresh memory costs page faults. What is kept, with what is in use, never exceeds
+    the most that was in use at once.
     """
     _blocks.clear()
