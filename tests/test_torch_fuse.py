@@ -228,6 +228,15 @@ def test_reverted():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_activation():
+    """Compiled alone, it cannot see the mark, so nothing is fused."""
+    model = stack(nn.SiLU).eval()
+    ours = fused(model)
+    for i in (2, 4):
+        ours[i].compile(backend="eager")
+    torch.testing.assert_close(ours(image()), model(image()))
+
+
 def test_what_watches_operations_sees_both_steps():
     model = stack(nn.SiLU).eval()
     x = image()
