@@ -28,7 +28,7 @@ MOST_OPTIONAL = 4  # arguments of a forward; each doubles the traces
 
 _KNOWN = (*ACTIVATIONS, *ACTIVATIONS.values())
 _BASE = nn.modules.batchnorm._BatchNorm
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NOT_ITS_OWN = (nn.Sequential.forward, nn.Module.forward)  # the latter in lists and dicts too
 
 
 class _Tracer(fx.Tracer):
@@ -72,16 +72,10 @@ def _visit(root: nn.Module, calls: dict[nn.Module, set[nn.Module | None]]) -> No
 def _wholes(root: nn.Module) -> Iterator[nn.Module]:
     """Yield the children that have a forward of their own, also those in containers."""
     for child in root.children():
-        if isinstance(child, _CONTAINERS) and "forward" not in _own_names(type(child)):
+        if type(child).forward in _NOT_ITS_OWN:
             yield from _wholes(child)
         else:
             yield child
-
-
-def _own_names(kind: type) -> set[str]:
-    """Return the names that a subclass of a container defines beyond the container's."""
-    classes = itertools.takewhile(lambda c: c not in _CONTAINERS, kind.__mro__)
-    return {name for c in classes for name in vars(c)}
 
 
 def _traces(root: nn.Module) -> list[fx.Graph] | None:
