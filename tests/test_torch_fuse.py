@@ -227,7 +227,6 @@ def test_reverted():
     assert_same(results(other, image()), results(model, image()))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_compiled_activation():
     """Compiled alone, it cannot see the mark, so nothing is fused."""
     model = stack(nn.SiLU).eval()
@@ -238,6 +237,7 @@ def test_a_compiled_activation():
         torch.testing.assert_close(ours(image()), model(image()))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_what_watches_operations_sees_both_steps():
     model = stack(nn.SiLU).eval()
     x = image()
