@@ -98,7 +98,7 @@ def test_a_model_that_is_a_batch_norm(stock):
 
 
 def test_twice_is_once():
-    model = cybn.torch.convert(cybn.torch.convert(sequential(), fuse=True))
+    model = cybn.torch.convert(cybn.torch.convert(sequential()), fuse=True)
     assert fused(model) == ["1"]
     assert fused(cybn.torch.convert(model, fuse=True)) == ["1"]
     cybn.torch.revert(cybn.torch.revert(model))
@@ -227,8 +227,7 @@ def test_what_cannot_be_traced_is_traced_in_parts():
             return self.act(self.bn(self.a(x))) if x.sum() > 0 else x
 
     model = nn.Sequential(Depends())
-    assert names(model) == {
-        "0.a.1": "0.a.2",
+    assert names(model) == {  # a, a container, may be called piece by piece
         "0.b.bn1": "0.b.act",
         "0.b.bn2": "0.b.act",
         "0.b.bn3": None,
@@ -239,13 +238,13 @@ def test_a_batch_norm_with_a_place_that_was_not_traced():
     class Depends(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = sequential()
-            self.bn = self.a[1]
+            self.a = Reads(lambda m, x: m.act(m.bn(x)))
+            self.bn = self.a.bn
 
         def forward(self, x):
             return self.a(x) if x.sum() > 0 else self.bn(x)
 
-    assert names(Depends()) == {"a.1": None}
+    assert names(Depends()) == {"a.bn": None}
 
 
 def test_a_block_with_a_hook_is_looked_at_alone():
@@ -254,6 +253,106 @@ def test_a_block_with_a_hook_is_looked_at_alone():
     model[0].register_forward_hook(lambda *_: None)
     model[1].register_forward_hook(lambda *_: None)
     assert names(model) == {"0.1": "0.2", "1.0": None}
+
+
+def test_a_hook_can_never_come_between():
+    """A norm whose enclosing module ends before the activation is not fused."""
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+            self.act = nn.SiLU()
+
+        def forward(self, x):
+            return self.act(self.block(x))
+
+    model = Apart().eval()
+    ours = cybn.torch.convert(copy.deepcopy(model), fuse=True)
+    for m in (model, ours):
+        m.block.register_forward_hook(lambda m, i, o: o * 1.0)
+    assert not fused(ours)
+    torch.testing.assert_close(ours(image()), model(image()))
+    around = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.SiLU()))
+    assert names(around) == {"0": None}
+
+
+def test_a_wrapper_of_the_activation_comes_between():
+    model = Reads(lambda m, x: m.wrapped(m.bn(x)))
+    model.wrapped = nn.Sequential(model.act)
+    assert names(model) == {"bn": None}
+
+
+def test_what_is_called_piece_by_piece_is_not_fused():
+    class Mine(nn.Sequential):
+        pass
+
+    class Pieces(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.layers = kind(nn.BatchNorm2d(3), nn.SiLU())
+            self.blocks = nn.ModuleList([kind(Block())])
+
+        def forward(self, x, n):
+            for i in range(n):
+                x = self.layers[i](x)
+            return x
+
+    for kind in (nn.Sequential, Mine, lambda *m: nn.ModuleList(m)):
+        model = Pieces(kind).eval()
+        ours = cybn.torch.convert(copy.deepcopy(model), fuse=True)
+        assert fused(ours) == ["blocks.0.0.bn1", "blocks.0.0.bn2"]
+        for n in (1, 2):
+            torch.testing.assert_close(ours(image(), n), model(image(), n))
+
+
+def test_branches_on_gradients_are_seen():
+    model = Reads(lambda m, x: m.act(m.bn(x)) if torch.is_grad_enabled() else m.bn(x))
+    assert names(model) == {"bn": None}
+
+
+def test_fuse_false_undoes_fuse_true():
+    model = cybn.torch.convert(sequential(nn.SiLU), fuse=True)
+    assert fused(model) == ["1"]
+    assert fused(cybn.torch.convert(model)) == []
+    assert fused(cybn.torch.convert(model, fuse=True)) == ["1"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_side_effects_of_a_traced_forward_are_undone(fails):
+    class Counts(Reads):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+            self.register_buffer("ema", torch.ones(3))
+            self.register_buffer("last", None)
+            self.calls, self.seen, self.by_name, self.kinds = 0, [], {}, set()
+            self.plain = torch.ones(2)
+
+        def forward(self, x):
+            self.calls += 1
+            self.steps.add_(1)
+            self.ema.data.mul_(0.5)
+            self.plain.zero_()
+            self.last = self.y = self.act(self.bn(x))
+            self.seen.append(x)
+            self.by_name["x"] = x
+            self.kinds.add(x)
+            if fails and x.sum() > 0:
+                return x
+            return self.y
+
+    model = Counts()
+    attributes, buffers = list(model.__dict__), dict(model._buffers)
+    cybn.torch.convert(model, fuse=True)
+    assert fused(model) == ([] if fails else ["bn"])
+    assert list(model.__dict__) == attributes
+    assert all(model._buffers[name] is b for name, b in buffers.items())
+    assert (model.steps, model.calls, model.last) == (0, 0, None)
+    assert torch.equal(model.ema, torch.ones(3))
+    assert torch.equal(model.plain, torch.ones(2))
+    assert (model.seen, model.by_name, model.kinds) == ([], {}, set())
+    copy.deepcopy(model)
 
 
 def test_tracing_leaves_no_trace():

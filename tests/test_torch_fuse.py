@@ -227,6 +227,16 @@ def test_reverted():
     assert_same(results(other, image()), results(model, image()))
 
 
+def test_a_compiled_activation():
+    """Compiled alone, it cannot see the mark, so nothing is fused."""
+    model = stack(nn.SiLU).eval()
+    ours = fused(model)
+    for i in (2, 4):
+        ours[i].compile(backend="eager")
+    with torch.no_grad():  # dynamo warns of tensors that are no leaves
+        torch.testing.assert_close(ours(image()), model(image()))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_what_watches_operations_sees_both_steps():
     model = stack(nn.SiLU).eval()

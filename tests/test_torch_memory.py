@@ -76,6 +76,34 @@ def test_sizes_waste_an_eighth_at_most(size):
     assert _memory._rounded(rounded) == rounded
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_no_memory(blocks, failures, monkeypatch):
+    """Free blocks are given up before the error is; the bound is not moved by what failed."""
+    alive, spare = array(blocks, 2), array(blocks, 3)
+    del spare
+    before = held(blocks)
+    empty, left = np.empty, [failures]
+
+    def fails(shape, dtype):
+        if dtype is np.uint8 and shape > 2 * MIB and left[0]:
+            left[0] -= 1
+            raise MemoryError
+        return empty(shape, dtype)
+
+    like = empty(2 * MIB + MIB // 2, np.uint8)
+    monkeypatch.setattr(_memory.np, "empty", fails)
+    if failures == 1:
+        assert blocks.array(like).nbytes == like.nbytes
+    else:
+        with pytest.raises(MemoryError):
+            blocks.array(like)
+    monkeypatch.undo()
+    lent, kept = held(blocks)
+    assert (lent, blocks._most) == (before[0], sum(before))
+    assert (kept > 0) == (failures == 1)
+    assert alive.nbytes
+
+
 def test_clear(blocks):
     keep = array(blocks, 2)
     array(blocks, 4)

@@ -194,6 +194,26 @@ def test_statistics_move_in_place(momentum):
     assert all(b._version > v for b, v in zip(buffers, versions, strict=True))
 
 
+@each_mode
+def test_broadcast_statistics_are_left_to_torch(training, kernel_calls):
+    x = image()
+    results = []
+    for bn in (nn.BatchNorm2d(x.shape[1]), cybn.torch.BatchNorm2d(x.shape[1])):
+        bn.train(training)
+        bn.running_mean = torch.zeros(1).expand(x.shape[1])
+        bn.running_var = torch.ones(1).expand(x.shape[1])
+        try:
+            results.append(bn(x).detach())
+        except RuntimeError as error:
+            results.append(str(error))
+        results.append(bn.running_var)
+    assert not kernel_calls
+    if isinstance(results[0], str):
+        assert results[0] == results[2]
+    else:
+        torch.testing.assert_close(results[2:], results[:2])
+
+
 def test_statistics_shared_between_processes():
     bn = bn2d()
     bn.share_memory()
@@ -359,6 +379,17 @@ def test_change_of_a_saved_tensor_is_noticed(training):
     h.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_training_between_evaluation_and_backward():
+    x = image().requires_grad_()
+    bn = bn2d().eval()
+    bn(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    y = bn(x)
+    bn.train()(image() + 5)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected)
 
 
 def test_output_may_be_changed_in_place():

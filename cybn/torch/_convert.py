@@ -27,9 +27,11 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
         lazy and synchronized batch norms are left as they are.
     fuse : bool, default False
         Compute a ReLU, ReLU6, SiLU or LeakyReLU *module* together with the batch norm before it,
-        where `torch.fx` makes certain that it alone takes what the batch norm returns. A batch norm
-        with an activation returns activated values; hooks on either of the two, which would
-        see the difference, turn this off for as long as they are there.
+        where all traces by `torch.fx` show that it alone takes what the batch norm returns, in the
+        same call of the same module. A batch norm with an activation returns activated values;
+        hooks on either of the two, which would see the difference, turn this off for as long as
+        they are there. Surgery on a fused model (replacing the activation, slicing, taking
+        features in between) needs `revert` first. False undoes an earlier True.
 
     Returns
     -------
@@ -55,7 +57,7 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
             logger.debug("%s: batch norm by cybn", name or "the model")
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in STOCK:
             logger.debug("%s: left as it is, a %s", name or "the model", type(module).__name__)
-    fused = _fuse(model) if fuse else 0
+    fused = _fuse(model, followers(model) if fuse else {})
     logger.info("%d batch norms converted, %d with the activation after them", norms, fused)
     return model
 
@@ -95,10 +97,9 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
 
 
-def _fuse(model: nn.Module) -> int:
-    """Give each batch norm the activation that is certain to follow it; return how many."""
+def _fuse(model: nn.Module, found: dict[nn.Module, nn.Module | None]) -> int:
+    """Give each batch norm the activation that was found to follow it; return how many."""
     names = {module: name for name, module in model.named_modules()}
-    found = followers(model)
     fused = 0
     for norm in model.modules():
         if type(norm) not in BATCH_NORMS.values():

@@ -99,7 +99,9 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Moments | None]:
         y, ctx.moments = _forward(x, weight, bias, mean, var, options)
         ctx.options = options
-        ctx.save_for_backward(x, weight, bias, mean, var)
+        # Training the same module before backward moves its statistics: these must not follow.
+        fixed = (None if t is None else t.clone() for t in (mean, var))
+        ctx.save_for_backward(x, weight, bias, *fixed)
         return y, ctx.moments
 
     @staticmethod

@@ -64,13 +64,25 @@ class Blocks:
 
     def _take(self, size: int) -> NDArray[np.uint8]:
         self._collect()
-        self._lent += size
-        self._most = max(self._most, self._lent)
+        lent = self._lent + size
+        most = max(self._most, lent)
         if size in self._free:
-            return self._drop(size)
-        while self._lent + self._kept > self._most:
-            self._drop(next(iter(self._free)))  # of the sizes that came back, the oldest
-        return np.empty(size, np.uint8)
+            block = self._drop(size)
+        else:
+            while lent + self._kept > most:
+                self._drop(next(iter(self._free)))  # of the sizes that came back, the oldest
+            block = self._fresh(size)
+        self._lent, self._most = lent, most  # not before: there may be no memory
+        return block
+
+    def _fresh(self, size: int) -> NDArray[np.uint8]:
+        """Return a new block, at the cost of all free ones if there is no memory otherwise."""
+        try:
+            return np.empty(size, np.uint8)
+        except MemoryError:
+            self._free.clear()
+            self._kept = 0
+            return np.empty(size, np.uint8)
 
     def _drop(self, size: int) -> NDArray[np.uint8]:
         """Remove and return the free block of this size that came last."""

@@ -95,11 +95,14 @@ class _BatchNorm(_Converted):
             or (vectors[2] is None) != (vectors[3] is None)
         ):
             return False
-        return all(
+        if not all(
             v is None
             or (type(v) in _PLAIN and v.is_cpu and v.dtype in dtypes and v.shape == (channels,))
             for v in vectors
-        )
+        ):
+            return False
+        # Statistics that are one number for all channels cannot be written.
+        return channels == 1 or not any(v is not None and v.stride() == (0,) for v in vectors[2:])
 
     def _absorb(self, batch: Any, mean: Tensor | None, var: Tensor | None) -> None:
         """Move the running statistics, in place: they may be shared."""
@@ -116,11 +119,13 @@ class _BatchNorm(_Converted):
             var.detach().copy_(torch.from_numpy(new_var))
 
     def _follower(self) -> Any:
-        """Return the activation that is computed here, unless a hook looks in between."""
+        """Return the activation computed here, unless a hook or a compiled call is in between."""
         if self.follower is None:
             return None
         (follower,) = self.follower
         if not isinstance(follower, _Activation):  # reverted without this one
+            return None
+        if follower._compiled_call_impl is not None:  # follower.compile(): it cannot see the mark
             return None
         hooked = any(
             module._forward_hooks
