@@ -31,7 +31,7 @@ def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
 def _counted(count: Any, channels: int) -> Count:
     """Return `count` as an int, a float, or a read-only (C,) array of either."""
     array = np.asarray(count)
-    if array.ndim == 0 and hasattr(count, "__index__"):
+    if array.ndim == 0 and array.dtype.kind != "f" and hasattr(count, "__index__"):
         result: Count = int(count)  # of any size
         least: Any = result
     elif array.dtype.kind not in "iuf":
@@ -313,6 +313,9 @@ class Moments:
             delta = (other.mean - self.mean) + (_rest(other) - _rest(self))
             mean, rest = _add(self.mean, _rest(self), delta * share)
             m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
+            # A channel that one side is empty in has no delta, and its square may be infinite.
+            one_sided = np.asarray((self.count == 0) | (other.count == 0))
+            m2 = np.where(one_sided, self.m2 + other.m2, m2)
         return Moments._adopt(count, mean, m2, rest)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:

@@ -184,3 +184,17 @@ def test_merging_one_value_into_very_many(big):
     m2 = 2 * Fraction(big) + Fraction(big, big + 1)
     assert abs(Fraction(m.mean[0]) - mean) <= Fraction(ULP64) * mean
     assert abs(Fraction(m.m2[0]) - m2) <= Fraction(ULP64) * m2
+
+
+def test_a_count_in_an_array_of_no_axes():
+    """As in a state dict: a float stays one."""
+    assert cybn.Moments(np.array(2.5), [1.0], [2.0]).count == 2.5
+    assert cybn.Moments(np.array(3), [1.0], [2.0]).count == 3
+
+
+def test_merge_with_a_channel_that_is_empty_on_one_side():
+    x = np.array([[1e160, 1.0], [1e160, 2.0], [1e160, 3.0]])
+    half = cybn.Moments.empty(2).update(x, mask=np.array([[False, True]] * 3))
+    for merged in (half.merge(cybn.moments(x)), cybn.moments(x).merge(half)):
+        assert merged.m2[0] == 0
+        assert list(merged.count) == [3, 6]
