@@ -14,6 +14,7 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 flax = pytest.importorskip("flax")
 
+# E402: these come after Keras' backend is chosen, or where the packages are there.
 import jax  # noqa: E402
 from flax import linen  # noqa: E402
 from onnx import helper  # noqa: E402

@@ -16,6 +16,7 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("flax")
 
+# E402: these come after Keras' backend is chosen, or where the packages are there.
 import jax  # noqa: E402
 from flax import linen, nnx  # noqa: E402
 from onnx import helper, version_converter  # noqa: E402

@@ -17,6 +17,7 @@ import pytest
 os.environ.setdefault("KERAS_BACKEND", "numpy")
 keras = pytest.importorskip("keras")
 
+# E402: these come after Keras' backend is chosen, or where the packages are there.
 import cybn  # noqa: E402
 
 if keras.backend.backend() != "numpy":

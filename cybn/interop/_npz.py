@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 KINDS = "biufc"
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_BROKEN = (
+_BROKEN = (  # all that zipfile and NumPy raise on damaged files; zipfile, on unknown compression,
+    # NotImplementedError
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError),
     *(KeyError, IndexError, OverflowError, RecursionError, MemoryError, RuntimeError),
     *(SyntaxError, tokenize.TokenError, TypeError, ValueError),

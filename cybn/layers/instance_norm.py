@@ -108,6 +108,8 @@ class _InstanceNorm(BatchNorm):
             dtype=dtype,
         )
 
+    # No residual here, unlike in BatchNorm: hence the three overrides that a checker would refuse.
+
     def __call__(  # type: ignore[override]
         self,
         x: ArrayLike,
