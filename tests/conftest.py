@@ -5,6 +5,8 @@ import pytest
 
 from cybn import _rows, _runtime, functional
 
+pytest_plugins = ["matrix"]
+
 LEVELS = _runtime.usable_levels()
 
 

@@ -1,0 +1,164 @@
+"""The reliability matrix: its 37 rows, and the figures that the tests of each row note down.
+
+A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
+fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
+table; `python tests/matrix.py FILE` prints it, and fails if a row failed or was never run.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS = {
+    1: "exact data: mean and variance bit-equal",
+    2: "exact integers: dgamma and dbeta bit-equal",
+    3: "random data: within the error bound",
+    4: "offsets 10^0 to 10^7",
+    5: "constant channels give exactly beta",
+    6: "extremes: std 1e-18 and 1e18, 3e38",
+    7: "NaN and Inf stay in their channel",
+    8: "NaN outside the view has no effect",
+    9: "subnormals are not flushed",
+    10: "running statistics: closed form",
+    11: "gradients: central differences",
+    12: "identities of the gradient, invariance",
+    13: "more than 2^24 values a channel",
+    14: "every S in 1..70, C in 1..40, N in 1..5",
+    15: "odd and notorious shapes",
+    16: "around every block border",
+    17: "strides: sliced, negative, transposed, broadcast",
+    18: "alignment: off by 1, 2, 4, 8 bytes",
+    19: "read-only input and memmaps",
+    20: "overlap of out and x",
+    21: "more than 2^31 elements",
+    22: "wrong and odd dtypes",
+    23: "thread counts: the same bits",
+    24: "instruction levels: the same bits",
+    25: "repeats under load: the same bits",
+    26: "fork after a parallel call",
+    27: "one layer, eight Python threads",
+    28: "beside joblib, executors, PyTorch, scikit-learn, numba",
+    29: "OMP_NUM_THREADS, threadpoolctl, affinity, quota",
+    30: "floating-point environment untouched",
+    31: "interrupts and errors leave the state whole",
+    32: "guard pages around arrays, all tails",
+    33: "sanitizers and bounds checks",
+    34: "many calls with errors: memory and counts flat",
+    35: "state: round trips, damaged and hostile files",
+    36: "mutation: planted faults are caught",
+    37: "property fuzz against the reference",
+}
+
+HOW = {"max": max, "min": min, "sum": lambda a, b: a + b, "last": lambda a, b: b}
+
+
+class Matrix:
+    """What one run saw: per row the outcomes of its tests and the figures they noted."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def row(self, number):
+        if number not in ROWS:
+            raise ValueError(f"the matrix has rows 1 to {len(ROWS)}, not {number}")
+        empty = {"passed": 0, "failed": 0, "skipped": {}, "figures": {}}
+        return self.rows.setdefault(number, empty)
+
+    def note(self, number, name, value, how="max"):
+        """Note a figure; where several tests note the same one, `how` says which one stands."""
+        figures = self.row(number)["figures"]
+        value = value if isinstance(value, (int, str)) else float(value)
+        old = figures.get(name, (value,))[0] if how != "sum" else figures.get(name, (0,))[0]
+        figures[name] = [HOW[how](old, value), how]
+
+    def outcome(self, number, report):
+        row = self.row(number)
+        if report.failed:
+            row["failed"] += 1
+        elif report.skipped:
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            row["skipped"][reason] = row["skipped"].get(reason, 0) + 1
+        elif report.when == "call":
+            row["passed"] += 1
+
+    def add(self, rows):
+        """Add the rows of another run."""
+        for number, other in rows.items():
+            row = self.row(int(number))
+            row["passed"] += other["passed"]
+            row["failed"] += other["failed"]
+            for reason, times in other["skipped"].items():
+                row["skipped"][reason] = row["skipped"].get(reason, 0) + times
+            for name, (value, how) in other["figures"].items():
+                self.note(int(number), name, value, how)
+
+    def table(self):
+        """Return the table in Markdown."""
+        lines = ["| # | what | tests | figures |", "|---|---|---|---|"]
+        for number, title in ROWS.items():
+            row = self.row(number)
+            ran = f"{row['passed']} passed"
+            if row["failed"]:
+                ran += f", {row['failed']} FAILED"
+            if not row["passed"] and not row["failed"]:
+                ran = "; ".join(f"skipped: {reason}" for reason in row["skipped"]) or "NOT RUN"
+            figures = (f"{name}: {shown(value)}" for name, (value, _) in row["figures"].items())
+            lines.append(f"| {number} | {title} | {ran} | {'; '.join(figures)} |")
+        return "\n".join(lines)
+
+    def holes(self):
+        """Return the rows that failed or were never run."""
+        return [n for n in ROWS if self.row(n)["failed"] or not self.row(n)["passed"]]
+
+
+def shown(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+RUN = Matrix()
+
+
+@pytest.fixture
+def figure():
+    """Note a figure of the reliability matrix: `figure(23, "differing bytes", 0, how="sum")`."""
+    return RUN.note
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", metavar="FILE", help="add what this run saw to the matrix in FILE")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "row(number, ...): rows of the reliability matrix")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    for mark in item.iter_markers("row"):
+        for number in mark.args:
+            RUN.outcome(number, outcome.get_result())
+
+
+def pytest_sessionfinish(session):
+    name = session.config.getoption("--matrix")
+    if name:
+        file = Path(name)
+        if file.exists():
+            RUN.add(json.loads(file.read_text("utf-8")))
+        file.write_text(json.dumps(RUN.rows, indent=1), "utf-8")
+
+
+def main(name):
+    matrix = Matrix()
+    matrix.add(json.loads(Path(name).read_text("utf-8")))
+    print(matrix.table())
+    holes = matrix.holes()
+    if holes:
+        sys.exit(f"rows that failed or were never run: {holes}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
