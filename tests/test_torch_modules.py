@@ -206,12 +206,11 @@ def test_broadcast_statistics_are_left_to_torch(training, kernel_calls):
             results.append(bn(x).detach())
         except RuntimeError as error:
             results.append(str(error))
-        results.append(bn.running_var)
-    assert not kernel_calls
+    assert not kernel_calls  # the buffers themselves: PyTorch's threads race for the one number
     if isinstance(results[0], str):
-        assert results[0] == results[2]
+        assert results[0] == results[1]
     else:
-        torch.testing.assert_close(results[2:], results[:2])
+        torch.testing.assert_close(results[1], results[0])
 
 
 def test_statistics_shared_between_processes():
