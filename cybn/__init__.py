@@ -10,6 +10,7 @@ Layers remember gamma, beta and running statistics; functions do not. Both compu
 compiled kernels, in float32 or float64, to the same bits on any number of threads.
 """
 
+from ._memory import empty_cache, set_cache_limit
 from ._runtime import get_num_threads, set_num_threads, show_config, threads
 from ._version import __version__
 from .family import (
@@ -65,6 +66,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "empty_cache",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",
@@ -76,6 +78,7 @@ __all__ = [
     "population_statistics",
     "rms_norm",
     "rms_norm_backward",
+    "set_cache_limit",
     "set_num_threads",
     "show_config",
     "threads",

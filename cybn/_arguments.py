@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._memory import empty_like
+
 # How hard to look for a shared element before calling two views overlapping.
 _MOST_WORK: Any = 10_000
 
@@ -166,7 +168,7 @@ def destination(
 ) -> NDArray[Any]:
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
-        return np.empty_like(x, subok=False)
+        return empty_like(x)
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
     if out.shape != x.shape:

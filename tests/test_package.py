@@ -26,6 +26,7 @@ PUBLIC = {
     *("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm"),
     *("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
     *("group_norm", "group_norm_backward", "instance_norm", "instance_norm_backward"),
+    *("empty_cache", "set_cache_limit"),
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
@@ -34,7 +35,8 @@ DOORS = {
     "_version": set(),
     "_kernels": set(),
     "_layout": set(),
-    "_arguments": set(),
+    "_memory": set(),
+    "_arguments": {"_memory"},
     "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
     "_selection": {"_arguments"},
@@ -48,9 +50,12 @@ DOORS = {
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
     "population": {"layers", "moments"},
-    "": {"layers", "family", "functional", "moments", "population", "_runtime", "_version"},
+    "": {
+        *("layers", "family", "functional", "moments", "population"),
+        *("_memory", "_runtime", "_version"),
+    },
     "plot": {""},
-    "torch": {"functional", "moments"},
+    "torch": {"functional", "moments", "_memory"},
     "demo": {"", "moments"},
     "bench": {"", "moments", "_runtime", "_version", "reference"},
     "__main__": {"", "demo", "bench", "_runtime", "_version"},
