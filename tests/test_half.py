@@ -75,6 +75,24 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("s", [*range(1, 36), 511, 512, 513, 1023, 1025, 1057])
+def test_odd_sizes(rng, dtype, s, level):
+    """Pairs, their borders and what is left over; in place, and at any address."""
+    for n, c in ((1, 1), (2, 5), (37, 3), (71, 2), (6, 33)):
+        if n * s == 1:
+            continue
+        x = np.empty(n * c * s + 1, dtype)[1:].reshape(n, c, s)
+        x[...] = 2 * rng.standard_normal(x.shape) - 1
+        gamma, beta = rng.standard_normal((2, c)).astype(np.float32)
+        wide, m32 = cybn.batch_norm(x.astype(np.float32), gamma, beta, activation="relu")
+        y, m = cybn.batch_norm(x, gamma, beta, activation="relu")
+        assert m == m32
+        assert same_bits(y, wide.astype(dtype))
+        cybn.batch_norm_inference(x, m.mean, m.var(), gamma, beta, activation="relu6", out=x)
+        assert same_bits(x, np.minimum(wide, 6).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_layouts_and_threads(rng, dtype):
     x = rng.standard_normal((6, 10, 12, 14)).astype(dtype)
     y, m = cybn.batch_norm(x)

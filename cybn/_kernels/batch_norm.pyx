@@ -42,6 +42,8 @@ from cybn._kernels.activate cimport (
     IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation, activate, add, chain,
     invert)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
+from cybn._kernels.pairs cimport (
+    col_scale_pairs, col_sum_pairs, scale_pairs, sum_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_gate_add, col_scale, col_scale_add, col_sums, col_sums4,
     col_unscale, gather, repeat, spread)
@@ -107,6 +109,8 @@ cdef struct Job:
     bint owned
     bint gated              # the plain loops of backward go through relu
     bint staged             # more than the plain loops is to be done
+    bint paired_sums        # bfloat16 is widened and summed in one loop
+    bint paired             # bfloat16 goes from x to y in one loop
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
 
@@ -206,6 +210,7 @@ cdef void plan(
     cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * job.item * tensors)
     cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * job.item
     cdef Py_ssize_t columns
+    cdef bint one_loop
     job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
     job.buffered = job.stream or job.storage != NATIVE
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
@@ -216,7 +221,11 @@ cdef void plan(
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
         job.gated = False
-    columns = TILE // 2 if job.staged else TILE
+    job.paired_sums = job.storage == BFLOAT16 and job.reduce == SUMS and job.share == NULL
+    job.paired = job.storage == BFLOAT16 and job.apply == SCALE and job.residual == NULL
+    job.paired = job.paired and job.activation < LEAKY_RELU and not job.zeroed
+    one_loop = job.paired and (job.paired_sums or job.reduce == NO_SUMS)
+    columns = TILE // 2 if job.staged and not one_loop else TILE
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)

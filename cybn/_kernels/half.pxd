@@ -2,7 +2,7 @@
 # Half types in storage: float16 and bfloat16 as 16-bit words, widened to float32 and back.
 #
 # Widening is exact. Narrowing rounds to nearest, ties to even; beyond the largest finite value
-# it gives an infinity, subnormals are kept, a NaN stays a (quiet) NaN. All of it is integer
+# it gives an infinity, subnormals are kept, a NaN becomes the quiet NaN. All of it is integer
 # arithmetic and selects on whole vectors, so it needs no instruction that only some CPUs have,
 # and gives the same bits on all of them.
 
@@ -46,10 +46,11 @@ cdef inline uint16_t to_float16(float f) noexcept nogil:
     return <uint16_t> (u | sign >> 16)
 
 
-cdef inline uint16_t to_bfloat16(float f) noexcept nogil:
+cdef inline uint32_t rounded(float f) noexcept nogil:
+    """The bits of f rounded to bfloat16, in the upper half."""
     cdef uint32_t u = bits(f)
-    cdef uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16
-    return <uint16_t> (u >> 16 | 0x40 if (u & 0x7FFFFFFF) > 0x7F800000 else rounded)
+    u += 0x7FFF + (u >> 16 & 1)
+    return 0x7FC00000 if f != f else u
 
 
 cdef inline void widen(
@@ -79,4 +80,4 @@ cdef inline void narrow(
             h[i] = to_float16(f[i])
     else:
         for i in range(n):
-            h[i] = to_bfloat16(f[i])
+            h[i] = <uint16_t> (rounded(f[i]) >> 16)

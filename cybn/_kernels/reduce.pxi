@@ -59,7 +59,11 @@ cdef void staged_piece(
     """Add values i..i + m of row n, all of one channel."""
     cdef T of_x[PIECE]
     cdef T of_g[PIECE]
-    cdef const T* at_x = fetch_x(job, x, n, i, m, of_x)
+    cdef const T* at_x
+    if T is float and job.paired_sums:
+        sum_pairs(<const uint16_t*> (<const char*> x + n * job.x_row) + i, m, hi, acc)
+        return
+    at_x = fetch_x(job, x, n, i, m, of_x)
     if job.reduce == SUMS:
         sums(at_x, m, hi, acc)
     else:
@@ -113,6 +117,7 @@ cdef void reduce_rows(
     cdef T b[TILE]
     cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, end = w - m
     cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
+    cdef Py_ssize_t half = (w * step + 1) // 2
     if job.activation != IDENTITY:
         scale_coefficients(job, t.c0, t.c1, hi + end, scale_a + end, scale_b + end)
         spread(scale_a + end, m, job.S, scale_a)
@@ -125,21 +130,35 @@ cdef void reduce_rows(
         out2[t.c0 + c] = 0
     spread(hi + end, m, job.S, hi)
     repeat(hi, w, step)
+    if T is float and job.paired_sums:
+        unzip(hi, w * step, half, a)
     for i in range(w * step):
         a[i] = 0
         b[i] = 0
     for i in range(rows // FLUSH):
         reduce_some(x, dy, job, t.n0 + i * FLUSH * step, FLUSH, step, t.c0 * job.S, w * step,
-                    hi, scale_a, scale_b, a, b)
-        gather(a, m, job.S, step, out1 + t.c0)
-        gather(b, m, job.S, step, out2 + t.c0)
+                    half, hi, scale_a, scale_b, a, b)
+        gather_sums(job, a, b, m, step, out1 + t.c0, out2 + t.c0)
     i = t.n0 + (rows - rows % FLUSH) * step
     reduce_some(x, dy, job, i, rows % FLUSH, step, t.c0 * job.S, w * step,
-                hi, scale_a, scale_b, a, b)
+                half, hi, scale_a, scale_b, a, b)
     i = t.n0 + rows * step
-    reduce_some(x, dy, job, i, 1, 1, t.c0 * job.S, w * (t.n1 - i), hi, scale_a, scale_b, a, b)
-    gather(a, m, job.S, step, out1 + t.c0)
-    gather(b, m, job.S, step, out2 + t.c0)
+    reduce_some(x, dy, job, i, 1, 1, t.c0 * job.S, w * (t.n1 - i),
+                half, hi, scale_a, scale_b, a, b)
+    gather_sums(job, a, b, m, step, out1 + t.c0, out2 + t.c0)
+
+
+cdef inline void gather_sums(
+    const Job* job, T* a, T* b, Py_ssize_t m, Py_ssize_t step, double* out1, double* out2
+) noexcept nogil:
+    """Add the columns of m channels to the sums of their channels."""
+    cdef T scratch[TILE]
+    cdef Py_ssize_t w = m * job.S * step
+    if T is float and job.paired_sums:
+        zip_up(a, w, (w + 1) // 2, scratch)
+        zip_up(b, w, (w + 1) // 2, scratch)
+    gather(a, m, job.S, step, out1)
+    gather(b, m, job.S, step, out2)
 
 
 cdef inline Py_ssize_t rows_in_sum(const Job* job) noexcept nogil:
@@ -149,12 +168,15 @@ cdef inline Py_ssize_t rows_in_sum(const Job* job) noexcept nogil:
 
 cdef inline void reduce_some(
     const T* x, const T* dy, const Job* job,
-    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
+    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w, Py_ssize_t half,
     const T* hi, const T* scale_a, const T* scale_b, T* a, T* b,
 ) noexcept nogil:
     """Add values i..i + w of rows n, n + step, ... to the column sums."""
     cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
-    if job.share != NULL and job.reduce == SUMS:
+    if T is float and job.paired_sums:
+        col_sum_pairs(<const uint16_t*> (<const char*> x + n * job.x_row) + i,
+                      step * job.x_row // 2, rows, w, half, hi, a, b)
+    elif job.share != NULL and job.reduce == SUMS:
         masked_rows(x, job, n, rows, step, i, w, hi, a, b)
     elif job.storage != NATIVE and job.reduce == SUMS:
         staged_sums(x, job, n, rows, step, i, w, hi, a, b)
