@@ -45,10 +45,10 @@ from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, wide
 from cybn._kernels.pairs cimport (
     col_scale_pairs, col_sum_pairs, scale_pairs, sum_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_dots2, col_gate_add, col_scale, col_scale_add, col_sums, col_sums4,
-    col_unscale, gather, repeat, spread)
+    FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
+    col_sums, col_sums4, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_MIN, T, WIDE, across, dots, flush, gate_add, scale, scale_add, sums, unscale)
+    LANES, PIECE, RUN_MIN, T, WIDE, across, dots, dots_add, flush, scale, scale_add, sums, unscale)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
@@ -108,6 +108,7 @@ cdef struct Job:
     int threads
     bint owned
     bint gated              # the plain loops of backward go through relu
+    bint added              # the plain loops of reduce add a residual and go through relu
     bint staged             # more than the plain loops is to be done
     bint paired_sums        # bfloat16 is widened and summed in one loop
     bint paired             # bfloat16 goes from x to y in one loop
@@ -215,9 +216,11 @@ cdef void plan(
     job.buffered = job.stream or job.storage != NATIVE
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
     job.gated = job.gated and job.share == NULL
+    job.added = job.residual != NULL and job.activation == RELU and job.reduce == DOTS
+    job.added = job.added and job.share == NULL and job.storage == NATIVE
     job.staged = job.storage != NATIVE or job.activation >= LEAKY_RELU or job.share != NULL
     job.buffered |= y == job.residual and job.staged
-    if job.reduce == DOTS and not job.gated:
+    if job.reduce == DOTS and not job.gated and not job.added:
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
         job.gated = False

@@ -116,6 +116,56 @@ cdef inline void col_dots2(
         b[j] += g0 * d0 + g1 * d1
 
 
+cdef inline void col_dots2_add(
+    const T* restrict dy0,
+    const T* restrict dy1,
+    const T* restrict x0,
+    const T* restrict x1,
+    const T* restrict r0,
+    const T* restrict r1,
+    T* restrict g0,             # OUT (w,) dy through relu at (x - hi) * scale_a + scale_b + r
+    T* restrict g1,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict scale_a,
+    const T* restrict scale_b,
+    T* restrict a,
+    T* restrict b,
+) noexcept nogil:
+    """col_dots2 after a residual and relu; g is its gradient."""
+    cdef Py_ssize_t j
+    cdef T d0, d1
+    for j in range(w):
+        d0 = x0[j] - hi[j]
+        d1 = x1[j] - hi[j]
+        g0[j] = gate(dy0[j], d0 * scale_a[j] + scale_b[j] + r0[j])
+        g1[j] = gate(dy1[j], d1 * scale_a[j] + scale_b[j] + r1[j])
+        a[j] += g0[j] + g1[j]
+        b[j] += g0[j] * d0 + g1[j] * d1
+
+
+cdef inline void col_dots_add(
+    const T* restrict dy,
+    const T* restrict x,
+    const T* restrict r,
+    T* restrict g,              # OUT (w,) dy through relu at (x - hi) * scale_a + scale_b + r
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict scale_a,
+    const T* restrict scale_b,
+    T* restrict a,
+    T* restrict b,
+) noexcept nogil:
+    """col_dots of one row after a residual and relu; g is its gradient."""
+    cdef Py_ssize_t j
+    cdef T d
+    for j in range(w):
+        d = x[j] - hi[j]
+        g[j] = gate(dy[j], d * scale_a[j] + scale_b[j] + r[j])
+        a[j] += g[j]
+        b[j] += g[j] * d
+
+
 cdef inline void col_scale(
     const T* x,                 # IN  (w,)
     T* y,                       # OUT (w,), may be x
@@ -151,22 +201,6 @@ cdef inline void col_scale_add(
     cdef Py_ssize_t j
     for j in range(w):
         y[j] = clamp((x[j] - hi[j]) * a[j] + b[j] + r[j], low, high)
-
-
-cdef inline void col_gate_add(
-    const T* dy,
-    const T* x,
-    const T* r,
-    T* g,
-    Py_ssize_t w,
-    const T* restrict hi,
-    const T* restrict a,
-    const T* restrict b,
-) noexcept nogil:
-    """g = dy through relu at (x - hi) * a + b + r"""
-    cdef Py_ssize_t j
-    for j in range(w):
-        g[j] = gate(dy[j], (x[j] - hi[j]) * a[j] + b[j] + r[j])
 
 
 cdef inline void col_unscale(

@@ -133,6 +133,40 @@ cdef inline void dots(
     flush(a, b, acc)
 
 
+cdef inline void dots_add(
+    const T* restrict dy,       # IN  (n,), n <= PIECE
+    const T* restrict x,        # IN  (n,)
+    const T* restrict r,        # IN  (n,)
+    T* restrict g,              # OUT (n,) dy through relu at (x - hi) * scale_a + scale_b + r
+    Py_ssize_t n,
+    T hi,
+    T scale_a,
+    T scale_b,
+    double* restrict acc,       # IO  (2, WIDE): sums of g and of g * (x - hi)
+) noexcept nogil:
+    """dots after a residual and relu; g is its gradient."""
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef T d, v
+    cdef Py_ssize_t i, j, full = n - n % LANES
+    for j in range(LANES):
+        a[j] = 0
+        b[j] = 0
+    for i in range(full // LANES):
+        for j in range(LANES):
+            d = x[i * LANES + j] - hi
+            v = gate(dy[i * LANES + j], d * scale_a + scale_b + r[i * LANES + j])
+            g[i * LANES + j] = v
+            a[j] += v
+            b[j] += v * d
+    for j in range(n - full):
+        d = x[full + j] - hi
+        g[full + j] = gate(dy[full + j], d * scale_a + scale_b + r[full + j])
+        a[j] += g[full + j]
+        b[j] += g[full + j] * d
+    flush(a, b, acc)
+
+
 cdef inline T clamp(T z, T low, T high) noexcept nogil:
     """z within low..high; NaN and -0.0 stay what they are."""
     z = low if low > z else z
@@ -171,15 +205,6 @@ cdef inline void scale_add(
     cdef Py_ssize_t i
     for i in range(n):
         y[i] = clamp((x[i] - hi) * a + b + r[i], low, high)
-
-
-cdef inline void gate_add(
-    const T* dy, const T* x, const T* r, T* g, Py_ssize_t n, T hi, T a, T b
-) noexcept nogil:
-    """g = dy through relu at (x - hi) * a + b + r"""
-    cdef Py_ssize_t i
-    for i in range(n):
-        g[i] = gate(dy[i], (x[i] - hi) * a + b + r[i])
 
 
 cdef inline void unscale(
