@@ -100,5 +100,8 @@ def extensions():
 
 setup(
     ext_modules=list(extensions()),
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp311" if ABI3 else False},
+        "build_ext": {"parallel": os.cpu_count()},
+    },
 )

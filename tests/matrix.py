@@ -70,8 +70,7 @@ class Matrix:
         """Note a figure; where several tests note the same one, `how` says which one stands."""
         figures = self.row(number)["figures"]
         value = value if isinstance(value, (int, str)) else float(value)
-        old = figures.get(name, (value,))[0] if how != "sum" else figures.get(name, (0,))[0]
-        figures[name] = [HOW[how](old, value), how]
+        figures[name] = [HOW[how](figures[name][0], value) if name in figures else value, how]
 
     def outcome(self, number, report):
         row = self.row(number)
@@ -121,9 +120,14 @@ RUN = Matrix()
 
 
 @pytest.fixture
-def figure():
+def figure(request):
     """Note a figure of the reliability matrix: `figure(23, "differing bytes", 0, how="sum")`."""
-    return RUN.note
+
+    def note(number, name, value, how="max"):
+        Matrix().note(number, name, value, how)  # a wrong row or value is found here
+        request.node.user_properties.append(("figure", (number, name, value, how)))
+
+    return note
 
 
 def pytest_addoption(parser):
@@ -134,17 +138,24 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "row(number, ...): rows of the reliability matrix")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    outcome = yield
-    for mark in item.iter_markers("row"):
-        for number in mark.args:
-            RUN.outcome(number, outcome.get_result())
+def pytest_collection_modifyitems(items):
+    for item in items:
+        rows = {number for mark in item.iter_markers("row") for number in mark.args}
+        item.user_properties += [("row", number) for number in sorted(rows)]
+
+
+def pytest_runtest_logreport(report):
+    """Collect where all reports arrive, those of other processes too."""
+    for kind, value in report.user_properties:
+        if kind == "row":
+            RUN.outcome(value, report)
+        elif kind == "figure" and report.when == "call":
+            RUN.note(*value)
 
 
 def pytest_sessionfinish(session):
     name = session.config.getoption("--matrix")
-    if name:
+    if name and not hasattr(session.config, "workerinput"):  # of pytest-xdist
         file = Path(name)
         if file.exists():
             RUN.add(json.loads(file.read_text("utf-8")))
