@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the cores to the other process
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 
