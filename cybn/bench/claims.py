@@ -121,7 +121,8 @@ def against_floor(
 ) -> Bar:
     """Make a bar against a copy, or an add for backward, on the same threads."""
     floor = "add floor" if operation == "backward" else "copy floor"
-    name = f"{WORDS[operation]} / {floor}"
+    which = "" if where is everything else ", beyond the cache"
+    name = f"{WORDS[operation]} / {floor}{which}"
     return network_bar(name, operation, MINE, Side(FLOOR), bound, where=where)
 
 
