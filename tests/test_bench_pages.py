@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from bench_cases import CACHE, run, steady
@@ -12,6 +13,8 @@ from cybn.bench import BenchError, plans
 from cybn.bench.markdown import check_page, write_page
 from cybn.bench.results import Results, merge
 from cybn.bench.tables import BLOCKS
+
+HERE = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +104,12 @@ def test_a_new_page_has_every_block(tmp_path):
 
 def test_only_marked_places_of_a_page_change(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("above\n<!-- bench: tiny -->\nold\n<!-- end of bench -->\nbelow\n")
+    page.write_text(
+        "above `<!-- bench: bars -->`\n<!-- bench: tiny -->\nold\n<!-- end of bench -->\nbelow\n"
+    )
     write_page(run(steady, bars=True, groups=["tiny"]), page)
     once = page.read_text()
-    assert once.startswith("above\n<!-- bench: tiny -->\n")
+    assert once.startswith("above `<!-- bench: bars -->`\n<!-- bench: tiny -->\n")
     assert once.endswith("<!-- end of bench -->\nbelow\n")
     assert "old" not in once
     assert "| 60x100 |" in once
@@ -116,7 +121,12 @@ def test_only_marked_places_of_a_page_change(tmp_path):
     ("text", "words"),
     [
         ("no marks", "has no place for tables"),
+        ("words of <!-- bench: tiny -->\n<!-- end of bench -->", "has no place for tables"),
         ("<!-- bench: figures -->\n<!-- end of bench -->", "asks for 'figures'"),
+        (
+            "<!-- bench: tiny -->\n\n<!-- bench: bars -->\n<!-- end of bench -->",
+            "without its <!-- end of bench -->",
+        ),
     ],
 )
 def test_pages_that_cannot_be_filled(tmp_path, text, words):
@@ -125,6 +135,15 @@ def test_pages_that_cannot_be_filled(tmp_path, text, words):
     with pytest.raises(BenchError, match=words):
         check_page(page)
     assert page.read_text() == text
+
+
+@pytest.mark.skipif(not (HERE / "docs").exists(), reason="the pages are not beside the tests")
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_pages_of_the_project_can_be_filled(page, tmp_path):
+    copy = tmp_path / "copy.md"
+    copy.write_text((HERE / page).read_text("utf-8"), "utf-8")
+    write_page(run(steady), copy)
+    assert "| 64x112x112 | 10.3 | 10.3 | 20 |" in copy.read_text("utf-8")
 
 
 def test_a_page_in_no_folder(tmp_path):
@@ -199,5 +218,6 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     from cybn.bench.picture import draw
 
-    draw(run(steady, bars=True, groups=["resnet50"]), tmp_path / "run.png")
+    results = run(steady, bars=True, groups=["resnet50"], operations=["forward"])
+    draw(results, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

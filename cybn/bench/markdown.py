@@ -21,7 +21,8 @@ from .tables import BLOCKS, Grid
 
 __all__ = ["check_page", "render", "write_page"]
 
-_MARKED = re.compile(r"(<!-- bench: (.+?) -->\n)(.*?)(<!-- end of bench -->)", re.S)
+_START = re.compile(r"^<!-- bench: (.+) -->$", re.M)  # marks are lines of their own
+_MARKED = re.compile(r"^(<!-- bench: (.+) -->\n)((?:.*\n)*?)(<!-- end of bench -->)$", re.M)
 
 
 def check_page(path: Path) -> None:
@@ -30,13 +31,14 @@ def check_page(path: Path) -> None:
     Raises
     ------
     BenchError
-        If the page has no marks, or marks for a block that there is not, or no folder.
+        If the page has no marks, or one of an unknown block, or one without an end, or no folder.
     """
     if not path.exists():
         if not path.parent.is_dir():
             raise BenchError(f"{path.parent}, where {path.name} would go, is no folder")
         return
-    names = [found[2] for found in _MARKED.finditer(path.read_text(encoding="utf-8"))]
+    text = path.read_text(encoding="utf-8")
+    names = _START.findall(text)
     if not names:
         raise BenchError(
             f"{path} has no place for tables; put <!-- bench: NAME --> and <!-- end of bench --> "
@@ -45,6 +47,8 @@ def check_page(path: Path) -> None:
     for name in names:
         if name not in BLOCKS:
             raise BenchError(f"{path} asks for {name!r}; there are {', '.join(BLOCKS)}")
+    if names != [found[2] for found in _MARKED.finditer(text)]:
+        raise BenchError(f"{path} has a <!-- bench: NAME --> without its <!-- end of bench -->")
 
 
 def write_page(results: Results, path: Path) -> None:
