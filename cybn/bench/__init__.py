@@ -130,16 +130,16 @@ def run(
             quickest=quickest,
         )
         results = _measured(work, peers, json)
-    show_machine(results)
-    if not bars:
-        show_results(results)
-    show_bars(results)
     if json is not None:
         results.save(json)
     for page in markdown:
         write_page(results, page)
     if picture is not None:
         draw(results, picture)
+    show_machine(results)
+    if not bars:
+        show_results(results)
+    show_bars(results)
 
 
 def _measured(work: Plan, peers: Sequence[str] | None, json: Path | None) -> Results:

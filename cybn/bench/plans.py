@@ -18,7 +18,7 @@ BAR_THREADS = 2  # the bars are for two threads
 
 _PLAIN = ["forward", "inference", "backward"]
 _QUICK, _FULL = (0.3, 2), (2.0, 5)  # seconds for a job, about, and fewest rounds
-_BARS = (0.8, 5)
+_BARS = (1.2, 5)
 
 
 class Job(NamedTuple):

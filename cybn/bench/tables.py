@@ -78,7 +78,12 @@ def compact(operation: str, threads: int) -> list[Column]:
 
 
 def times(
-    title: str, records: Sequence[Record], chosen: Sequence[Column], factor: float = 1e3
+    title: str,
+    records: Sequence[Record],
+    chosen: Sequence[Column],
+    *,
+    factor: float = 1e3,
+    in_full: bool = False,
 ) -> list[Grid]:
     """Return a table of times, a shape a row; columns in which nothing was measured are left out.
 
@@ -92,13 +97,18 @@ def times(
         The columns.
     factor : float
         1e3 for milliseconds, 1e6 for microseconds.
+    in_full : bool
+        Whether a row says N too, with all sizes channels-first.
     """
-    shapes = list(dict.fromkeys(record.shape for record in records))
+    shapes = {record.shape: "x".join(map(str, record.sizes)) for record in records}
     found = [(column, best(records, column.side)) for column in chosen]
     found = [(column, by_shape) for column, by_shape in found if by_shape]
     rows = [
-        [shape, *(_cell(by_shape.get(shape), column, factor) for column, by_shape in found)]
-        for shape in shapes
+        [
+            sizes if in_full else shape,
+            *(_cell(by_shape.get(shape), column, factor) for column, by_shape in found),
+        ]
+        for shape, sizes in shapes.items()
     ]
     heads = ["shape", *(column.head for column, _ in found)]
     return [Grid(title, heads, rows)] if found and rows else []
@@ -186,7 +196,7 @@ def groups(results: Results) -> list[Grid]:
             for record in results.records
             if record.case._replace(group="") == case and record.group not in ("resnet50", TINY)
         ]
-        grids += times(f"### {name}", records, compact(operation, BAR_THREADS))
+        grids += times(f"### {name}", records, compact(operation, BAR_THREADS), in_full=True)
     return grids
 
 
@@ -209,7 +219,8 @@ def tiny(results: Results) -> list[Grid]:
     grids = []
     for operation, name in (NAMES | {"layer": LAYER}).items():
         records = results.of(Case(TINY, operation, "float32", 1))
-        grids += times(f"### {name}", records, columns(operation, 1), 1e6)
+        chosen = [column for column in columns(operation, 1) if not column.speed]
+        grids += times(f"### {name}", records, chosen, factor=1e6)
     return grids
 
 
