@@ -17,7 +17,7 @@ __all__ = ["BAR_THREADS", "Job", "Plan", "plan"]
 BAR_THREADS = 2  # the bars are for two threads
 
 _PLAIN = ["forward", "inference", "backward"]
-_QUICK, _FULL = (0.3, 2), (2.0, 5)  # seconds for a job, about, and fewest rounds
+_QUICK, _FULL = (0.2, 2), (2.0, 5)  # seconds for a job, about, and fewest rounds
 _BARS = (1.2, 5)
 
 
