@@ -24,8 +24,9 @@ import pytest
 from cybn.bench.floors import FLOOR, floor, floor_answer
 from cybn.bench.machine import machine
 from cybn.bench.peers import PEERS, load
-from cybn.bench.session import TINY, Job, entries, plan
-from cybn.bench.shapes import Shape
+from cybn.bench.plans import Job, plan
+from cybn.bench.session import entries
+from cybn.bench.shapes import TINY, Shape
 from cybn.bench.task import FIRST, OPERATIONS, REUSED, Contestant, Data, Peer, Task
 from cybn.bench.timing import check
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, show_config
-from .bench.shapes import GROUPS
+from .bench import BenchError
+from .bench.shapes import ALL_GROUPS
 
 BENCH_CHOICES = {
-    "groups": [*GROUPS, "tiny"],
+    "groups": list(ALL_GROUPS),
     "operations": ["forward", "inference", "backward", "layer"],
     "dtypes": ["float32", "float64"],
     "layouts": ["channels-first", "channels-last", "nChw8c", "nChw16c"],
@@ -43,9 +44,9 @@ def bench(options: argparse.Namespace) -> None:
     """Measure this machine: cybn beside memory, and beside the peers that are installed."""
     from .bench import run
 
-    names = ("quick", "groups", "operations", "dtypes", "layouts", "threads", "peers", "quickest")
-    chosen = {name: getattr(options, name) for name in names}
-    run(**chosen, json=options.json, picture=options.picture)
+    names = [*BENCH_CHOICES, "quick", "bars", "threads", "quickest"]
+    names += ["json", "picture", "markdown", "stored"]
+    run(**{name: getattr(options, name) for name in names})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,17 +63,37 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "bench", help="how fast this machine is, beside memory and other libraries"
     )
-    one.add_argument("--quick", action="store_true", help="ResNet-50 in float32; about a minute")
+    one.add_argument("--quick", action="store_true", help="ResNet-50 in float32; under a minute")
+    one.add_argument(
+        "--bars", action="store_true", help="only what the bars need: each claim, met or missed"
+    )
     for option, choices in BENCH_CHOICES.items():
         one.add_argument(
             f"--{option}", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices)
         )
     one.add_argument(
-        "--threads", nargs="+", type=at_least_1, metavar="N", help="default: 1 and all CPUs"
+        "--threads", nargs="+", type=at_least_1, metavar="N", help="default: 1, 2 and all CPUs"
     )
     one.add_argument("--quickest", action="store_true", help="minimum of the turns, not median")
     one.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     one.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG here")
+    one.add_argument(
+        "--markdown",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="put the tables into the marked places of pages, or all into a new one",
+    )
+    one.add_argument(
+        "--from",
+        dest="stored",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="report on figures that --json has written, of one machine; measure nothing",
+    )
     one.set_defaults(command=bench, extra="bench")
 
     one = commands.add_parser(
@@ -97,11 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 where an optional package is missing.
+        0, or 1 where an optional package is missing or the bench refuses.
     """
     options = parser().parse_args(arguments)
     try:
         options.command(options)
+    except BenchError as error:
+        print(f"cybn: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         if "extra" not in options or (error.name or "").startswith("cybn"):
             raise

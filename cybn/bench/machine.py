@@ -21,6 +21,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cpus usable": usable_cpus(),
+        "threads a core": _threads_a_core(),
         **_caches(),
         "memory": f"{_memory() / 2**30:.1f} GiB",
         "transparent huge pages": _huge_pages(),
@@ -31,6 +32,7 @@ def machine() -> dict[str, Any]:
         "cybn": config["cybn"],
         "instruction level": config["level active"],
         "openmp": config["openmp"],
+        "environment": _environment(),
         "compiler": _compiler(),
     }
 
@@ -55,6 +57,19 @@ def _cpu_model() -> str:
         if name.strip() == "model name":
             return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _threads_a_core() -> str:
+    siblings = _read("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+    return str(len(re.split("[,-]", siblings))) if siblings else "unknown"
+
+
+def _environment() -> str:
+    """Return the variables that change how threads run."""
+    names = sorted(
+        n for n in os.environ if n.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "CYBN_"))
+    )
+    return " ".join(f"{n}={os.environ[n]}" for n in names) or "nothing set for threads"
 
 
 def _caches() -> dict[str, str]:

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .floors import FLOOR
-from .results import Case, Record, Results, geometric_mean
+from .ratios import geometric_mean
+from .results import Case, Record, Results
 from .task import FIRST, FRESH, LAST, REUSED
 
 __all__ = ["draw"]

@@ -9,20 +9,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .bars import HEADS, row
+from .claims import lines
 from .floors import FLOOR
-from .results import (
-    Case,
-    Comparison,
-    Record,
-    Results,
-    comparisons,
-    over_one_thread,
-    summed_over_layers,
-)
-from .session import TINY
+from .ratios import Comparison, comparisons, over_one_thread, summed_over_layers
+from .results import Case, Record, Results
+from .shapes import TINY
 from .task import FIRST, FRESH, LAST, REUSED
 
-__all__ = ["show_machine", "show_results"]
+__all__ = ["show_bars", "show_machine", "show_results"]
 
 _WIDTH = 132  # of a table at most, where the output is no terminal
 
@@ -61,6 +56,37 @@ def show_results(results: Results) -> None:
     for record in results.failures():
         what = f"{record.contestant}, {record.operation}, {record.shape}, {record.dtype}"
         out.print(f"not timed: {what}: {record.error}", highlight=False, markup=False)
+    sys.stdout.flush()
+
+
+def show_bars(results: Results) -> None:
+    """Print every bar of which something was measured, then the shapes that miss one."""
+    out = console()
+    found = lines(results)
+    table = Table(
+        title="Bars: time / time, at most", box=SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
+    for head in HEADS:
+        number = head in ("figure", "at most", "worst")
+        table.add_column(head, justify="right" if number else "left", no_wrap=number)
+    for line in found:
+        if line.figures:
+            style = {"met": "green", "missed": "bold red"}.get(line.verdict, "")
+            table.add_row(*row(line), style=style)
+    out.print(table)
+    for line in found:
+        if line.offenders:
+            out.print(f"missed: {line.bar.name}", highlight=False)
+        for shape, figure in line.offenders:
+            out.print(
+                f"  {figure:7.3f}{line.bar.unit and ' '}{line.bar.unit}  {shape}", highlight=False
+            )
+    count = {v: sum(line.verdict == v for line in found) for v in ("met", "missed")}
+    rest = sum(bool(line.bar.bound) for line in found) - sum(count.values())
+    out.print(
+        f"{count['met']} bars met, {count['missed']} missed, {rest} not measured or not in full",
+        highlight=False,
+    )
     sys.stdout.flush()
 
 

@@ -1,18 +1,20 @@
-"""What was measured, as plain records, and the ratios that are read from them."""
+"""What was measured, as plain records: kept in a file, read again, put together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import exp, log, prod
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .floors import FLOOR
-from .task import FIRST, LAST, OPERATIONS, REUSED
+from . import BenchError
+from .task import OPERATIONS
 
-__all__ = ["Case", "Comparison", "Record", "Results", "geometric_mean"]
+__all__ = ["Case", "Peak", "Record", "Results", "merge"]
+
+_PASSING = "load before"  # of the machine's record: what may differ between two runs
 
 
 class Case(NamedTuple):
@@ -68,21 +70,29 @@ class Record:
 
 
 @dataclass
-class Comparison:
-    """cybn's time divided by a peer's, shape by shape; below 1, cybn is ahead."""
+class Peak:
+    """The memory that one training forward with ``out=`` takes beside its arguments, in bytes."""
 
-    name: str
-    ratios: dict[str, float]  # by shape
+    shape: str
+    channels: int
+    layout: str
+    dtype: str
+    threads: int
+    traced: int  # by Python and NumPy
+    touched: int  # by the whole process: heap, stacks and all
 
     @property
-    def mean(self) -> float:
-        """The geometric mean over the shapes."""
-        return geometric_mean(list(self.ratios.values()))
+    def allowed(self) -> int:
+        """64 KiB a thread, and 144 float64 values a channel, however large N and S are.
+
+        129 of those are partial sums (`cybn._layout.MOST_CHUNKS`), the others moments and vectors.
+        """
+        return self.threads * (64 << 10) + 144 * 8 * self.channels
 
     @property
-    def worst(self) -> tuple[str, float]:
-        """The shape where cybn does least well."""
-        return max(self.ratios.items(), key=lambda item: item[1])
+    def ratio(self) -> float:
+        """The larger of the two over what is allowed."""
+        return max(self.traced, self.touched) / self.allowed
 
 
 @dataclass
@@ -94,6 +104,7 @@ class Results:
     missing: list[str]
     settings: dict[str, Any]
     records: list[Record] = field(default_factory=list)
+    memory: list[Peak] = field(default_factory=list)
 
     def cases(self) -> list[Case]:
         """Return the cases in the order in which they were measured."""
@@ -110,125 +121,62 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Results:
         """Read what `save` has written."""
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        records = [Record(**r | {"sizes": tuple(r["sizes"])}) for r in stored.pop("records")]
-        return cls(**stored, records=records)
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            records = [Record(**r | {"sizes": tuple(r["sizes"])}) for r in stored.pop("records")]
+            memory = [Peak(**p) for p in stored.pop("memory", [])]
+            return cls(**stored, records=records, memory=memory)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BenchError(f"{path} is not a file that cybn bench --json has written") from error
 
     def save(self, path: Path) -> None:
         """Write everything as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean; NaN of nothing."""
-    return exp(sum(map(log, values)) / len(values)) if values else float("nan")
+def merge(runs: Sequence[Results]) -> Results:
+    """Put runs of different groups or dtypes on one machine together.
 
+    Parameters
+    ----------
+    runs : sequence of Results
+        At least one. What stands under the heads comes from the first.
 
-def best(records: Sequence[Record], chosen: Callable[[Record], bool]) -> dict[str, Record]:
-    """Return the quickest of the chosen records of each shape."""
-    found: dict[str, Record] = {}
-    for record in records:
-        if record.seconds is None or not chosen(record):
-            continue
-        if record.shape not in found or record.seconds < (found[record.shape].seconds or 0):
-            found[record.shape] = record
-    return found
-
-
-def compare(
-    name: str,
-    records: Sequence[Record],
-    ours: Callable[[Record], bool],
-    theirs: Callable[[Record], bool],
-) -> Comparison | None:
-    """Compare the best of ours with the best of theirs on every shape that both have."""
-    mine, other = best(records, ours), best(records, theirs)
-    ratios = {
-        shape: (record.seconds or 0) / (other[shape].seconds or 1)
-        for shape, record in mine.items()
-        if shape in other
-    }
-    return Comparison(name, ratios) if ratios else None
-
-
-def comparisons(records: Sequence[Record], cache: int) -> list[Comparison]:
-    """Compare cybn with everybody else in one case, like with like.
-
-    cybn has the output of the peer, fresh or reused, and its layout; where the layout is a
-    blocked one, cybn is channels-first. The best layout of a peer is picked shape by shape.
-    Shapes larger than `cache` bytes are compared with the floor by themselves too.
+    Raises
+    ------
+    BenchError
+        If they come from different machines, or with other versions or settings, or two of them
+        hold the same group in the same dtype: a ratio compares times of one run.
     """
-
-    def is_cybn(layout: str, output: str) -> Callable[[Record], bool]:
-        return lambda r: (r.peer, r.layout, r.output) == ("cybn", layout, output)
-
-    large = [record for record in records if record.nbytes > cache]
-    found = [
-        compare(f"cybn {layout} {REUSED} / floor{where}", some, is_cybn(layout, REUSED), _is_floor)
-        for layout in (FIRST, LAST)
-        for some, where in ((large, ", larger than the cache"), (records, ""))
-    ]
-    names = dict.fromkeys(r.contestant for r in records if r.peer not in ("cybn", FLOOR))
-    for name in names:
-        one = next(r for r in records if r.contestant == name)
-        layout = LAST if one.layout == LAST else FIRST
-        mine = is_cybn(layout, one.output)
-        label = f"cybn {layout} {one.output} / {one.peer} {one.layout}"
-
-        def of_name(r: Record, name: str = name) -> bool:
-            return r.contestant == name
-
-        found.append(compare(label, records, mine, of_name))
-    for peer, output in dict.fromkeys((r.peer, r.output) for r in records):
-        several = {r.layout for r in records if (r.peer, r.output) == (peer, output)}
-        if peer == "cybn" or len(several) < 2:
-            continue
-
-        def of_peer(r: Record, key: tuple[str, str] = (peer, output)) -> bool:
-            return (r.peer, r.output) == key
-
-        for layout in (FIRST, LAST):
-            label = f"cybn {layout} {output} / {peer}, its best layout"
-            found.append(compare(label, records, is_cybn(layout, output), of_peer))
-    return [comparison for comparison in found if comparison is not None]
-
-
-def over_one_thread(results: Results, case: Case) -> Comparison | None:
-    """Compare cybn on the threads of a case with itself on one, where x fits the cache."""
-    one = case._replace(threads=1)
-    if case == one:
-        return None
-
-    def mine(r: Record, threads: int) -> bool:
-        return (r.peer, r.layout, r.output) == ("cybn", FIRST, REUSED) and r.threads == threads
-
-    cache = results.settings["last-level cache"]
-    records = [r for r in results.of(case) + results.of(one) if r.nbytes <= cache]
-    return compare(
-        f"cybn {FIRST} {REUSED}, {case.threads} threads / 1 thread, in the cache",
-        records,
-        lambda r: mine(r, case.threads),
-        lambda r: mine(r, 1),
+    first = runs[0]
+    merged = Results(
+        dict(first.machine), dict(first.peers), list(first.missing), dict(first.settings)
     )
+    seen: set[tuple[str, str]] = set()
+    for run in runs:
+        _same("machines", merged.machine, run.machine)
+        shared = merged.peers.keys() & run.peers.keys()
+        _same("versions", *({n: r.peers[n] for n in shared} for r in (merged, run)))
+        _same("settings", *({n: r.settings.get(n) for n in _COMMON} for r in (merged, run)))
+        held = {(record.group, record.dtype) for record in run.records}
+        if seen & held or (merged.memory and run.memory):
+            twice = ", ".join(sorted({f"{g} in {d}" for g, d in seen & held})) or "memory"
+            raise BenchError(f"two runs have {twice}; a ratio compares times of one run")
+        seen |= held
+        merged.peers |= run.peers
+        merged.records += run.records
+        merged.memory += run.memory
+    return merged
 
 
-def _is_floor(record: Record) -> bool:
-    return record.peer == FLOOR
+_COMMON = ("shown", "last-level cache")  # settings without which figures do not compare
 
 
-def summed_over_layers(
-    results: Results, dtype: str, threads: int, peer: str, layout: str, output: str
-) -> float | None:
-    """Return the seconds of forward and backward over all 53 layers of ResNet-50.
-
-    None where a shape or an operation was not measured.
-    """
-    total, layers = 0.0, 0
-    for record in results.records:
-        key = (record.group, record.dtype, record.threads, record.peer, record.layout)
-        if key != ("resnet50", dtype, threads, peer, layout) or record.output != output:
-            continue
-        if record.operation in ("forward", "backward") and record.seconds is not None:
-            total += record.layers * record.seconds
-            layers += record.layers
-    return total if layers == 2 * 53 else None
+def _same(what: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse where two runs differ in anything that does not pass."""
+    for name in sorted(one.keys() | other.keys()):
+        if name != _PASSING and one.get(name) != other.get(name):
+            raise BenchError(
+                f"figures of different {what} do not go into one table: "
+                f"{name} is {one.get(name)!r} in one run and {other.get(name)!r} in another"
+            )

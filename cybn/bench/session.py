@@ -1,100 +1,30 @@
-"""One run: which cases there are, and measuring them one after the other."""
+"""One run: measuring the cases of a plan one after the other."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .floors import floor, floor_answer
 from .machine import last_level_bytes, machine, usable_cpus
+from .memory import peaks
 from .peers import load
-from .results import Case, Record, Results
-from .shapes import GROUPS, Shape
-from .task import LAST, LAYOUTS, REUSED, Contestant, Data, Peer, Task
+from .plans import BAR_THREADS, Job, Plan
+from .results import Record, Results
+from .task import LAST, REUSED, Contestant, Data, Peer, Task
 from .timing import Figure, check, measure
 
-__all__ = ["ALL_GROUPS", "TINY", "Job", "Plan", "plan", "run_all"]
-
-TINY = "tiny"
-ALL_GROUPS = {**GROUPS, TINY: [Shape(32, 16), Shape(60, 100)]}
-
-_QUICK, _FULL = (0.3, 2), (2.0, 5)  # seconds for a job, about, and fewest rounds
-
-
-class Job(NamedTuple):
-    """One case on one shape."""
-
-    case: Case
-    shape: Shape
-
-
-class Plan(NamedTuple):
-    """Everything that a run will do."""
-
-    jobs: list[Job]
-    layouts: list[str] | None
-    seconds: float  # for the rounds of a job, about
-    fewest: int  # rounds of a job
-    quickest: bool  # tables show the minimum, not the median
-
-
-def plan(
-    *,
-    quick: bool = False,
-    groups: Sequence[str] | None = None,
-    operations: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    layouts: Sequence[str] | None = None,
-    threads: Sequence[int] | None = None,
-    quickest: bool = False,
-) -> Plan:
-    """List the jobs of a run, all of a shape in a row.
-
-    Parameters
-    ----------
-    quick : bool, default False
-        float32 on all CPUs, ResNet-50 and tiny calls, unless the other arguments say otherwise.
-    groups, operations, dtypes, threads
-        As in `cybn.bench.run`.
-    layouts, quickest
-        As in `cybn.bench.run`.
-    """
-    every = usable_cpus()
-    names = list(groups or (["resnet50", TINY] if quick else ALL_GROUPS))
-    kinds = list(dtypes or (["float32"] if quick else ["float32", "float64"]))
-    counts = list(threads or ([every] if quick else sorted({1, every})))
-    _known("group", names, list(ALL_GROUPS))
-    _known("dtype", kinds, ["float32", "float64"])
-    _known("layout", layouts or [], LAYOUTS)
-    if min(counts) < 1:
-        raise ValueError(f"threads is {counts}; each must be at least 1")
-    jobs = []
-    for group in names:
-        chosen = list(operations or ["forward", "inference", "backward"])
-        if group == TINY and operations is None:
-            chosen.append("layer")
-        _known("operation", chosen, ["forward", "inference", "backward", "layer"])
-        for shape in ALL_GROUPS[group]:
-            for dtype in kinds:
-                for operation in chosen:
-                    for count in [1] if group == TINY else counts:
-                        jobs.append(Job(Case(group, operation, dtype, count), shape))
-    jobs = [j for j in jobs if j.case.operation == "inference" or j.shape.size > j.shape.c]
-    seconds, fewest = _QUICK if quick else _FULL
-    return Plan(jobs, list(layouts) if layouts else None, seconds, fewest, quickest)
-
-
-def _known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no {what} is called {name!r}; there are {', '.join(known)}")
+__all__ = ["entries", "run_all"]
 
 
 def run_all(
-    work: Plan, peers: Sequence[str] | None, watch: Callable[[list[Job]], Iterator[Job]]
+    work: Plan,
+    peers: Sequence[str] | None,
+    watch: Callable[[list[Job]], Iterator[Job]],
+    keep: Callable[[Results], object] = lambda results: None,
 ) -> Results:
     """Measure every job of a plan.
 
@@ -106,6 +36,8 @@ def run_all(
         As in `cybn.bench.run`.
     watch : callable
         Gives the jobs back one by one, and may show how far it is.
+    keep : callable, optional
+        Gets what there is so far whenever a shape is done: a long run may be cut short.
     """
     field, missing = load(peers)
     versions = {peer.name: f"{peer.version}; {peer.note}" for peer in field}
@@ -117,10 +49,12 @@ def run_all(
         "last-level cache": last_level_bytes(),
     }
     results = Results(machine(), versions, missing, settings)
+    results.memory = peaks(min(BAR_THREADS, usable_cpus()))
     data: Data | None = None
     for job in watch(work.jobs):
         key = (job.shape, np.dtype(job.case.dtype))
         if data is None or (data.shape, data.dtype) != key:
+            keep(results)
             data = None  # before the next one takes its memory
             gc.collect()
             data = Data(*key)
@@ -154,6 +88,8 @@ def entries(
 ) -> Iterator[tuple[Peer, str, str]]:
     """Yield who takes part; channels-last where there is nothing after C is no other layout."""
     for peer in peers:
+        if job.peers is not None and peer.name not in ("cybn", *job.peers):
+            continue
         for layout, output in peer.variants(job.case.operation, dtype, job.case.threads):
             if layout == LAST and not job.shape.spatial:
                 continue

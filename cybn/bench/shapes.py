@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-__all__ = ["EDGE", "GROUPS", "INCEPTION", "RESNET50", "Shape"]
+__all__ = ["ALL_GROUPS", "EDGE", "GROUPS", "INCEPTION", "RESNET50", "TINY", "Shape"]
 
 
 class Shape(NamedTuple):
@@ -43,6 +43,11 @@ class Shape(NamedTuple):
     def size(self) -> int:
         """Number of elements."""
         return prod(self.channels_first)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a channel has two values or more, and with them a variance."""
+        return self.size > self.c
 
 
 RESNET50 = [
@@ -88,3 +93,6 @@ GROUPS = {
     "few channels": FEW_CHANNELS,
     "edge": EDGE,
 }
+
+TINY = "tiny"  # calls that take as long as Python does; timed on one thread
+ALL_GROUPS = {**GROUPS, TINY: [Shape(32, 16), Shape(60, 100)]}

@@ -81,11 +81,6 @@ class Data:
         rng.standard_normal(out=values, dtype=self.dtype.type)
         return values
 
-    @property
-    def trainable(self) -> bool:
-        """Whether a channel has two values or more, and with them a variance."""
-        return self.shape.size > self.shape.c
-
     def x(self, layout: str = FIRST) -> Array:
         """Return x in a layout."""
         return self._get("x", layout)
