@@ -2,7 +2,7 @@
 
 A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
 fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
-table; `python tests/matrix.py FILE` prints it, and fails if a row failed or was never run.
+table; `python tests/matrix.py FILE...` prints it, and fails if a row failed or was never run.
 """
 
 import json
@@ -162,9 +162,10 @@ def pytest_sessionfinish(session):
         file.write_text(json.dumps(RUN.rows, indent=1), "utf-8")
 
 
-def main(name):
+def main(names):
     matrix = Matrix()
-    matrix.add(json.loads(Path(name).read_text("utf-8")))
+    for name in names:
+        matrix.add(json.loads(Path(name).read_text("utf-8")))
     print(matrix.table())
     holes = matrix.holes()
     if holes:
@@ -172,4 +173,4 @@ def main(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
