@@ -88,6 +88,14 @@ def test_odd_sizes(rng, dtype, s, level):
         y, m = cybn.batch_norm(x, gamma, beta, activation="relu")
         assert m == m32
         assert same_bits(y, wide.astype(dtype))
+        dy = rng.standard_normal(x.shape).astype(dtype)
+        back = cybn.batch_norm_backward(dy, x, m, gamma)
+        wide_back = cybn.batch_norm_backward(dy.astype(np.float32), x.astype(np.float32), m, gamma)
+        assert same_bits(back[0], wide_back[0].astype(dtype))
+        assert same_bits(back[1], wide_back[1])
+        assert same_bits(back[2], wide_back[2])
+        cybn.batch_norm_backward(dy, x, m, gamma, out=dy)
+        assert same_bits(dy, back[0])
         cybn.batch_norm_inference(x, m.mean, m.var(), gamma, beta, activation="relu6", out=x)
         assert same_bits(x, np.minimum(wide, 6).astype(dtype))
 

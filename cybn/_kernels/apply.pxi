@@ -151,7 +151,7 @@ cdef void apply_runs(
                     m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
                 m = min(m, t.s1 - s)
                 if job.paired:
-                    apply_pairs(x, y, job, n, at, m, hi + i, a + i, z + i, 0)
+                    apply_pairs(x, dy, y, job, n, at, m, hi + i, a + i, k + i, b + i, z + i, 0)
                 elif job.staged:
                     apply_piece(x, dy, y, job, n, at, m, hi[i], a[i], k[i], b[i], z[i])
                 else:
@@ -225,6 +225,7 @@ cdef void apply_rows(
     cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
     cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
     cdef Py_ssize_t half = (w * step + 1) // 2
+    cdef T scratch[TILE]
     if step > 1:
         repeat(hi, w, step)
         repeat(a, w, step)
@@ -232,15 +233,19 @@ cdef void apply_rows(
         repeat(b, w, step)
         repeat(z, w, step)
     if T is float and job.paired:
-        unzip(hi, w * step, half, k)
-        unzip(a, w * step, half, k)
-        unzip(z, w * step, half, k)
+        unzip(hi, w * step, half, scratch)
+        unzip(a, w * step, half, scratch)
+        if job.apply == SCALE:
+            unzip(z, w * step, half, scratch)
+        else:
+            unzip(k, w * step, half, scratch)
+            unzip(b, w * step, half, scratch)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
         while n < min(t.n0 + (g + 1) * group, t.n1):
             m = w * min(step, t.n1 - n)
             if job.paired:
-                apply_pairs(x, y, job, n, t.c0 * job.S, m, hi, a, z, half)
+                apply_pairs(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z, half)
             elif job.staged:
                 apply_row(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
             else:
@@ -249,22 +254,26 @@ cdef void apply_rows(
 
 
 cdef void apply_pairs(
-    const T* x, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
-    const T* hi, const T* a, const T* z, Py_ssize_t half,
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z, Py_ssize_t half,
 ) noexcept nogil:
     """Values i..i + m of row n, of one channel where half is 0; fetch to deliver in one loop."""
     cdef uint16_t buffer[TILE]
-    cdef bint buffered = job.stream or <const void*> x == y
-    cdef const uint16_t* source = <const uint16_t*> (<const char*> x + n * job.x_row) + i
-    cdef uint16_t* to = <uint16_t*> (<char*> y + n * job.y_row) + i
+    cdef bint buffered = job.stream or <const void*> x == y or <const void*> dy == y
+    cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
+    cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
     cdef uint16_t* target = to
     if buffered:
         target = &buffer[0]
     if T is float:
-        if half == 0:
-            scale_pairs(source, target, m, hi[0], a[0], z[0], <T> job.low, <T> job.high)
+        if job.apply == SCALE and half == 0:
+            scale_pairs(at_x, target, m, hi[0], a[0], z[0], <T> job.low, <T> job.high)
+        elif job.apply == SCALE:
+            col_scale_pairs(at_x, target, m, half, hi, a, z, <T> job.low, <T> job.high)
+        elif half == 0:
+            unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, hi[0], a[0], k[0], b[0])
         else:
-            col_scale_pairs(source, target, m, half, hi, a, z, <T> job.low, <T> job.high)
+            col_unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, half, hi, a, k, b)
     if job.stream:
         stream(to, buffer, m * sizeof(uint16_t))
     elif buffered:

@@ -43,7 +43,8 @@ from cybn._kernels.activate cimport (
     invert)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.pairs cimport (
-    col_scale_pairs, col_sum_pairs, scale_pairs, sum_pairs, unzip, zip_up)
+    col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
+    sum_pairs, unscale_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
     col_sums, col_sums4, col_unscale, gather, repeat, spread)
@@ -111,7 +112,7 @@ cdef struct Job:
     bint added              # the plain loops of reduce add a residual and go through relu
     bint staged             # more than the plain loops is to be done
     bint paired_sums        # bfloat16 is widened and summed in one loop
-    bint paired             # bfloat16 goes from x to y in one loop
+    bint paired             # bfloat16 goes from x to y, or from dy and x to dx, in one loop
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
 
@@ -211,7 +212,7 @@ cdef void plan(
     cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * job.item * tensors)
     cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * job.item
     cdef Py_ssize_t columns
-    cdef bint one_loop
+    cdef bint one_loop, plain
     job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
     job.buffered = job.stream or job.storage != NATIVE
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
@@ -224,9 +225,11 @@ cdef void plan(
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
         job.gated = False
-    job.paired_sums = job.storage == BFLOAT16 and job.reduce == SUMS and job.share == NULL
-    job.paired = job.storage == BFLOAT16 and job.apply == SCALE and job.residual == NULL
-    job.paired = job.paired and job.activation < LEAKY_RELU and not job.zeroed
+    plain = job.storage == BFLOAT16 and job.residual == NULL
+    job.paired_sums = plain and job.share == NULL and job.reduce != NO_SUMS
+    job.paired = plain and job.activation < LEAKY_RELU and not job.zeroed and job.apply != SCALE_DY
+    if job.reduce == DOTS and (job.activation != IDENTITY or job.share != NULL):
+        job.paired_sums = job.paired = False
     one_loop = job.paired and (job.paired_sums or job.reduce == NO_SUMS)
     columns = TILE // 2 if job.staged and not one_loop else TILE
     if job.N * job.C * job.S < SERIAL:

@@ -64,7 +64,10 @@ cdef void staged_piece(
     cdef T of_g[PIECE]
     cdef const T* at_x
     if T is float and job.paired_sums:
-        sum_pairs(<const uint16_t*> (<const char*> x + n * job.x_row) + i, m, hi, acc)
+        if job.reduce == SUMS:
+            sum_pairs(half_at(x, job.x_row, n, i), m, hi, acc)
+        else:
+            dot_pairs(half_at(dy, job.dy_row, n, i), half_at(x, job.x_row, n, i), m, hi, acc)
         return
     at_x = fetch_x(job, x, n, i, m, of_x)
     if job.reduce == SUMS:
@@ -169,9 +172,11 @@ cdef inline void reduce_some(
 ) noexcept nogil:
     """Add values i..i + w of rows n, n + step, ... to the column sums."""
     cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
-    if T is float and job.paired_sums:
-        col_sum_pairs(<const uint16_t*> (<const char*> x + n * job.x_row) + i,
-                      step * job.x_row // 2, rows, w, half, hi, a, b)
+    if T is float and job.paired_sums and job.reduce == SUMS:
+        col_sum_pairs(half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, half, hi, a, b)
+    elif T is float and job.paired_sums:
+        col_dot_pairs(half_at(dy, job.dy_row, n, i), step * job.dy_row // 2,
+                      half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, half, hi, a, b)
     elif job.share != NULL and job.reduce == SUMS:
         masked_rows(x, job, n, rows, step, i, w, hi, a, b)
     elif job.storage != NATIVE and job.reduce == SUMS:

@@ -23,6 +23,13 @@ cdef inline const T* fetch(
     return scratch
 
 
+cdef inline const uint16_t* half_at(
+    const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i
+) noexcept nogil:
+    """Where value i of row n of a half type lies."""
+    return <const uint16_t*> (<const char*> base + n * pitch) + i
+
+
 cdef inline double value(
     const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i
 ) noexcept nogil:
