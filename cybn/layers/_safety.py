@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,8 +12,8 @@ from .. import functional
 from ..moments import Moments
 from . import _drift, _trials
 from ._drift import Drift
+from ._passes import Passes
 from ._running import Running
-from ._switches import Switches
 
 __all__ = ["Safety", "Snapshot"]
 
@@ -29,24 +28,8 @@ class Snapshot(NamedTuple):
     seen: tuple[Moments, Running] | None
 
 
-class Safety(Switches):
+class Safety(Passes):
     """What a layer offers beside training and inference; a part of `BatchNorm`."""
-
-    if TYPE_CHECKING:  # what BatchNorm has
-        num_features: int
-        axis: int
-        eps: float
-        track_running_stats: bool
-        running_ddof: int
-        training: bool
-        _running: Running
-        _seen: tuple[Moments, Running] | None
-        _lock: threading.Lock
-
-        def _affine(self) -> list[NDArray[Any]]: ...
-        def _check_own(self, *names: str) -> None: ...
-        def _admit(self, x: ArrayLike) -> NDArray[Any]: ...
-        def _forget(self) -> None: ...
 
     @contextmanager
     def preview(self) -> Iterator[Self]:
@@ -84,7 +67,7 @@ class Safety(Switches):
         with self._lock:
             running, seen = self._running, self._seen
         copy = Running(running.mean.copy(), running.var.copy(), running.batches)
-        affine = [array.copy() for array in self._affine()]
+        affine = [array.copy() for array in self._arrays()]
         return Snapshot(affine, copy, self.training, self._switches(), seen)
 
     def restore(self, snapshot: Snapshot) -> Self:
@@ -109,14 +92,13 @@ class Safety(Switches):
             raise TypeError(
                 f"snapshot is of type {type(snapshot).__name__}; it must come from snapshot()"
             )
-        own = [*self._affine(), self._running.mean]
+        own = [*self._arrays(), self._running.mean]
         theirs = [*snapshot.affine, snapshot.running.mean]
         if [(a.shape, a.dtype) for a in own] != [(a.shape, a.dtype) for a in theirs]:
             raise ValueError(
                 "snapshot is that of a layer with another num_features, affine or dtype"
             )
-        self._check_own("gamma", "beta", "grad_gamma", "grad_beta")
-        for array, value in zip(self._affine(), snapshot.affine, strict=True):
+        for array, value in zip(self._own_affine(), snapshot.affine, strict=True):
             array[...] = value
         mean, var, batches = snapshot.running
         with self._lock:
