@@ -47,6 +47,8 @@ class Passes(Tracking):
 
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
 
+    _by_sample: ClassVar[bool] = False  # whether each sample has statistics of its own
+
     axis = Setting(_settings.integer)
     activation = Setting(_settings.activation)
     slope = Setting(_settings.slope)
@@ -129,7 +131,8 @@ class Passes(Tracking):
             sum to no more than `running_ddof` and are to move the running variance.
         FloatingPointError
             With ``nan_policy="raise"``, where the running statistics would not stay finite. With
-            `out` as well, statistics are taken once more beforehand, to leave it as it was.
+            `out` as well, statistics are taken once more beforehand, to leave it as it was. A
+            `backward` then still belongs to the forward before.
         """
         x = self._admit(x)
         residual = None if residual is None else array("residual", residual)
@@ -207,6 +210,7 @@ class Passes(Tracking):
         """Return y and what backward needs; in parts or renormalized where training is so."""
         if not training or (self._virtual_batch_size is None and self._renorm is None):
             return self._normalize(x, self.gamma, self.beta, **options)
+        self._check_renorm()
         return _parts.forward(
             x,
             self.gamma,
@@ -216,6 +220,11 @@ class Passes(Tracking):
             running=self._running,
             **options,
         )
+
+    def _check_renorm(self) -> None:
+        """Refuse to renormalize towards running statistics that are not kept."""
+        if self._renorm is not None and not self._track_running_stats:
+            raise ValueError("renorm needs running statistics; track_running_stats is False")
 
     def _whole(self, statistics: Moments | list[Part]) -> Moments:
         """Return the statistics of a batch that the running ones move towards."""

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
-from .. import functional
 from ..moments import Moments
 from . import _drift, _trials
 from ._drift import Drift
@@ -25,7 +24,12 @@ class Snapshot(NamedTuple):
     running: Running
     training: bool
     switches: tuple[bool, bool | None, bool]
+    tracks: bool
     seen: tuple[Moments, Running] | None
+
+
+def _copy(seen: tuple[Moments, Running] | None) -> tuple[Moments, Running] | None:
+    return None if seen is None else (seen[0], seen[1].copy())
 
 
 class Safety(Passes):
@@ -37,8 +41,9 @@ class Safety(Passes):
 
         A forward in it normalizes as in training, whatever the mode. Running statistics,
         `num_batches_tracked`, the mode and what the last real forward left for `backward` stay as
-        they are; `backward` itself raises. Holds for the calling thread (or task) alone: others
-        may go on training the layer.
+        they are; `backward` itself raises. The switches hold: a layer that is frozen, or has
+        `use_batch_statistics` set, normalizes as it does in training, by the statistics it is
+        told. Holds for the calling thread (or task) alone: others may go on training the layer.
 
         Yields
         ------
@@ -65,10 +70,10 @@ class Safety(Passes):
         or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
         """
         with self._lock:
-            running, seen = self._running, self._seen
-        copy = Running(running.mean.copy(), running.var.copy(), running.batches)
+            running, seen = self._running.copy(), _copy(self._seen)
         affine = [array.copy() for array in self._arrays()]
-        return Snapshot(affine, copy, self.training, self._switches(), seen)
+        tracks = self._track_running_stats
+        return Snapshot(affine, running, self.training, self._switches(), tracks, seen)
 
     def restore(self, snapshot: Snapshot) -> Self:
         """Go back to a snapshot, to the bit; return the layer.
@@ -98,12 +103,15 @@ class Safety(Passes):
             raise ValueError(
                 "snapshot is that of a layer with another num_features, affine or dtype"
             )
+        if snapshot.tracks is not self._track_running_stats:
+            raise ValueError(
+                f"snapshot is that of a layer with track_running_stats={snapshot.tracks}; here it "
+                f"is {self._track_running_stats}"
+            )
         for array, value in zip(self._own_affine(), snapshot.affine, strict=True):
             array[...] = value
-        mean, var, batches = snapshot.running
         with self._lock:
-            self._running = Running(mean.copy(), var.copy(), batches)
-            self._seen = snapshot.seen
+            self._running, self._seen = snapshot.running.copy(), _copy(snapshot.seen)
         self.training = snapshot.training
         self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
         self._forget()
@@ -116,7 +124,8 @@ class Safety(Passes):
         ----------
         data : array_like, Moments, or None
             A batch, or its moments, to compare with the running statistics as they are now. None:
-            the last batch that moved them, against what they were before it.
+            the last batch that moved them, against what they were before it. An instance norm
+            compares the mean over the samples of their means and variances, as it learns them.
 
         Returns
         -------
@@ -148,7 +157,7 @@ class Safety(Passes):
     def _moments_of(self, data: ArrayLike | Moments) -> Moments:
         """Return the moments of a batch, which may be given as such; of this layer's channels."""
         if not isinstance(data, Moments):
-            return functional.moments(self._admit(data), axis=self.axis)
+            return self._measure(self._admit(data), False, None)
         if len(data) != self.num_features:
             raise ValueError(
                 f"data has {len(data)} channels; this layer has num_features={self.num_features}"

@@ -59,7 +59,10 @@ class Tracking(Switches, Layer):
 
     def _after(self, batch: Moments) -> Running:
         """Return the running statistics after `batch`; they may be those of before."""
-        after = self._running.absorb(batch, self._momentum, self._running_ddof)
+        return self._settled(self._running.absorb(batch, self._momentum, self._running_ddof))
+
+    def _settled(self, after: Running) -> Running:
+        """Return which running statistics stand: these, or those of before if they are spoilt."""
         return self._running.settle(after, self._nan_policy)
 
     def _learn(self, batch: Moments) -> None:
@@ -131,7 +134,8 @@ class Tracking(Switches, Layer):
         Parameters
         ----------
         moments : Moments
-            Of C channels, with more than `running_ddof` values in each.
+            Of C channels, with more than `running_ddof` values in each. For an instance norm, what
+            `population_statistics` found for it.
 
         Raises
         ------
@@ -145,8 +149,16 @@ class Tracking(Switches, Layer):
         """
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
+        self._refuse_untracked("running_mean")
+        few = np.flatnonzero(np.asarray(moments._degrees(self._running_ddof)) <= 0)
+        if few.size and moments.mean.shape == self._shape:
+            raise ValueError(
+                f"moments has count {moments.count}, which in channel {few[0]} is too few for the "
+                f"running variance with running_ddof={self._running_ddof}. Take moments of more "
+                "values, or make the layer with running_ddof=0"
+            )
         mean = _state.finite("running_mean", self._tracked("running_mean", moments.mean))
-        var = self._tracked("running_var", moments.var(self.running_ddof))
+        var = self._tracked("running_var", moments.var(self._running_ddof))
         var = _state.finite("running_var", var, least=0)
         with self._lock:
             self._running = self._running._replace(mean=mean, var=var)

@@ -15,6 +15,7 @@ from ._explain import explain
 from ._renorm import Renorm
 from ._running import NanPolicy
 from ._safety import Safety
+from ._settings import integer
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -143,8 +144,7 @@ class BatchNorm(Safety):
         self.nan_policy = nan_policy
         self.virtual_batch_size = virtual_batch_size
         self.renorm = renorm
-        if self._renorm is not None and not self._track_running_stats:
-            raise ValueError("renorm needs running statistics; track_running_stats is False")
+        self._check_renorm()
 
     @classmethod
     def like(cls, library: str, num_features: int, **options: Any) -> Self:
@@ -183,9 +183,12 @@ class BatchNorm(Safety):
 
         Raises
         ------
+        TypeError
+            If `channel` is no int.
         ValueError
             If there is no such channel.
         """
+        channel = integer("channel", channel)
         if not 0 <= channel < self.num_features:
             raise ValueError(f"channel is {channel}; it must be in 0..{self.num_features - 1}")
         print(explain(self, channel))
