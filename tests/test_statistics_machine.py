@@ -15,6 +15,9 @@ import cybn
 pytestmark = [pytest.mark.row(10), pytest.mark.row(31), pytest.mark.row(35)]
 
 C = 3
+REMEMBERED = (  # by a snapshot
+    *("gamma", "beta", "mean", "var", "batches", "seen", "training", "update", "use", "affine"),
+)
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -221,18 +224,7 @@ class Machine(stateful.RuleBasedStateMachine):
     def restore(self, data):
         taken, model, _ = data.draw(st.sampled_from(self.taken))
         self.bn.restore(taken)
-        for name in [
-            "gamma",
-            "beta",
-            "mean",
-            "var",
-            "batches",
-            "training",
-            "update",
-            "use",
-            "affine",
-            "seen",
-        ]:
+        for name in REMEMBERED:
             setattr(self.model, name, copy.deepcopy(getattr(model, name)))
         self.model.saved = None
 
