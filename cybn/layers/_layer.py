@@ -47,6 +47,7 @@ class Layer:
         self.grad_beta = np.zeros(shape, self._dtype) if shift else None
         self._shape = shape
         self._names = [name for name, has in (("gamma", scale), ("beta", shift)) if has]
+        self._gradient_names = [f"grad_{name}" for name in self._names]
         self._saved: Any = None  # what backward needs of the last forward
 
     @property
@@ -81,28 +82,25 @@ class Layer:
             )
         return saved
 
-    def _own(self, name: str) -> NDArray[Any]:
-        """Return an array of the layer; ValueError unless it can be written to in place."""
-        array = getattr(self, name)
-        if not (
-            isinstance(array, np.ndarray) and array.shape == self._shape and array.flags.writeable
-        ):
-            raise ValueError(
-                f"{name} of this layer must be a writeable array of shape {self._shape}"
-            )
-        return array
-
-    def _own_gradients(self) -> list[NDArray[Any]]:
-        """Return the gradients that the layer has; ValueError unless all can be written to."""
-        return [self._own(f"grad_{name}") for name in self._names]
+    def _own(self, names: list[str]) -> list[NDArray[Any]]:
+        """Return arrays of the layer; ValueError unless all can be written to in place."""
+        arrays = []
+        for name in names:
+            array = getattr(self, name)
+            if not (
+                isinstance(array, np.ndarray)
+                and array.shape == self._shape
+                and array.flags.writeable
+            ):
+                raise ValueError(
+                    f"{name} of this layer must be a writeable array of shape {self._shape}"
+                )
+            arrays.append(array)
+        return arrays
 
     def _arrays(self) -> list[NDArray[Any]]:
         """Return parameters and gradients, whether they are trained or not."""
         return Layer.parameters(self) + Layer.gradients(self)
-
-    def _own_affine(self) -> list[NDArray[Any]]:
-        """Return parameters and gradients; ValueError unless all can be written to."""
-        return [self._own(name) for name in self._names] + self._own_gradients()
 
     # ---- parameters and state ------------------------------------------------------------
 
@@ -112,7 +110,7 @@ class Layer:
 
     def gradients(self) -> list[NDArray[Any]]:
         """Return the gradients in the order of `parameters`."""
-        return [getattr(self, f"grad_{name}") for name in self._names]
+        return [getattr(self, name) for name in self._gradient_names]
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of all that `load_state_dict` needs: ``gamma`` and ``beta``."""
@@ -135,7 +133,7 @@ class Layer:
             unchanged.
         """
         _state.check_keys(state, self._names)
-        own = [self._own(name) for name in self._names]
+        own = self._own(self._names)
         given = [_state.array(name, state[name], self._shape, self.dtype) for name in self._names]
         for array, value in zip(own, given, strict=True):
             array[...] = value

@@ -140,8 +140,10 @@ class Passes(Tracking):
         training = self.training if trial is None else trial.training
         learns = trial is None and self._learns(training)
         functional.is_zero(masked)  # known, or an error
-        given = {"mask": mask, "weights": weights, "lengths": lengths}
-        selected = self._selected(x, given, training, learns)
+        selected: dict[str, Any] = {}
+        if not (mask is None and weights is None and lengths is None):
+            given = {"mask": mask, "weights": weights, "lengths": lengths}
+            selected = self._selected(x, given, training, learns)
         if learns and out is not None and self._nan_policy == "raise":
             self._after(self._measure(x, learns, num_threads, **selected))
         options: dict[str, Any] = {
@@ -185,7 +187,7 @@ class Passes(Tracking):
     ) -> dict[str, Any]:
         """Return what selects values, nothing where all of them count; ValueError if unfit."""
         selected = {name: value for name, value in given.items() if value is not None}
-        positions = functional.positions_of(x, self._axis, **selected) if selected else None
+        positions = functional.positions_of(x, self._axis, **selected)
         if positions is None:
             return {}
         parts = self._virtual_batch_size is not None or self._renorm is not None
@@ -299,7 +301,7 @@ class Passes(Tracking):
         if _trials.active(self) is not None:
             raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
         saved = self._last("input or residual, which backward needs with this activation")
-        gradients = self._own_gradients()
+        gradients = self._own(self._gradient_names)
         options: dict[str, Any] = {
             "beta": self.beta,
             "axis": self._axis,
@@ -326,8 +328,9 @@ class Passes(Tracking):
             dx, dgamma, dbeta, *dresidual = functional.batch_norm_inference_backward(
                 dy, saved.x, mean, var, self.gamma, **options
             )
-        for gradient, value in zip(gradients, (dgamma, dbeta), strict=False):
-            gradient[...] = value if self.train_affine else 0
+        if gradients:
+            gradients[0][...] = dgamma if self.train_affine else 0
+            gradients[1][...] = dbeta if self.train_affine else 0
         self._forget()
         return (dx, *dresidual) if dresidual else dx
 
@@ -339,13 +342,12 @@ class Passes(Tracking):
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
         if not isinstance(x, np.ndarray):
             x = array("x", x)
-        name = type(self).__name__
         if self._axes and x.ndim not in self._axes:
             takes = " or ".join(self._axes.values())
-            raise ValueError(f"x has shape {x.shape}; {name} takes {takes}")
+            raise ValueError(f"x has shape {x.shape}; {type(self).__name__} takes {takes}")
         if -x.ndim <= self._axis < x.ndim and x.shape[self._axis] != self._num_features:
             raise ValueError(
                 f"x has shape {x.shape}, with {x.shape[self._axis]} channels on axis {self._axis}; "
-                f"this {name} has num_features={self._num_features}"
+                f"this {type(self).__name__} has num_features={self._num_features}"
             )
         return x

@@ -120,7 +120,7 @@ class PerSample(Layer, ABC):
             If `dy` or `out` does not fit the input.
         """
         saved = self._last("input, which backward needs")
-        gradients = self._own_gradients()
+        gradients = self._own(self._gradient_names)
         dx, *found = self._differentiate(
             dy,
             saved.x,

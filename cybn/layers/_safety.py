@@ -108,7 +108,8 @@ class Safety(Passes):
                 f"snapshot is that of a layer with track_running_stats={snapshot.tracks}; here it "
                 f"is {self._track_running_stats}"
             )
-        for array, value in zip(self._own_affine(), snapshot.affine, strict=True):
+        everything = self._names + self._gradient_names
+        for array, value in zip(self._own(everything), snapshot.affine, strict=True):
             array[...] = value
         with self._lock:
             self._running, self._seen = snapshot.running.copy(), _copy(snapshot.seen)

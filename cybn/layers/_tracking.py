@@ -59,10 +59,7 @@ class Tracking(Switches, Layer):
 
     def _after(self, batch: Moments) -> Running:
         """Return the running statistics after `batch`; they may be those of before."""
-        return self._settled(self._running.absorb(batch, self._momentum, self._running_ddof))
-
-    def _settled(self, after: Running) -> Running:
-        """Return which running statistics stand: these, or those of before if they are spoilt."""
+        after = self._running.absorb(batch, self._momentum, self._running_ddof)
         return self._running.settle(after, self._nan_policy)
 
     def _learn(self, batch: Moments) -> None:

@@ -210,8 +210,9 @@ class _InstanceNorm(BatchNorm):
     def _after(self, batch: Moments) -> Running:
         """Return the running statistics after `batch`, of which each sample has a mean."""
         assert isinstance(batch, SampleMoments)
-        degrees = self._running_ddof * batch.samples
-        return self._settled(self._running.absorb(batch, self._momentum, degrees))
+        means = self._running_ddof * batch.samples
+        after = self._running.absorb(batch, self._momentum, means)
+        return self._running.settle(after, self._nan_policy)
 
     def _moments_of(self, data: ArrayLike | Moments) -> Moments:
         """Return the moments within the samples of a batch, or of one sample without its axis."""
