@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import tensor
+from ._arguments import array, tensor
 
-__all__ = ["Positions", "Selection", "choose", "select"]
+__all__ = ["SCALE_THEM", "Positions", "Selection", "choose", "select"]
+
+
+SCALE_THEM = "scale them all, which changes no result but the count"
 
 
 class Selection(NamedTuple):
-    """A mask and weights with the axes of x; of size 1 along those that they do not differ along.
+    """What selects values, as it was given, with the axes of x or of size 1 along them.
 
-    Either may be None, but not both.
+    Nothing is converted, and weights are not looked at, before `at` is asked for a part: what was
+    given may be larger than memory.
     """
 
     mask: NDArray[np.bool_] | None
-    weights: NDArray[np.float64] | None
+    weights: NDArray[Any] | None  # of a type that float64 can be made of
+    ends: NDArray[Any] | None  # of each sample
+    places: NDArray[np.intp] | None  # 0, 1, 2, ... along the axis that has an end
 
-    def at(self, index: tuple[slice, ...]) -> Selection:
-        """Return the part that belongs to one piece of x."""
-        return Selection(_cut(self.mask, index), _cut(self.weights, index))
+    def at(
+        self, index: tuple[slice, ...]
+    ) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64] | None]:
+        """Return mask and weights of one piece of x, not both None; ValueError for bad weights."""
+        mask = _cut(self.mask, index)
+        if self.ends is not None:
+            valid = np.asarray(_cut(self.places, index) < _cut(self.ends, index))
+            mask = valid if mask is None else mask & valid
+        weights = _cut(self.weights, index)
+        return mask, None if weights is None else _finite(weights)
 
 
-def _cut(array: NDArray[Any] | None, index: tuple[slice, ...]) -> NDArray[Any] | None:
+def _cut(array: NDArray[Any] | None, index: tuple[slice, ...]) -> Any:
     if array is None:
         return None
     sizes = zip(array.shape, index, strict=True)
@@ -41,12 +55,12 @@ def select(
     lengths: ArrayLike | None,
 ) -> Selection | None:
     """Check what selects the values of an array of this shape; None where all of them count."""
-    chosen = None if mask is None else _mask(shape, mask)
-    if lengths is not None:
-        valid = _valid(shape, axis, lengths)
-        chosen = valid if chosen is None else chosen & valid
-    shares = None if weights is None else _weights(shape, weights)
-    return None if chosen is None and shares is None else Selection(chosen, shares)
+    if mask is None and weights is None and lengths is None:
+        return None
+    chosen = None if mask is None else _spread("mask", _mask(mask), shape, axis)
+    shares = None if weights is None else _spread("weights", _weights(weights), shape, axis)
+    ends, places = (None, None) if lengths is None else _ends(shape, axis, lengths)
+    return Selection(chosen, shares, ends, places)
 
 
 class Positions(NamedTuple):
@@ -65,85 +79,90 @@ def choose(
     lengths: ArrayLike | None,
 ) -> Positions | None:
     """Check what selects positions of all channels alike; None where all of them count once."""
-    if mask is None and weights is None and lengths is None:
+    found = select(shape, axis, mask, weights, lengths)
+    if found is None:
         return None
+    for name, given in (("mask", found.mask), ("weights", found.weights)):
+        if given is not None and given.shape[axis] != 1:
+            raise ValueError(
+                f"{name} has shape {given.shape}; it must be the same for all channels: "
+                f"{_fitting(shape, axis)}, and of size 1 on axis {axis}. "
+                "Moments.update takes one for each channel"
+            )
     one = (*shape[:axis], 1, *shape[axis + 1 :])
-    mask = None if mask is None else _of_positions("mask", mask, shape, axis)
-    weights = None if weights is None else _of_positions("weights", weights, shape, axis)
-    found = select(one, axis, mask, weights, lengths)
-    assert found is not None
-    if found.weights is None:
-        assert found.mask is not None
-        shares = np.broadcast_to(found.mask, one)
+    valid, often = found.at((slice(None),) * len(shape))
+    if often is None:
+        shares = np.broadcast_to(np.asarray(valid), one)
         count = total = int(np.count_nonzero(shares))
         return None if count == shares.size else Positions(shares, count, total)
-    valid = True if found.mask is None else found.mask
-    shares = np.broadcast_to(np.where(valid, found.weights, 0.0), one)
-    return Positions(shares, int(np.count_nonzero(shares)), float(shares.sum()))
+    shares = np.broadcast_to(np.where(True if valid is None else valid, often, 0.0), one)
+    with np.errstate(over="ignore"):
+        sum_of = float(shares.sum())
+    if not isfinite(sum_of):
+        raise ValueError(f"weights sum to {sum_of}; {SCALE_THEM}")
+    return Positions(shares, int(np.count_nonzero(shares)), sum_of)
 
 
-def _of_positions(name: str, value: ArrayLike, shape: tuple[int, ...], axis: int) -> NDArray[Any]:
-    """Return `value` with as many axes as x, of size 1 along the channel axis."""
-    array = np.asarray(value)
+def _fitting(shape: tuple[int, ...], axis: int) -> str:
+    """Return what the shape of a mask must be, in words."""
     rest = shape[:axis] + shape[axis + 1 :]
-    lacks = array.ndim < len(shape)
-    if not lacks and array.shape[axis : axis + 1] != (1,):
-        raise ValueError(
-            f"{name} has shape {array.shape}; it must be the same for all channels: broadcastable "
-            f"to {rest}, the shape of x without its channel axis, or of size 1 on axis {axis}. "
-            "Moments.update takes one for each channel"
-        )
-    own = array.shape if lacks else array.shape[:axis] + array.shape[axis + 1 :]
+    return (
+        f"broadcastable to {rest}, the shape of x without its channel axis, or with as many axes "
+        f"as x to its shape, {shape}"
+    )
+
+
+def _spread(name: str, given: NDArray[Any], shape: tuple[int, ...], axis: int) -> NDArray[Any]:
+    """Return `given` with as many axes as x; ValueError where it cannot be broadcast to it.
+
+    One that has fewer is for all channels alike, whatever the sizes happen to be.
+    """
+    lacks = given.ndim < len(shape)
+    to = shape[:axis] + shape[axis + 1 :] if lacks else shape
     try:
-        fits = np.broadcast_shapes(own, rest) == rest
+        fits = np.broadcast_shapes(given.shape, to) == to
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(
-            f"{name} has shape {array.shape}; it must be broadcastable to {rest}, "
-            "the shape of x without its channel axis"
-        )
+        raise ValueError(f"{name} has shape {given.shape}; it must be {_fitting(shape, axis)}")
     if not lacks:
-        return array
-    return np.expand_dims(array.reshape((1,) * (len(rest) - array.ndim) + array.shape), axis)
+        return given
+    return np.expand_dims(given.reshape((1,) * (len(to) - given.ndim) + given.shape), axis)
 
 
-def _spread(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return `array` with as many axes as x; ValueError where it cannot be broadcast to it."""
-    try:
-        fits = np.broadcast_shapes(array.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{name} has shape {array.shape}; it must be broadcastable to the shape of x, {shape}"
-        )
-    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
-
-
-def _mask(shape: tuple[int, ...], mask: ArrayLike) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
-    if array.dtype != np.bool_:
+def _mask(mask: ArrayLike) -> NDArray[np.bool_]:
+    given = array("mask", mask)
+    if given.dtype != np.bool_:
         raise TypeError(
-            f"mask is {array.dtype}; it must be bool, True where a value counts. "
+            f"mask is {given.dtype}; it must be bool, True where a value counts. "
             "Convert it: np.asarray(mask) > 0"
         )
-    return _spread("mask", array, shape)
+    return given
 
 
-def _weights(shape: tuple[int, ...], weights: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(weights)
-    if array.dtype.kind in "bui":
-        array = array.astype(np.float64)
-    wide = tensor("weights", array).astype(np.float64, copy=False)
-    if not (np.isfinite(wide) & (wide >= 0)).all():
-        wrong = wide[~(np.isfinite(wide) & (wide >= 0))][0]
-        raise ValueError(f"weights has the value {wrong}; all must be finite and not negative")
-    return _spread("weights", wide, shape)
+def _weights(weights: ArrayLike) -> NDArray[Any]:
+    """Return weights as they are, of a type that float64 can be made of."""
+    given = array("weights", weights)
+    if given.dtype.kind not in "bui":
+        tensor("weights", np.empty(0, given.dtype))
+    return given
 
 
-def _valid(shape: tuple[int, ...], axis: int, lengths: ArrayLike) -> NDArray[np.bool_]:
-    """Return the mask that `lengths` stands for."""
+def _finite(weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Return weights as float64; ValueError where one is negative or not finite."""
+    wide = weights.astype(np.float64, copy=False)
+    good = np.isfinite(wide) & (wide >= 0)
+    if not good.all():
+        raise ValueError(
+            f"weights has the value {wide[~good][0]}; all must be finite and not negative"
+        )
+    return wide
+
+
+def _ends(
+    shape: tuple[int, ...], axis: int, lengths: ArrayLike
+) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """Return where each sample ends, and the places along the axis that it ends along."""
     others = [i for i in range(len(shape)) if i != axis]
     if len(others) < 2:
         raise ValueError(
@@ -151,19 +170,19 @@ def _valid(shape: tuple[int, ...], axis: int, lengths: ArrayLike) -> NDArray[np.
             "such as L in (N, C, L)"
         )
     batch, along = others[:2]
-    array = np.asarray(lengths)
-    if array.dtype.kind not in "ui":
-        raise TypeError(f"lengths is {array.dtype}; it must be integers")
-    if array.shape != (shape[batch],):
+    given = np.asarray(lengths)
+    if given.dtype.kind not in "ui":
+        raise TypeError(f"lengths is {given.dtype}; it must be integers")
+    if given.shape != (shape[batch],):
         raise ValueError(
-            f"lengths has shape {array.shape}; it must have shape ({shape[batch]},), "
+            f"lengths has shape {given.shape}; it must have shape ({shape[batch]},), "
             "one for each sample"
         )
-    if array.size and not 0 <= array.min() <= array.max() <= shape[along]:
+    if given.size and not 0 <= given.min() <= given.max() <= shape[along]:
         raise ValueError(
-            f"lengths lie in {array.min()}..{array.max()}; "
+            f"lengths lie in {given.min()}..{given.max()}; "
             f"they must lie in 0..{shape[along]}, the size of axis {along}"
         )
-    ends = array.reshape([-1 if i == batch else 1 for i in range(len(shape))])
+    ends = given.reshape([-1 if i == batch else 1 for i in range(len(shape))])
     places = np.arange(shape[along]).reshape([-1 if i == along else 1 for i in range(len(shape))])
-    return places < ends
+    return ends, places

@@ -459,7 +459,8 @@ def absorb(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Move running statistics towards those of a batch; what a layer does in training.
 
-    ``(1 - weight) * running + weight * batch``, in float64, rounded once.
+    ``(1 - weight) * running + weight * batch``, in float64, rounded once. What weighs nothing is
+    not looked at, and may be NaN.
 
     Parameters
     ----------
@@ -484,6 +485,10 @@ def absorb(
     """
     if len(batch) != mean.size:
         raise ValueError(f"batch has {len(batch)} channels; it must have {mean.size}")
+    if weight == 0:
+        return mean.copy(), var.copy()
+    if weight == 1:
+        mean = var = np.zeros_like(mean)
     result = np.empty_like(mean), np.empty_like(var)
     _ABSORB(mean, var, batch.mean, batch.m2, *result, batch.count - ddof, weight)
     return result

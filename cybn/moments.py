@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,10 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from ._arguments import channel_axis, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
-from ._selection import Selection, select
+from ._selection import SCALE_THEM, Selection, select
 from ._statistics import Count, Statistics, measure, measure_selected
 
 __all__ = ["Moments", "Progress"]
+
+_MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several may be
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
@@ -44,11 +46,20 @@ def _counted(count: Any, channels: int) -> Count:
                 f"count has shape {array.shape}; it must be one number, or have shape ({channels},)"
             )
         result = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+        if array.dtype.kind == "u" and array.max(initial=0) > _MOST:
+            raise ValueError(f"count is {array.max()}; one for each channel is at most {_MOST}")
         result.setflags(write=False)
         least = result.min(initial=0)
     if not least >= 0:
         raise ValueError(f"count is {least}; it must not be negative")
+    if not _is_finite(result):
+        raise ValueError(f"count is {count}; it must be finite")
     return result
+
+
+def _is_finite(count: Count) -> bool:
+    """Whether a count is no infinity; an int of any size is none."""
+    return isinstance(count, int) or bool(np.isfinite(count).all())
 
 
 class Moments:
@@ -73,7 +84,8 @@ class Moments:
     TypeError
         If `count` is no number.
     ValueError
-        If `count` or an `m2` is negative, or `mean` and `m2` are not vectors of one length.
+        If `count` or an `m2` is negative, `count` is not finite, or `mean` and `m2` are not
+        vectors of one length.
 
     Notes
     -----
@@ -132,7 +144,7 @@ class Moments:
         mean: NDArray[np.float64],
         m2: NDArray[np.float64],
         rest: NDArray[np.float64] | None = None,
-    ) -> Moments:
+    ) -> Self:
         """Wrap fresh arrays that no one else will write to, without a copy."""
         self = cls.__new__(cls)
         mean.setflags(write=False)
@@ -183,17 +195,21 @@ class Moments:
         ValueError
             If ``count - ddof`` is not positive and all channels have one count.
         """
-        if isinstance(self.count, np.ndarray):
-            degrees = self.count - ddof
+        degrees = self._degrees(ddof)
+        if isinstance(degrees, np.ndarray):
             var: NDArray[np.float64] = np.full(len(self), np.nan)
             np.divide(self.m2, degrees, out=var, where=degrees > 0)
             return var
-        if self.count - ddof <= 0:
+        if degrees <= 0:
             raise ValueError(
-                f"the variance with ddof={ddof} needs more than {ddof} values a channel, "
+                f"the variance with ddof={ddof} needs a count of more than {self.count - degrees}, "
                 f"and count is {self.count}"
             )
-        return self.m2 / (self.count - ddof)
+        return self.m2 / degrees
+
+    def _degrees(self, ddof: int) -> Count:
+        """Return what M2 is divided by for the variance."""
+        return self.count - ddof
 
     def update(
         self,
@@ -219,11 +235,14 @@ class Moments:
         axis : int, default 1
             The channel axis; negative counts from the end.
         mask : array_like of bool, optional
-            True where a value counts; broadcastable to `x`. Others are not looked at, and may be
-            NaN.
+            True where a value counts; others are not looked at, and may be NaN. With as many axes
+            as `x`, it is broadcastable to it, and may differ by channel. With fewer, it is for all
+            channels alike, as in `batch_norm`: broadcastable to the shape of `x` without its
+            channel axis, such as (N, L) for (N, C, L) and (N, L, C).
         weights : array_like, optional
-            How often each value counts: not negative, and broadcastable to `x`. The count is then
-            a float, the sum of the weights.
+            How often each value counts: not negative, of a shape as that of `mask`, and of any
+            float or integer type. The count is then a float, the sum of the weights. They may be
+            larger than memory too: they are checked and converted with the piece they belong to.
         lengths : array_like of int, shape (N,), optional
             How many positions of each sample count, from the front, along the first axis beside
             those of batch and channels: L in (N, C, L) and, with ``axis=-1``, in (N, L, C). A
@@ -249,7 +268,8 @@ class Moments:
             ``for piece in x: m = m.update(piece.astype(np.float32), axis=...)``.
         ValueError
             If `x` has fewer than 2 axes or other channels than this object, a selection does not
-            fit it, or a weight is negative or not finite.
+            fit it, or a weight is negative or not finite, or their sum is not finite. As weights
+            are checked on the way, `progress` may have begun; this object is as it was.
 
         Notes
         -----
@@ -273,7 +293,10 @@ class Moments:
         pieces: Iterable[tuple[slice, ...]] = Chunks(x.shape, x.strides, axis)
         for index in pieces if progress is None else progress(pieces):
             piece = tensor("x", x[index]).astype(np.float64, copy=False)
-            total = total.merge(Moments._adopt(*_measure(piece, axis, index, selection, threads)))
+            count, mean, m2 = _measure(piece, axis, index, selection, threads)
+            if not _is_finite(count):
+                raise ValueError(f"weights sum to {count}; {SCALE_THEM}")
+            total = total.merge(Moments._adopt(count, mean, m2))
         return total
 
     def merge(self, other: Moments) -> Moments:
@@ -298,16 +321,23 @@ class Moments:
             If `other` is no `Moments`.
         ValueError
             If the numbers of channels differ.
+        OverflowError
+            If a count would be beyond its type: 2**63 where there is one for each channel.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
+        if type(other) is not type(self) and not _is_nothing(self.count):
+            raise TypeError(
+                f"other is of type {type(other).__name__}, statistics within samples, of an "
+                "instance norm: merge them with their like only"
+            )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
         if _is_nothing(self.count):
             return other
         if _is_nothing(other.count):
             return self
-        count = self.count + other.count
+        count = _sum(self.count, other.count)
         with np.errstate(all="ignore"):  # infinite means give NaN, and stay visible
             share = _share(other.count, count)
             delta = (other.mean - self.mean) + (_rest(other) - _rest(self))
@@ -397,7 +427,7 @@ class Moments:
 
         count = short(self.count) if isinstance(self.count, np.ndarray) else f"{self.count}"
         var = self.m2 if _is_nothing(self.count) else self.var()
-        return f"Moments(count={count}, mean={short(self.mean)}, var={short(var)})"
+        return f"{type(self).__name__}(count={count}, mean={short(self.mean)}, var={short(var)})"
 
 
 def _float_array(x: ArrayLike) -> NDArray[Any]:
@@ -437,6 +467,19 @@ def _restore(
 
 def _is_nothing(count: Count) -> bool:
     return not isinstance(count, np.ndarray) and count == 0
+
+
+def _sum(a: Count, b: Count) -> Count:
+    """Return the count of two parts; OverflowError where it is beyond its type."""
+    try:
+        with np.errstate(over="ignore"):
+            total = a + b
+    except OverflowError:
+        raise OverflowError(f"the counts {a} and {b} are too large to be added") from None
+    # Two counts of int64 wrap round to a negative one.
+    if not _is_finite(total) or np.any(np.asarray(total) < 0):
+        raise OverflowError(f"the counts {a} and {b} are too large to be added")
+    return total
 
 
 def _rest(moments: Moments) -> NDArray[np.float64] | float:

@@ -42,11 +42,11 @@ def population_statistics(
         Given `batches`, it returns an iterable over them, and may draw a bar: `tqdm.tqdm`, or a
         `functools.partial` of it.
     upstream : {"batch", "running"}, default "batch"
-        How the layers normalize meanwhile, and so what reaches the next ones: by each batch, as
-        Algorithm 2 of the paper has it, so that the result belongs to this batch size; or by the
-        running statistics, as in inference, so that it does not depend on the batches. For all
-        layers to be right under "running", set their statistics from the first to the last, one
-        call each.
+        How the layers normalize meanwhile, and so what reaches the next ones: as in training, by
+        each batch, as Algorithm 2 of the paper has it, so that the result belongs to this batch
+        size; or as in inference, by the running statistics, so that it does not depend on the
+        batches. For all layers to be right under "running", set their statistics from the first to
+        the last, one call each.
 
     Returns
     -------
@@ -65,6 +65,15 @@ def population_statistics(
     Whatever the modes and switches of the layers, nothing in them changes, neither running
     statistics nor modes, also where a batch raises. With "batch", a batch that has one value a
     channel raises, as in training.
+
+    Switches hold, as in training and inference themselves: a layer that is frozen, or whose
+    `use_batch_statistics` is False, normalizes by its running statistics with "batch" too, and one
+    where that is True by the batch with "running" too. It is recorded like the others. To have
+    all layers normalize as `upstream` says, `unfreeze` them first.
+
+    For an instance norm, means and variances are those within samples, which is what its running
+    statistics are of: the result is a kind of `Moments` with an attribute `samples`, and its
+    variance leaves out how the samples differ from each other.
 
     References
     ----------

@@ -372,7 +372,7 @@ def test_frozen_statistics_learn_from_what_counts(rng):
         ({"mask": np.ones((4, 5))}, TypeError, "mask is float64"),
         ({"mask": np.ones((4, 6), bool)}, ValueError, r"broadcastable to \(4, 5\)"),
         ({"mask": np.ones((4, 3, 5), bool)}, ValueError, "same for all channels"),
-        ({"mask": np.ones((1, 4, 1, 5), bool)}, ValueError, "same for all channels"),
+        ({"mask": np.ones((1, 4, 1, 5), bool)}, ValueError, r"broadcastable to \(4, 5\)"),
         ({"weights": -np.ones((4, 5))}, ValueError, "not negative"),
         ({"weights": np.full((4, 5), np.nan)}, ValueError, "finite"),
         ({"weights": np.full((4, 5), 1e-60)}, ValueError, "[Ss]cale the"),

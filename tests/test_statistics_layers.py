@@ -214,6 +214,43 @@ def test_bad_nan_policy():
         cybn.BatchNorm(C, nan_policy="ignore")
 
 
+def test_momentum_0_and_1_do_not_look_at_what_weighs_nothing(rng):
+    x, dirty = batch(rng), batch(rng)
+    dirty[2, 1], dirty[3, 2] = np.nan, np.inf
+    bn = trained(rng, momentum=0, nan_policy="raise")
+    mean, var = bn.running_mean, bn.running_var
+    bn(dirty)
+    assert same_bits(bn.running_mean, mean)
+    assert same_bits(bn.running_var, var)
+    assert bn.running_mean is not mean
+    assert bn.num_batches_tracked == 4
+    bn = trained(rng, momentum=1)
+    bn(dirty)
+    assert np.isfinite(bn.running_mean).tolist() == [True, False, False, True]
+    bn(x)  # what was there before counts for nothing
+    fresh = cybn.BatchNorm(C, momentum=1)
+    fresh(x)
+    assert same_bits(bn.running_mean, fresh.running_mean)
+    assert same_bits(bn.running_var, fresh.running_var)
+
+
+@pytest.mark.row(31)
+def test_backward_after_a_raise_is_that_of_the_forward_before(rng):
+    x, dirty, dy = batch(rng), batch(rng, 5), batch(rng)
+    dirty[2, 1] = np.nan
+    bn, twin = trained(rng, nan_policy="raise"), cybn.BatchNorm(C)
+    twin.gamma[:], twin.beta[:] = bn.gamma, bn.beta
+    twin(x)
+    bn(x)
+    with pytest.raises(FloatingPointError):
+        bn(dirty)
+    assert same_bits(bn.backward(dy), twin.backward(dy))
+    with pytest.raises(FloatingPointError):
+        bn(dirty)
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        bn.backward(dirty)
+
+
 # ---- preview -----------------------------------------------------------------------------
 
 
@@ -248,6 +285,18 @@ def test_preview_ends_with_an_error_too(rng):
         bn(np.ones((3, C + 1), np.float32))
     bn(batch(rng))
     assert snapshot(bn) == before
+
+
+def test_switches_hold_in_a_preview(rng):
+    """A preview is what training would do; a frozen layer would use its running statistics."""
+    x = batch(rng)
+    for bn in (trained(rng).freeze(), trained(rng)):
+        for use in (False, True, None):
+            bn.use_batch_statistics = use
+            twin = copy.deepcopy(bn).train()
+            with bn.eval().preview():
+                got = bn(x)
+            assert same_bits(got, twin(x))
 
 
 def test_previews_nest_and_are_of_their_layer(rng):
@@ -309,6 +358,29 @@ def test_restore_of_nan(rng):
     assert np.isnan(bn.running_mean).tolist() == [False, True, False, False]
 
 
+def test_a_snapshot_holds_copies(rng):
+    """Also of what drift compares with."""
+    bn = trained(rng)
+    before = bn.running_mean
+    bn(batch(rng))
+    taken, drift = bn.snapshot(), bn.drift()
+    before[:] = 99
+    for _ in range(2):
+        assert not (bn.restore(taken).drift().shift - drift.shift).any()
+        bn._seen[1].mean[:] = 7
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_a_snapshot_of_a_layer_that_tracks_or_not(track, rng):
+    bn = cybn.BatchNorm(C, track_running_stats=track)
+    other = cybn.BatchNorm(C, track_running_stats=not track)
+    bn(batch(rng))
+    before = snapshot(bn)
+    with pytest.raises(ValueError, match=f"track_running_stats={not track}; here it is {track}"):
+        bn.restore(other.snapshot())
+    assert snapshot(bn) == before
+
+
 @pytest.mark.parametrize(
     "other",
     [cybn.BatchNorm(C + 1), cybn.BatchNorm(C, affine=False), cybn.BatchNorm(C, dtype=float)],
@@ -340,10 +412,15 @@ def test_set_statistics(ddof, rng):
     ("moments", "error", "message"),
     [
         (np.ones(C), TypeError, "moments is of type ndarray"),
-        (cybn.Moments.empty(C), ValueError, "needs more than 1 values"),
+        (cybn.Moments.empty(C), ValueError, "moments has count 0, which in channel 0 is too few"),
+        (cybn.Moments(1, np.zeros(C), np.zeros(C)), ValueError, "running_ddof=1.*running_ddof=0"),
         (cybn.Moments(5, np.zeros(C + 1), np.ones(C + 1)), ValueError, r"shape \(5,\).*\(4,\)"),
         (cybn.Moments(5, np.full(C, np.nan), np.ones(C)), ValueError, "running_mean is nan"),
-        (cybn.Moments([5, 5, 1, 5], np.zeros(C), np.ones(C)), ValueError, "running_var is nan"),
+        (
+            cybn.Moments([5, 5, 1, 5], np.zeros(C), np.ones(C)),
+            ValueError,
+            "in channel 2 is too few",
+        ),
     ],
 )
 def test_set_statistics_whole_or_not_at_all(moments, error, message, rng):
@@ -430,8 +507,26 @@ def test_like_with_options():
     assert cybn.BatchNorm.like("onnx", C, momentum=None).momentum is None
     with pytest.raises(ValueError, match="library is 'tf'; it must be one of torch, keras"):
         cybn.BatchNorm.like("tf", C)
-    with pytest.raises(ValueError, match=r"momentum is -0\.5"):
+    with pytest.raises(
+        ValueError, match=r"momentum is 1\.5; .*old value in the convention of keras"
+    ):
         cybn.BatchNorm.like("keras", C, momentum=1.5)
+
+
+def test_like_gives_the_momentum_as_it_would_be_written():
+    for library, given, momentum in [
+        ("keras", None, 0.01),
+        ("onnx", None, 0.1),
+        ("keras", 0.9, 0.1),
+        ("keras", 0.999, 0.001),
+        ("keras", np.nextafter(1, 0), 2.0**-53),
+        ("onnx", np.float32(0.5), 0.5),
+    ]:
+        options = {} if given is None else {"momentum": given}
+        got = cybn.BatchNorm.like(library, C, **options).momentum
+        assert abs(got - momentum) <= 2.0**-54 * (given is not None)
+        if given is None:
+            assert got == momentum
 
 
 def explained(bn, capsys, **options):
@@ -452,13 +547,18 @@ def test_explain(capsys, rng):
     assert "the running statistics stay as they are" in text
     with pytest.raises(ValueError, match=r"channel is 4; it must be in 0\.\.3"):
         bn.explain(4)
+    for channel in (1.5, "gamma", None):
+        with pytest.raises(TypeError, match=r"channel is .*; it must be an int"):
+            bn.explain(channel)
 
 
 def test_explain_says_what_happens(capsys, rng):
     """Each line that a layer's settings call for, and only then."""
     lines = {
         "all three are not changed, and it raises": {"nan_policy": "raise"},
-        "each 2 samples in turn": {"virtual_batch_size": 2},
+        "cut into virtual batches of 2 samples": {"virtual_batch_size": 2},
+        "M    = values of a channel in each virtual batch:": {"virtual_batch_size": 2},
+        "running_mean = 0.9 * 0 + 0.1 * mean_all": {"virtual_batch_size": 2},
         "d    = clip((mean - 0) / sqrt(1 + 1e-05), -5, 5)": {"renorm": cybn.Renorm()},
         "with no gradient through r and d": {"renorm": cybn.Renorm()},
         "running_mean = 0 * 0 + 1 * mean": {"momentum": None},

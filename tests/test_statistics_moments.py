@@ -273,9 +273,37 @@ def test_lengths(axis, rng):
     x = np.moveaxis(x, 1, axis)
     m = Moments.empty(C).update(x, axis=axis, lengths=lengths)
     assert m == cybn.moments(valid)
-    every_other = (np.arange(9) % 2 == 0).reshape((9, 1) if axis == -1 else (9,))
-    m = Moments.empty(C).update(x, axis=axis, lengths=lengths, mask=every_other)
+    m = Moments.empty(C).update(x, axis=axis, lengths=lengths, mask=np.arange(9) % 2 == 0)
     assert m.count == sum((n + 1) // 2 for n in lengths.tolist())
+
+
+@pytest.mark.parametrize("axis", [1, 2, 0])
+def test_a_mask_with_fewer_axes_is_read_as_batch_norm_reads_it(axis, rng):
+    x = rng.standard_normal((5, 5, 5)) + 3  # of sizes that would fit in any place
+    for shape in ((5, 5), (5,), (1, 5), (5, 1), ()):
+        mask = rng.random(shape) < 0.7 if shape else np.array(True)
+        for given in ({"mask": mask}, {"weights": mask * 2.5}):
+            m = Moments.empty(5).update(x, axis=axis, **given)
+            same = cybn.moments(x, axis=axis, **given)
+            assert m.count == same.count
+            np.testing.assert_allclose(m.mean, same.mean, rtol=1e-13)
+            np.testing.assert_allclose(m.m2, same.m2, rtol=1e-12)
+    table = x[0]
+    by_row = Moments.empty(5).update(table, mask=[True, True, True, False, False])
+    assert by_row == Moments.empty(5).update(table[:3])
+
+
+def test_masks_with_fewer_axes_that_do_not_fit():
+    x = np.ones((4, 5, 3))
+    for shape in ((5, 3), (4, 5), (5, 1)):  # as NumPy would have it, and as no one would
+        for name, value in (("mask", np.ones(shape, bool)), ("weights", np.ones(shape))):
+            match = (
+                rf"{name} has shape \(\d, \d\).*broadcastable to \(4, 3\), the shape of x without"
+            )
+            with pytest.raises(ValueError, match=match):
+                Moments.empty(5).update(x, **{name: value})
+            with pytest.raises(ValueError, match=match):
+                cybn.moments(x, **{name: value})
 
 
 def test_nothing_selected_adds_nothing(rng):
@@ -294,6 +322,50 @@ def test_nan_stays_in_its_channel(rng):
     assert np.isnan([m.mean[1], m.m2[1]]).all()
     np.testing.assert_array_equal(np.delete(m.mean, 1), np.delete(clean.mean, 1))
     np.testing.assert_array_equal(np.delete(m.m2, 1), np.delete(clean.m2, 1))
+
+
+FRAMES = (512, C, 4096)  # 40 MiB of float32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, bool])
+def test_weights_and_lengths_are_walked_in_bounded_memory(dtype, tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=FRAMES)
+    weights = np.memmap(tmp_path / "w", dtype, "w+", shape=FRAMES)
+    weights[:, :, ::3] = 1
+    mask = np.memmap(tmp_path / "m", bool, "w+", shape=FRAMES)
+    mask[:, :, :2000] = True
+    lengths = np.full(len(x), 3000)
+    tracemalloc.start()
+    m = Moments.empty(C).update(x, weights=weights, mask=mask, lengths=lengths, num_threads=1)
+    by_position = Moments.empty(C).update(
+        x, weights=weights[:, :1], mask=mask[:, 0], lengths=lengths, num_threads=1
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    each = len(x) * len(range(0, 2000, 3))
+    assert m.count.tolist() == [each] * C
+    assert by_position.count == each
+    piece = 8 * _chunks.FEW  # in float64, of which a few are alive at once
+    assert peak < 12 * piece < x.size * 8 / 3
+
+
+def test_a_bad_weight_far_in_changes_nothing(rng):
+    x = rng.standard_normal((40, C, 30000))
+    weights = np.ones((40, 1, 1))
+    weights[35] = -1
+    m = Moments.empty(C).update(x[:1])
+    before, seen = m.state_dict(), []
+
+    def bar(pieces):
+        for piece in pieces:
+            seen.append(piece)
+            yield piece
+
+    with pytest.raises(ValueError, match=r"weights has the value -1\.0"):
+        m.update(x, weights=weights, progress=bar)
+    assert len(seen) > 1
+    for name, value in m.state_dict().items():
+        assert value.tobytes() == before[name].tobytes()
 
 
 # ---- what it refuses ---------------------------------------------------------------------
@@ -336,11 +408,37 @@ def test_bad_arguments(name):
         (np.array([1, 2, 3]), ValueError, r"count has shape \(3,\).*\(2,\)"),
         (float("nan"), ValueError, "count is nan"),
         (-0.5, ValueError, "count is -0.5"),
+        (float("inf"), ValueError, "count is inf; it must be finite"),
+        ([1.0, np.inf], ValueError, "must be finite"),
+        (np.array([1, 2**63], np.uint64), ValueError, "count is 9223372036854775808"),
     ],
 )
 def test_bad_counts(count, error, message):
     with pytest.raises(error, match=message):
         Moments(count, [0.0, 0.0], [0.0, 0.0])
+
+
+def test_counts_that_are_too_large_to_be_added():
+    most = np.array([2**63 - 1, 1])
+    m = Moments(most, [0.0, 0.0], [0.0, 0.0])
+    for other in (1, [1, 1], 2**63, most):
+        with pytest.raises(OverflowError, match="too large to be added"):
+            m.merge(Moments(other, [0.0, 0.0], [0.0, 0.0]))
+    assert m.merge(Moments([0, 1], [0.0, 0.0], [0.0, 0.0])).count.tolist() == [2**63 - 1, 2]
+    large = Moments(1e308, [0.0], [0.0])
+    for other in (1e308, 10**400):
+        with pytest.raises(OverflowError, match="too large to be added"):
+            large.merge(Moments(other, [0.0], [0.0]))
+    assert Moments(2**63, [0.0], [0.0]).merge(Moments(2**63, [0.0], [0.0])).count == 2**64
+
+
+def test_weights_whose_sum_is_infinite():
+    x = np.ones((6, 2))
+    for shape in ((6, 1), (6, 2)):
+        with pytest.raises(ValueError, match=r"weights sum to .*inf.*; scale them all"):
+            Moments.empty(2).update(x, weights=np.full(shape, 1e308))
+    with pytest.raises(ValueError, match="weights sum to inf; scale them all"):
+        cybn.batch_norm(x, weights=np.full((6, 1), 1e308))
 
 
 def test_backward_refuses_counts_that_differ_by_channel(rng):

@@ -105,6 +105,21 @@ def test_a_frozen_network_still_records(data):
     check(population_statistics(bn, uneven(data))[bn], data)
 
 
+@pytest.mark.parametrize("upstream", ["batch", "running"])
+@pytest.mark.parametrize("use", [True, False])
+def test_switches_hold(use, upstream, data):
+    """A layer that is told which statistics to use uses them, and is recorded all the same."""
+    first, second = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm(C, dtype=float)
+    first.use_batch_statistics = use
+    first.running_mean = [1.0, 2.0, 3.0]
+    batches = uneven(data)
+    result = population_statistics([first, np.abs, second], batches, upstream=upstream)
+    check(result[first], data)
+    by_hand = first.train(mode=not use)  # the switch wins over the mode as well
+    by_hand.update_statistics = False
+    check(result[second], np.concatenate([np.abs(by_hand(b)) for b in batches]))
+
+
 def test_a_list_of_layers(data):
     bn, last = cybn.BatchNorm(C), cybn.BatchNorm(C)
     result = population_statistics([bn, np.abs, last], uneven(data))

@@ -1,7 +1,11 @@
 """Layers: objects that remember gamma, beta, running statistics and mode.
 
 ==================  ======================================================================
-_layer.py           what layers without running statistics share
+_layer.py           what all layers share: gamma, beta, mode, state
+_settings.py        what the settings of a layer may be, checked whenever one is assigned
+_per_sample.py      layers without running statistics: forward and backward
+_tracking.py        layers with running statistics: how they are learned, read, set and saved
+_passes.py          forward and backward of those
 _running.py         the running statistics and how a batch moves them
 _state.py           checking a state dict before anything is changed
 _switches.py        what a layer learns, and which statistics it uses

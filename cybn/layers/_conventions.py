@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from .._arguments import number
@@ -26,6 +27,17 @@ CONVENTIONS = {
 }
 
 
+def _weight_of_new(library: str, momentum: Any) -> float:
+    """Return the weight of the new value from that of the old one."""
+    weight = number("momentum", momentum)
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            f"momentum is {weight}; it must be in [0, 1], the weight of the old value in the "
+            f"convention of {library}, or None for the mean of all batches"
+        )
+    return float(1 - Decimal(repr(weight)))  # 1 - 0.99 as written: 0.01, not 0.010000000000000009
+
+
 def settings(library: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return keywords of a layer that means `given` as `library` does."""
     if library not in CONVENTIONS:
@@ -33,6 +45,6 @@ def settings(library: str, given: dict[str, Any]) -> dict[str, Any]:
     convention = CONVENTIONS[library]
     momentum = given.get("momentum", convention.momentum)
     if momentum is not None and convention.weighs_old:
-        momentum = 1 - number("momentum", momentum)
+        momentum = _weight_of_new(library, momentum)
     defaults = {"eps": convention.eps, "running_ddof": convention.running_ddof}
     return defaults | given | {"momentum": momentum}

@@ -12,18 +12,19 @@ __all__ = ["explain"]
 
 def explain(bn: BatchNorm, channel: int) -> str:
     """Return what the next forward of `bn` computes, with the numbers of one channel."""
-    by_batch = bn._by_batch(bn.training)
+    by_batch, learns = bn._by_batch(bn.training), bn._learns(bn.training)
+    in_parts = by_batch and bn.training and bn.virtual_batch_size is not None
     lines = [
         f"{bn!r}",
         f"in {'training' if bn.training else 'eval'} mode, with the statistics of "
-        f"{'the batch' if by_batch else 'training so far'}; "
+        f"{_of(bn, in_parts) if by_batch else 'training so far'}; "
         f"each channel by itself, numbers of channel {channel}",
         "",
-        *(_batch(bn) if by_batch or bn._learns(bn.training) else []),
+        *(_batch(bn, in_parts) if by_batch or learns else []),
         *_output(bn, by_batch, channel),
     ]
-    if bn._learns(bn.training):
-        lines += ["", *_update(bn, channel)]
+    if learns:
+        lines += ["", *_update(bn, channel, in_parts)]
     else:
         lines += ["", "the running statistics stay as they are" * bn.track_running_stats]
     if bn.affine and not bn.train_affine:
@@ -31,12 +32,22 @@ def explain(bn: BatchNorm, channel: int) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _batch(bn: BatchNorm) -> list[str]:
-    of = "the batch"
-    if bn.training and bn.virtual_batch_size is not None:
-        of = f"each {bn.virtual_batch_size} samples in turn"
+def _of(bn: BatchNorm, in_parts: bool) -> str:
+    """Return what is normalized by itself."""
+    if bn._by_sample:
+        return "each sample"
+    return "each virtual batch" if in_parts else "the batch"
+
+
+def _batch(bn: BatchNorm, in_parts: bool) -> list[str]:
+    others = f"all axes but {'0 and ' * bn._by_sample}axis {bn.axis}"
+    cut = (
+        f"the batch is cut into virtual batches of {bn.virtual_batch_size} samples; the last has "
+        "what is left,\nwhich joins the one before where it is one value a channel"
+    )
     return [
-        f"M    = values of a channel in {of}: all axes but axis {bn.axis}",
+        *([cut] if in_parts else []),
+        f"M    = values of a channel in {_of(bn, in_parts)}: {others}",
         "mean = sum(x) / M",
         "var  = sum((x - mean)**2) / M",
     ]
@@ -72,14 +83,24 @@ def _activation(bn: BatchNorm) -> tuple[str, list[str]]:
     return "z", [f"y    = {bn.activation}(z + residual{slope}), residual 0 where there is none"]
 
 
-def _update(bn: BatchNorm, c: int) -> list[str]:
+def _update(bn: BatchNorm, c: int, in_parts: bool) -> list[str]:
     mean, var, batches = bn._running
     new = 1 / (batches + 1) if bn.momentum is None else bn.momentum
-    of_all = " of the whole batch" if bn.virtual_batch_size is not None else ""
-    unbiased = " * M / (M - 1)" if bn.running_ddof else ""
+    mark = "_all" if in_parts else ""
+    whole = [
+        f"M_all    = values of a channel in the whole batch: all axes but axis {bn.axis}",
+        "mean_all = sum(x) / M_all",
+        "var_all  = sum((x - mean_all)**2) / M_all",
+    ]
+    batch_mean = f"mean{mark}"
+    batch_var = f"var{mark}" + f" * M{mark} / (M{mark} - 1)" * bn.running_ddof
+    if bn._by_sample:
+        batch_mean, batch_var = f"average({batch_mean})", f"average({batch_var})"
     lines = [
-        f"running_mean = {1 - new:g} * {mean[c]:g} + {new:g} * mean{of_all}",
-        f"running_var  = {1 - new:g} * {var[c]:g} + {new:g} * var{of_all}{unbiased}",
+        *(whole if in_parts else []),
+        f"running_mean = {1 - new:g} * {mean[c]:g} + {new:g} * {batch_mean}",
+        f"running_var  = {1 - new:g} * {var[c]:g} + {new:g} * {batch_var}",
+        *(["where average(...) is that over the samples"] if bn._by_sample else []),
         f"num_batches_tracked = {batches} + 1",
     ]
     if bn.nan_policy != "propagate":

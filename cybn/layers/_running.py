@@ -29,6 +29,10 @@ class Running(NamedTuple):
         """Return mean 0 and variance 1."""
         return cls(np.zeros(channels, dtype), np.ones(channels, dtype), 0)
 
+    def copy(self) -> Running:
+        """Return statistics with arrays of their own."""
+        return Running(self.mean.copy(), self.var.copy(), self.batches)
+
     def absorb(self, batch: Moments, momentum: float | None, ddof: int) -> Running:
         """Return the statistics after one more batch.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
-from .. import functional
 from ..moments import Moments
 from . import _drift, _trials
 from ._drift import Drift
+from ._passes import Passes
 from ._running import Running
-from ._switches import Switches
 
 __all__ = ["Safety", "Snapshot"]
 
@@ -26,27 +24,16 @@ class Snapshot(NamedTuple):
     running: Running
     training: bool
     switches: tuple[bool, bool | None, bool]
+    tracks: bool
     seen: tuple[Moments, Running] | None
 
 
-class Safety(Switches):
+def _copy(seen: tuple[Moments, Running] | None) -> tuple[Moments, Running] | None:
+    return None if seen is None else (seen[0], seen[1].copy())
+
+
+class Safety(Passes):
     """What a layer offers beside training and inference; a part of `BatchNorm`."""
-
-    if TYPE_CHECKING:  # what BatchNorm has
-        num_features: int
-        axis: int
-        eps: float
-        track_running_stats: bool
-        running_ddof: int
-        training: bool
-        _running: Running
-        _seen: tuple[Moments, Running] | None
-        _lock: threading.Lock
-
-        def _affine(self) -> list[NDArray[Any]]: ...
-        def _check_own(self, *names: str) -> None: ...
-        def _admit(self, x: ArrayLike) -> NDArray[Any]: ...
-        def _forget(self) -> None: ...
 
     @contextmanager
     def preview(self) -> Iterator[Self]:
@@ -54,8 +41,9 @@ class Safety(Switches):
 
         A forward in it normalizes as in training, whatever the mode. Running statistics,
         `num_batches_tracked`, the mode and what the last real forward left for `backward` stay as
-        they are; `backward` itself raises. Holds for the calling thread (or task) alone: others
-        may go on training the layer.
+        they are; `backward` itself raises. The switches hold: a layer that is frozen, or has
+        `use_batch_statistics` set, normalizes as it does in training, by the statistics it is
+        told. Holds for the calling thread (or task) alone: others may go on training the layer.
 
         Yields
         ------
@@ -82,10 +70,10 @@ class Safety(Switches):
         or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
         """
         with self._lock:
-            running, seen = self._running, self._seen
-        copy = Running(running.mean.copy(), running.var.copy(), running.batches)
-        affine = [array.copy() for array in self._affine()]
-        return Snapshot(affine, copy, self.training, self._switches(), seen)
+            running, seen = self._running.copy(), _copy(self._seen)
+        affine = [array.copy() for array in self._arrays()]
+        tracks = self._track_running_stats
+        return Snapshot(affine, running, self.training, self._switches(), tracks, seen)
 
     def restore(self, snapshot: Snapshot) -> Self:
         """Go back to a snapshot, to the bit; return the layer.
@@ -109,19 +97,22 @@ class Safety(Switches):
             raise TypeError(
                 f"snapshot is of type {type(snapshot).__name__}; it must come from snapshot()"
             )
-        own = [*self._affine(), self._running.mean]
+        own = [*self._arrays(), self._running.mean]
         theirs = [*snapshot.affine, snapshot.running.mean]
         if [(a.shape, a.dtype) for a in own] != [(a.shape, a.dtype) for a in theirs]:
             raise ValueError(
                 "snapshot is that of a layer with another num_features, affine or dtype"
             )
-        self._check_own("gamma", "beta", "grad_gamma", "grad_beta")
-        for array, value in zip(self._affine(), snapshot.affine, strict=True):
+        if snapshot.tracks is not self._track_running_stats:
+            raise ValueError(
+                f"snapshot is that of a layer with track_running_stats={snapshot.tracks}; here it "
+                f"is {self._track_running_stats}"
+            )
+        everything = self._names + self._gradient_names
+        for array, value in zip(self._own(everything), snapshot.affine, strict=True):
             array[...] = value
-        mean, var, batches = snapshot.running
         with self._lock:
-            self._running = Running(mean.copy(), var.copy(), batches)
-            self._seen = snapshot.seen
+            self._running, self._seen = snapshot.running.copy(), _copy(snapshot.seen)
         self.training = snapshot.training
         self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
         self._forget()
@@ -134,7 +125,8 @@ class Safety(Switches):
         ----------
         data : array_like, Moments, or None
             A batch, or its moments, to compare with the running statistics as they are now. None:
-            the last batch that moved them, against what they were before it.
+            the last batch that moved them, against what they were before it. An instance norm
+            compares the mean over the samples of their means and variances, as it learns them.
 
         Returns
         -------
@@ -166,7 +158,7 @@ class Safety(Switches):
     def _moments_of(self, data: ArrayLike | Moments) -> Moments:
         """Return the moments of a batch, which may be given as such; of this layer's channels."""
         if not isinstance(data, Moments):
-            return functional.moments(self._admit(data), axis=self.axis)
+            return self._measure(self._admit(data), False, None)
         if len(data) != self.num_features:
             raise ValueError(
                 f"data has {len(data)} channels; this layer has num_features={self.num_features}"

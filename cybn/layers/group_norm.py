@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import family
-from ._layer import Layer, positive, whole
+from ._per_sample import PerSample
+from ._settings import integer, positive, whole
 
 __all__ = ["GroupNorm"]
 
 
-class GroupNorm(Layer):
+class GroupNorm(PerSample):
     """Group normalization: each group of neighbouring channels of each sample.
 
     Parameters
@@ -86,10 +87,8 @@ class GroupNorm(Layer):
             raise ValueError(
                 f"num_channels is {num_channels}; it must be a multiple of num_groups, {num_groups}"
             )
-        if not hasattr(axis, "__index__"):
-            raise TypeError(f"axis is {axis!r}; it must be an int")
-        self.axis = int(axis)
-        self.eps = positive(eps)
+        self.axis = integer("axis", axis)
+        self.eps = positive("eps", eps)
         self.affine = bool(affine)
         super().__init__((self.num_channels,), self.affine, self.affine, dtype)
 

@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import family, functional
+from .._arguments import array
 from ..moments import Moments
+from ._running import Running
+from ._sample_moments import SampleMoments
 from .batch_norm import BatchNorm
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
@@ -37,7 +40,8 @@ class _InstanceNorm(BatchNorm):
         Whether the layer has gamma and beta.
     track_running_stats : bool, default False
         Whether the layer has running statistics. A training step moves them towards the mean
-        over the samples of their means and variances, and eval mode uses them.
+        over the samples of their means and variances, and eval mode uses them. `drift` and
+        `population_statistics` measure the same; how samples differ from each other is in none.
     running_ddof : {1, 0}, default 1
         1: `running_var` follows the unbiased variance, as in PyTorch; 0: the biased one.
     dtype : dtype, default float32
@@ -61,6 +65,8 @@ class _InstanceNorm(BatchNorm):
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
     Stylization", 2016.
     """
+
+    _by_sample: ClassVar[bool] = True
 
     @staticmethod
     def _normalize(
@@ -187,22 +193,33 @@ class _InstanceNorm(BatchNorm):
 
     def _measure(
         self, x: NDArray[Any], learns: bool, num_threads: int | None, **selected: Any
-    ) -> Moments:
-        """Return the pooled moments of the samples."""
-        moved = np.moveaxis(x, self.axis, 1)
+    ) -> SampleMoments:
+        """Return the moments within the samples."""
+        moved = np.moveaxis(x, self._axis, 1)
         rows = moved.reshape(1, moved.shape[0] * moved.shape[1], prod(moved.shape[2:]))
         if learns:
             functional._check_batch(rows, 1)
         return self._whole(functional.moments(rows, axis=1, num_threads=num_threads))
 
-    def _whole(self, statistics: Any) -> Moments:
-        """Return the mean over the samples of their means and of their variances."""
+    def _whole(self, statistics: Any) -> SampleMoments:
+        """Return the moments within the samples, of those of each channel of each sample."""
         if not len(statistics):
             raise ValueError("x has no samples, so there is nothing to move running statistics by")
-        mean, m2 = (
-            v.reshape(-1, self.num_features).mean(0) for v in (statistics.mean, statistics.m2)
-        )
-        return Moments._adopt(statistics.count, mean, m2)
+        return SampleMoments.of(statistics, self._num_features)
+
+    def _after(self, batch: Moments) -> Running:
+        """Return the running statistics after `batch`, of which each sample has a mean."""
+        assert isinstance(batch, SampleMoments)
+        means = self._running_ddof * batch.samples
+        after = self._running.absorb(batch, self._momentum, means)
+        return self._running.settle(after, self._nan_policy)
+
+    def _moments_of(self, data: ArrayLike | Moments) -> Moments:
+        """Return the moments within the samples of a batch, or of one sample without its axis."""
+        if isinstance(data, Moments):
+            return super()._moments_of(data)
+        x = array("data", data)
+        return super()._moments_of(x[np.newaxis] if x.ndim + 1 in self._axes else x)
 
 
 def _batch_of(out: Any) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import family
-from ._layer import Layer, positive, whole
+from ._per_sample import PerSample
+from ._settings import positive, whole
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -28,7 +29,7 @@ def _sizes(normalized_shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-class _LastAxes(Layer):
+class _LastAxes(PerSample):
     """What LayerNorm and RMSNorm share: the shape they normalize over."""
 
     normalized_shape: tuple[int, ...]
@@ -110,7 +111,7 @@ class LayerNorm(_LastAxes):
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = _sizes(normalized_shape)
-        self.eps = positive(eps)
+        self.eps = positive("eps", eps)
         self.elementwise_affine = bool(elementwise_affine)
         super().__init__(
             self.normalized_shape,
@@ -180,7 +181,7 @@ class RMSNorm(_LastAxes):
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = _sizes(normalized_shape)
-        self.eps = None if eps is None else positive(eps)
+        self.eps = None if eps is None else positive("eps", eps)
         self.elementwise_affine = bool(elementwise_affine)
         super().__init__(self.normalized_shape, self.elementwise_affine, False, dtype)
 
