@@ -26,8 +26,13 @@ DEBUG = os.environ.get("CYBN_DEBUG", "0") not in ("", "0")
 BUILD = " ".join(["debug"] * DEBUG + [f"sanitize={SANITIZE}"] * bool(SANITIZE)) or "release"
 FOLDER = "build" if BUILD == "release" else "build/" + BUILD.replace(" ", "-")
 
-# What Cython then checks at the door, and the C compiler behind it: kernels/check.pxd.
-CHECKS = {"boundscheck": True, "initializedcheck": True, "nonecheck": True}
+# What Cython checks where arrays come in; behind that door there are only pointers, and check.pxd.
+DIRECTIVES = {
+    "boundscheck": DEBUG,
+    "initializedcheck": DEBUG,
+    "nonecheck": DEBUG,
+    "wraparound": False,
+}
 FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
 
 LEVELS = {"baseline": []}
@@ -100,7 +105,6 @@ def extensions():
     """Return the extensions; each level is translated into a folder of its own."""
     openmp = openmp_flags()
     compiling, linking = build_flags()
-    directives = CHECKS if DEBUG else {}
 
     def extension(name, source, flags):
         return Extension(
@@ -114,7 +118,7 @@ def extensions():
 
     def translated(modules, folder):
         folder = f"{FOLDER}/{folder}"
-        return cythonize(modules, build_dir=folder, compiler_directives=directives, quiet=True)
+        return cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
 
     host = extension("host", "host", [])
     host.define_macros.append(("CYBN_BUILD", f'"{BUILD}"'))

@@ -1,5 +1,5 @@
 # cython: language_level=3
-# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: cdivision=True
 # Batch normalization in three steps over tiles: reduce, finish, apply.
 #
 # N = everything before the channel axis, C = channels, S = everything after it.

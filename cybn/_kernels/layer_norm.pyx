@@ -1,5 +1,5 @@
 # cython: language_level=3
-# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: cdivision=True
 # Layer, RMS, group and instance normalization: statistics of rows that lie in one piece.
 #
 # N = samples, G = groups of a sample, K = channels of a group, S = positions of a channel.
