@@ -22,7 +22,7 @@ from cybn import _runtime
 pytestmark = pytest.mark.row(32)
 
 LEVELS = _runtime.usable_levels()
-TURNS = 4  # by default each variant has every fourth size
+TURNS = 16  # by default each size has one variant of each dtype and level, another for each
 DTYPES = ["f4", "f8", "f2", "bfloat16"]
 
 SIZES = {  # (N, C, S)
@@ -150,8 +150,8 @@ every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @every_dtype
 @every_size
 def test_batch_norm(values, sizes, dtype, level, figure):
-    turn = 1 + DTYPES.index(dtype) % 2 + 2 * LEVELS.index(level)
-    runs = each_variant(values.astype(dtype_of(dtype)), sizes, turn % TURNS, TURNS)
+    turn = 4 * DTYPES.index(dtype) + LEVELS.index(level)
+    runs = each_variant(values.astype(dtype_of(dtype)), sizes, turn, TURNS)
     figure(32, "shapes", runs, how="sum")
 
 
@@ -167,14 +167,14 @@ def test_batch_norm_every_variant_on_every_size(values, sizes, dtype, level, fig
 def test_past_the_caches(values, dtype, tiny_caches, figure):
     sizes = [(2, 3, s) for s in range(130, 148)] + [(2, 2, s) for s in range(1020, 1042)]
     sizes += [(40, c, 1) for c in range(30, 52)]
-    runs = each_variant(values.astype(dtype_of(dtype)), sizes, 0, 3)
+    runs = each_variant(values.astype(dtype_of(dtype)), sizes, DTYPES.index(dtype), 8)
     figure(32, "shapes", runs, how="sum")
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_several_threads(values, dtype, level, figure):
     sizes = [(5, 7, 1873), (257, 257, 1), (4099, 17, 1), (16385, 5, 1), (1, 2, 65541), (3, 83, 511)]
-    runs = each_variant(values.astype(dtype), sizes, 0, 2, num_threads=3)
+    runs = each_variant(values.astype(dtype), sizes, 0, 4, num_threads=3)
     figure(32, "shapes", runs, how="sum")
 
 
