@@ -50,7 +50,7 @@ KINDS = {
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYTHONMALLOC": "malloc",  # Python's own arenas would hide what lies next to what
         },
-        ["past_the_end()", "past_the_stack(33)", "overflow(1 << 40)", "misaligned(1)"],
+        ["past_the_end()", "past_the_stack(33)", "overflow(ctypes.c_long(1 << 40))", "misaligned(1)"],
         [
             *("test_small.py", "test_half.py", "test_masks.py", "test_activations.py"),
             *("test_family_shapes.py", "test_errors.py", "test_running.py", "test_threads.py"),
@@ -86,7 +86,8 @@ def run(kind, folder, whole, more):
     subprocess.run([*python, "-m", "cybn", "info"], env=environment, check=True)
     check_faults(kind, python, folder, environment)
     tests = [] if any(word.startswith("test") for word in more) else chosen(kind, whole)
-    command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *more]
+    shown = ["--capture=sys"]  # what C prints before it ends the process
+    command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shown, *tests, *more]
     print("+", *command, flush=True)
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
@@ -138,7 +139,7 @@ def check_faults(kind, python, folder, environment):
         done = subprocess.run(
             [*python, "-c", code], env=environment, capture_output=True, text=True
         )
-        reported = done.returncode != 0 and "Sanitizer" in done.stderr + "Sanitizer"
+        reported = done.returncode != 0
         if reported != (call in kind.faults):
             sys.exit(f"planted {call}: {done.returncode}\n{done.stdout}{done.stderr}")
         print(f"planted {call}: {'reported' if reported else 'no report, as there is no fault'}")

@@ -62,14 +62,14 @@ def test_arrays_that_are_too_small_are_errors():
 ASSERTION = """
 import numpy as np
 from cybn import _runtime
-x = np.ones((1, 3, 4), np.float32)
+x = np.ones((2, 3, 4), np.float32)
 _runtime.kernels.statistics["float"](x, np.empty((7, 3)), None, None, 0.0, False, False, 0, 1)
 """
 
 
 @in_debug
 def test_a_broken_assumption_ends_the_process():
-    """Room for three chunks, but one row to cut: a caller and a kernel that do not agree."""
+    """Room for three chunks, but two rows to cut: a caller and a kernel that do not agree."""
     command = [sys.executable, "-P", "-c", ASSERTION]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT
