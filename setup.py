@@ -18,10 +18,26 @@ KERNELS = ["batch_norm", "layer_norm"]
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).
-FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+STRICT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
+# Builds to test with (docs/reliability.md). Same sources, folders of their own.
+SANITIZE = os.environ.get("CYBN_SANITIZE", "")  # as -fsanitize: address,undefined or thread
+DEBUG = os.environ.get("CYBN_DEBUG", "0") not in ("", "0")
+BUILD = " ".join(["debug"] * DEBUG + [f"sanitize={SANITIZE}"] * bool(SANITIZE)) or "release"
+FOLDER = "build" if BUILD == "release" else "build/" + BUILD.replace(" ", "-")
+
+# What Cython checks where arrays come in; behind that door there are only pointers, and check.pxd.
+DIRECTIVES = {
+    "boundscheck": DEBUG,
+    "initializedcheck": DEBUG,
+    "nonecheck": DEBUG,
+    "wraparound": False,
+}
+FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
+
+# Sanitizers watch the source, which is the same at every level: one is enough, and half the time.
 LEVELS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
+if platform.machine().lower() in ("x86_64", "amd64") and not SANITIZE:
     LEVELS["x86_64_v3"] = ["-march=x86-64-v3"]
 
 # One wheel for every Python from 3.11 on; free-threaded builds have no limited API.
@@ -74,9 +90,22 @@ def openmp_flags():
     return []
 
 
+def build_flags():
+    """Return the flags of this kind of build, to compile with and to link with."""
+    compiling = ["-O1", "-g1"] if BUILD != "release" else ["-O3", "-g0"]
+    compiling += ["-UNDEBUG"] if DEBUG else ["-DNDEBUG"]
+    if DEBUG and failure("int main(void) { return 0; }", [FILLED]) is None:
+        compiling.append(FILLED)
+    if not SANITIZE:
+        return compiling, []
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    return compiling + sanitize, sanitize
+
+
 def extensions():
     """Return the extensions; each level is translated into a folder of its own."""
     openmp = openmp_flags()
+    compiling, linking = build_flags()
 
     def extension(name, source, flags):
         return Extension(
@@ -84,24 +113,31 @@ def extensions():
             [f"cybn/_kernels/{source}.pyx"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
             py_limited_api=ABI3,
-            extra_compile_args=FLAGS + openmp + flags,
-            extra_link_args=openmp,
+            extra_compile_args=compiling + STRICT + openmp + flags,
+            extra_link_args=linking + openmp,
         )
 
-    yield from cythonize([extension("host", "host", [])], build_dir="build/host", quiet=True)
+    def translated(modules, folder):
+        folder = f"{FOLDER}/{folder}"
+        return cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
+
+    host = extension("host", "host", [])
+    host.define_macros.append(("CYBN_BUILD", f'"{BUILD}"'))
+    yield from translated([host], "host")
     for level, flags in LEVELS.items():
         why = failure("int main(void) { return 0; }", flags)
         if why is not None:
             warn(f"The compiler knows no {level}: built without that level.", why)
             continue
         modules = [extension(f"{kernel}_{level}", kernel, flags) for kernel in KERNELS]
-        yield from cythonize(modules, build_dir=f"build/{level}", quiet=True)
+        yield from translated(modules, level)
 
 
 setup(
     ext_modules=list(extensions()),
     options={
-        "bdist_wheel": {"py_limited_api": "cp311" if ABI3 else False},
+        "build": {"build_base": FOLDER},
         "build_ext": {"parallel": os.cpu_count()},
+        "bdist_wheel": {"py_limited_api": "cp311" if ABI3 else False},
     },
 )

@@ -220,6 +220,7 @@ def config() -> dict[str, Any]:
         "cybn": __version__,
         "numpy": numpy.__version__,
         "python": sys.version.split()[0],
+        "build": host.build(),
         "levels compiled": compiled_levels(),
         "levels supported": supported_levels(),
         "level active": level,

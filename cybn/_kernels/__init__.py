@@ -17,6 +17,7 @@ columns.pxd        its loops where gamma and beta change from element to element
 stream.pxd         stores that go past the caches
 small.pxi          small calls, from their checks to the result: the one door to Python objects
 running.pxi        moving running statistics
-host.pyx           OpenMP and CPU features
+check.pxd          assertions, in debug builds alone
+host.pyx           OpenMP, CPU features, and the kind of build
 =================  ==========================================================================
 """

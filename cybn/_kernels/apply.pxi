@@ -166,6 +166,7 @@ cdef inline void apply_plain_piece(
     """apply_piece without stages, whose calls would take 5 % of it in cache."""
     cdef T buffer[PIECE]
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    check(n < job.N and m <= TILE)
     x += n * (job.x_row // sizeof(T)) + i
     dy += n * (job.dy_row // sizeof(T)) + i
     if job.apply == SCALE and job.residual != NULL:
@@ -287,6 +288,7 @@ cdef inline void apply_plain_row(
     """apply_row without stages, whose calls would take 5 % of it in cache."""
     cdef T buffer[TILE]
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
+    check(n < job.N and m <= TILE)
     x += n * (job.x_row // sizeof(T)) + i
     dy += n * (job.dy_row // sizeof(T)) + i
     if job.apply == SCALE and job.residual != NULL:

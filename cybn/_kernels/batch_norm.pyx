@@ -1,5 +1,5 @@
 # cython: language_level=3
-# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: cdivision=True
 # Batch normalization in three steps over tiles: reduce, finish, apply.
 #
 # N = everything before the channel axis, C = channels, S = everything after it.
@@ -41,6 +41,7 @@ from libc.string cimport memcpy, memset
 from cybn._kernels.activate cimport (
     IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation, activate, add, chain,
     invert)
+from cybn._kernels.check cimport check
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.pairs cimport (
     col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
@@ -154,6 +155,7 @@ cdef inline Tile tile(
     t.n1 = (row + 1) * job.N // rows
     t.s0 = col * job.S // cols
     t.s1 = (col + 1) * job.S // cols
+    check(0 <= t.c0 < t.c1 <= job.C and t.n0 < t.n1 <= job.N and t.s0 < t.s1 <= job.S)
     return t
 
 
@@ -256,6 +258,8 @@ cdef void plan(
         job.apply_rows = job.chunk_rows
         job.apply_cols = job.chunk_cols
     job.threads = threads
+    check(job.chunk_rows * job.chunk_cols == chunks)  # as there is room for
+    check(job.block <= BLOCK if job.S >= RUN_MIN else job.block * job.S <= TILE)
 
 
 cdef void run(
@@ -373,7 +377,10 @@ cdef inline void set_share(
 cdef inline void start(
     const E* x, const E* dy, E* y, Job* job, Py_ssize_t chunks, int threads
 ) noexcept nogil:
-    """Run in float64 for float64, in float32 for all that is narrower."""
+    """Run in float64 for float64, in float32 for all that is narrower.
+
+    Where there is no dy, x stands in for it: the loops move along both before they know.
+    """
     if E is double:
         run(x, dy, y, job, chunks, threads)
     else:
@@ -395,7 +402,7 @@ def statistics(
     use_work(&job, work)
     set_share(&job, share, places, total, weighted, zeroed)
     with nogil:
-        start(&x[0, 0, 0], <const E*> NULL, <E*> NULL, &job, work.shape[0] // 2, threads)
+        start(&x[0, 0, 0], &x[0, 0, 0], <E*> NULL, &job, work.shape[0] // 2, threads)
 
 
 def forward(
@@ -428,7 +435,7 @@ def forward(
     set_activation(&job, activation, slope)
     set_residual(&job, residual)
     with nogil:
-        start(&x[0, 0, 0], <const E*> NULL, &y[0, 0, 0], &job, work.shape[0] // 2, threads)
+        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &job, work.shape[0] // 2, threads)
 
 
 cdef inline void set_residual(Job* job, const E[:, :, :] residual):
@@ -467,7 +474,7 @@ def inference(
     set_residual(&job, residual)
     set_share(&job, share, places, total, weighted, zeroed)
     with nogil:
-        start(&x[0, 0, 0], <const E*> NULL, &y[0, 0, 0], &job, chunks, threads)
+        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &job, chunks, threads)
 
 
 def backward(

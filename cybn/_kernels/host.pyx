@@ -27,10 +27,20 @@ cdef extern from * nogil:
     #else
     static int cybn_has_v3(void) { return 0; }
     #endif
+
+    #ifndef CYBN_BUILD
+    #define CYBN_BUILD "release"
+    #endif
     """
+    const char* CYBN_BUILD
     int CYBN_OPENMP
     int omp_get_max_threads()
     int cybn_has_v3()
+
+
+def build():
+    """Kind of build: "release", or the checks that were compiled in."""
+    return CYBN_BUILD.decode()
 
 
 def openmp():

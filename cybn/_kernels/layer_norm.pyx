@@ -1,5 +1,5 @@
 # cython: language_level=3
-# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: cdivision=True
 # Layer, RMS, group and instance normalization: statistics of rows that lie in one piece.
 #
 # N = samples, G = groups of a sample, K = channels of a group, S = positions of a channel.
@@ -35,6 +35,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
 from libc.string cimport memcpy
 
+from cybn._kernels.check cimport check
 from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
 from cybn._kernels.rows cimport TILE, gather, spread
 from cybn._kernels.runs cimport (
@@ -231,7 +232,7 @@ def forward(
     job.mean, job.m2, job.sums = &statistics[0, 0], &statistics[1, 0], &scratch[0]
     job.parts = NULL
     with nogil:
-        run(&x[0, 0, 0], <const T*> NULL, &y[0, 0, 0], &gamma[0], &beta[0], &job, threads)
+        run(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &gamma[0], &beta[0], &job, threads)
 
 
 def backward(

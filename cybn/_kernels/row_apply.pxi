@@ -65,6 +65,7 @@ cdef void apply_columns(
     cdef Py_ssize_t m = min(job.tile, job.D - t * job.tile)
     cdef const T* scales = spread_tile(gamma, job, s.g, t, room_gamma)
     cdef const T* shifts = NULL
+    check(m <= TILE)
     if job.backward:
         for j in range(m):
             a[j] = 0
@@ -95,6 +96,7 @@ cdef void apply(
     cdef Row rows[BLOCK]
     cdef Py_ssize_t n, t, at = s.n0 * job.y_row + s.g * job.D
     cdef double* dgamma = job.parts + chunk * 2 * job.G * job.K + s.g * job.K
+    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
     for n in range(s.n0, s.n1):
         rows[n - s.n0] = of_row(job, n * job.G + s.g, <T> 0)
     for t in range(t1 - 1, t0 - 1, -1):

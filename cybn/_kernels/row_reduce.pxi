@@ -92,6 +92,7 @@ cdef void reduce(
     """Sums of segment i of each row. Forward, they are about a pivot, which is left in mean."""
     cdef T shift[BLOCK]
     cdef Py_ssize_t n, row
+    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and i < job.segments)
     for n in range(s.n0, s.n1):
         row = n * job.G + s.g
         if job.backward:

@@ -18,12 +18,17 @@ def absorb(mean, var, batch_mean, batch_m2, new_mean, new_var, double degrees, d
     """
     cdef Py_buffer view[6]
     cdef int i, taken = 0
+    cdef Py_ssize_t wide
     cdef Py_buffer* v = view
     try:
         for array in (mean, var, batch_mean, batch_m2, new_mean, new_var):
             if not take(array, &view[taken], PyBUF_C_CONTIGUOUS | PyBUF_FORMAT):
                 raise TypeError("running statistics must be plain arrays")
             taken += 1
+        for i in range(1, 6):
+            wide = sizeof(double) if i == 2 or i == 3 else v[0].itemsize
+            if v[i].ndim != 1 or v[i].shape[0] != v[0].shape[0] or v[i].itemsize != wide:
+                raise ValueError("running statistics must be vectors of one length and type")
         if v[0].itemsize == sizeof(float):
             move(<float*> v[0].buf, <float*> v[1].buf, <double*> v[2].buf, <double*> v[3].buf,
                  v[0].shape[0], degrees, weight, <float*> v[4].buf, <float*> v[5].buf)

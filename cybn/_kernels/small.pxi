@@ -83,7 +83,7 @@ cdef bint small(Job* job, tuple arrays, Py_ssize_t axis) except -1:
     vectors[0], vectors[1], vectors[2], vectors[3] = &job.mean, &job.var, &job.gamma, &job.beta
     try:
         for i in range(7):
-            if arrays[i] is None:
+            if arrays[i] is None and i >= 2:
                 continue
             fits = fits and take(
                 arrays[i], &view[taken], flags | (PyBUF_WRITABLE if i == 1 else 0))
@@ -105,9 +105,10 @@ cdef bint small(Job* job, tuple arrays, Py_ssize_t axis) except -1:
             if job.count < 2 or job.eps == 0:
                 return False
         if view[0].itemsize == sizeof(float):
-            run(<const float*> view[0].buf, <const float*> NULL, <float*> view[1].buf, job, 1, 1)
+            run(<const float*> view[0].buf, <const float*> view[0].buf, <float*> view[1].buf,
+                job, 1, 1)
         else:
-            run(<const double*> view[0].buf, <const double*> NULL, <double*> view[1].buf,
+            run(<const double*> view[0].buf, <const double*> view[0].buf, <double*> view[1].buf,
                 job, 1, 1)
         return True
     finally:

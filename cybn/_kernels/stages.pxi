@@ -15,6 +15,7 @@ cdef inline const T* fetch(
     Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch,
 ) noexcept nogil:
     """Values i..i + m of row n: where they lie, or widened into scratch."""
+    check((n < job.N or m == 0) and m <= TILE)
     cdef const void* at = <const char*> base + n * pitch + i * job.item
     if job.storage == NATIVE:
         return <const T*> at

@@ -1,0 +1,164 @@
+"""Build cybn with checks compiled in, and run the tests on that build.
+
+python tests/sanitize.py address    AddressSanitizer, UndefinedBehaviorSanitizer, Cython's checks
+python tests/sanitize.py debug      Cython's bounds, None and initialization checks; assertions
+python tests/sanitize.py thread     ThreadSanitizer, on the parallel kernels
+
+Each builds into a temporary folder, checks on planted faults that it would see any, and runs a
+chosen part of the suite; with --whole, all of it that does not need foreign packages. A report
+ends the run and makes it fail. What follows is given to pytest: names of tests, or options.
+
+It runs in a tree, in an environment with what `pip install '.[test]'` brings, and needs gcc: its
+sanitizers come with it.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "tests" / "sanitizers"
+
+# Their packages bring compiled code that is not ours, and hundreds of MB of it.
+FOREIGN = ["torch", "keras", "peers", "onnx", "interop", "pages"]
+OWN_MEMORY = "test_guard_pages.py"  # where NumPy's allocator is not the one that is watched
+
+
+class Kind(NamedTuple):
+    """One way to build and run."""
+
+    build: dict  # environment of the build
+    libraries: list  # loaded before all others
+    options: dict  # environment of the run
+    faults: list  # in planted.c, as calls; each must end the process
+    tests: list  # what is run unless all is asked for
+
+
+KINDS = {
+    "address": Kind(
+        {"CYBN_SANITIZE": "address,undefined,bounds-strict", "CYBN_DEBUG": "1"},
+        ["libasan.so", "libstdc++.so"],  # the second for what throws, so that it is found by both
+        {
+            # CPython keeps what it allocates once; leaks are looked for in test_memory.py.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:exitcode=66",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONMALLOC": "malloc",  # Python's own arenas would hide what lies next to what
+        },
+        [
+            "past_the_end()",
+            "past_the_stack(33)",
+            "overflow(ctypes.c_long(1 << 40))",
+            "misaligned(1)",
+        ],
+        [
+            *("test_sanitizers.py", "test_memory.py", "test_small.py", "test_half.py"),
+            *("test_masks.py", "test_family_shapes.py", "test_running.py", "test_threads.py"),
+        ],
+    ),
+    "debug": Kind({"CYBN_DEBUG": "1"}, [], {}, [], ["test_sanitizers.py", "test_shapes.py"]),
+    "thread": Kind(
+        {"CYBN_SANITIZE": "thread"},
+        ["libtsan.so"],
+        {"TSAN_OPTIONS": "exitcode=66:halt_on_error=1:ignore_noninstrumented_modules=1"},
+        ["racing_sum()"],
+        ["test_threads.py", "test_family_bits.py"],
+    ),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--whole", action="store_true", help="not only a chosen part of the suite")
+    parser.add_argument("--folder", type=Path, help="build here and keep it, or use what is there")
+    options, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        run(KINDS[options.kind], folder.resolve(), options.whole, more)
+
+
+def run(kind, folder, whole, more):
+    if not (folder / "cybn").is_dir():
+        build(kind, folder)
+    environment = environment_of(kind, folder)
+    python = [sys.executable, "-P"]
+    subprocess.run([*python, "-m", "cybn", "info"], env=environment, check=True)
+    check_faults(kind, python, folder, environment)
+    tests = [] if any(word.startswith("test") for word in more) else chosen(kind, whole)
+    shown = ["--capture=sys"]  # what C prints before it ends the process
+    command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shown, *tests, *more]
+    print("+", *command, flush=True)
+    sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+
+
+def build(kind, folder):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    if importlib.util.find_spec("Cython"):  # else pip fetches it for the build
+        command.append("--no-build-isolation")
+    print("+", *command, ".", flush=True)
+    subprocess.run([*command, "."], cwd=ROOT, env=os.environ | kind.build, check=True)
+
+
+def compiler():
+    return os.environ.get("CC", "gcc").split()
+
+
+def environment_of(kind, folder):
+    """Return the environment in which Python imports what was built, with all it needs."""
+    ours = ("CYBN_", "OMP_", "GOMP_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    libraries = [library(name) for name in kind.libraries]
+    if "libtsan.so" in kind.libraries:
+        threads = str(folder / "pthread_omp.so")
+        compile_c("pthread_omp.c", threads, kind, "-pthread")
+        libraries.append(threads)
+    path = os.pathsep.join([str(folder), str(ROOT / "tests")])
+    return environment | kind.options | {"PYTHONPATH": path, "LD_PRELOAD": " ".join(libraries)}
+
+
+def library(name):
+    command = [*compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def compile_c(source, to, kind, *flags):
+    sanitize = f"-fsanitize={kind.build['CYBN_SANITIZE']}"
+    flags = ["-g", "-O1", "-shared", "-fPIC", sanitize, "-fno-sanitize-recover=all", *flags]
+    subprocess.run([*compiler(), *flags, str(SOURCES / source), "-o", to], check=True)
+
+
+def check_faults(kind, python, folder, environment):
+    """Check that each planted fault ends the process, and what is no fault does not."""
+    if not kind.faults:
+        return
+    planted = str(folder / "planted.so")
+    compile_c("planted.c", planted, kind, "-fopenmp")
+    for call in [*kind.faults, "ordered_sum()"]:
+        code = f"import ctypes; print(ctypes.CDLL({planted!r}).{call})"
+        done = subprocess.run(
+            [*python, "-c", code], env=environment, capture_output=True, text=True
+        )
+        reported = done.returncode != 0
+        if reported != (call in kind.faults):
+            sys.exit(f"planted {call}: {done.returncode}\n{done.stdout}{done.stderr}")
+        print(f"planted {call}: {'reported' if reported else 'no report, as there is no fault'}")
+
+
+def chosen(kind, whole):
+    tests = ROOT / "tests"
+    if not whole:
+        return [str(tests / name) for name in kind.tests]
+    foreign = [f"--ignore-glob={tests}/test_*{word}*.py" for word in FOREIGN]
+    return [str(tests), *foreign, f"--ignore={tests / OWN_MEMORY}"]
+
+
+if __name__ == "__main__":
+    if not shutil.which(compiler()[0]):
+        sys.exit("no gcc")
+    main()

@@ -1,0 +1,99 @@
+"""Row 33: builds with checks compiled in, and that a check that fires fails the run."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cybn
+from cybn import _runtime
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("sanitize.py")
+
+pytestmark = pytest.mark.row(33)
+
+
+# ---- the builds --------------------------------------------------------------------------
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_clean(kind, figure):
+    """Minutes: builds cybn from the tree that these tests lie in, with assertions for address."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no setup.py beside these tests: run them in the tree")
+    done = subprocess.run([sys.executable, str(SCRIPT), kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    figure(33, f"{kind}: tests", int(re.findall(r"(\d+) passed", done.stdout)[-1]))
+    figure(33, f"{kind}: reports", 0)
+
+
+def test_a_build_says_what_it_is(capsys):
+    cybn.show_config()
+    assert re.search(rf"^build +{_runtime.host.build()}$", capsys.readouterr().out, re.MULTILINE)
+
+
+# ---- a debug build -----------------------------------------------------------------------
+
+in_debug = pytest.mark.skipif(
+    "debug" not in _runtime.host.build(), reason="of a build with CYBN_DEBUG=1"
+)
+SHARES = (None, None, 0.0, False, False)  # none
+
+
+@in_debug
+@pytest.mark.usefixtures("level")
+def test_arrays_that_are_too_small_are_errors():
+    kernels = _runtime.kernels_at(_runtime.level)
+    x, work = np.ones((2, 3, 4), np.float32), np.empty((3, 3))
+    statistics = kernels.statistics["float"]
+    statistics(x, work, *SHARES, 0, 1)
+    with pytest.raises(IndexError, match="Out of bounds"):
+        statistics(x[:0], work, *SHARES, 0, 1)
+    with pytest.raises(IndexError, match="Out of bounds"):
+        statistics(x, work[:0], *SHARES, 0, 1)
+
+
+ASSERTION = """
+import numpy as np
+from cybn import _runtime
+x = np.ones((2, 3, 4), np.float32)
+_runtime.kernels.statistics["float"](x, np.empty((7, 3)), None, None, 0.0, False, False, 0, 1)
+"""
+
+
+@in_debug
+def test_a_broken_assumption_ends_the_process():
+    """Room for three chunks, but two rows to cut: a caller and a kernel that do not agree."""
+    command = [sys.executable, "-P", "-c", ASSERTION]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "Assertion" in done.stderr
+
+
+# ---- what is only printed ----------------------------------------------------------------
+
+UNRAISABLE = """
+class Careless:
+    def __del__(self):
+        raise IndexError("out of bounds, where nobody can catch it")
+
+def test_it():
+    Careless()
+"""
+
+
+def test_an_error_that_nobody_can_catch_fails_the_run(tmp_path):
+    """Such as one in a kernel, which cannot raise: Python reports it to sys.unraisablehook."""
+    test = tmp_path / "test_careless.py"
+    test.write_text(UNRAISABLE)
+    options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "pytest", *options, str(test)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "out of bounds, where nobody can catch it" in done.stdout
