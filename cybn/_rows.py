@@ -16,11 +16,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _layout
-from ._arguments import channel_axis, check_eps, destination, tensor
+from ._arguments import channel_axis, check_eps, destination, storage, tensor
 from ._runtime import row_kernels, thread_count
 from .moments import Moments
 
-_NAMES = {"f": "float", "d": "double"}
+# By storage, as in _arguments: the kernels' names of an element's type, and of what is computed in.
+_TYPES = {
+    "f": ("float", "float"),
+    "d": ("double", "double"),
+    "e": ("uint16_t", "float"),
+    "E": ("uint16_t", "float"),
+}
+_STORAGE: dict[str, int] = {"f": 0, "d": 0} | row_kernels.STORAGE
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 _COUNT: Any
 _FORWARD: dict[str, Any]
@@ -30,11 +38,11 @@ _Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2 of 
 
 
 def _bind(module: ModuleType) -> None:
-    """Call the kernels of `module` from now on; keys are the chars of x's types."""
+    """Call the kernels of `module` from now on; keys are storage."""
     global _COUNT, _FORWARD, _BACKWARD
     _COUNT = module.count
-    _FORWARD = {char: module.forward[name] for char, name in _NAMES.items()}
-    _BACKWARD = {char: module.backward[name] for char, name in _NAMES.items()}
+    _FORWARD = {e: module.forward[types] for e, types in _TYPES.items()}
+    _BACKWARD = {e: module.backward[types] for e, types in _TYPES.items()}
 
 
 _bind(row_kernels)
@@ -110,18 +118,24 @@ def _positions(x: NDArray[Any], channels: int) -> int:
 
 def rms_eps(x: NDArray[Any], eps: float | None) -> float:
     if eps is None:
-        return float(np.finfo(x.dtype).eps)
+        return float(np.finfo(_computed(x)).eps)
     check_eps(eps)
     return eps
 
 
+def _computed(x: NDArray[Any]) -> np.dtype[Any]:
+    """Return the type that is computed in."""
+    return _F64 if x.dtype == _F64 else _F32
+
+
 def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
-    """Return gamma and beta as vectors in the dtype of x; 1 and 0 where None."""
+    """Return gamma and beta as vectors of the type that is computed in; 1 and 0 where None."""
     vectors = []
+    dtype = _computed(x)
     for name, value in given.items():
         if value is None:
             default = np.ones if name == "gamma" else np.zeros
-            vectors.append(default(prod(form.shape), x.dtype))
+            vectors.append(default(prod(form.shape), dtype))
             continue
         array = tensor(name, value, half=False)
         if array.shape != form.shape:
@@ -130,7 +144,7 @@ def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[N
                 f"{name} has shape {array.shape}; it must have shape {form.shape}, "
                 f"one value a{'n' * (each[0] == 'e')} {each}"
             )
-        vectors.append(_rounded(array, x.dtype).reshape(-1))
+        vectors.append(_rounded(array, dtype).reshape(-1))
     return vectors
 
 
@@ -183,9 +197,9 @@ def forward(
     segments, _ = _COUNT(*plan.shape, form.run)
     statistics = np.empty((2, form.rows))
     sums = np.empty(2 * form.rows * segments)
-    _FORWARD[x.dtype.char](
-        plan.view(x), plan.view(target), *vectors, statistics, sums, form.run, eps, centred, nt
-    )
+    e = storage(x.dtype)
+    arrays = plan.view(x), plan.view(target), *vectors, statistics, sums
+    _FORWARD[e](*arrays, form.run, eps, centred, _STORAGE[e], nt)
     if target is not y:
         np.copyto(y, target)
     mean, m2 = statistics
@@ -238,7 +252,7 @@ def gradients(
     num_threads: int | None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return dx, dgamma and dbeta; `axis` is that of the channels, where there is one."""
-    dtype = x.dtype if gamma is None else tensor("gamma", gamma, half=False).dtype
+    dtype = _computed(x) if gamma is None else tensor("gamma", gamma, half=False).dtype
     (scale,) = vectors_of(x, form, gamma=gamma)
     nt = thread_count(num_threads)
     dx = destination(out, x, (x, dy, scale, *statistics))
@@ -268,7 +282,8 @@ def _run_backward(
     target = _layout.like_empty(dx, x, plan)
     segments, chunks = _COUNT(*plan.shape, form.run)
     parts = np.empty((chunks, 2, gamma.size))
-    _BACKWARD[x.dtype.char](
+    e = storage(x.dtype)
+    _BACKWARD[e](
         plan.view(_layout.like(dy, x, plan)),
         plan.view(x),
         plan.view(target),
@@ -279,6 +294,7 @@ def _run_backward(
         form.run,
         eps,
         centred,
+        _STORAGE[e],
         nt,
     )
     if target is not dx:

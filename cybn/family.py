@@ -54,12 +54,13 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 1 axis
+    x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
         Read in place where the normalized axes lie in memory in C order and the others fold to
-        one, in any order; copied first where not. May be empty.
+        one, in any order; copied first where not. May be empty. Half types (bfloat16 is that of
+        ml_dtypes) are computed in float32, and results are rounded to them once, to nearest even.
     gamma, beta : array_like, shape ``x.shape[axis:]``, optional
-        Scale and shift of each element of the normalized axes; 1 and 0 where None. Rounded to the
-        dtype of `x`.
+        Scale and shift of each element of the normalized axes, float32 or float64; 1 and 0 where
+        None. Rounded to the type that is computed in: float64 for float64, else float32.
     axis : int, default -1
         The first normalized axis; negative counts from the end.
     eps : float, default 1e-5
@@ -80,7 +81,7 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If an array is not float32 or float64.
+        If an array is of another dtype.
     ValueError
         If a shape does not fit, `eps` is not positive, or `out` is read-only or overlaps an
         input in part.
@@ -99,7 +100,7 @@ def layer_norm(
     (array([[-1.,  1.],
            [ 0.,  0.]]), array([2., 2.]))
     """
-    x = tensor("x", x, half=False)
+    x = tensor("x", x)
     form = _rows.layer_form(x, axis)
     check_eps(eps)
     vectors = _rows.vectors_of(x, form, gamma=gamma, beta=beta)
@@ -125,7 +126,7 @@ def layer_norm_backward(
     ----------
     dy : array_like, shape and dtype of `x`
         Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
-    x : array_like of float32 or float64
+    x : array_like
         What was given to `layer_norm`.
     moments : Moments
         What `layer_norm` returned for it.
@@ -141,16 +142,16 @@ def layer_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`, or of `x` where that is None.
+        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
 
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or `moments` is no `Moments`.
+        If an array is of another dtype, or `moments` is no `Moments`.
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
     """
-    dy, x = gradient_pair(dy, x, half=False)
+    dy, x = gradient_pair(dy, x)
     form = _rows.layer_form(x, axis)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
 
@@ -174,15 +175,15 @@ def rms_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 1 axis
+    x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
         As in `layer_norm`.
     gamma : array_like, shape ``x.shape[axis:]``, optional
         Scale of each element of the normalized axes; 1 where None.
     axis, out, num_threads
         As in `layer_norm`.
     eps : float, optional
-        Added to the mean square. Positive; where None, the machine epsilon of the dtype of `x`,
-        as in PyTorch.
+        Added to the mean square. Positive; where None, the machine epsilon of the type that is
+        computed in, as in PyTorch: that of float32 for half types.
 
     Returns
     -------
@@ -204,7 +205,7 @@ def rms_norm(
     >>> y.round(6), mean_square
     (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
     """
-    x = tensor("x", x, half=False)
+    x = tensor("x", x)
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
     vectors = _rows.vectors_of(x, form, gamma=gamma, beta=None)
@@ -241,14 +242,14 @@ def rms_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`, or of `x` where that is None.
+        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
 
     Raises
     ------
     TypeError, ValueError
         As in `layer_norm_backward`.
     """
-    dy, x = gradient_pair(dy, x, half=False)
+    dy, x = gradient_pair(dy, x)
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
     squares = tensor("mean_square", mean_square, half=False).astype(np.float64, copy=False)
@@ -285,12 +286,13 @@ def group_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2 axes
+    x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
         Samples along axis 0. Read in place where each sample lies in memory in C order of
         channels and positions; copied to that order first where not, so channels-last costs a
         copy of the input, and one of the result.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where None. Rounded to the dtype of `x`.
+        Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded
+        to the type that is computed in.
     num_groups : int
         Number of groups; C must be a multiple of it.
     axis : int, default 1
@@ -308,7 +310,7 @@ def group_norm(
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or `num_groups` no int.
+        If an array is of another dtype, or `num_groups` no int.
     ValueError
         As in `layer_norm`, and if the channels do not split into `num_groups` groups, or `x` has
         but one value a group and one sample.
@@ -322,7 +324,7 @@ def group_norm(
     >>> y.round(6), m.mean
     (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
     """
-    x = tensor("x", x, half=False)
+    x = tensor("x", x)
     form = _rows.group_form(x, axis, num_groups)
     return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
 
@@ -353,14 +355,14 @@ def group_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`, or of `x` where that is None.
+        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
 
     Raises
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
     """
-    dy, x = gradient_pair(dy, x, half=False)
+    dy, x = gradient_pair(dy, x)
     form = _rows.group_form(x, axis, num_groups)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
 
@@ -385,7 +387,7 @@ def instance_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 3 axes
+    x : array_like of float32, float64, float16 or bfloat16, at least 3 axes
         As in `group_norm`, with more than one position.
     gamma, beta, axis, eps, out, num_threads
         As in `group_norm`.
@@ -400,7 +402,7 @@ def instance_norm(
     Raises
     ------
     TypeError
-        If an array is not float32 or float64.
+        If an array is of another dtype.
     ValueError
         As in `group_norm`, and if a channel has but one position.
 
@@ -413,7 +415,7 @@ def instance_norm(
     (array([[[-1.,  1.],
             [-1.,  1.]]]), array([2., 7.]))
     """
-    x = tensor("x", x, half=False)
+    x = tensor("x", x)
     form = _rows.instance_form(x, axis)
     return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
 
@@ -443,13 +445,13 @@ def instance_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`, or of `x` where that is None.
+        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
 
     Raises
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
     """
-    dy, x = gradient_pair(dy, x, half=False)
+    dy, x = gradient_pair(dy, x)
     form = _rows.instance_form(x, axis)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)

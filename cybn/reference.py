@@ -470,7 +470,10 @@ def _spread(
 
 
 def _rms_eps(x: ArrayLike, eps: float | None) -> float:
-    return float(np.finfo(np.asarray(x).dtype).eps) if eps is None else eps
+    if eps is not None:
+        return eps
+    dtype = np.asarray(x).dtype
+    return float(np.finfo(np.float32 if dtype.itemsize == 2 else dtype).eps)
 
 
 def _deliver(y: Array, out: Array | None) -> Array:

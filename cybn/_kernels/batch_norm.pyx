@@ -135,6 +135,7 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
+include "storage.pxi"
 include "masks.pxi"
 include "stages.pxi"
 include "reduce.pxi"

@@ -30,13 +30,17 @@
 #    or tiles. Both do the same sums in the same order: bits depend on the shape alone.
 # e. Results go to a buffer in L1 first where they are to be streamed past the caches, or written
 #    over an input: so the loops know that nothing overlaps, and stay vectors.
+# f. Half types are storage: widened piece by piece as they are read, rounded once as they are
+#    written (storage.pxi). All else is that of float32, gamma and beta too.
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
+from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from cybn._kernels.check cimport check
 from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
+from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport TILE, gather, spread
 from cybn._kernels.runs cimport (
     PIECE, RUN_MIN, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
@@ -57,9 +61,11 @@ cdef struct Job:
     bint runs
     bint owned
     bint stream             # y goes past the caches
-    bint in_place           # y is x or dy
+    bint buffered           # y is computed in L1 before it goes anywhere
+    Storage storage         # of x, dy and y
+    Py_ssize_t item         # bytes of an element of those
     Py_ssize_t N, G, K, S, D
-    Py_ssize_t x_row, dy_row, y_row     # elements from one n to the next
+    Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
     Py_ssize_t cuts         # segments of a run, or of a row of columns
     Py_ssize_t segments     # of a row
     Py_ssize_t tile         # columns of a tile: whole channels
@@ -115,6 +121,7 @@ cdef Job new_job(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S) noexcep
     return job
 
 
+include "storage.pxi"
 include "row_reduce.pxi"
 include "row_apply.pxi"
 
@@ -192,9 +199,10 @@ cdef void run(
     cdef Py_ssize_t values = job.N * job.G * job.D
     cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
     cdef int nt = threads if values >= SERIAL else 1
-    job.in_place = y == x or y == dy
-    job.stream = (
-        not job.in_place and (3 if job.backward else 2) * values * sizeof(T) > l3_bytes)
+    cdef Py_ssize_t touched = (3 if job.backward else 2) * values * job.item
+    cdef bint in_place = y == x or y == dy
+    job.stream = not in_place and touched > l3_bytes
+    job.buffered = job.stream or in_place or job.storage != NATIVE
     job.owned = nt == 1 or tasks >= 4 * nt or job.D <= CHUNK
     if job.owned:
         for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt,
@@ -212,34 +220,65 @@ cdef void run(
 
 # ---- entries -----------------------------------------------------------------------------
 
+ctypedef fused E:           # an element in storage: float32, float64, or a half type
+    float
+    double
+    uint16_t
+
+ctypedef fused P:           # what is computed in: float64 for float64, float32 for the others
+    float
+    double
+
+STORAGE = {"e": FLOAT16, "E": BFLOAT16}     # by dtype.char
+
+
+cdef inline void set_storage(Job* job, const E[:, :, :] x, Storage storage):
+    job.storage = storage
+    job.item = sizeof(E)
+    job.x_row = x.strides[0]
+
+
+cdef inline void start(
+    const E* x, const E* dy, E* y, const P* gamma, const P* beta, Job* job, int threads
+) noexcept nogil:
+    """Run in the type of gamma and beta, which E decides."""
+    if E is double:
+        run(x, dy, y, <const double*> gamma, <const double*> beta, job, threads)
+    else:
+        run(<const float*> x, <const float*> dy, <float*> y,
+            <const float*> gamma, <const float*> beta, job, threads)
+
+
 def forward(
-    const T[:, :, :] x,         # IN  (N, G, D), the last two axes dense
-    T[:, :, :] y,               # OUT (N, G, D), likewise; may be x
-    const T[::1] gamma,         # IN  (C,)
-    const T[::1] beta,          # IN  (C,)
+    const E[:, :, :] x,         # IN  (N, G, D), the last two axes dense
+    E[:, :, :] y,               # OUT (N, G, D), likewise; may be x
+    const P[::1] gamma,         # IN  (C,)
+    const P[::1] beta,          # IN  (C,)
     double[:, ::1] statistics,  # OUT (2, N * G): mean and m2
     double[::1] scratch,        # OUT (N * G * segments * 2,)
     Py_ssize_t S,
     double eps,
     bint centred,
+    Storage storage,
     int threads,
 ):
     cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S)
     job.backward = False
     job.centred = centred
     job.eps = eps
-    job.x_row, job.y_row, job.dy_row = x.strides[0] // sizeof(T), y.strides[0] // sizeof(T), 0
+    set_storage(&job, x, storage)
+    job.y_row, job.dy_row = y.strides[0], 0
     job.mean, job.m2, job.sums = &statistics[0, 0], &statistics[1, 0], &scratch[0]
     job.parts = NULL
     with nogil:
-        run(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &gamma[0], &beta[0], &job, threads)
+        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &gamma[0], &beta[0], &job, threads)
 
 
 def backward(
-    const T[:, :, :] dy,        # IN  (N, G, D), the last two axes dense
-    const T[:, :, :] x,         # IN  (N, G, D), likewise
-    T[:, :, :] dx,              # OUT (N, G, D), likewise; may be dy or x
-    const T[::1] gamma,         # IN  (C,)
+    const E[:, :, :] dy,        # IN  (N, G, D), the last two axes dense
+    const E[:, :, :] x,         # IN  (N, G, D), likewise
+    E[:, :, :] dx,              # OUT (N, G, D), likewise; may be dy or x
+    const P[::1] gamma,         # IN  (C,)
     const double[::1] mean,     # IN  (N * G,)
     const double[::1] m2,       # IN  (N * G,)
     double[::1] scratch,        # OUT (N * G * segments * 2,)
@@ -247,14 +286,15 @@ def backward(
     Py_ssize_t S,
     double eps,
     bint centred,
+    Storage storage,
     int threads,
 ):
     cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S)
     job.backward = True
     job.centred = centred
     job.eps = eps
-    job.x_row, job.dy_row = x.strides[0] // sizeof(T), dy.strides[0] // sizeof(T)
-    job.y_row = dx.strides[0] // sizeof(T)
+    set_storage(&job, x, storage)
+    job.dy_row, job.y_row = dy.strides[0], dx.strides[0]
     job.mean, job.m2, job.sums, job.parts = &mean[0], &m2[0], &scratch[0], &parts[0, 0, 0]
     with nogil:
-        run(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &gamma[0], <const T*> NULL, &job, threads)
+        start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &gamma[0], <const P*> NULL, &job, threads)

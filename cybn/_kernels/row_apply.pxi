@@ -12,40 +12,37 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     return c
 
 
-cdef inline void put(T* y, const T* buffer, Py_ssize_t n, const Job* job) noexcept nogil:
-    """Bring results from the buffer to where they go."""
-    if job.stream:
-        stream(y, buffer, n * sizeof(T))
-    else:
-        memcpy(y, buffer, n * sizeof(T))
-
-
 cdef void apply_run(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
-    const Job* job, const Span* s, const Row* row, Py_ssize_t i,
+    const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t i,
 ) noexcept nogil:
-    """y or dx of segment i of a row of runs."""
+    """y or dx of segment i of row n of group g, in runs."""
     cdef T buffer[PIECE]
+    cdef T of_x[PIECE]
+    cdef T of_dy[PIECE]
+    cdef const T* at_x
     cdef T* to
-    cdef Py_ssize_t at, end, m, channel = s.g * job.K + i // job.cuts
+    cdef Py_ssize_t at, end, m, channel = g * job.K + i // job.cuts
     cdef double a = gamma[channel] * row.r, k = -row.r * row.r * row.c2, b
     if job.backward:
         b = -row.r * row.c1 - k * row.lo
     else:
         b = beta[channel] - a * row.lo if row.lo != 0 else beta[channel]
-    segment_of_run(job, i, &at, &end)
+    segment_of_run(job, g, i, &at, &end)
     while at < end:
         m = PIECE
         if job.stream:  # the next piece starts on a line
-            m -= (<size_t> (y + at) & 63) // sizeof(T)
+            m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
         m = min(m, end - at)
-        to = &buffer[0] if job.stream or job.in_place else y + at
+        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
+        to = target(job, y, job.y_row, n, at, buffer)
         if job.backward:
-            unscale(dy + at, x + at, to, m, <T> row.hi, <T> a, <T> k, <T> b, 0, False)
+            unscale(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, to, m,
+                    <T> row.hi, <T> a, <T> k, <T> b, 0, False)
         else:
-            scale(x + at, to, m, <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
-        if to == &buffer[0]:
-            put(y + at, buffer, m, job)
+            scale(at_x, to, m, <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
+        if job.buffered:
+            deliver(job, buffer, y, job.y_row, n, at, m)
         at += m
 
 
@@ -59,6 +56,9 @@ cdef void apply_columns(
     cdef T a[TILE]
     cdef T b[TILE]
     cdef T buffer[TILE]
+    cdef T of_x[TILE]
+    cdef T of_dy[TILE]
+    cdef const T* at_x
     cdef T* to
     cdef const Row* row
     cdef Py_ssize_t n, j, at = s.g * job.D + t * job.tile, c = t * job.tile // job.S
@@ -74,15 +74,15 @@ cdef void apply_columns(
         shifts = spread_tile(beta, job, s.g, t, room_beta)
     for n in range(s.n0, s.n1):
         row = rows + n - s.n0
-        to = &buffer[0] if job.stream or job.in_place else y + n * job.y_row + at
+        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
+        to = target(job, y, job.y_row, n, at, buffer)
         if job.backward:
-            row_unscale(dy + n * job.dy_row + at, x + n * job.x_row + at, scales, to, m,
+            row_unscale(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, scales, to, m,
                         <T> row.hi, <T> row.lo, <T> row.r, <T> row.c1, <T> row.c2, a, b)
         else:
-            row_scale(x + n * job.x_row + at, scales, shifts, to, m,
-                      <T> row.hi, <T> row.lo, <T> row.r)
-        if to == &buffer[0]:
-            put(y + n * job.y_row + at, buffer, m, job)
+            row_scale(at_x, scales, shifts, to, m, <T> row.hi, <T> row.lo, <T> row.r)
+        if job.buffered:
+            deliver(job, buffer, y, job.y_row, n, at, m)
     if job.backward:
         gather(a, m // job.S, job.S, 1, dgamma + c)
         gather(b, m // job.S, job.S, 1, dbeta + c)
@@ -94,15 +94,14 @@ cdef void apply(
 ) noexcept nogil:
     """y or dx of tiles t0..t1 of some rows of a chunk, last tile first: reduce ended there."""
     cdef Row rows[BLOCK]
-    cdef Py_ssize_t n, t, at = s.n0 * job.y_row + s.g * job.D
+    cdef Py_ssize_t n, t
     cdef double* dgamma = job.parts + chunk * 2 * job.G * job.K + s.g * job.K
     check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
     for n in range(s.n0, s.n1):
         rows[n - s.n0] = of_row(job, n * job.G + s.g, <T> 0)
     for t in range(t1 - 1, t0 - 1, -1):
         if job.runs:
-            apply_run(x + s.n0 * job.x_row + s.g * job.D, dy + s.n0 * job.dy_row + s.g * job.D,
-                      y + at, gamma, beta, job, s, rows, t)
+            apply_run(x, dy, y, gamma, beta, job, s.n0, s.g, rows, t)
         else:
             apply_columns(x, dy, y, gamma, beta, job, s, rows, t, dgamma,
                           dgamma + job.G * job.K)

@@ -1,43 +1,52 @@
 # Reduce: sums of rows, segment by segment, and finish: what becomes of them.
 
-cdef inline T find_pivot(const T* x, const Job* job) noexcept nogil:
+cdef inline T find_pivot(
+    const T* x, const Job* job, Py_ssize_t n, Py_ssize_t g
+) noexcept nogil:
     """Mean of SAMPLES values spread evenly over a row, rounded to T; 0 where it is not centred.
 
     Added in a tree: the sum of eight equal values is then exact, and so is their mean.
     """
     cdef double v[SAMPLES]
-    cdef Py_ssize_t i, D = job.D
+    cdef Py_ssize_t i, at, D = job.D
     if not job.centred:
         return 0
     for i in range(SAMPLES):
-        v[i] = x[(D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)]
+        at = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
+        v[i] = value(job, x, n, g * D + at)
     return <T> (0.125 * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
 
 
 cdef void reduce_run(
-    const T* x, const T* dy, const Job* job, T shift, Py_ssize_t i, double* out
+    const T* x, const T* dy, const Job* job, Py_ssize_t n, Py_ssize_t g,
+    T shift, Py_ssize_t i, double* out,
 ) noexcept nogil:
-    """Sums of segment i of a row of runs."""
+    """Sums of segment i of row n of group g, in runs."""
     cdef double acc[2 * WIDE]
-    cdef Py_ssize_t at, end, j
-    segment_of_run(job, i, &at, &end)
+    cdef T of_x[PIECE]
+    cdef T of_dy[PIECE]
+    cdef const T* at_x
+    cdef Py_ssize_t at, end, j, m
+    segment_of_run(job, g, i, &at, &end)
     for j in range(2 * WIDE):
         acc[j] = 0
     while at < end:
+        m = min(PIECE, end - at)
+        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
         if job.backward:
-            dots(dy + at, x + at, min(PIECE, end - at), shift, 0, 0, False, acc)
+            dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, m, shift, 0, 0, False, acc)
         else:
-            sums(x + at, min(PIECE, end - at), shift, acc)
+            sums(at_x, m, shift, acc)
         at += PIECE
     out[0] = across(acc)
     out[1] = across(acc + WIDE)
 
 
 cdef inline void segment_of_run(
-    const Job* job, Py_ssize_t i, Py_ssize_t* start, Py_ssize_t* end
+    const Job* job, Py_ssize_t g, Py_ssize_t i, Py_ssize_t* start, Py_ssize_t* end
 ) noexcept nogil:
-    """Where segment i lies in its row: nearly equal parts of a run, in whole pieces."""
-    cdef Py_ssize_t run = i // job.cuts * job.S
+    """Where segment i of group g lies: nearly equal parts of a run, in whole pieces."""
+    cdef Py_ssize_t run = g * job.D + i // job.cuts * job.S
     cdef Py_ssize_t length = (job.S + job.cuts - 1) // job.cuts
     length = (length + PIECE - 1) // PIECE * PIECE
     start[0] = run + i % job.cuts * length
@@ -51,7 +60,10 @@ cdef void reduce_columns(
     """Sums of segment i of some rows, which share their gamma."""
     cdef double acc[BLOCK * 2 * WIDE]
     cdef T room[TILE]
+    cdef T of_x[TILE]
+    cdef T of_dy[TILE]
     cdef const T* weight = room
+    cdef const T* at_x
     cdef Py_ssize_t n, t, j, m, at
     cdef double* out
     for j in range((s.n1 - s.n0) * 2 * WIDE):
@@ -64,11 +76,12 @@ cdef void reduce_columns(
         at += s.g * job.D
         for n in range(s.n0, s.n1):
             j = n - s.n0
+            at_x = fetch(job, x, job.x_row, n, at, m, of_x)
             if job.backward:
-                weighted_dots(dy + n * job.dy_row + at, x + n * job.x_row + at, weight, m,
+                weighted_dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, weight, m,
                               shift[j], acc + j * 2 * WIDE)
             else:
-                sums(x + n * job.x_row + at, m, shift[j], acc + j * 2 * WIDE)
+                sums(at_x, m, shift[j], acc + j * 2 * WIDE)
     for n in range(s.n0, s.n1):
         out = job.sums + ((n * job.G + s.g) * job.segments + i) * 2
         out[0] = across(acc + (n - s.n0) * 2 * WIDE)
@@ -98,37 +111,42 @@ cdef void reduce(
         if job.backward:
             shift[n - s.n0] = <T> job.mean[row]
         else:
-            shift[n - s.n0] = find_pivot(x + n * job.x_row + s.g * job.D, job)
+            shift[n - s.n0] = find_pivot(x, job, n, s.g)
             if i == 0:
                 (<double*> job.mean)[row] = shift[n - s.n0]
     if job.runs:
         for n in range(s.n0, s.n1):
-            row = s.g * job.D
-            reduce_run(x + n * job.x_row + row, dy + n * job.dy_row + row, job, shift[n - s.n0], i,
+            reduce_run(x, dy, job, n, s.g, shift[n - s.n0], i,
                        job.sums + ((n * job.G + s.g) * job.segments + i) * 2)
     else:
         reduce_columns(x, dy, gamma, job, s, shift, i)
 
 
 cdef void sum_again(
-    const T* x, Py_ssize_t D, double shift, double* s1, double* s2
+    const T* x, const Job* job, Py_ssize_t n, Py_ssize_t g, double shift, double* s1, double* s2
 ) noexcept nogil:
     """Sums of x - shift and its square in float64, for the rows that need it."""
     cdef double acc[2 * WIDE]
-    cdef Py_ssize_t j
+    cdef T of_x[PIECE]
+    cdef Py_ssize_t i, j, m
     for j in range(2 * WIDE):
         acc[j] = 0
-    wide_sums(x, D, shift, acc)
+    for i in range((job.D + PIECE - 1) // PIECE):
+        m = min(PIECE, job.D - i * PIECE)
+        wide_sums(
+            fetch(job, x, job.x_row, n, g * job.D + i * PIECE, m, of_x), m, shift, acc)
     s1[0] = across(acc)
     s2[0] = across(acc + WIDE)
 
 
-cdef void finish_forward(const T* x, const Job* job, Py_ssize_t row) noexcept nogil:
+cdef void finish_forward(
+    const T* x, const Job* job, Py_ssize_t n, Py_ssize_t g
+) noexcept nogil:
     """Turn the sums about the pivot into mean and m2 (docs/math.md, 6.2)."""
     cdef double tiny = job.D * (1e-30 if T is float else 1e-290)
+    cdef Py_ssize_t row = n * job.G + g, i
     cdef double pivot = job.mean[row], s1 = 0, s2 = 0, shift, m2
     cdef const double* part = job.sums + row * job.segments * 2
-    cdef Py_ssize_t i
     for i in range(job.segments):
         s1 += part[2 * i]
         s2 += part[2 * i + 1]
@@ -138,9 +156,9 @@ cdef void finish_forward(const T* x, const Job* job, Py_ssize_t row) noexcept no
     m2 = s2 - s1 * shift
     if (s1 != 0 or s2 != 0) and not (tiny <= m2 < INFINITY and s1 * shift <= 4 * m2):
         if job.centred:
-            sum_again(x, job.D, 0, &s1, &s2)
+            sum_again(x, job, n, g, 0, &s1, &s2)
             pivot = s1 / job.D
-        sum_again(x, job.D, pivot, &s1, &s2)
+        sum_again(x, job, n, g, pivot, &s1, &s2)
         shift = s1 / job.D if job.centred else 0
         m2 = s2 - s1 * shift
         m2 = 0 if m2 < 0 else m2
@@ -186,4 +204,4 @@ cdef void finish(const T* x, const T* gamma, const Job* job, const Span* s) noex
         if job.backward:
             finish_backward(gamma, job, n, s.g)
         else:
-            finish_forward(x + n * job.x_row + s.g * job.D, job, n * job.G + s.g)
+            finish_forward(x, job, n, s.g)

@@ -9,36 +9,8 @@
 #   epilogue   z, residual            y = activation(z + residual)
 #   keep       g                      is the gradient of the residual
 #   deliver    y, dx                  narrows to half types, or writes past the caches
-
-cdef inline const T* fetch(
-    const Job* job, const T* base, Py_ssize_t pitch,
-    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch,
-) noexcept nogil:
-    """Values i..i + m of row n: where they lie, or widened into scratch."""
-    check((n < job.N or m == 0) and m <= TILE)
-    cdef const void* at = <const char*> base + n * pitch + i * job.item
-    if job.storage == NATIVE:
-        return <const T*> at
-    if T is float:
-        widen(<const uint16_t*> at, scratch, m, job.storage)
-    return scratch
-
-
-cdef inline const uint16_t* half_at(
-    const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i
-) noexcept nogil:
-    """Where value i of row n of a half type lies."""
-    return <const uint16_t*> (<const char*> base + n * pitch) + i
-
-
-cdef inline double value(
-    const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i
-) noexcept nogil:
-    """Value i of row n."""
-    cdef T buffer[1]
-    buffer[0] = 0
-    return fetch(job, x, job.x_row, n, i, 1, buffer)[0]
-
+#
+# fetch and deliver are in storage.pxi.
 
 cdef inline const T* fetch_x(
     const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* scratch
@@ -113,30 +85,3 @@ cdef inline void epilogue(
         add_residual(job, z, n, i, m, <T> job.low, <T> job.high)
     if job.activation >= LEAKY_RELU:
         activate(z, m, job.activation, <T> job.slope)
-
-
-cdef inline T* target(
-    const Job* job, const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i, T* buffer
-) noexcept nogil:
-    """Where values i.. of row n are computed: where they belong, or in the buffer."""
-    if job.buffered:
-        return buffer
-    return <T*> (<char*> base + n * pitch + i * job.item)
-
-
-cdef inline void deliver(
-    const Job* job, const T* computed, const T* base, Py_ssize_t pitch,
-    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
-) noexcept nogil:
-    """Bring what was computed in a buffer to where it belongs."""
-    cdef uint16_t half[TILE]
-    cdef const void* source = computed
-    cdef void* to = <char*> base + n * pitch + i * job.item
-    if job.storage != NATIVE:
-        if T is float:
-            narrow(computed, &half[0] if job.stream else <uint16_t*> to, m, job.storage)
-        source = &half[0]
-    if job.stream:
-        stream(to, source, m * job.item)
-    elif job.storage == NATIVE:
-        memcpy(to, source, m * job.item)

@@ -59,7 +59,7 @@ class PerSample(Layer, ABC):
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float32, float64, float16 or bfloat16
             Kept by reference for `backward`.
         out : ndarray, optional
             Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,

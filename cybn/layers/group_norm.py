@@ -31,8 +31,8 @@ class GroupNorm(PerSample):
     affine : bool, default True
         Whether the layer has gamma and beta.
     dtype : dtype, default float32
-        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, whatever
-        this is.
+        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, or a half
+        type, whatever this is.
 
     Attributes
     ----------

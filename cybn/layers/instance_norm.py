@@ -46,7 +46,7 @@ class _InstanceNorm(BatchNorm):
         1: `running_var` follows the unbiased variance, as in PyTorch; 0: the biased one.
     dtype : dtype, default float32
         Of gamma, beta, their gradients and the running statistics: float32 or float64. Inputs
-        may be either, whatever this is.
+        may be either, or a half type, whatever this is.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ class _InstanceNorm(BatchNorm):
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float32, float64, float16 or bfloat16
             A batch, or one sample without the axis of samples. Kept by reference for `backward`.
         out, num_threads
             As in `BatchNorm.forward`.

@@ -61,8 +61,8 @@ class LayerNorm(_LastAxes):
     bias : bool, default True
         Whether it has beta; without meaning where `elementwise_affine` is False.
     dtype : dtype, default float32
-        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, whatever
-        this is.
+        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, or a half
+        type, whatever this is.
 
     Attributes
     ----------
@@ -135,11 +135,12 @@ class RMSNorm(_LastAxes):
         Shape of the axes that are normalized, which are the last ones of the input.
     eps : float, optional
         Added to the mean square. Positive; where None, the machine epsilon of the input's dtype,
-        as in PyTorch.
+        as in PyTorch; that of float32 for half types.
     elementwise_affine : bool, default True
         Whether the layer has gamma. It never has a beta.
     dtype : dtype, default float32
-        Of gamma and its gradient: float32 or float64. Inputs may be either, whatever this is.
+        Of gamma and its gradient: float32 or float64. Inputs may be either, or a half type,
+        whatever this is.
 
     Attributes
     ----------
