@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 # How hard to look for a shared element before calling two views overlapping.
 _MOST_WORK: Any = 10_000
 
+_MOST_AXES = 64  # of an array: lists nested deeper are none
+
 _OPTIONAL = ("gamma", "beta")
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -30,14 +32,23 @@ def storage(dtype: np.dtype[Any]) -> str:
 
 def array(name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    refuse_masked(name, value)
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def refuse_masked(name: str, value: Any, depth: int = 0) -> None:
+    """Raise TypeError where NumPy would drop a mask without a word: in lists of arrays too."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, and its mask would be ignored; "
             f"give a plain array, such as {name}.filled(0.0)"
         )
-    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-        return np.from_dlpack(value)
-    return np.asarray(value)
+    if type(value) in (list, tuple) and depth < _MOST_AXES:
+        for part in value:
+            if type(part) is not float:
+                refuse_masked(name, part, depth + 1)
 
 
 def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:

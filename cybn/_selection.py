@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._arguments import array as as_plain
 from ._arguments import tensor
 
 __all__ = ["Positions", "Selection", "choose", "select"]
@@ -84,7 +85,7 @@ def choose(
 
 def _of_positions(name: str, value: ArrayLike, shape: tuple[int, ...], axis: int) -> NDArray[Any]:
     """Return `value` with as many axes as x, of size 1 along the channel axis."""
-    array = np.asarray(value)
+    array = as_plain(name, value)
     rest = shape[:axis] + shape[axis + 1 :]
     lacks = array.ndim < len(shape)
     if not lacks and array.shape[axis : axis + 1] != (1,):
@@ -122,7 +123,7 @@ def _spread(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[A
 
 
 def _mask(shape: tuple[int, ...], mask: ArrayLike) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
+    array = as_plain("mask", mask)
     if array.dtype != np.bool_:
         raise TypeError(
             f"mask is {array.dtype}; it must be bool, True where a value counts. "
@@ -132,7 +133,7 @@ def _mask(shape: tuple[int, ...], mask: ArrayLike) -> NDArray[np.bool_]:
 
 
 def _weights(shape: tuple[int, ...], weights: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(weights)
+    array = as_plain("weights", weights)
     if array.dtype.kind in "bui":
         array = array.astype(np.float64)
     wide = tensor("weights", array).astype(np.float64, copy=False)
@@ -151,7 +152,7 @@ def _valid(shape: tuple[int, ...], axis: int, lengths: ArrayLike) -> NDArray[np.
             "such as L in (N, C, L)"
         )
     batch, along = others[:2]
-    array = np.asarray(lengths)
+    array = as_plain("lengths", lengths)
     if array.dtype.kind not in "ui":
         raise TypeError(f"lengths is {array.dtype}; it must be integers")
     if array.shape != (shape[batch],):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._arguments import channel_axis, tensor
+from ._arguments import array as as_plain
+from ._arguments import channel_axis, refuse_masked, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
 from ._selection import Selection, select
@@ -21,6 +22,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
 def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return a read-only float64 copy of `values`, which must be one-dimensional."""
+    refuse_masked(name, values)
     array = np.array(values, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; it must have shape (C,)")
@@ -30,7 +32,7 @@ def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
 
 def _counted(count: Any, channels: int) -> Count:
     """Return `count` as an int, a float, or a read-only (C,) array of either."""
-    array = np.asarray(count)
+    array = as_plain("count", count)
     if array.ndim == 0 and array.dtype.kind != "f" and hasattr(count, "__index__"):
         result: Count = int(count)  # of any size
         least: Any = result
