@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import array as as_plain
-from ._arguments import channel_axis, refuse_masked, tensor
+from ._arguments import channel_axis, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
 from ._selection import Selection, select
@@ -22,8 +22,10 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
 def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return a read-only float64 copy of `values`, which must be one-dimensional."""
-    refuse_masked(name, values)
-    array = np.array(values, dtype=np.float64)
+    given = as_plain(name, values)
+    if given.dtype.kind not in "biuf":
+        raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
+    array = np.array(given, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}; it must have shape (C,)")
     array.setflags(write=False)
@@ -73,7 +75,7 @@ class Moments:
     Raises
     ------
     TypeError
-        If `count` is no number.
+        If `count`, `mean` or `m2` is not of numbers, or masked.
     ValueError
         If `count` or an `m2` is negative, or `mean` and `m2` are not vectors of one length.
 
@@ -214,7 +216,7 @@ class Moments:
 
         Parameters
         ----------
-        x : array_like of float32 or float64, at least 2 axes
+        x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
             May be larger than memory, as a `numpy.memmap`: it is walked in pieces, and nothing of
             more than 4 million values, or one position of all channels where those are more, is
             ever copied. May have no values.
@@ -356,20 +358,26 @@ class Moments:
         ------
         ValueError
             If a key is missing or unexpected, or a value is not what `Moments` takes.
+        TypeError
+            If `state` is no mapping, or a value is not of numbers.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
         required = {"count", "mean", "m2"}
         if not required <= set(state) <= required | {"rest"}:
             raise ValueError(
                 f"the state has the keys {sorted(map(str, state))}; it must have "
                 "count, mean, m2 and may have rest"
             )
-        count = np.asarray(state["count"])
+        count = as_plain("count", state["count"])
         given = cls(count[()] if count.ndim == 0 else count, state["mean"], state["m2"])
         if "rest" not in state:
             return given
         rest = _frozen(state["rest"], "rest")
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
+        if not np.isfinite(rest).all():
+            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
         return cls._adopt(given.count, given.mean, given.m2, rest)
 
     def __eq__(self, other: object) -> bool:
@@ -404,7 +412,7 @@ class Moments:
 
 def _float_array(x: ArrayLike) -> NDArray[Any]:
     """Return `x` as an array, not converted yet; TypeError unless it can be."""
-    array = x if isinstance(x, np.ndarray) else np.asarray(x)
+    array = x if type(x) is np.ndarray or isinstance(x, np.memmap) else as_plain("x", x)
     try:
         tensor("x", array[..., :0] if array.ndim else array)
     except TypeError as error:

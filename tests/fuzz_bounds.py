@@ -40,7 +40,9 @@ def widened(*arrays):
 class Bounds:
     """Exact values of all results of one batch normalization, and their bounds, as rows (C, M)."""
 
-    def __init__(self, x, axis, eps, gamma, beta, options, fixed=None, moments=None, masked="normalize"):
+    def __init__(
+        self, x, axis, eps, gamma, beta, options, fixed=None, moments=None, masked="normalize"
+    ):
         self.axis = axis % x.ndim
         self.x = x
         self.eps, self.options, self.masked = eps, options, masked
@@ -55,7 +57,9 @@ class Bounds:
         self.g = 1.0 if gamma is None else self.gamma[:, None]
         self.b = 0.0 if beta is None else self.beta[:, None]
         self.selected = {k: options[k] for k in ("mask", "weights", "lengths") if k in options}
-        self.w = reference._shares(x, self.axis, *(self.selected.get(k) for k in ("mask", "weights", "lengths")))
+        self.w = reference._shares(
+            x, self.axis, *(self.selected.get(k) for k in ("mask", "weights", "lengths"))
+        )
         self.wx = x.astype(wide)
         with np.errstate(all="ignore"):
             self._statistics()
@@ -117,11 +121,17 @@ class Bounds:
         if self.fixed is None:
             y, _ = reference.batch_norm(self.wx, self.gamma, self.beta, **options)
         else:
-            y = reference.batch_norm_inference(self.wx, *self.fixed, self.gamma, self.beta, **options)
+            y = reference.batch_norm_inference(
+                self.wx, *self.fixed, self.gamma, self.beta, **options
+            )
         y = rows(y, self.axis)
         z, bound = self.of_z(self.xhat)
         if self.act is not None:
-            steep = max(1.0, abs(self.slope)) if self.act == "leaky_relu" else LARGEST_SLOPE.get(self.act, 1)
+            steep = (
+                max(1.0, abs(self.slope))
+                if self.act == "leaky_relu"
+                else LARGEST_SLOPE.get(self.act, 1)
+            )
             bound = steep * bound + self.ulp * np.abs(y)
         return y, self.stored(y, bound)
 
@@ -194,6 +204,8 @@ def wrong(got, exact, bound, dtype):
         if good.all():
             return ~good
         good |= np.isnan(got) & np.isnan(exact)
-        good |= np.isinf(got) & ((np.abs(exact) + bound > largest) & (np.sign(got) == np.sign(exact)))
+        good |= np.isinf(got) & (
+            (np.abs(exact) + bound > largest) & (np.sign(got) == np.sign(exact))
+        )
         good |= ~np.isfinite(bound)
     return ~good

@@ -75,7 +75,9 @@ class View:
     def empty(self, shape, dtype):
         """Return a buffer of NaN and a view of it that has one value on each stretched axis."""
         shape = [1 if i in self.stretched else n for i, n in enumerate(shape)]
-        sizes = [abs(k) * n + 2 * m for n, k, m in zip(shape, self.steps, self.margins, strict=True)]
+        sizes = [
+            abs(k) * n + 2 * m for n, k, m in zip(shape, self.steps, self.margins, strict=True)
+        ]
         space = prod(sizes) * dtype.itemsize
         buffer = np.full(space + 72, 255, np.uint8)  # all bits set is a NaN of any type
         start = -buffer.ctypes.data % 64 + self.shift
@@ -105,7 +107,9 @@ class View:
         buffer, base = self.empty(values.shape, values.dtype)
         base = base.view(dtype) if self.swapped else base
         view = self.cut(base, values.shape)
-        some = values[tuple(slice(1) if i in self.stretched else slice(None) for i in range(values.ndim))]
+        some = values[
+            tuple(slice(1) if i in self.stretched else slice(None) for i in range(values.ndim))
+        ]
         view[...] = some
         array = np.broadcast_to(view, values.shape) if self.stretched else view
         if self.read_only:
@@ -268,7 +272,9 @@ def draw_flags(dice, op, shape, axis):
         if op in ("forward", "inference") and dice.random() < 0.4:
             flags["masked"] = dice.choice(("zero", "normalize"))
     if dice.random() < 0.35:
-        flags["select"] = dice.choice(("mask", "weights", "lengths", "mask weights", "mask lengths"))
+        flags["select"] = dice.choice(
+            ("mask", "weights", "lengths", "mask weights", "mask lengths")
+        )
         if len(shape) < 3:
             flags["select"] = flags["select"].replace("lengths", "mask")
         rest = [n for i, n in enumerate(shape) if i != axis]

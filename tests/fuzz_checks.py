@@ -156,8 +156,10 @@ def lay_out(case, arrays):
     arrays.copied = not arrays.x.flags.aligned or view.swapped
     if case.out in ("x", "dy", "residual"):
         arrays.out = getattr(arrays, case.out)
-    elif case.out == "overlap" and view.may_be_out and any(
-        m and n > 1 for m, n in zip(view.margins, case.shape, strict=True)
+    elif (
+        case.out == "overlap"
+        and view.may_be_out
+        and any(m and n > 1 for m, n in zip(view.margins, case.shape, strict=True))
     ):
         arrays.out = view.cut(bases["x"], case.shape, by=1)
     elif case.out in ("given", "overlap"):
@@ -251,7 +253,9 @@ def acceptable(case, a):
         return True
     if "inference" in case.op:
         return True
-    w = reference._shares(a.x, case.axis, *(a.options.get(k) for k in ("mask", "weights", "lengths")))
+    w = reference._shares(
+        a.x, case.axis, *(a.options.get(k) for k in ("mask", "weights", "lengths"))
+    )
     return np.count_nonzero(w) >= (1 if case.op == "moments" else 2)
 
 
@@ -424,7 +428,9 @@ def check_moments(exact, got, usable):
         "mean",
         got["mean"],
         exact.mean[:, 0],
-        exact.ulp * (std + near) + 2.0**-50 * np.abs(exact.mean[:, 0]) + (2e-45 if half else 1e-320),
+        exact.ulp * (std + near)
+        + 2.0**-50 * np.abs(exact.mean[:, 0])
+        + (2e-45 if half else 1e-320),
         usable,
         np.float64,
     )

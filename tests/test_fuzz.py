@@ -83,8 +83,6 @@ def test_every_choice_is_drawn():
         assert sum(map(bool, map(strange, views))) > 50
 
 
-
-
 FAULTS = {
     "a value off by a millionth": lambda v: v * (1 + 1e-6),
     "the last element forgotten": lambda v: v * (v != v.flat[-1]),

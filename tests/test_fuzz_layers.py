@@ -195,7 +195,9 @@ class Walk:
             y, m = cybn.instance_norm(x, gamma, beta, **k)
             dx, *sums = cybn.instance_norm_backward(dy, x, m, gamma, **k)
             if o["track_running_stats"]:
-                mean, var = (v.reshape(len(x), -1).mean(0) for v in (m.mean, m.var(o["running_ddof"])))
+                mean, var = (
+                    v.reshape(len(x), -1).mean(0) for v in (m.mean, m.var(o["running_ddof"]))
+                )
                 self.check_running(cybn.Moments(m.count, mean, var), var)
         else:
             fixed = self.before["running_mean"], self.before["running_var"]
