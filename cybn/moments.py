@@ -20,14 +20,19 @@ __all__ = ["Moments", "Progress"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
 
-def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """Return a read-only float64 copy of `values`, which must be one-dimensional."""
+def _vector(values: ArrayLike, name: str) -> NDArray[Any]:
+    """Return `values` as a vector of numbers, not copied yet."""
     given = as_plain(name, values)
     if given.dtype.kind not in "biuf":
         raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
-    array = np.array(given, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; it must have shape (C,)")
+    if given.ndim != 1:
+        raise ValueError(f"{name} has shape {given.shape}; it must have shape (C,)")
+    return given
+
+
+def _frozen(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a read-only float64 copy."""
+    array = np.array(values, dtype=np.float64)
     array.setflags(write=False)
     return array
 
@@ -107,11 +112,12 @@ class Moments:
     _rest: NDArray[np.float64] | None  # what rounding left of the mean; None: nothing
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
-        mean, m2 = _frozen(mean, "mean"), _frozen(m2, "m2")
+        mean, m2 = _vector(mean, "mean"), _vector(m2, "m2")
         if mean.shape != m2.shape:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
+        mean, m2 = _frozen(mean), _frozen(m2)
         count = _counted(count, mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
@@ -373,12 +379,12 @@ class Moments:
         given = cls(count[()] if count.ndim == 0 else count, state["mean"], state["m2"])
         if "rest" not in state:
             return given
-        rest = _frozen(state["rest"], "rest")
+        rest = _vector(state["rest"], "rest")
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
         if not np.isfinite(rest).all():
             raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
-        return cls._adopt(given.count, given.mean, given.m2, rest)
+        return cls._adopt(given.count, given.mean, given.m2, _frozen(rest))
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""

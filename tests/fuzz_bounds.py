@@ -125,7 +125,7 @@ class Bounds:
                 self.wx, *self.fixed, self.gamma, self.beta, **options
             )
         y = rows(y, self.axis)
-        z, bound = self.of_z(self.xhat)
+        _, bound = self.of_z(self.xhat)
         if self.act is not None:
             steep = (
                 max(1.0, abs(self.slope))
@@ -147,14 +147,14 @@ class Bounds:
                 dy, self.wx, *self.fixed, self.gamma, **options
             )
         exact = [rows(v, self.axis) if v.ndim > 1 else v for v in exact]
-        xhat, rough = self.xhat, 0
+        xhat, rough, known = self.xhat, 0, None
         if from_output:
             z = self.rows
             if self.act is not None:
                 z = np.where(z < 0, z / self.slope, z)
-            xhat, rough = (z - self.b) / self.g, np.abs(z / self.g)
+            xhat, rough, known = (z - self.b) / self.g, np.abs(z / self.g), z
         size = np.abs(xhat) + 1 + rough + (self.off if self.ulp == ULP64 else 0)
-        g, dg = self._through(rows(dy, self.axis), xhat, from_output)
+        g, dg = self._through(rows(dy, self.axis), xhat, known)
         r = self.r
         sums = np.abs(g).sum(1, keepdims=True), (np.abs(g) * size).sum(1, keepdims=True)
         slips = dg.sum(1, keepdims=True), (dg * size).sum(1, keepdims=True)
@@ -167,11 +167,11 @@ class Bounds:
             bounds.append(self.stored(exact[3], self.ulp * np.abs(g) + dg))
         return exact, bounds
 
-    def _through(self, dy, xhat, from_output):
-        """Return g = dy * f'(z), and how far off it may be."""
+    def _through(self, dy, xhat, known):
+        """Return g = dy * f'(z), and how far off it may be; z is what is known of y, if given."""
         z, bound = self.of_z(xhat)
-        if from_output and self.act is not None:
-            bound = 0 * bound  # its sign is that of y
+        if known is not None:
+            z, bound = known, 0 * bound
         _, slope = reference.activated(z, self.act, self.slope)
         counts = self.w > 0
         g = np.where(counts & (slope != 0), dy * slope, 0)

@@ -264,8 +264,8 @@ def _array(value: Any, name: str) -> Any:
         return value
     if value.data_location:
         raise ValueError(
-            f"{name} has its data in another file; load the model with onnx.load(path), which reads "
-            "it, or save it with all data in one file"
+            f"{name} has its data in another file; load the model with onnx.load(path), which "
+            "reads it, or save it with all data in one file"
         )
     if min(value.dims, default=0) < 0:
         raise ValueError(f"{name} has the shape {tuple(value.dims)}; the model is broken")

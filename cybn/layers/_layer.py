@@ -9,7 +9,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .._arguments import array, check_eps, number
+from .. import _arguments
+from .._arguments import check_eps, number
 from . import _state
 
 
@@ -150,7 +151,7 @@ class Layer(ABC):
             As in the function of the layer's name, and if the shape of `x` is not the layer's.
         """
         if not isinstance(x, np.ndarray):
-            x = array("x", x)
+            x = _arguments.array("x", x)
         self._admit(x)
         parameters = [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(
