@@ -17,6 +17,7 @@ from bounds import ULP32, ULP64
 
 from cybn import reference
 
+EQUAL = 4  # 32 u, of lanes that add up 32 values
 LARGEST_SLOPE = {"silu": 1.1}
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,)}
 
@@ -136,8 +137,12 @@ class Bounds:
         return y, self.stored(y, bound)
 
     @np.errstate(all="ignore")
-    def backward(self, dy, from_output=False):
-        """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any."""
+    def backward(self, dy, from_output=False, equal=False):
+        """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any.
+
+        Where many values of dy are `equal`, their sums round to the same side at each step, and may
+        come near the worst case (36), EQUAL times what sums of others are off by.
+        """
         options = self.keywords() | {"from_output": from_output, "beta": self.beta}
         dy = dy.astype(self.wide)
         if self.fixed is None:
@@ -158,7 +163,9 @@ class Bounds:
         r = self.r
         sums = np.abs(g).sum(1, keepdims=True), (np.abs(g) * size).sum(1, keepdims=True)
         slips = dg.sum(1, keepdims=True), (dg * size).sum(1, keepdims=True)
-        db, dgm = (self.ulp * s + t for s, t in zip(sums, slips, strict=True))
+        db, dgm = (
+            (EQUAL if equal else 1) * self.ulp * s + t for s, t in zip(sums, slips, strict=True)
+        )
         share = self.w / self.w.sum() if self.fixed is None else 0
         dx = np.abs(self.g) * r * (self.ulp * np.abs(g) + dg + share * (db + size * dgm))
         dx = np.where(self.w > 0, dx, 0)

@@ -238,9 +238,9 @@ def twins(layer, make):
 
 def refuse(walk, layer, dice):
     """A call that raises has changed nothing, a saved forward among it."""
-    x = walk.array()
-    layer.eval()
-    y = layer(x)
+    x, training = walk.array(), layer.training
+    gradients = [g.copy() for g in layer.gradients()]
+    y = layer.eval()(x)
     before = snapshot(layer)
     bad = dice.choice(
         (
@@ -259,6 +259,9 @@ def refuse(walk, layer, dice):
         bad()
     assert snapshot(layer) == before
     layer.backward(y)  # of the forward before
+    layer.train(training)
+    for mine, kept in zip(layer.gradients(), gradients, strict=True):
+        mine[...] = kept
 
 
 def walk_along(kind, seed):
