@@ -243,6 +243,8 @@ def draw_common(dice, op, ndim, dtype, flags):
     out = dice.choice(("new", "new", "given", "given", "overlap", *inputs))
     if out in ("given", "overlap"):
         views["out"] = draw_view(dice, ndim, DTYPES[dtype], writable=True)
+    if flags.get("out_residual"):
+        views["out_residual"] = draw_view(dice, ndim, DTYPES[dtype], writable=True)
     kinds = (None, "float32", "float32", "float64")
     return {
         "dtype": dtype,
@@ -266,6 +268,10 @@ def draw_flags(dice, op, shape, axis):
                 flags["slope"] = dice.choice((0.2, 0.01, 1.5, 0.0, -0.3))
         if dice.random() < 0.3:
             flags["residual"] = dice.choice(("own", "own", "own", "x"))
+            if "backward" in op:
+                flags["out_residual"] = dice.random() < 0.5
+        if "backward" in op and dice.random() < 0.05:
+            flags["dy_is_x"] = True
         invertible = flags.get("activation") in (None, "leaky_relu") and flags.get("slope", 1) > 0
         if "backward" in op and invertible and "residual" not in flags and dice.random() < 0.15:
             flags["from_output"] = True

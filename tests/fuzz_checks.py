@@ -25,6 +25,7 @@ class Arrays:
     dy: np.ndarray | None = None
     residual: np.ndarray | None = None
     out: np.ndarray | None = None
+    out_residual: np.ndarray | None = None
     gamma: np.ndarray | None = None
     beta: np.ndarray | None = None
     fixed: tuple | None = None  # mean and var of inference
@@ -60,6 +61,8 @@ def build(case: Case) -> Arrays:
     if arrays.dy is not None:
         arrays.dy[hidden(case, arrays)] = np.nan
     lay_out(case, arrays)
+    if case.flags.get("dy_is_x"):
+        arrays.dy = arrays.x
     if case.flags.get("residual"):
         arrays.options["residual"] = arrays.x if arrays.residual is None else arrays.residual
     return arrays
@@ -163,8 +166,22 @@ def lay_out(case, arrays):
     ):
         arrays.out = view.cut(bases["x"], case.shape, by=1)
     elif case.out in ("given", "overlap"):
-        arrays.out, buffer, _ = case.views["out"].lay(np.zeros_like(arrays.x, DTYPES[case.dtype]))
-        arrays.buffers.append(buffer)
+        arrays.out = room_of(case, "out", arrays)
+    if "out_residual" in case.views:
+        arrays.out_residual = room_of(case, "out_residual", arrays)
+
+
+def room_of(case, name, arrays):
+    """Return an array of its own to write to."""
+    room, buffer, _ = case.views[name].lay(np.zeros(case.shape, DTYPES[case.dtype]))
+    arrays.buffers.append(buffer)
+    return room
+
+
+def rooms(a):
+    """Return the arrays that results are written to, by the names of those."""
+    big = {"y": a.out, "dx": a.out, "dresidual": a.out_residual}
+    return {name: room for name, room in big.items() if room is not None}
 
 
 def plain(arrays):
@@ -211,6 +228,7 @@ def call(case, a, threads, level):
     if case.op in FAMILY:
         return call_family(case, a, k)
     k |= {"beta": a.beta, "from_output": "from_output" in case.flags}
+    k["out_residual"] = a.out_residual
     if case.op == "backward":
         found = cybn.batch_norm_backward(a.dy, a.x, a.moments, a.gamma, **k)
     else:
@@ -283,8 +301,8 @@ def check(case: Case) -> None:
         refused(case, a)
         return
     add_moments(case, a, twin)
-    before, kept = [b.tobytes() for b in a.buffers], None if a.out is None else a.out.copy()
-    like = np.empty_like(a.x, native(a.x[:0]).dtype, subok=False)
+    before = [b.tobytes() for b in a.buffers]
+    kept = {name: room.copy() for name, room in rooms(a).items()}
     overlaps = a.out is not None and case.out == "overlap" and np.shares_memory(a.x, a.out)
     try:
         got = call(case, a, case.threads, case.level)
@@ -293,19 +311,26 @@ def check(case: Case) -> None:
         assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
         return
     assert not overlaps or a.copied or case.op == "moments", "an overlap was not refused"
-    big = got.get("y", got.get("dx"))
-    if big is not None and a.out is not None:
-        assert big is a.out, "out is not what was returned"
-        got = {k: v.copy() if v is big else v for k, v in got.items()}
-        a.out[...] = kept
-    elif big is not None:
-        assert (big.dtype, steps(big)) == (like.dtype, steps(like)), "not laid out as x"
+    got = {name: taken(name, value, a, kept) for name, value in got.items()}
     assert before == [b.tobytes() for b in a.buffers], "wrote where it must not"
     compare_twin(case, a, got, twin)
     if case.op in FAMILY:
         check_family(case, twin, got)
     else:
         check_batch(case, twin, got)
+
+
+def taken(name, value, a, kept):
+    """Return a result, its room as it was before; it must be that room, or lie as x does."""
+    room = rooms(a).get(name)
+    if room is not None:
+        assert value is room, f"{name} is not the array that was given for it"
+        value = value.copy()
+        room[...] = kept[name]
+    elif name in ("y", "dx", "dresidual"):
+        like = np.empty_like(a.x, native(a.x[:0]).dtype, subok=False)
+        assert (value.dtype, steps(value)) == (like.dtype, steps(like)), "not laid out as x"
+    return value
 
 
 def steps(array):
