@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,23 @@ def gradient_pair(
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a float."""
+    """Return `value` as a float; text that looks like one is none."""
+    if not isinstance(value, (str, bytes, bytearray)):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+        except OverflowError:
+            raise ValueError(f"{name} is an int beyond the largest float") from None
+    raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def whole(name: str, value: Any) -> int:
+    """Return `value` as an int."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an int") from None
 
 
 def check_eps(eps: float, least: float | None = None) -> None:
@@ -108,8 +121,7 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
     ndim = x.ndim
     if ndim < 2:
         raise ValueError(f"x has shape {x.shape}; it must have at least 2 axes, such as (N, C)")
-    if not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {axis!r}; it must be an int")
+    axis = whole("axis", axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     return axis + ndim if axis < 0 else axis

@@ -373,3 +373,43 @@ def test_the_table_is_all_kinds(figure):
     """The figure of row 22: how many kinds meet how many arguments."""
     figure(22, "kinds of input", len(CONVERTED) + len(HALVES) + len(REFUSED) + 1)
     figure(22, "arguments", len(TENSORS) + len(PARAMETERS) + len(SELECTING) + len(WRITERS))
+
+
+NUMBERS = {
+    "eps": lambda v: cybn.batch_norm(GOOD, eps=v),
+    "eps of layer_norm": lambda v: cybn.layer_norm(GOOD, eps=v),
+    "eps of rms_norm": lambda v: cybn.rms_norm(GOOD, eps=v),
+    "eps of a layer": lambda v: cybn.BatchNorm(2, eps=v)(GOOD),
+    "slope": lambda v: cybn.batch_norm(GOOD, activation="leaky_relu", slope=v),
+}
+INTS = {
+    "axis": lambda v: cybn.batch_norm(GOOD, axis=v),
+    "axis of moments": lambda v: cybn.moments(GOOD, axis=v),
+    "axis of layer_norm": lambda v: cybn.layer_norm(GOOD, axis=v),
+    "axis of group_norm": lambda v: cybn.group_norm(GOOD, num_groups=1, axis=v),
+    "num_groups": lambda v: cybn.group_norm(GOOD, num_groups=v),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_odd_kinds(name):
+    call, argument = NUMBERS[name], name.split()[0]
+    for same in (np.float64(0.5), np.float32(0.5), np.array(0.5), decimal.Decimal("0.5")):
+        equal(call(same), call(0.5))
+    for bad in ("0.5", b"0.5", [0.5], np.array([0.5, 0.5]), 1j):
+        with pytest.raises(TypeError, match=f"^{argument} is .*must be a number"):
+            call(bad)
+    with pytest.raises(ValueError, match=f"^{argument} is an int beyond the largest float"):
+        call(10**400)
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_ints_of_odd_kinds(name):
+    call, argument = INTS[name], name.split()[0]
+    for same in (np.int64(1), np.uint8(1), np.array(1)):
+        equal(call(same), call(1))
+    for bad in ("1", 1.0, None, [1], np.array(1.0), np.array([1, 1])):
+        with pytest.raises(TypeError, match=rf"^{argument} is .*\n?.*must be an int"):
+            call(bad)
+    with pytest.raises(ValueError, match=f"^{argument} is 10000000000000000000000"):
+        call(10**22)
