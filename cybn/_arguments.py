@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from ._memory import empty_like
 
 # How hard to look for a shared element before calling two views overlapping.
 _MOST_WORK: Any = 10_000
+
+_MOST_AXES = 64  # of an array: lists nested deeper are none
 
 _OPTIONAL = ("gamma", "beta")
 
@@ -32,14 +35,23 @@ def storage(dtype: np.dtype[Any]) -> str:
 
 def array(name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    refuse_masked(name, value)
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def refuse_masked(name: str, value: Any, depth: int = 0) -> None:
+    """Raise TypeError where NumPy would drop a mask without a word: in lists of arrays too."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, and its mask would be ignored; "
             f"give a plain array, such as {name}.filled(0.0)"
         )
-    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-        return np.from_dlpack(value)
-    return np.asarray(value)
+    if type(value) in (list, tuple) and depth < _MOST_AXES:
+        for part in value:
+            if type(part) is not float:
+                refuse_masked(name, part, depth + 1)
 
 
 def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:
@@ -78,11 +90,23 @@ def gradient_pair(
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a float."""
+    """Return `value` as a float; text that looks like one is none."""
+    if not isinstance(value, (str, bytes, bytearray)):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+        except OverflowError:
+            raise ValueError(f"{name} is an int beyond the largest float") from None
+    raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def whole(name: str, value: Any) -> int:
+    """Return `value` as an int."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an int") from None
 
 
 def check_eps(eps: float, least: float | None = None) -> None:
@@ -99,8 +123,7 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
     ndim = x.ndim
     if ndim < 2:
         raise ValueError(f"x has shape {x.shape}; it must have at least 2 axes, such as (N, C)")
-    if not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {axis!r}; it must be an int")
+    axis = whole("axis", axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     return axis + ndim if axis < 0 else axis

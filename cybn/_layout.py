@@ -181,6 +181,8 @@ def fits(array: NDArray[Any], plan: Plan) -> bool:
 
 def like_empty(out: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     """Return `out` where it lies in memory as `x` does, else a new array that does."""
+    if isinstance(out, np.matrix):  # which has two axes for ever
+        return np.empty_like(x)
     return out if fits(out, plan) else np.empty_like(x)
 
 

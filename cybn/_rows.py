@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _layout
-from ._arguments import channel_axis, check_eps, destination, storage, tensor
+from ._arguments import channel_axis, check_eps, destination, storage, tensor, whole
 from ._runtime import row_kernels, thread_count
 from .moments import Moments
 
@@ -65,8 +65,7 @@ class Form(NamedTuple):
 
 
 def layer_form(x: NDArray[Any], axis: int) -> Form:
-    if not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {axis!r}; it must be an int")
+    axis = whole("axis", axis)
     if x.ndim == 0:
         raise ValueError("x has shape (); it must have at least 1 axis")
     if not -x.ndim <= axis < x.ndim:
@@ -79,8 +78,9 @@ def layer_form(x: NDArray[Any], axis: int) -> Form:
 
 
 def group_form(x: NDArray[Any], axis: int, num_groups: int) -> Form:
-    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
+    if isinstance(num_groups, bool):
         raise TypeError(f"num_groups is {num_groups!r}; it must be an int")
+    num_groups = whole("num_groups", num_groups)
     channels = x.shape[_sample_channel_axis(x, axis)]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")

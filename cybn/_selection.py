@@ -170,7 +170,7 @@ def _ends(
             "such as L in (N, C, L)"
         )
     batch, along = others[:2]
-    given = np.asarray(lengths)
+    given = array("lengths", lengths)
     if given.dtype.kind not in "ui":
         raise TypeError(f"lengths is {given.dtype}; it must be integers")
     if given.shape != (shape[batch],):

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._arguments import array as as_plain
 from ._arguments import channel_axis, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
@@ -21,18 +22,26 @@ _MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 
 
-def _frozen(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """Return a read-only float64 copy of `values`, which must be one-dimensional."""
+def _vector(values: ArrayLike, name: str) -> NDArray[Any]:
+    """Return `values` as a vector of numbers, not copied yet."""
+    given = as_plain(name, values)
+    if given.dtype.kind not in "biuf":
+        raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
+    if given.ndim != 1:
+        raise ValueError(f"{name} has shape {given.shape}; it must have shape (C,)")
+    return given
+
+
+def _frozen(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a read-only float64 copy."""
     array = np.array(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; it must have shape (C,)")
     array.setflags(write=False)
     return array
 
 
 def _counted(count: Any, channels: int) -> Count:
     """Return `count` as an int, a float, or a read-only (C,) array of either."""
-    array = np.asarray(count)
+    array = as_plain("count", count)
     if array.ndim == 0 and array.dtype.kind != "f" and hasattr(count, "__index__"):
         result: Count = int(count)  # of any size
         least: Any = result
@@ -82,7 +91,7 @@ class Moments:
     Raises
     ------
     TypeError
-        If `count` is no number.
+        If `count`, `mean` or `m2` is not of numbers, or masked.
     ValueError
         If `count` or an `m2` is negative, `count` is not finite, or `mean` and `m2` are not
         vectors of one length.
@@ -115,11 +124,12 @@ class Moments:
     _rest: NDArray[np.float64] | None  # what rounding left of the mean; None: nothing
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
-        mean, m2 = _frozen(mean, "mean"), _frozen(m2, "m2")
+        mean, m2 = _vector(mean, "mean"), _vector(m2, "m2")
         if mean.shape != m2.shape:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
+        mean, m2 = _frozen(mean), _frozen(m2)
         count = _counted(count, mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
@@ -228,7 +238,7 @@ class Moments:
 
         Parameters
         ----------
-        x : array_like of float32 or float64, at least 2 axes
+        x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
             May be larger than memory, as a `numpy.memmap`: it is walked in pieces, and nothing of
             more than 4 million values, or one position of all channels where those are more, is
             ever copied. May have no values.
@@ -384,21 +394,27 @@ class Moments:
         ------
         ValueError
             If a key is missing or unexpected, or a value is not what `Moments` takes.
+        TypeError
+            If `state` is no mapping, or a value is not of numbers.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
         required = {"count", "mean", "m2"}
         if not required <= set(state) <= required | {"rest"}:
             raise ValueError(
                 f"the state has the keys {sorted(map(str, state))}; it must have "
                 "count, mean, m2 and may have rest"
             )
-        count = np.asarray(state["count"])
+        count = as_plain("count", state["count"])
         given = cls(count[()] if count.ndim == 0 else count, state["mean"], state["m2"])
         if "rest" not in state:
             return given
-        rest = _frozen(state["rest"], "rest")
+        rest = _vector(state["rest"], "rest")
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
-        return cls._adopt(given.count, given.mean, given.m2, rest)
+        if not np.isfinite(rest).all():
+            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
+        return cls._adopt(given.count, given.mean, given.m2, _frozen(rest))
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
@@ -432,7 +448,7 @@ class Moments:
 
 def _float_array(x: ArrayLike) -> NDArray[Any]:
     """Return `x` as an array, not converted yet; TypeError unless it can be."""
-    array = x if isinstance(x, np.ndarray) else np.asarray(x)
+    array = x if type(x) is np.ndarray or isinstance(x, np.memmap) else as_plain("x", x)
     try:
         tensor("x", array[..., :0] if array.ndim else array)
     except TypeError as error:

@@ -142,7 +142,8 @@ def batch_norm_backward(
     g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
-    projected = g - w * (dbeta + xhat * dgamma) / w.sum()  # (20), (66)
+    shared = np.where(w > 0, w * (dbeta + xhat * dgamma), 0)  # not 0 * NaN
+    projected = g - shared / w.sum()  # (20), (66)
     dx = _column(gamma, 1.0) * rstd * projected  # (21)
     return _unfold(dx, x, axis, out), dgamma[:, 0], dbeta[:, 0], *dresidual
 

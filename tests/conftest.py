@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from functools import lru_cache
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the cores to the other process
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,10 +21,13 @@ def rng():
     return np.random.default_rng(20150211)  # the day the batch-normalization paper came out
 
 
+kernels_at = lru_cache(_runtime.kernels_at)
+
+
 def bind(level):
     """Call the kernels of one instruction level from now on."""
-    functional._bind(_runtime.kernels_at(level))
-    _rows._bind(_runtime.kernels_at(level, "layer_norm"))
+    functional._bind(kernels_at(level, "batch_norm"))
+    _rows._bind(kernels_at(level, "layer_norm"))
 
 
 @pytest.fixture(params=LEVELS)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Renorm
 from . import _npz, _safetensors
 from ._arrays import as_array
 from ._forms import write
@@ -166,7 +166,10 @@ def load_layers(path: _Path, *, most_bytes: int = MOST_BYTES) -> BatchNorm | dic
 def _settings(bn: BatchNorm) -> dict[str, Any]:
     """Return what the layer was made with."""
     values = {name: getattr(bn, name) for name in inspect.signature(type(bn)).parameters}
-    return {n: str(v) if isinstance(v, np.dtype) else v for n, v in values.items()}
+    values["dtype"] = str(bn.dtype)
+    if bn.renorm is not None:
+        values["renorm"] = {"r_max": bn.renorm.r_max, "d_max": bn.renorm.d_max}
+    return values
 
 
 def _layer(name: str, settings: dict[str, Any], arrays: dict[str, Any]) -> BatchNorm:
@@ -179,6 +182,8 @@ def _layer(name: str, settings: dict[str, Any], arrays: dict[str, Any]) -> Batch
     sizes = {array.shape for role, array in state.items() if array.ndim}
     if sizes != {(channels,)} and not (not sizes and channels <= MOST_STATELESS):
         raise ValueError(f"layer {name!r} has {channels} channels, and arrays of shapes {sizes}")
+    if settings.get("renorm") is not None:
+        settings["renorm"] = Renorm(**settings["renorm"])
     bn = kind(**settings)
     bn.load_state_dict(state)
     return bn

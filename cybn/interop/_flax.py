@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +12,8 @@ from ._layers import arrays_of, build, other_momentum
 
 Api = Literal["linen", "nnx"]
 
+_DEEPEST = 100  # dicts in dicts; a model has a dozen
+
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as a flat one, with "/" between the keys; the leaves as they are.
@@ -19,7 +21,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If two leaves have the same path, as in ``{"a/b": 1, "a": {"b": 2}}``.
+        If two leaves have the same path, as in ``{"a/b": 1, "a": {"b": 2}}``, or the dicts are
+        nested without end.
 
     Examples
     --------
@@ -28,13 +31,22 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     {'params/BatchNorm_0/scale': 1}
     """
     flat: dict[str, Any] = {}
+    for path, value in _leaves(nested, prefix, 0):
+        if path in flat:
+            raise ValueError(f"two values have the path {path!r}: a key has a / in it")
+        flat[path] = value
+    return flat
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if depth > _DEEPEST:
+        raise ValueError(f"the dicts are nested more than {_DEEPEST} deep, or without end")
     for key, value in nested.items():
         path = f"{prefix}{key}"
-        more = flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
-        if both := sorted(set(more) & set(flat)):
-            raise ValueError(f"two values have the path {both[0]!r}: a key has a / in it")
-        flat |= more
-    return flat
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}/", depth + 1)
+        else:
+            yield path, value
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,9 +56,13 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     ------
     ValueError
         If a key is both a leaf and the way to another.
+    TypeError
+        If a key is no str.
     """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
+        if not isinstance(key, str):
+            raise TypeError(f"the key {key!r} is of type {type(key).__name__}; it must be a str")
         *way, last = key.split("/")
         branch = nested
         for part in way:

@@ -45,6 +45,9 @@ def layer_of(group: Group, layer: type[BatchNorm], **options: Any) -> BatchNorm:
     shape = next(iter(vectors.values())).shape
     if len(shape) != 1:
         raise ValueError(f"{next(iter(vectors))} has shape {shape}; it must have shape (C,)")
+    for role, array in vectors.items():  # before room is made for them
+        if array.shape != shape:
+            raise ValueError(f"{role} has shape {array.shape}; it must have shape {shape}")
     wide = any(array.dtype == np.float64 for array in vectors.values())
     affine, track = bool({GAMMA, BETA} & set(vectors)), VAR in vectors
     bn = layer(

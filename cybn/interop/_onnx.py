@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..layers import BatchNorm
 from ._layers import arrays_of, build, other_momentum
 
-_FLOAT = 1  # onnx.AttributeProto.FLOAT
+_FLOAT, _INT = 1, 2  # of onnx.AttributeProto
+_SETTINGS = ("epsilon", "momentum", "spatial")
 _ROLES = ("scale", "B", "input_mean", "input_var")
 
 
@@ -169,7 +170,8 @@ def from_onnx(
     ------
     ValueError
         If the node is of another kind or `spatial` is 0, or an input is not among the
-        initializers, or the arrays do not pass `load_state_dict`.
+        initializers, or its data is broken or lies in another file, or the arrays do not pass
+        `load_state_dict`.
     TypeError
         If `node` is of another type.
     """
@@ -180,7 +182,7 @@ def from_onnx(
         if node.op_type != "BatchNormalization":
             raise ValueError(f"the node is a {node.op_type}; it must be a BatchNormalization")
         inputs = tuple(node.input)
-        attributes = {a.name: _shortest(a.f) if a.type == _FLOAT else a.i for a in node.attribute}
+        attributes = {a.name: _number(a) for a in node.attribute if a.name in _SETTINGS}
     else:
         raise TypeError(
             f"node is of type {type(node).__name__}; it must be an OnnxNode or an onnx.NodeProto"
@@ -191,7 +193,7 @@ def from_onnx(
     for key, role in zip(inputs[1:], _ROLES, strict=False):
         if key not in (initializers or {}):
             raise ValueError(f"the input {key!r}, {role} of the node, is not in initializers")
-        state[role] = _array((initializers or {})[key])
+        state[role] = _array((initializers or {})[key], key)
     options = {
         "eps": attributes.get("epsilon", 1e-5),
         "momentum": other_momentum(attributes.get("momentum", 0.9)),
@@ -219,13 +221,19 @@ def onnx_layers(model: Any, **options: Any) -> dict[str, BatchNorm]:
     Raises
     ------
     ValueError
-        As in `from_onnx`, and if two nodes have the same output.
+        As in `from_onnx`, and if two nodes have the same output, or one has none.
+    TypeError
+        If `model` is of another type.
     """
+    if not hasattr(model, "graph"):
+        raise TypeError(f"model is of type {type(model).__name__}; it must be an onnx.ModelProto")
     graph = model.graph
     constants = [node for node in graph.node if node.op_type == "Constant"]
     known: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
-    known |= {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
     nodes = [node for node in graph.node if node.op_type == "BatchNormalization"]
+    if not all(len(node.output) for node in constants + nodes):
+        raise ValueError("a node has no output; the model is broken")
+    known |= {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
     names = _distinct([n.name for n in nodes], [n.output[0] for n in nodes])
     return {
         name: from_onnx(node, known, **options) for name, node in zip(names, nodes, strict=True)
@@ -250,10 +258,27 @@ def _old_name(key: str) -> str:
     return head + dot + leaf.removeprefix("input_")
 
 
-def _array(value: Any) -> Any:
-    if hasattr(value, "data_type") and hasattr(value, "raw_data"):
+def _array(value: Any, name: str) -> Any:
+    """Return an initializer; a TensorProto as an array. No file is opened for it."""
+    if not (hasattr(value, "data_type") and hasattr(value, "raw_data")):
+        return value
+    if value.data_location:
+        raise ValueError(
+            f"{name} has its data in another file; load the model with onnx.load(path), which "
+            "reads it, or save it with all data in one file"
+        )
+    if min(value.dims, default=0) < 0:
+        raise ValueError(f"{name} has the shape {tuple(value.dims)}; the model is broken")
+    try:
         return _onnx().numpy_helper.to_array(value)
-    return value
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
+
+
+def _number(attribute: Any) -> float | int:
+    if attribute.type not in (_FLOAT, _INT):
+        raise ValueError(f"the attribute {attribute.name!r} of the node is not a number")
+    return _shortest(attribute.f) if attribute.type == _FLOAT else int(attribute.i)
 
 
 def _shortest(value: float) -> float:

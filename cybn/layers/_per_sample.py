@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._arguments import array
 from ._layer import Layer
 
 __all__ = ["PerSample"]
@@ -78,7 +79,7 @@ class PerSample(Layer, ABC):
             As in the function of the layer's name, and if the shape of `x` is not the layer's.
         """
         if not isinstance(x, np.ndarray):
-            x = np.asarray(x)
+            x = array("x", x)
         self._admit(x)
         parameters = [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(

@@ -57,7 +57,7 @@ def finite(name: str, array: NDArray[Any], least: float = -np.inf) -> NDArray[An
 
 def batches(value: Any) -> int:
     """Return a number of batches as an int, from an int or an integer array of one value."""
-    array = np.asarray(value)
+    array = _arguments.array("num_batches_tracked", value)
     if array.size != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"num_batches_tracked is {value!r}; it must be one integer")
     count = operator.index(array.item())

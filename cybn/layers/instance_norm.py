@@ -172,7 +172,7 @@ class _InstanceNorm(BatchNorm):
         self, step: Any, x: ArrayLike, out: NDArray[Any] | None, num_threads: int | None
     ) -> NDArray[Any]:
         """Take a step on `x` with an axis of samples, which is put in and taken out if need be."""
-        x = x if isinstance(x, np.ndarray) else np.asarray(x)
+        x = x if isinstance(x, np.ndarray) else array("x", x)
         if x.ndim + 1 not in self._axes:
             return step(x, out=out, num_threads=num_threads)  # type: ignore[no-any-return]
         y = step(x[np.newaxis], out=_batch_of(out), num_threads=num_threads)

@@ -1,0 +1,520 @@
+"""Running a fuzz case: the results as drawn, those of a plain twin, and the exact ones.
+
+The twin has its own copies of the arrays, one thread, another instruction level and no `out`; its
+results must be the same bits. The exact results come from `fuzz_bounds` and `family_cases`.
+"""
+
+from dataclasses import dataclass, field
+
+import family_cases
+import numpy as np
+from bounds import ULP32, ULP64
+from conftest import bind
+from fuzz_bounds import EQUAL, Bounds, rows, wrong
+from fuzz_cases import DTYPES, FAMILY, LEVELS, Case, values
+
+import cybn
+from cybn import reference
+
+
+@dataclass
+class Arrays:
+    """The arrays of a case. `buffers` are what must not change but for `out`."""
+
+    x: np.ndarray
+    dy: np.ndarray | None = None
+    residual: np.ndarray | None = None
+    out: np.ndarray | None = None
+    out_residual: np.ndarray | None = None
+    gamma: np.ndarray | None = None
+    beta: np.ndarray | None = None
+    fixed: tuple | None = None  # mean and var of inference
+    moments: object = None  # that backward is given
+    options: dict = field(default_factory=dict)
+    buffers: list = field(default_factory=list)
+    copied: bool = False  # whether x is converted at the door, so that out may lie over it
+
+
+# ---- building ----------------------------------------------------------------------------
+
+
+def build(case: Case) -> Arrays:
+    rng = np.random.default_rng(case.seed)
+    dtype = DTYPES[case.dtype]
+    axis = case.axis if case.op not in FAMILY or case.groups else 0
+    options = selection(case, rng)
+    arrays = Arrays(values(case.kind, case.shape, axis, dtype, rng), options=options)
+    shape = parameter_shape(case)
+    gamma = rng.uniform(0.5, 2, shape) * rng.choice([1, 1, -1], shape)
+    if rng.random() < 0.1 and gamma.size and "from_output" not in case.flags:
+        gamma.flat[rng.integers(gamma.size)] = rng.choice([0.0, 1e-3, 1e3])
+    arrays.gamma = parameter(case.gamma, gamma)
+    arrays.beta = parameter(case.beta, rng.standard_normal(shape))
+    if case.op not in FAMILY:
+        arrays.options |= plain_options(case)
+        arrays.x[hidden(case, arrays)] = np.nan
+        prepare(case, arrays, rng)
+    for name in ("dy", "residual"):
+        if name in case.views:
+            array = rng.standard_normal(case.shape).astype(dtype)
+            setattr(arrays, name, array)
+    if arrays.dy is not None:
+        arrays.dy[hidden(case, arrays)] = np.nan
+    lay_out(case, arrays)
+    if case.flags.get("dy_is_x"):
+        arrays.dy = arrays.x
+    if case.flags.get("residual"):
+        arrays.options["residual"] = arrays.x if arrays.residual is None else arrays.residual
+    return arrays
+
+
+def parameter_shape(case):
+    if case.op.startswith(("layer", "rms")):
+        return case.shape[case.axis :]
+    return (case.shape[case.axis],)
+
+
+def parameter(dtype, given):
+    """Return gamma or beta; stepped where its length is odd."""
+    if dtype is None:
+        return None
+    room = np.full((*given.shape, 1 + given.size % 2), np.nan, dtype)
+    room[..., 0] = given
+    return room[..., 0]
+
+
+def plain_options(case):
+    return {k: case.flags[k] for k in ("activation", "slope") if k in case.flags}
+
+
+def selection(case, rng):
+    """Return mask, weights and lengths, in any of the shapes that are taken."""
+    chosen = {}
+    axis = case.axis % len(case.shape)
+    for what in case.flags.get("select", "").split():
+        if what == "lengths":
+            batch, along = [i for i in range(len(case.shape)) if i != axis][:2]
+            chosen[what] = rng.integers(0, case.shape[along] + 1, case.shape[batch])
+            continue
+        shape = case.flags["select_shape"]
+        array = rng.random(shape) < 0.8
+        if what == "weights":
+            quarters = rng.integers(0, 9, shape) / 4
+            array = (quarters if rng.random() < 0.8 else quarters * 1000).astype(np.float32)
+        how = case.flags["select_axes"]
+        if how == "all":
+            array = np.expand_dims(array, axis)
+        elif how == "fewer":
+            while array.ndim and array.shape[0] == 1:
+                array = array[0]
+        chosen[what] = np.asfortranarray(array) if rng.random() < 0.3 else array
+    return chosen
+
+
+def unselected(case, arrays):
+    """Return what does not count, as an array of bool like x."""
+    chosen = [arrays.options.get(k) for k in ("mask", "weights", "lengths")]
+    w = reference._shares(arrays.x, case.axis, *chosen)
+    like = np.moveaxis(arrays.x, case.axis, 0)
+    return np.moveaxis(np.broadcast_to((w == 0).reshape(like.shape[1:]), like.shape), 0, case.axis)
+
+
+def hidden(case, arrays):
+    """Return what does not count and was made NaN."""
+    if case.flags.get("hidden"):
+        return unselected(case, arrays)
+    return np.zeros(arrays.x.shape, bool)
+
+
+def prepare(case, arrays, rng):
+    """Add what the operation takes beside x: fixed statistics, or what a forward returned."""
+    channels = case.shape[case.axis]
+    if "inference" in case.op:
+        wide = rows(arrays.x.astype(np.float64), case.axis)
+        with np.errstate(all="ignore"):
+            mean, var = wide.mean(1), wide.var(1)
+        good = np.isfinite(mean) & np.isfinite(var) & (np.abs(mean) < 1e30) & (var < 1e30)
+        mean, var = np.where(good, mean, 0.0), np.where(good & (var > 1e-30), var, 1.0)
+        if rng.random() < 0.3:
+            mean, var = rng.standard_normal(channels), rng.uniform(0.1, 4, channels)
+        kind = rng.choice(["float32", "float64"])
+        arrays.fixed = mean.astype(kind), var.astype(kind)
+    if case.flags.get("from_output") and case.op == "backward" and acceptable(case, arrays):
+        y, arrays.moments = cybn.batch_norm(
+            arrays.x, arrays.gamma, arrays.beta, axis=case.axis, eps=case.eps, **arrays.options
+        )
+        arrays.x = y
+
+
+def lay_out(case, arrays):
+    """Put the arrays into memory as their views say, and choose out."""
+    bases = {}
+    for name in ("x", "dy", "residual"):
+        if name in case.views:
+            array, buffer, base = case.views[name].lay(getattr(arrays, name))
+            setattr(arrays, name, array)
+            arrays.buffers.append(buffer)
+            bases[name] = base
+    view = case.views["x"]
+    arrays.copied = not arrays.x.flags.aligned or view.swapped
+    if case.out in ("x", "dy", "residual"):
+        arrays.out = getattr(arrays, case.out)
+    elif (
+        case.out == "overlap"
+        and view.may_be_out
+        and any(m and n > 1 for m, n in zip(view.margins, case.shape, strict=True))
+    ):
+        arrays.out = view.cut(bases["x"], case.shape, by=1)
+    elif case.out in ("given", "overlap"):
+        arrays.out = room_of(case, "out", arrays)
+    if "out_residual" in case.views:
+        arrays.out_residual = room_of(case, "out_residual", arrays)
+
+
+def room_of(case, name, arrays):
+    """Return an array of its own to write to."""
+    room, buffer, _ = case.views[name].lay(np.zeros(case.shape, DTYPES[case.dtype]))
+    arrays.buffers.append(buffer)
+    return room
+
+
+def rooms(a):
+    """Return the arrays that results are written to, by the names of those."""
+    big = {"y": a.out, "dx": a.out, "dresidual": a.out_residual}
+    return {name: room for name, room in big.items() if room is not None}
+
+
+def plain(arrays):
+    """Return the arrays as own copies, in native byte order, without out."""
+    x = native(arrays.x)
+    options = {k: native(v) if k == "residual" else v for k, v in arrays.options.items()}
+    if arrays.options.get("residual") is arrays.x:
+        options["residual"] = x
+    dy = None if arrays.dy is None else np.ascontiguousarray(native(arrays.dy))
+    return Arrays(
+        x,
+        dy,
+        gamma=arrays.gamma,
+        beta=arrays.beta,
+        fixed=arrays.fixed,
+        moments=arrays.moments,
+        options=options,
+    )
+
+
+def native(array):
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.copy(order="K")
+
+
+# ---- calling -----------------------------------------------------------------------------
+
+
+def call(case, a, threads, level):
+    """Return the results by name."""
+    bind(level)
+    k = {"axis": case.axis, "eps": case.eps, "num_threads": threads, "out": a.out, **a.options}
+    if "masked" in case.flags:
+        k["masked"] = case.flags["masked"]
+    if case.op == "moments":
+        del k["eps"], k["out"]
+        return of_moments(cybn.moments(a.x, **k))
+    if case.op == "forward":
+        y, moments = cybn.batch_norm(a.x, a.gamma, a.beta, **k)
+        return {"y": y, **of_moments(moments)}
+    if case.op == "inference":
+        return {"y": cybn.batch_norm_inference(a.x, *a.fixed, a.gamma, a.beta, **k)}
+    if case.op in FAMILY:
+        return call_family(case, a, k)
+    k |= {"beta": a.beta, "from_output": "from_output" in case.flags}
+    k["out_residual"] = a.out_residual
+    if case.op == "backward":
+        found = cybn.batch_norm_backward(a.dy, a.x, a.moments, a.gamma, **k)
+    else:
+        found = cybn.batch_norm_inference_backward(a.dy, a.x, *a.fixed, a.gamma, **k)
+    return dict(zip(("dx", "dgamma", "dbeta", "dresidual"), found, strict=False))
+
+
+def of_moments(m):
+    return {"count": np.asarray(m.count), "mean": m.mean, "m2": m.m2}
+
+
+def member_of(case):
+    name = case.op.removesuffix("_backward")
+    groups = case.groups if name == "group" else 0
+    return family_cases.Case(name, case.shape, case.axis, groups, {"eps": case.eps})
+
+
+def call_family(case, a, k):
+    member = member_of(case)
+    k = {name: k[name] for name in ("num_threads", "out")}
+    if "backward" in case.op:
+        found = member.backward(a.dy, a.x, a.moments, a.gamma, **k)
+        return dict(zip(("dx", "dgamma", "dbeta"), found, strict=False))
+    y, statistics = member.forward(a.x, a.gamma, a.beta, **k)
+    if member.centred:
+        return {"y": y, **of_moments(statistics)}
+    return {"y": y, "mean_square": statistics}
+
+
+# ---- checking ----------------------------------------------------------------------------
+
+
+def acceptable(case, a):
+    """Whether the values of a channel, or of a row, have a variance."""
+    if case.op in FAMILY:
+        if case.op.startswith("group"):
+            return case.shape[0] * a.x.size // max(1, case.shape[0] * case.groups) > 1
+        if case.op.startswith("instance"):
+            return a.x.size // (case.shape[0] * case.shape[case.axis]) > 1
+        return True
+    if "inference" in case.op:
+        return True
+    w = reference._shares(
+        a.x, case.axis, *(a.options.get(k) for k in ("mask", "weights", "lengths"))
+    )
+    return np.count_nonzero(w) >= (1 if case.op == "moments" else 2)
+
+
+def same(a, b):
+    """Whether two arrays are the same bits, but for what NaN is made of."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.tobytes() == b.tobytes() or bool(equal(a, b).all())
+
+
+def equal(a, b):
+    """Return where two arrays of one type have the same bits, or both have NaN."""
+    words = np.dtype(f"u{a.dtype.itemsize}")
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return (a.view(words) == b.view(words)) | ((a != a) & (b != b))
+
+
+def check(case: Case) -> None:
+    """Run a case; AssertionError says what was wrong."""
+    a = build(case)
+    twin = plain(a)
+    if not acceptable(case, a):
+        if a.moments is None:
+            a.moments = cybn.moments(np.zeros((3, 2)))  # never looked at
+        refused(case, a)
+        return
+    add_moments(case, a, twin)
+    before = [b.tobytes() for b in a.buffers]
+    kept = {name: room.copy() for name, room in rooms(a).items()}
+    overlaps = a.out is not None and case.out == "overlap" and np.shares_memory(a.x, a.out)
+    try:
+        got = call(case, a, case.threads, case.level)
+    except ValueError:
+        assert overlaps, "refused"
+        assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
+        return
+    assert not overlaps or a.copied or case.op == "moments", "an overlap was not refused"
+    got = {name: taken(name, value, a, kept) for name, value in got.items()}
+    assert before == [b.tobytes() for b in a.buffers], "wrote where it must not"
+    compare_twin(case, a, got, twin)
+    if case.op in FAMILY:
+        check_family(case, twin, got)
+    else:
+        check_batch(case, twin, got)
+
+
+def taken(name, value, a, kept):
+    """Return a result, its room as it was before; it must be that room, or lie as x does."""
+    room = rooms(a).get(name)
+    if room is not None:
+        assert value is room, f"{name} is not the array that was given for it"
+        value = value.copy()
+        room[...] = kept[name]
+    elif name in ("y", "dx", "dresidual"):
+        like = np.empty_like(a.x, native(a.x[:0]).dtype, subok=False)
+        assert (value.dtype, steps(value)) == (like.dtype, steps(like)), "not laid out as x"
+    return value
+
+
+def steps(array):
+    """Return the strides that matter."""
+    return [step for step, n in zip(array.strides, array.shape, strict=True) if n > 1]
+
+
+def add_moments(case, a, twin):
+    """Give backward what a forward returns."""
+    if "backward" not in case.op or a.fixed is not None or a.moments is not None:
+        return
+    if case.op in FAMILY:
+        _, a.moments = member_of(case).forward(twin.x, num_threads=1)
+    else:
+        chosen = {k: v for k, v in a.options.items() if k in ("mask", "weights", "lengths")}
+        a.moments = cybn.moments(twin.x, axis=case.axis, num_threads=1, **chosen)
+    twin.moments = a.moments
+
+
+def refused(case, a):
+    before = [b.tobytes() for b in a.buffers]
+    try:
+        call(case, a, case.threads, case.level)
+    except ValueError:
+        assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
+    else:
+        raise AssertionError("values without a variance were not refused")
+
+
+def other_level(level):
+    return LEVELS[(LEVELS.index(level) + 1) % len(LEVELS)]
+
+
+def compare_twin(case, a, got, twin):
+    """The same bits from plain copies, one thread and another level; NaN stays where it is."""
+    other = call(case, twin, 1, other_level(case.level))
+    assert got.keys() == other.keys()
+    view = case.views["x"]
+    moved = view.stretched or view.order != tuple(range(a.x.ndim))
+    # rows are added as they lie in memory
+    summed = ("dgamma", "dbeta") if case.op in FAMILY and moved else ()
+    for name, value in got.items():
+        if name in summed:
+            continue
+        assert same(value, other[name]), f"{name} is other bits than from a plain copy"
+    spoilt = spoilt_rows(case, twin)
+    if not spoilt.any():
+        return
+    if case.flags.get("from_output"):
+        return
+    clean = plain(twin)
+    clean.moments = None
+    clean.x[~(np.isfinite(clean.x) | hidden(case, clean))] = 0
+    add_moments(case, clean, plain(clean))
+    other = call(case, clean, 1, case.level)
+    for name, value in got.items():
+        if name in ("y", "dx", "dresidual"):
+            one, two = (by_rows(case, v)[~spoilt] for v in (value, other[name]))
+            assert same(one, two), f"{name} of another channel or row changed with a NaN"
+
+
+def by_rows(case, array):
+    """Return an array as (rows that stand alone, values)."""
+    if case.op not in FAMILY:
+        return rows(array, case.axis)
+    array = member_of(case).rows(array)
+    return array.reshape(-1, array.shape[-1])
+
+
+def spoilt_rows(case, a):
+    """Return which channels or rows hold something that is not finite and counts."""
+    spoilt = ~np.isfinite(by_rows(case, a.x).astype(np.float64))
+    return (spoilt & ~by_rows(case, hidden(case, a))).any(1)
+
+
+# ---- against the exact results -----------------------------------------------------------
+
+
+def check_batch(case, a, got):
+    options, dtype = dict(a.options), DTYPES[case.dtype]
+    masked = case.flags.get("masked", "normalize")
+    from_output = case.flags.get("from_output", False)
+    fixed, given = a.fixed, a.moments if from_output and a.fixed is None else None
+    exact = Bounds(a.x, case.axis, case.eps, a.gamma, a.beta, options, fixed, given, masked)
+    usable = ~spoilt_rows(case, a) & exact.promised
+    if case.op in ("forward", "moments"):
+        check_moments(exact, got, usable)
+    if case.op in ("forward", "inference"):
+        y, bound = exact.forward()
+        compare("y", rows(got["y"], exact.axis), y, bound, usable, dtype)
+        if case.op == "forward" and set(options) <= {"mask", "weights", "lengths"}:
+            check_constant(exact, rows(got["y"], exact.axis))
+    if "backward" in case.op:
+        wanted, bounds = exact.backward(a.dy, from_output, bool(case.views["dy"].stretched))
+        for (name, value), w, b in zip(got.items(), wanted, bounds, strict=True):
+            kind = dtype if value.ndim > 1 else value.dtype
+            if value.ndim > 1:
+                value = rows(value, exact.axis)
+            elif value.dtype == np.float32 and dtype == np.float64:
+                b = b + 2.0**-24 * np.abs(w) + 1e-45
+            compare(name, value, w, b, usable, kind)
+
+
+def compare(name, got, exact, bound, usable, dtype):
+    bad = wrong(got, exact, bound, dtype)[usable]
+    if bad.any():
+        i = tuple(int(v[0]) for v in np.nonzero(bad))
+        raise AssertionError(
+            f"{name} at {i} is {got[usable][i]!r}, exactly {exact[usable][i]!r}, "
+            f"may be off by {bound[usable][i]!r}; {bad.sum()} are wrong"
+        )
+
+
+def check_moments(exact, got, usable):
+    """The mean within ulp of a standard deviation, M2 within some ulp of itself."""
+    std = np.sqrt(exact.var[:, 0])
+    half = exact.ulp != ULP64
+    near = 0 if half else np.abs(exact.mean[:, 0])
+    compare(
+        "mean",
+        got["mean"],
+        exact.mean[:, 0],
+        exact.ulp * (std + near)
+        + 2.0**-50 * np.abs(exact.mean[:, 0])
+        + (2e-45 if half else 1e-320),
+        usable,
+        np.float64,
+    )
+    total = exact.w.sum()
+    m2 = exact.var[:, 0] * total
+    small = 2e-45 if half else 1e-320
+    off = total * (ULP64 * exact.mean[:, 0]) ** 2
+    bound = 4 * exact.ulp * m2 + off + small * total
+    compare("m2", got["m2"], m2, bound, usable, np.float64)
+    assert got["count"] == exact.moments.count
+
+
+def check_constant(exact, y):
+    beta = np.zeros(len(y)) if exact.beta is None else exact.beta
+    with np.errstate(over="ignore"):
+        beta = beta.astype(np.float64).astype(exact.x.dtype if y.dtype.itemsize > 2 else np.float32)
+    beta = beta.astype(y.dtype)
+    counts = exact.w[0] > 0
+    for c in np.flatnonzero(exact.constant):
+        if np.isfinite(exact.rows[c]).all():
+            assert (y[c][counts] == beta[c]).all(), f"constant channel {c} is not beta"
+
+
+def check_family(case, a, got):
+    member, dtype = member_of(case), DTYPES[case.dtype]
+    rms = not member.centred
+    spoilt = spoilt_rows(case, a)
+    ones = np.ones(member.parameter_shape)
+    gamma = ones if a.gamma is None else a.gamma
+    beta = np.zeros_like(ones) if a.beta is None or rms else a.beta
+    tiny = 8 * float(np.finfo(dtype).smallest_subnormal)
+    with np.errstate(all="ignore"):
+        wide = member.rows(a.x.astype(np.longdouble))
+        mean, std = family_cases.row_statistics(member, wide)
+        usable = ~spoilt
+        if dtype == np.float32 and not rms:
+            usable &= (np.abs(mean) <= 1e6 * std).reshape(-1)
+        if "backward" not in case.op:
+            exact, bound = family_cases.forward_bound(member, a.x, gamma, beta)
+            # x * r may be subnormal before gamma makes it larger
+            bound = bound + tiny * (1 + np.abs(member.along(gamma).astype(np.float64)))
+            compare("y", by_rows(case, got["y"]), flat(exact), flat(bound), usable, dtype)
+            return
+        exact, bounds = family_cases.backward_bound(member, a.dy, a.x, gamma)
+        if case.views["dy"].stretched:
+            bounds = [EQUAL * b for b in bounds]
+    compare("dx", by_rows(case, got["dx"]), flat(exact[0]), flat(bounds[0]) + tiny, usable, dtype)
+    if not usable.all():
+        return
+    for name, w, b in zip(("dgamma", "dbeta"), exact[1:], bounds[1:], strict=False):
+        value = got[name]
+        if value.dtype == np.float32 and dtype == np.float64:
+            b = b + 2.0**-24 * np.abs(w)
+        every = np.ones(value.size, bool)
+        compare(name, value.ravel(), w.ravel(), b.ravel() + tiny, every, value.dtype)
+
+
+def flat(v):
+    return v.reshape(-1, v.shape[-1])
+
+
+assert ULP32 > ULP64

@@ -1,0 +1,415 @@
+"""Every kind of input that is not a plain float array, to every function: one table of outcomes.
+
+`TABLE` says what becomes of each kind: a conversion, which gives what the converted array gives, or
+an error that names the argument and changes nothing.
+"""
+
+import decimal
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import same_bits
+
+import cybn
+
+pytestmark = pytest.mark.row(22)
+filter_matrix = pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+
+GOOD = np.array([[1, 2.0], [3, 5], [2, 2]])
+PLAIN32 = GOOD.astype(np.float32)
+
+
+class Frame:
+    """What has its values at hand through `__array__` alone, as a data frame has."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+
+class Exported:
+    """What speaks DLPack alone."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __dlpack__(self, **k):
+        return self.values.__dlpack__(**k)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+class Tagged(np.ndarray):
+    """A subclass without a meaning of its own."""
+
+
+def unaligned(values):
+    room = np.zeros(values.nbytes + 1, np.uint8)[1:].view(values.dtype).reshape(values.shape)
+    room[...] = values
+    return room
+
+
+MASKED = np.ma.masked_equal(GOOD, 5)
+# What converts is (kind, the plain array it is worth); what is refused is its own.
+CONVERTED = {
+    "list": (GOOD.tolist(), GOOD),
+    "tuple of tuples": (tuple(map(tuple, GOOD.tolist())), GOOD),
+    "list of arrays": (list(PLAIN32), PLAIN32),
+    "list of float and int": ([[1.0, 2], [3, 5], [2, 2]], GOOD),
+    "byte-swapped float32": (PLAIN32.astype(PLAIN32.dtype.newbyteorder()), PLAIN32),
+    "byte-swapped float64": (GOOD.astype(GOOD.dtype.newbyteorder()), GOOD),
+    "unaligned": (unaligned(GOOD), GOOD),
+    "read-only": (np.broadcast_to(GOOD, GOOD.shape), GOOD),
+    "np.matrix": (np.asarray(GOOD).view(np.matrix), GOOD),
+    "another subclass": (GOOD.view(Tagged), GOOD),
+    "__array__, as of a data frame": (Frame(GOOD), GOOD),
+    "DLPack": (Exported(PLAIN32.copy()), PLAIN32),
+    "memoryview": (memoryview(GOOD), GOOD),
+}
+HALVES = {
+    "float16": GOOD.astype(np.float16),
+    "byte-swapped float16": GOOD.astype(np.dtype(np.float16).newbyteorder()),
+    "bfloat16": GOOD.astype(ml_dtypes.bfloat16),
+}
+REFUSED = {
+    "long double": GOOD.astype(np.longdouble),
+    "float8": GOOD.astype(ml_dtypes.float8_e4m3fn),
+    "int64": GOOD.astype(int),
+    "uint8": GOOD.astype(np.uint8),
+    "bool": GOOD > 1,
+    "complex64": GOOD.astype(np.complex64),
+    "complex128": GOOD.astype(np.complex128),
+    "object": GOOD.astype(object),
+    "object of decimals": np.array([[decimal.Decimal(1)] * 2] * 3),
+    "str": GOOD.astype(str),
+    "bytes": GOOD.astype(bytes),
+    "datetime64": GOOD.astype("datetime64[s]"),
+    "timedelta64": GOOD.astype("timedelta64[s]"),
+    "structured": np.zeros((3, 2), [("a", np.float32)]),
+    "void": np.zeros((3, 2), "V4"),
+    "list of int": GOOD.astype(int).tolist(),
+    "list of None": [[None, None]] * 3,
+    "a string": "batch",
+    "a set": {1.0, 2.0},
+    "a dict": {"x": GOOD},
+    "a generator": (row for row in GOOD),
+    "None": None,
+    "masked array": MASKED,
+    "masked array without a mask": np.ma.array(GOOD),
+    "list of masked rows": list(MASKED),
+    "nested list of masked rows": [(MASKED[0], MASKED[1]), (MASKED[1], MASKED[2])],
+    "masked matrix": np.ma.array(GOOD.view(np.matrix)),
+}
+RAGGED = [[1.0, 2.0], [3.0]]
+
+ONE = np.ones(2)
+MOMENTS = cybn.moments(GOOD)
+ROWS, GROUPS = cybn.layer_norm(GOOD)[1], cybn.group_norm(GOOD, num_groups=1)[1]
+SQUARES = cybn.rms_norm(GOOD)[1]
+CUBE = GOOD[:, :, np.newaxis] * np.ones(4)
+SAMPLES = cybn.instance_norm(CUBE)[1]
+
+
+def likewise(value):
+    """Return GOOD in the type of another argument, where the two have to agree."""
+    value = getattr(value, "values", value)
+    dtype = getattr(np.asarray(value), "dtype", GOOD.dtype)
+    return GOOD if dtype.kind not in "fV" or dtype.fields else GOOD.astype(plain_type(dtype))
+
+
+def plain_type(dtype):
+    return (
+        dtype.newbyteorder("=") if dtype.name in ("float32", "float16", "bfloat16") else GOOD.dtype
+    )
+
+
+TENSORS = {  # what takes arrays of (3, 2); the second says whether half types are among them
+    "batch_norm x": (lambda v: cybn.batch_norm(v), True),
+    "moments x": (lambda v: cybn.moments(v), True),
+    "Moments.update x": (lambda v: cybn.Moments.empty(2).update(v), True),
+    "batch_norm residual": (lambda v: cybn.batch_norm(likewise(v), residual=v), True),
+    "inference x": (lambda v: cybn.batch_norm_inference(v, ONE, ONE), True),
+    "inference residual": (
+        lambda v: cybn.batch_norm_inference(likewise(v), ONE, ONE, residual=v),
+        True,
+    ),
+    "backward x": (lambda v: cybn.batch_norm_backward(likewise(v), v, MOMENTS), True),
+    "backward dy": (lambda v: cybn.batch_norm_backward(v, likewise(v), MOMENTS), True),
+    "backward residual": (
+        lambda v: cybn.batch_norm_backward(
+            likewise(v), likewise(v), MOMENTS, residual=v, activation="relu"
+        ),
+        True,
+    ),
+    "inference_backward x": (
+        lambda v: cybn.batch_norm_inference_backward(likewise(v), v, ONE, ONE),
+        True,
+    ),
+    "inference_backward dy": (
+        lambda v: cybn.batch_norm_inference_backward(v, likewise(v), ONE, ONE),
+        True,
+    ),
+    "layer_norm x": (lambda v: cybn.layer_norm(v), False),
+    "layer_norm_backward x": (lambda v: cybn.layer_norm_backward(likewise(v), v, ROWS), False),
+    "layer_norm_backward dy": (lambda v: cybn.layer_norm_backward(v, likewise(v), ROWS), False),
+    "rms_norm x": (lambda v: cybn.rms_norm(v), False),
+    "rms_norm_backward x": (lambda v: cybn.rms_norm_backward(likewise(v), v, SQUARES), False),
+    "rms_norm_backward dy": (lambda v: cybn.rms_norm_backward(v, likewise(v), SQUARES), False),
+    "group_norm x": (lambda v: cybn.group_norm(v, num_groups=1), False),
+    "group_norm_backward x": (
+        lambda v: cybn.group_norm_backward(likewise(v), v, GROUPS, num_groups=1),
+        False,
+    ),
+    "group_norm_backward dy": (
+        lambda v: cybn.group_norm_backward(v, likewise(v), GROUPS, num_groups=1),
+        False,
+    ),
+    "BatchNorm x": (lambda v: cybn.BatchNorm(2)(v), True),
+    "BatchNorm residual": (lambda v: cybn.BatchNorm(2)(likewise(v), residual=v), True),
+    "LayerNorm x": (lambda v: cybn.LayerNorm(2)(v), False),
+    "RMSNorm x": (lambda v: cybn.RMSNorm(2)(v), False),
+    "GroupNorm x": (lambda v: cybn.GroupNorm(1, 2)(v), False),
+    "InstanceNorm1d x": (lambda v: cybn.InstanceNorm1d(3)(v), False),
+}
+PARAMETERS = {  # what takes a vector of two
+    "batch_norm gamma": lambda v: cybn.batch_norm(GOOD, v),
+    "batch_norm beta": lambda v: cybn.batch_norm(GOOD, None, v),
+    "inference mean": lambda v: cybn.batch_norm_inference(GOOD, v, ONE),
+    "inference var": lambda v: cybn.batch_norm_inference(GOOD, ONE, v),
+    "inference gamma": lambda v: cybn.batch_norm_inference(GOOD, ONE, ONE, v),
+    "inference beta": lambda v: cybn.batch_norm_inference(GOOD, ONE, ONE, None, v),
+    "backward gamma": lambda v: cybn.batch_norm_backward(GOOD, GOOD, MOMENTS, v),
+    "backward beta": lambda v: cybn.batch_norm_backward(
+        GOOD, GOOD, MOMENTS, beta=v, activation="relu"
+    ),
+    "inference_backward mean": lambda v: cybn.batch_norm_inference_backward(GOOD, GOOD, v, ONE),
+    "inference_backward var": lambda v: cybn.batch_norm_inference_backward(GOOD, GOOD, ONE, v),
+    "layer_norm gamma": lambda v: cybn.layer_norm(GOOD, v),
+    "layer_norm beta": lambda v: cybn.layer_norm(GOOD, None, v),
+    "layer_norm_backward gamma": lambda v: cybn.layer_norm_backward(GOOD, GOOD, ROWS, v),
+    "rms_norm gamma": lambda v: cybn.rms_norm(GOOD, v),
+    "rms_norm_backward gamma": lambda v: cybn.rms_norm_backward(GOOD, GOOD, SQUARES, v),
+    "group_norm gamma": lambda v: cybn.group_norm(GOOD, v, num_groups=1),
+    "group_norm beta": lambda v: cybn.group_norm(GOOD, None, v, num_groups=1),
+    "instance_norm gamma": lambda v: cybn.instance_norm(CUBE, v),
+    "instance_norm_backward gamma": lambda v: cybn.instance_norm_backward(CUBE, CUBE, SAMPLES, v),
+}
+
+
+def parts(result):
+    """Return all arrays of a result."""
+    if isinstance(result, tuple):
+        return [array for part in result for array in parts(part)]
+    if isinstance(result, cybn.Moments):
+        return [np.asarray(result.count), result.mean, result.m2]
+    return [result]
+
+
+def equal(one, other):
+    mine, wanted = parts(one), parts(other)
+    assert [type(v) for v in mine] == [type(v) for v in wanted]
+    for a, b in zip(mine, wanted, strict=True):
+        assert same_bits(np.ascontiguousarray(a), np.ascontiguousarray(b))
+
+
+@pytest.mark.parametrize("where", TENSORS)
+def test_tensors_converted(where):
+    call, _ = TENSORS[where]
+    for name, (odd, plain) in CONVERTED.items():
+        print(name)
+        equal(call(odd), call(plain))
+
+
+@pytest.mark.parametrize("where", TENSORS)
+def test_tensors_refused(where):
+    call, half = TENSORS[where]
+    argument = where.split()[-1]
+    bad = REFUSED | ({} if half else HALVES)
+    for name, odd in bad.items():
+        if name == "None" and argument == "residual":
+            continue  # there is none
+        scalar = where.split()[0] in ("LayerNorm", "RMSNorm", "InstanceNorm1d") and (
+            not hasattr(odd, "ndim") and not isinstance(odd, list)
+        )  # these look at the shape first, and that is ()
+        error = ValueError if scalar else TypeError
+        what = r"has shape \(\)" if scalar else "is .*(float|plain)"
+        with pytest.raises(error, match=rf"^({argument}|x|dy|residual) {what}"):
+            print(name, call(odd))
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        call(RAGGED) if argument != "residual" else cybn.batch_norm(GOOD, residual=RAGGED)
+    if half:
+        for name, odd in HALVES.items():
+            native = odd.astype(odd.dtype.newbyteorder("=")) if "swapped" in name else odd
+            equal(call(odd), call(native))
+
+
+@pytest.mark.parametrize("where", PARAMETERS)
+def test_parameters(where):
+    call, argument = PARAMETERS[where], where.split()[-1]
+    for name, (odd, plain) in CONVERTED.items():
+        if name in ("np.matrix", "memoryview"):
+            continue  # their rows are no vectors
+        given = Exported(odd.values[0]) if isinstance(odd, Exported) else None
+        given = Frame(odd.values[0]) if isinstance(odd, Frame) else given
+        equal(call(odd[0] if given is None else given), call(plain[0]))
+    with pytest.raises(ValueError, match=f"^{argument} has shape"):
+        call(GOOD[:1].view(np.matrix))
+    for name, odd in (REFUSED | HALVES).items():
+        if name in ("None", "a set", "a dict", "a generator") or name.startswith(
+            ("list", "nested")
+        ):
+            continue
+        with pytest.raises(TypeError, match=f"^{argument} is .*(float|plain)"):
+            print(name, call(odd if isinstance(odd, str) else odd[0]))
+    for odd in (np.ma.array([1.0, 2.0]), [np.ma.array(1.0), np.ma.array(2.0)], {1.0}, {"a": 1.0}):
+        with pytest.raises(TypeError, match=f"^{argument} is .*(float|plain)"):
+            call(odd)
+
+
+SELECTING = {
+    "mask": np.array([True, False, True]),
+    "weights": np.array([1.0, 0.5, 2.0]),
+    "lengths": np.array([4, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_what_selects(name):
+    good = SELECTING[name]
+    calls = [
+        lambda v: cybn.batch_norm(CUBE, **{name: v}),
+        lambda v: cybn.moments(CUBE, **{name: v}),
+        lambda v: cybn.batch_norm_inference(CUBE, ONE, ONE, **{name: v}, masked="zero"),
+        lambda v: cybn.BatchNorm(2)(CUBE, **{name: v}),
+        lambda v: cybn.Moments.empty(2).update(CUBE, **{name: v}),
+    ]
+    plain = good if name == "lengths" else np.repeat(good[:, np.newaxis], 4, 1)
+    per_value = np.broadcast_to(plain[:, None], CUBE.shape) if plain.ndim == 2 else plain
+    refused = [
+        (np.ma.array(plain), "masked array"),
+        (list(np.ma.array(np.atleast_2d(plain))), "masked array"),
+        (plain.astype(complex), "complex"),
+        (plain.astype(object), "object"),
+        (plain.astype(str), "<U"),
+        (plain.astype("V8"), "V8"),
+    ]
+    if name == "mask":
+        refused += [(plain.astype(int), "must be bool"), (plain.astype(float), "must be bool")]
+    if name == "lengths":
+        refused += [(plain.astype(float), "must be integers"), (plain > 1, "must be integers")]
+    for call in calls:
+        value = per_value if call is calls[-1] else plain
+        equal(call(value.tolist()), call(value))
+        equal(call(value.view(Tagged)), call(value))
+        equal(call(value.astype(value.dtype.newbyteorder())), call(value))
+        for odd, what in refused:
+            with pytest.raises(TypeError, match=f"^{name} is .*{what}"):
+                call(odd)
+
+
+def test_moments_from_odd_vectors():
+    for bad in (np.ma.array([1.0, 2.0], mask=[0, 1]), [np.ma.array(1.0), np.ma.array(2.0)]):
+        for arguments in ((3, bad, ONE), (3, ONE, bad), (bad, ONE, ONE)):
+            with pytest.raises(TypeError, match=r"^(mean|m2|count) is a masked array"):
+                cybn.Moments(*arguments)
+
+
+WRITERS = {
+    "batch_norm": lambda out: cybn.batch_norm(GOOD, out=out)[0],
+    "inference": lambda out: cybn.batch_norm_inference(GOOD, ONE, ONE, out=out),
+    "backward": lambda out: cybn.batch_norm_backward(GOOD, GOOD, MOMENTS, out=out)[0],
+    "fixed backward": lambda out: cybn.batch_norm_inference_backward(GOOD, GOOD, ONE, ONE, out=out)[
+        0
+    ],
+    "layer_norm": lambda out: cybn.layer_norm(GOOD, out=out)[0],
+    "layer_norm_backward": lambda out: cybn.layer_norm_backward(GOOD, GOOD, ROWS, out=out)[0],
+    "rms_norm": lambda out: cybn.rms_norm(GOOD, out=out)[0],
+    "rms_norm_backward": lambda out: cybn.rms_norm_backward(GOOD, GOOD, SQUARES, out=out)[0],
+    "group_norm": lambda out: cybn.group_norm(GOOD, num_groups=1, out=out)[0],
+    "group_norm_backward": lambda out: cybn.group_norm_backward(
+        GOOD, GOOD, GROUPS, num_groups=1, out=out
+    )[0],
+    "BatchNorm": lambda out: cybn.BatchNorm(2)(GOOD, out=out),
+    "LayerNorm": lambda out: cybn.LayerNorm(2)(GOOD, out=out),
+}
+
+
+@filter_matrix
+@pytest.mark.parametrize("name", WRITERS)
+def test_out_of_odd_kinds(name, tmp_path):
+    call = WRITERS[name]
+    right = call(None)
+    rooms = {
+        "np.matrix": np.zeros_like(GOOD).view(np.matrix),
+        "another subclass": np.zeros_like(GOOD).view(Tagged),
+        "memmap": np.memmap(tmp_path / "out", np.float64, "w+", shape=GOOD.shape),
+        "unaligned": unaligned(np.zeros_like(GOOD)),
+    }
+    for kind, out in rooms.items():
+        assert call(out) is out, kind
+        assert same_bits(np.array(out), right), kind
+    for out in (
+        GOOD.tolist(),
+        GOOD.astype(GOOD.dtype.newbyteorder()),
+        PLAIN32.copy(),
+        GOOD.astype(object),
+        np.ma.array(GOOD.copy()),
+        np.zeros(GOOD.shape, "V8"),
+        Frame(GOOD),
+        memoryview(bytearray(48)),
+        GOOD.T.copy(),
+    ):
+        kept = np.array(out, copy=True) if not isinstance(out, Frame) else None
+        with pytest.raises((TypeError, ValueError), match=r"^out "):
+            call(out)
+        assert kept is None or (kept == np.array(out)).all()
+
+
+def test_the_table_is_all_kinds(figure):
+    """The figure of row 22: how many kinds meet how many arguments."""
+    figure(22, "kinds of input", len(CONVERTED) + len(HALVES) + len(REFUSED) + 1)
+    figure(22, "arguments", len(TENSORS) + len(PARAMETERS) + len(SELECTING) + len(WRITERS))
+
+
+NUMBERS = {
+    "eps": lambda v: cybn.batch_norm(GOOD, eps=v),
+    "eps of layer_norm": lambda v: cybn.layer_norm(GOOD, eps=v),
+    "eps of rms_norm": lambda v: cybn.rms_norm(GOOD, eps=v),
+    "eps of a layer": lambda v: cybn.BatchNorm(2, eps=v)(GOOD),
+    "slope": lambda v: cybn.batch_norm(GOOD, activation="leaky_relu", slope=v),
+}
+INTS = {
+    "axis": lambda v: cybn.batch_norm(GOOD, axis=v),
+    "axis of moments": lambda v: cybn.moments(GOOD, axis=v),
+    "axis of layer_norm": lambda v: cybn.layer_norm(GOOD, axis=v),
+    "axis of group_norm": lambda v: cybn.group_norm(GOOD, num_groups=1, axis=v),
+    "num_groups": lambda v: cybn.group_norm(GOOD, num_groups=v),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_odd_kinds(name):
+    call, argument = NUMBERS[name], name.split()[0]
+    for same in (np.float64(0.5), np.float32(0.5), np.array(0.5), decimal.Decimal("0.5")):
+        equal(call(same), call(0.5))
+    for bad in ("0.5", b"0.5", [0.5], np.array([0.5, 0.5]), 1j):
+        with pytest.raises(TypeError, match=f"^{argument} is .*must be a number"):
+            call(bad)
+    with pytest.raises(ValueError, match=f"^{argument} is an int beyond the largest float"):
+        call(10**400)
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_ints_of_odd_kinds(name):
+    call, argument = INTS[name], name.split()[0]
+    for same in (np.int64(1), np.uint8(1), np.array(1)):
+        equal(call(same), call(1))
+    for bad in ("1", 1.0, None, [1], np.array(1.0), np.array([1, 1])):
+        with pytest.raises(TypeError, match=rf"^{argument} is .*\n?.*must be an int"):
+            call(bad)
+    with pytest.raises(ValueError, match=f"^{argument} is 10000000000000000000000"):
+        call(10**22)
