@@ -127,53 +127,45 @@ def plain_type(dtype):
     )
 
 
-TENSORS = {  # what takes arrays of (3, 2); the second says whether half types are among them
-    "batch_norm x": (lambda v: cybn.batch_norm(v), True),
-    "moments x": (lambda v: cybn.moments(v), True),
-    "Moments.update x": (lambda v: cybn.Moments.empty(2).update(v), True),
-    "batch_norm residual": (lambda v: cybn.batch_norm(likewise(v), residual=v), True),
-    "inference x": (lambda v: cybn.batch_norm_inference(v, ONE, ONE), True),
-    "inference residual": (
-        lambda v: cybn.batch_norm_inference(likewise(v), ONE, ONE, residual=v),
-        True,
-    ),
-    "backward x": (lambda v: cybn.batch_norm_backward(likewise(v), v, MOMENTS), True),
-    "backward dy": (lambda v: cybn.batch_norm_backward(v, likewise(v), MOMENTS), True),
+TENSORS = {  # what takes arrays of (3, 2)
+    "batch_norm x": lambda v: cybn.batch_norm(v),
+    "moments x": lambda v: cybn.moments(v),
+    "Moments.update x": lambda v: cybn.Moments.empty(2).update(v),
+    "batch_norm residual": lambda v: cybn.batch_norm(likewise(v), residual=v),
+    "inference x": lambda v: cybn.batch_norm_inference(v, ONE, ONE),
+    "inference residual": (lambda v: cybn.batch_norm_inference(likewise(v), ONE, ONE, residual=v)),
+    "backward x": lambda v: cybn.batch_norm_backward(likewise(v), v, MOMENTS),
+    "backward dy": lambda v: cybn.batch_norm_backward(v, likewise(v), MOMENTS),
     "backward residual": (
         lambda v: cybn.batch_norm_backward(
             likewise(v), likewise(v), MOMENTS, residual=v, activation="relu"
-        ),
-        True,
+        )
     ),
     "inference_backward x": (
-        lambda v: cybn.batch_norm_inference_backward(likewise(v), v, ONE, ONE),
-        True,
+        lambda v: cybn.batch_norm_inference_backward(likewise(v), v, ONE, ONE)
     ),
     "inference_backward dy": (
-        lambda v: cybn.batch_norm_inference_backward(v, likewise(v), ONE, ONE),
-        True,
+        lambda v: cybn.batch_norm_inference_backward(v, likewise(v), ONE, ONE)
     ),
-    "layer_norm x": (lambda v: cybn.layer_norm(v), False),
-    "layer_norm_backward x": (lambda v: cybn.layer_norm_backward(likewise(v), v, ROWS), False),
-    "layer_norm_backward dy": (lambda v: cybn.layer_norm_backward(v, likewise(v), ROWS), False),
-    "rms_norm x": (lambda v: cybn.rms_norm(v), False),
-    "rms_norm_backward x": (lambda v: cybn.rms_norm_backward(likewise(v), v, SQUARES), False),
-    "rms_norm_backward dy": (lambda v: cybn.rms_norm_backward(v, likewise(v), SQUARES), False),
-    "group_norm x": (lambda v: cybn.group_norm(v, num_groups=1), False),
+    "layer_norm x": lambda v: cybn.layer_norm(v),
+    "layer_norm_backward x": lambda v: cybn.layer_norm_backward(likewise(v), v, ROWS),
+    "layer_norm_backward dy": lambda v: cybn.layer_norm_backward(v, likewise(v), ROWS),
+    "rms_norm x": lambda v: cybn.rms_norm(v),
+    "rms_norm_backward x": lambda v: cybn.rms_norm_backward(likewise(v), v, SQUARES),
+    "rms_norm_backward dy": lambda v: cybn.rms_norm_backward(v, likewise(v), SQUARES),
+    "group_norm x": lambda v: cybn.group_norm(v, num_groups=1),
     "group_norm_backward x": (
-        lambda v: cybn.group_norm_backward(likewise(v), v, GROUPS, num_groups=1),
-        False,
+        lambda v: cybn.group_norm_backward(likewise(v), v, GROUPS, num_groups=1)
     ),
     "group_norm_backward dy": (
-        lambda v: cybn.group_norm_backward(v, likewise(v), GROUPS, num_groups=1),
-        False,
+        lambda v: cybn.group_norm_backward(v, likewise(v), GROUPS, num_groups=1)
     ),
-    "BatchNorm x": (lambda v: cybn.BatchNorm(2)(v), True),
-    "BatchNorm residual": (lambda v: cybn.BatchNorm(2)(likewise(v), residual=v), True),
-    "LayerNorm x": (lambda v: cybn.LayerNorm(2)(v), False),
-    "RMSNorm x": (lambda v: cybn.RMSNorm(2)(v), False),
-    "GroupNorm x": (lambda v: cybn.GroupNorm(1, 2)(v), False),
-    "InstanceNorm1d x": (lambda v: cybn.InstanceNorm1d(3)(v), False),
+    "BatchNorm x": lambda v: cybn.BatchNorm(2)(v),
+    "BatchNorm residual": lambda v: cybn.BatchNorm(2)(likewise(v), residual=v),
+    "LayerNorm x": lambda v: cybn.LayerNorm(2)(v),
+    "RMSNorm x": lambda v: cybn.RMSNorm(2)(v),
+    "GroupNorm x": lambda v: cybn.GroupNorm(1, 2)(v),
+    "InstanceNorm1d x": lambda v: cybn.InstanceNorm1d(3)(v),
 }
 PARAMETERS = {  # what takes a vector of two
     "batch_norm gamma": lambda v: cybn.batch_norm(GOOD, v),
@@ -218,7 +210,7 @@ def equal(one, other):
 
 @pytest.mark.parametrize("where", TENSORS)
 def test_tensors_converted(where):
-    call, _ = TENSORS[where]
+    call = TENSORS[where]
     for name, (odd, plain) in CONVERTED.items():
         print(name)
         equal(call(odd), call(plain))
@@ -226,10 +218,9 @@ def test_tensors_converted(where):
 
 @pytest.mark.parametrize("where", TENSORS)
 def test_tensors_refused(where):
-    call, half = TENSORS[where]
+    call = TENSORS[where]
     argument = where.split()[-1]
-    bad = REFUSED | ({} if half else HALVES)
-    for name, odd in bad.items():
+    for name, odd in REFUSED.items():
         if name == "None" and argument == "residual":
             continue  # there is none
         scalar = where.split()[0] in ("LayerNorm", "RMSNorm", "InstanceNorm1d") and (
@@ -241,10 +232,9 @@ def test_tensors_refused(where):
             print(name, call(odd))
     with pytest.raises(ValueError, match="inhomogeneous"):
         call(RAGGED) if argument != "residual" else cybn.batch_norm(GOOD, residual=RAGGED)
-    if half:
-        for name, odd in HALVES.items():
-            native = odd.astype(odd.dtype.newbyteorder("=")) if "swapped" in name else odd
-            equal(call(odd), call(native))
+    for name, odd in HALVES.items():
+        native = odd.astype(odd.dtype.newbyteorder("=")) if "swapped" in name else odd
+        equal(call(odd), call(native))
 
 
 @pytest.mark.parametrize("where", PARAMETERS)
