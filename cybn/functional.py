@@ -245,13 +245,10 @@ def batch_norm_inference(
     act = activation_of(activation, slope)
     zero = is_zero(masked)
     plain = residual is None and mask is None and weights is None and lengths is None
-    if (
-        out is not None
-        and plain
-        and _may_be_small(axis, eps, num_threads)
-        and _SMALL_INFERENCE(x, mean, var, gamma, beta, out, axis, eps, *act)
-    ):
-        return out
+    if plain and _may_be_small(axis, eps, num_threads):
+        y = _small_result(x, out)
+        if y is not None and _SMALL_INFERENCE(x, mean, var, gamma, beta, y, axis, eps, *act):
+            return y
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     positions = choose(x.shape, axis, mask, weights, lengths)
@@ -528,6 +525,15 @@ def _may_be_small(axis: Any, eps: Any, num_threads: Any) -> bool:
         and type(eps) is float
         and (num_threads is None or (type(num_threads) is int and num_threads == 1))
     )
+
+
+def _small_result(x: Any, out: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Return where the result of a small call may go; None where `x` is not for one."""
+    if out is not None:
+        return out
+    if type(x) is not np.ndarray or not 0 < x.size < _SMALL:
+        return None
+    return np.empty_like(x)
 
 
 def _small_forward(
