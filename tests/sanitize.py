@@ -13,6 +13,7 @@ sanitizers come with it.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "sanitizers"
+ADDR_NO_RANDOMIZE = 0x0040000  # of Linux's personality()
 
 # Their packages bring compiled code that is not ours, and hundreds of MB of it.
 FOREIGN = ["torch", "keras", "peers", "onnx", "interop", "pages"]
@@ -115,6 +117,8 @@ def environment_of(kind, folder):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     libraries = [library(name) for name in kind.libraries]
     if "libtsan.so" in kind.libraries:
+        # It needs its shadow memory at fixed addresses, which some kernels give to others.
+        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)  # of what is started from here
         threads = str(folder / "pthread_omp.so")
         compile_c("pthread_omp.c", threads, kind, "-pthread")
         libraries.append(threads)
