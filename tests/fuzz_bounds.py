@@ -49,6 +49,7 @@ class Bounds:
         self.eps, self.options, self.masked = eps, options, masked
         wide = np.longdouble if x.dtype == np.float64 else np.float64
         self.wide = wide
+        self.smallest = 5e-324 if x.dtype == np.float64 else 2.0**-149
         self.ulp = ULP64 if x.dtype == np.float64 else ULP32
         self.gamma, self.beta = (None if v is None else v.astype(wide) for v in (gamma, beta))
         self.given = moments
@@ -166,6 +167,8 @@ class Bounds:
         db, dgm = (
             (EQUAL if equal else 1) * self.ulp * s + t for s, t in zip(sums, slips, strict=True)
         )
+        lost = self.smallest * g.shape[1]  # products may underflow
+        db, dgm = db + lost, dgm + lost * (1 + r)
         share = self.w / self.w.sum() if self.fixed is None else 0
         dx = np.abs(self.g) * r * (self.ulp * np.abs(g) + dg + share * (db + size * dgm))
         dx = np.where(self.w > 0, dx, 0)

@@ -36,6 +36,8 @@ def layers(rng):
         "plain": cybn.BatchNorm1d(4, track_running_stats=False),
         "bare": cybn.BatchNorm3d(4, track_running_stats=False, affine=False, eps=0.1),
         "2d": cybn.BatchNorm2d(2, momentum=0.25),
+        "renormed": cybn.BatchNorm(2, renorm=cybn.Renorm(2, 4), virtual_batch_size=4),
+        "fused": cybn.BatchNorm(2, activation="leaky_relu", slope=0.2, nan_policy="skip"),
     }
 
 
