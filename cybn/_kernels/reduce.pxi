@@ -316,17 +316,21 @@ cdef void find_pivot(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) n
 cdef void sum_again(
     const T* x, const Job* job, Py_ssize_t c, double shift, double* s1, double* s2
 ) noexcept nogil:
-    """Sums of x - shift and its square in float64, for the channels that need it."""
+    """Sums of x - shift and its square in float64, for the channels that need it.
+
+    Lanes go to the totals every PIECE values: after one huge value a lane would round off every
+    small one that follows, all in the same direction.
+    """
     cdef T buffer[WIDE]
-    cdef double a[WIDE]
-    cdef double b[WIDE]
+    cdef double lanes[2 * WIDE]
+    cdef double total[2 * WIDE]
     cdef double d, w
-    cdef Py_ssize_t n, s, j, m
+    cdef Py_ssize_t n, s, j, m, taken = 0
     cdef const T* run
     cdef const T* share = <const T*> job.share
-    for j in range(WIDE):
-        a[j] = 0
-        b[j] = 0
+    for j in range(2 * WIDE):
+        lanes[j] = 0
+        total[j] = 0
     for n in range(job.N):
         for s in range((job.S + WIDE - 1) // WIDE):
             m = min(WIDE, job.S - s * WIDE)
@@ -334,10 +338,15 @@ cdef void sum_again(
             for j in range(m):
                 w = 1 if share == NULL else share[n * job.S + s * WIDE + j]
                 d = run[j] - shift if w != 0 else 0
-                a[j] += w * d
-                b[j] += w * d * d
-    s1[0] = across(a)
-    s2[0] = across(b)
+                lanes[j] += w * d
+                lanes[WIDE + j] += w * d * d
+            taken += m
+            if taken >= PIECE:
+                add_lanes(lanes, total)
+                taken = 0
+    add_lanes(lanes, total)
+    s1[0] = across(total)
+    s2[0] = across(total + WIDE)
 
 
 cdef void finish_sums(const T* x, const Job* job, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:

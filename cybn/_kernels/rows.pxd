@@ -271,11 +271,17 @@ cdef inline void gather(
     double* restrict out,       # IO  (m,) sums of the channels
 ) noexcept nogil:
     """Add the columns of each channel to its float64 sum."""
+    cdef double part[TILE]
     cdef Py_ssize_t c, i
     if s == 1:
-        for i in range(rows):
+        # The rows by themselves first: beside one huge value each would be rounded off.
+        for c in range(m):
+            part[c] = v[c]
+        for i in range(1, rows):
             for c in range(m):
-                out[c] += v[i * m + c]
+                part[c] += v[i * m + c]
+        for c in range(m):
+            out[c] += part[c]
     else:
         for c in range(m):
             out[c] += total(v + c * s, s)

@@ -80,6 +80,14 @@ cdef inline T gate(T dy, T z) noexcept nogil:
     return 0 if z <= 0 else dy
 
 
+cdef inline void add_lanes(double* restrict lanes, double* restrict total) noexcept nogil:
+    """Add (2, WIDE) lanes to totals, and begin anew."""
+    cdef Py_ssize_t j
+    for j in range(2 * WIDE):
+        total[j] += lanes[j]
+        lanes[j] = 0
+
+
 cdef inline void wide_sums(
     const T* restrict x,        # IN  (n,)
     Py_ssize_t n,
@@ -87,17 +95,21 @@ cdef inline void wide_sums(
     double* restrict acc,       # IO  (2, WIDE): sums of d and of d * d, d = x - shift
 ) noexcept nogil:
     """The sums in float64 throughout, for what squares of T cannot hold."""
+    cdef double lanes[2 * WIDE]
     cdef double d
     cdef Py_ssize_t i, j, full = n - n % WIDE
+    for j in range(2 * WIDE):
+        lanes[j] = 0
     for i in range(full // WIDE):
         for j in range(WIDE):
             d = x[i * WIDE + j] - shift
-            acc[j] += d
-            acc[WIDE + j] += d * d
+            lanes[j] += d
+            lanes[WIDE + j] += d * d
     for j in range(n - full):
         d = x[full + j] - shift
-        acc[j] += d
-        acc[WIDE + j] += d * d
+        lanes[j] += d
+        lanes[WIDE + j] += d * d
+    add_lanes(lanes, acc)
 
 
 cdef inline void dots(
