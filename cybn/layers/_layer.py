@@ -52,6 +52,17 @@ def positive(eps: Any) -> float:
     return float(eps)
 
 
+def _write(own: list[NDArray[Any]], values: list[NDArray[Any]]) -> None:
+    """Write values to one or two arrays, or none, of the same types.
+
+    Without a call or a loop, so that an interrupt comes before all of it, or after.
+    """
+    if len(own) == 2:
+        own[0][...], own[1][...] = values
+    elif own:
+        own[0][...] = values[0]
+
+
 class Layer(ABC):
     """A layer with gamma and beta, or one of them, or none; the base of the family.
 
@@ -199,7 +210,7 @@ class Layer(ABC):
                 "the last forward wrote its output over its input, which backward needs; "
                 "give forward another out"
             )
-        gradients = [self._own(f"grad_{name}") for name in self._names]
+        own = [self._own(f"grad_{name}") for name in self._names]
         dx, *found = self._differentiate(
             dy,
             saved.x,
@@ -209,8 +220,8 @@ class Layer(ABC):
             out=out,
             num_threads=num_threads,
         )
-        for gradient, value in zip(gradients, found, strict=False):
-            gradient[...] = value
+        gradients = _state.fitting(own, found[: len(own)])
+        _write(own, gradients)
         self._saved = None
         return dx
 
@@ -258,8 +269,7 @@ class Layer(ABC):
         _state.check_keys(state, self._names)
         own = [self._own(name) for name in self._names]
         given = [_state.array(name, state[name], self._shape, self.dtype) for name in self._names]
-        for array, value in zip(own, given, strict=True):
-            array[...] = value
+        _write(own, _state.fitting(own, given))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}  # the input is not the layer's to copy

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
-from .. import functional
+from .. import _runtime, functional
 from ..moments import Moments
 from . import _drift, _trials
 from ._drift import Drift
@@ -41,12 +40,11 @@ class Safety(Switches):
         training: bool
         _running: Running
         _seen: tuple[Moments, Running] | None
-        _lock: threading.Lock
+        _saved: Any
 
         def _affine(self) -> list[NDArray[Any]]: ...
         def _check_own(self, *names: str) -> None: ...
         def _admit(self, x: ArrayLike) -> NDArray[Any]: ...
-        def _forget(self) -> None: ...
 
     @contextmanager
     def preview(self) -> Iterator[Self]:
@@ -81,7 +79,7 @@ class Safety(Switches):
         Unlike a state dict it holds all that training changes, NaN included, and fits this layer
         or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
         """
-        with self._lock:
+        with _runtime.turn:
             running, seen = self._running, self._seen
         copy = Running(running.mean.copy(), running.var.copy(), running.batches)
         affine = [array.copy() for array in self._affine()]
@@ -116,15 +114,16 @@ class Safety(Switches):
                 "snapshot is that of a layer with another num_features, affine or dtype"
             )
         self._check_own("gamma", "beta", "grad_gamma", "grad_beta")
-        for array, value in zip(self._affine(), snapshot.affine, strict=True):
-            array[...] = value
+        arrays = self._affine()
         mean, var, batches = snapshot.running
-        with self._lock:
-            self._running = Running(mean.copy(), var.copy(), batches)
-            self._seen = snapshot.seen
-        self.training = snapshot.training
-        self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
-        self._forget()
+        running = Running(mean.copy(), var.copy(), batches)
+        with _runtime.turn:  # and no call or loop in it, as in _learn
+            if arrays:
+                arrays[0][...], arrays[1][...], arrays[2][...], arrays[3][...] = snapshot.affine
+            self._running, self._seen = running, snapshot.seen
+            self.training = snapshot.training
+            self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
+            self._saved = None
         return self
 
     def drift(self, data: ArrayLike | Moments | None = None) -> Drift:

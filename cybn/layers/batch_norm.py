@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from math import isfinite
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .. import functional
+from .. import _runtime, functional
 from .._arguments import array, number
 from ..moments import Moments
 from . import _conventions, _parts, _state, _trials
@@ -237,7 +236,6 @@ class BatchNorm(Safety):
         self._running = Running.start(self.num_features, self.dtype)
         self._saved: _Saved | None = None
         self._seen: tuple[Moments, Running] | None = None  # last batch, and what it moved
-        self._lock = threading.Lock()
 
     @classmethod
     def like(cls, library: str, num_features: int, **options: Any) -> Self:
@@ -360,7 +358,7 @@ class BatchNorm(Safety):
         given = {"mask": mask, "weights": weights, "lengths": lengths}
         selected = self._selected(x, given, training, learns)
         if learns and out is not None and self.nan_policy == "raise":
-            self._after(self._measure(x, learns, num_threads, **selected))
+            self._after(self._running, self._measure(x, learns, num_threads, **selected))
         options: dict[str, Any] = {
             "axis": self.axis,
             "eps": self.eps,
@@ -392,9 +390,11 @@ class BatchNorm(Safety):
             if trial.note is not None and batch is not None and self.track_running_stats:
                 trial.note(self, batch)
             return y
+        saved = self._keep(statistics, x, y, residual)._replace(selected=selected)
         if learns and batch is not None:
-            self._learn(batch)
-        self._saved = self._keep(statistics, x, y, residual)._replace(selected=selected)
+            self._learn(batch, saved)
+        else:
+            self._saved = saved
         return y
 
     def _selected(
@@ -461,16 +461,35 @@ class BatchNorm(Safety):
         """Whether a batch moves the running statistics."""
         return training and self.track_running_stats and self.update_statistics
 
-    def _after(self, batch: Moments) -> Running:
+    def _after(self, before: Running, batch: Moments) -> Running:
         """Return the running statistics after `batch`; they may be those of before."""
-        after = self._running.absorb(batch, self.momentum, self.running_ddof)
-        return self._running.settle(after, self.nan_policy)
+        after = before.absorb(batch, self.momentum, self.running_ddof)
+        return before.settle(after, self.nan_policy)
 
-    def _learn(self, batch: Moments) -> None:
-        with self._lock:
-            before, after = self._running, self._after(batch)
-            if after is not before:
-                self._running, self._seen = after, (batch, before)
+    def _learn(self, batch: Moments, saved: _Saved) -> None:
+        """Move the running statistics, and keep what backward needs: both or, interrupted, neither.
+
+        Where another thread moved them meanwhile, once more from there. Nothing is called while
+        the lock is held, so that Python can neither be interrupted nor change threads there.
+        """
+        while True:
+            before = self._running
+            after = self._after(before, batch)
+            seen = self._seen if after is before else (batch, before)
+            with _runtime.turn:
+                if self._running is before:
+                    self._running, self._seen, self._saved = after, seen, saved
+                    return
+
+    def _replace(self, **parts: Any) -> None:
+        """Replace parts of the running statistics, as they then are."""
+        while True:
+            before = self._running
+            after = before._replace(**parts)
+            with _runtime.turn:
+                if self._running is before:
+                    self._running = after
+                    return
 
     def _keep(
         self,
@@ -565,15 +584,15 @@ class BatchNorm(Safety):
             dx, dgamma, dbeta, *dresidual = functional.batch_norm_inference_backward(
                 dy, saved.x, mean, var, self.gamma, **options
             )
-        if self.grad_gamma is not None and self.grad_beta is not None:
-            self.grad_gamma[...] = dgamma if self.train_affine else 0
-            self.grad_beta[...] = dbeta if self.train_affine else 0
-        self._forget()
-        return (dx, *dresidual) if dresidual else dx
-
-    def _forget(self) -> None:
-        """Let go of the last forward."""
+        if self.grad_gamma is None or self.grad_beta is None:
+            self._saved = None
+            return (dx, *dresidual) if dresidual else dx
+        own = self.grad_gamma, self.grad_beta
+        found = _state.fitting(own, (dgamma, dbeta) if self.train_affine else (0, 0))
+        # No call from here on: an interrupt comes before all three, or after.
+        self.grad_gamma[...], self.grad_beta[...] = found
         self._saved = None
+        return (dx, *dresidual) if dresidual else dx
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
@@ -624,9 +643,7 @@ class BatchNorm(Safety):
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        mean = _state.finite("running_mean", self._tracked("running_mean", value))
-        with self._lock:
-            self._running = self._running._replace(mean=mean)
+        self._replace(mean=_state.finite("running_mean", self._tracked("running_mean", value)))
 
     @property
     def running_var(self) -> NDArray[Any] | None:
@@ -635,9 +652,8 @@ class BatchNorm(Safety):
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        var = _state.finite("running_var", self._tracked("running_var", value), least=0)
-        with self._lock:
-            self._running = self._running._replace(var=var)
+        var = self._tracked("running_var", value)
+        self._replace(var=_state.finite("running_var", var, least=0))
 
     @property
     def num_batches_tracked(self) -> int | None:
@@ -647,8 +663,7 @@ class BatchNorm(Safety):
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
         self._refuse_untracked("num_batches_tracked")
-        with self._lock:
-            self._running = self._running._replace(batches=_state.batches(value))
+        self._replace(batches=_state.batches(value))
 
     def _refuse_untracked(self, name: str) -> None:
         if not self.track_running_stats:
@@ -684,14 +699,13 @@ class BatchNorm(Safety):
         mean = _state.finite("running_mean", self._tracked("running_mean", moments.mean))
         var = self._tracked("running_var", moments.var(self.running_ddof))
         var = _state.finite("running_var", var, least=0)
-        with self._lock:
-            self._running = self._running._replace(mean=mean, var=var)
+        self._replace(mean=mean, var=var)
 
     def reset_running_stats(self) -> None:
         """Put the running statistics back to mean 0, variance 1, no batches."""
-        with self._lock:
-            self._running = Running.start(self.num_features, self.dtype)
-            self._seen = None
+        start = Running.start(self.num_features, self.dtype)
+        with _runtime.turn:
+            self._running, self._seen = start, None
 
     def explain(self, channel: int = 0) -> None:
         """Print the formulas of the next forward, with the numbers of this layer in.
@@ -802,22 +816,19 @@ class BatchNorm(Safety):
                 _state.finite("running_var", vectors["running_var"], least=0),
                 _state.batches(state["num_batches_tracked"]),
             )
-        if self.gamma is not None and self.beta is not None:
-            self.gamma[...] = vectors["gamma"]
-            self.beta[...] = vectors["beta"]
-        with self._lock:
-            self._running = running
-            self._seen = None
+        if self.gamma is None or self.beta is None:
+            with _runtime.turn:
+                self._running, self._seen = running, None
+            return
+        own = self.gamma, self.beta
+        given = _state.fitting(own, (vectors["gamma"], vectors["beta"]))
+        with _runtime.turn:  # and no call in it, as in _learn
+            self.gamma[...], self.beta[...] = given
+            self._running, self._seen = running, None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_lock"]
-        state["_saved"] = state["_seen"] = None  # the input of a forward is not the layer's to copy
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        # The input of a forward is not the layer's to copy.
+        return self.__dict__ | {"_saved": None, "_seen": None}
 
     def __repr__(self) -> str:
         parts = [str(self.num_features)]
