@@ -52,17 +52,6 @@ def positive(eps: Any) -> float:
     return float(eps)
 
 
-def _write(own: list[NDArray[Any]], values: list[NDArray[Any]]) -> None:
-    """Write values to one or two arrays, or none, of the same types.
-
-    Without a call or a loop, so that an interrupt comes before all of it, or after.
-    """
-    if len(own) == 2:
-        own[0][...], own[1][...] = values
-    elif own:
-        own[0][...] = values[0]
-
-
 class Layer(ABC):
     """A layer with gamma and beta, or one of them, or none; the base of the family.
 
@@ -221,8 +210,7 @@ class Layer(ABC):
             num_threads=num_threads,
         )
         gradients = _state.fitting(own, found[: len(own)])
-        _write(own, gradients)
-        self._saved = None
+        self._write(own, gradients, saved=None)
         return dx
 
     def _own(self, name: str) -> NDArray[Any]:
@@ -235,6 +223,19 @@ class Layer(ABC):
                 f"{name} of this layer must be a writeable array of shape {self._shape}"
             )
         return array
+
+    def _write(
+        self, own: list[NDArray[Any]], values: list[NDArray[Any]], saved: _Saved | None
+    ) -> None:
+        """Write to one or two arrays of the layer, or none, and keep `saved`.
+
+        Without a call or a loop, so that an interrupt comes before all of it, or after.
+        """
+        if len(own) == 2:
+            own[0][...], own[1][...] = values
+        elif own:
+            own[0][...] = values[0]
+        self._saved = saved
 
     # ---- parameters and state ------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class Layer(ABC):
         _state.check_keys(state, self._names)
         own = [self._own(name) for name in self._names]
         given = [_state.array(name, state[name], self._shape, self.dtype) for name in self._names]
-        _write(own, _state.fitting(own, given))
+        self._write(own, _state.fitting(own, given), self._saved)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}  # the input is not the layer's to copy

@@ -118,9 +118,9 @@ class _BatchNorm(_Converted):
             if momentum is None:
                 momentum = 0.0 if batches is None else 1.0 / float(new[0])
             if mean is not None and var is not None:
-                arrays = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
+                a, b = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
                 old += [mean.detach(), var.detach()]
-                new += map(torch.from_numpy, functional.absorb(*arrays, batch, momentum, 1))
+                new += map(torch.from_numpy, functional.absorb(a, b, batch, momentum, 1))
             if old:
                 torch._foreach_copy_(old, new)
 
