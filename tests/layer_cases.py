@@ -51,7 +51,7 @@ def gradient_bounds(dy, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
 class Kind(NamedTuple):
     """A kind of layer, how to make one, and what it takes."""
 
-    make: Callable[[], Any]
+    make: Callable[..., Any]
     shape: tuple
     options: dict  # of a forward
     residual: bool = False
@@ -66,7 +66,7 @@ class Kind(NamedTuple):
 
 
 def batch_norm(make, *shape, options=None, residual=False, **k):
-    return Kind(lambda: make(6, **k), shape, options or {}, residual)
+    return Kind(lambda **more: make(6, **k, **more), shape, options or {}, residual)
 
 
 IMAGES = (4, 6, 3, 5)
@@ -85,10 +85,12 @@ KINDS = {
     "virtual batches": batch_norm(cybn.BatchNorm2d, *IMAGES, virtual_batch_size=2),
     "renormalization": batch_norm(cybn.BatchNorm2d, *IMAGES, renorm=cybn.Renorm(3, 5)),
     "nan_policy": batch_norm(cybn.BatchNorm2d, *IMAGES, nan_policy="raise"),
-    "LayerNorm": Kind(lambda: cybn.LayerNorm((6, 5)), (4, 6, 5), {}),
-    "LayerNorm without bias": Kind(lambda: cybn.LayerNorm(5, bias=False), (4, 6, 5), {}),
-    "RMSNorm": Kind(lambda: cybn.RMSNorm(5), (4, 6, 5), {}),
-    "GroupNorm": Kind(lambda: cybn.GroupNorm(3, 6), (4, 6, 5), {}),
+    "LayerNorm": Kind(lambda **more: cybn.LayerNorm((6, 5), **more), (4, 6, 5), {}),
+    "LayerNorm without bias": Kind(
+        lambda **more: cybn.LayerNorm(5, bias=False, **more), (4, 6, 5), {}
+    ),
+    "RMSNorm": Kind(lambda **more: cybn.RMSNorm(5, **more), (4, 6, 5), {}),
+    "GroupNorm": Kind(lambda **more: cybn.GroupNorm(3, 6, **more), (4, 6, 5), {}),
     "InstanceNorm1d": batch_norm(cybn.InstanceNorm1d, 4, 6, 5, affine=True),
     "InstanceNorm2d": batch_norm(cybn.InstanceNorm2d, *IMAGES, track_running_stats=True),
     "InstanceNorm3d": batch_norm(cybn.InstanceNorm3d, *IMAGES, 2),

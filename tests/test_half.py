@@ -74,6 +74,7 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
         assert got[1].dtype == np.float32
 
 
+@pytest.mark.row(17, 23)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_layouts_and_threads(rng, dtype):
     x = rng.standard_normal((6, 10, 12, 14)).astype(dtype)
