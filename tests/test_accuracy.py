@@ -54,7 +54,7 @@ def ratios(shape, dtype, axis, offset=0.0):
 @every_layout
 @every_dtype
 @every_family
-def test_random_data(shape, dtype, axis, level, figure):
+def test_random_data(shape, dtype, axis, figure):
     found = ratios(shape, dtype, axis)
     figure(3, f"worst ratio to the bound, {dtype.__name__}", max(found))
     assert max(found) <= 1

@@ -9,20 +9,20 @@ from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, exact_fill, lay, pairs
 
 import cybn
 
-THREADS = (1, 2, 3, 16)
+THREADS = (1, 2, 3)
 ODD = [(3, 5, 7), (1, 3, 1, 1023), (33, 17, 3), (1, 2, 131073), (4099, 33), (7, 1, 9, 9)]
 
 every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def check_statistics(shape, dtype, axis, figure):
+def check_statistics(shape, dtype, axis, figure, threads=THREADS):
     x, mean, m2 = exact_fill(shape, dtype)
     x = lay(x, axis)
-    for threads in THREADS:
-        _, from_forward = cybn.batch_norm(x, axis=axis, num_threads=threads)
-        _, fused = cybn.batch_norm(x, axis=axis, num_threads=threads, activation="silu", residual=x)
-        for m in (from_forward, fused, cybn.moments(x, axis=axis, num_threads=threads)):
+    _, fused = cybn.batch_norm(x, axis=axis, activation="relu", residual=x)
+    for n in threads:
+        _, from_forward = cybn.batch_norm(x, axis=axis, num_threads=n)
+        for m in (from_forward, fused, cybn.moments(x, axis=axis, num_threads=n)):
             differing = np.count_nonzero((m.mean != mean) | (m.m2 != m2))
             figure(1, "channels", mean.size, how="sum")
             figure(1, "differing channels", differing, how="sum")
@@ -42,7 +42,7 @@ def test_mean_and_m2_of_network_shapes(shape, dtype, axis, level, figure):
 @every_dtype
 @pytest.mark.parametrize("shape", ODD)
 def test_mean_and_m2_of_odd_counts(shape, dtype, axis, level, figure):
-    check_statistics(shape, dtype, axis, figure)
+    check_statistics(shape, dtype, axis, figure, threads=(*THREADS, 16))
 
 
 @lru_cache

@@ -40,7 +40,7 @@ def ratios(case, rng, dtype, offset=0.0):
 @pytest.mark.row(3)
 @every_dtype
 @every_case
-def test_random_data(case, dtype, rng, level, figure):
+def test_random_data(case, dtype, rng, figure):
     found = ratios(case, rng, dtype)
     figure(3, f"worst ratio to the bound, family, {dtype.__name__}", max(found))
     assert max(found) <= 1
@@ -85,7 +85,7 @@ def test_constant_rows_give_exactly_beta(case, dtype, rng):
 @pytest.mark.row(1)
 @every_dtype
 @every_short
-def test_exact_statistics(case, dtype, rng, level, figure):
+def test_exact_statistics(case, dtype, rng, figure):
     """Pairs p * (1 + k / 16) and p * (1 - k / 16): exact in any order of summing."""
     rows = case.rows(np.empty(case.shape))
     n, g, d = rows.shape
@@ -105,7 +105,7 @@ def test_exact_statistics(case, dtype, rng, level, figure):
 @pytest.mark.row(2)
 @every_dtype
 @pytest.mark.parametrize("case", [case for case in CASES if case.centred], ids=str)
-def test_exact_sums(case, dtype, rng, level, figure):
+def test_exact_sums(case, dtype, rng, figure):
     """dbeta is exact on small integers, in any order of summing."""
     x, _, gamma, beta = case.data(rng, dtype)
     dy = rng.integers(-4, 5, case.shape).astype(dtype)

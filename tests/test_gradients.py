@@ -79,7 +79,7 @@ def test_central_differences_in_inference(rng, shape, axis, level, figure):
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
-def test_identities(rng, shape, dtype, axis, level, figure):
+def test_identities(rng, shape, dtype, axis, figure):
     """(24): sum dx = 0.  (26): sum dx * xhat = gamma * r * dgamma * eps / (var + eps)."""
     eps = 0.25
     x, dy, gamma, _ = normal_case(rng, shape, dtype)

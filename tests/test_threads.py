@@ -297,7 +297,7 @@ def test_a_handler_of_a_signal_may_train_the_layer_it_interrupts(rng):
 
 
 @pytest.mark.row(27)
-def test_one_pytorch_module(eager_switching, figure):
+def test_one_pytorch_module(figure):
     torch = pytest.importorskip("torch")
     from cybn.torch import BatchNorm1d
 
