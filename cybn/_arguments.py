@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from math import isfinite
 from operator import index
 from typing import Any
 
 import numpy as np
+from numpy.exceptions import TooHardError
 from numpy.typing import ArrayLike, NDArray
 
 from ._memory import empty_like
@@ -33,6 +35,16 @@ def storage(dtype: np.dtype[Any]) -> str:
     return dtype.char if dtype.kind == "f" else "E"
 
 
+def is_masked(value: Any) -> bool:
+    """Whether this is a masked array.
+
+    Does not name `np.ma`, which NumPy imports when it is first named: that takes a while, and a
+    process forked meanwhile would wait for ever for the import to end.
+    """
+    masked: Any = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
+    return isinstance(value, masked)
+
+
 def array(name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
     refuse_masked(name, value)
@@ -43,7 +55,7 @@ def array(name: str, value: Any) -> NDArray[Any]:
 
 def refuse_masked(name: str, value: Any, depth: int = 0) -> None:
     """Raise TypeError where NumPy would drop a mask without a word: in lists of arrays too."""
-    if isinstance(value, np.ma.MaskedArray):
+    if is_masked(value):
         raise TypeError(
             f"{name} is a masked array, and its mask would be ignored; "
             f"give a plain array, such as {name}.filled(0.0)"
@@ -192,7 +204,7 @@ def destination(
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
         return empty_like(x)
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
     if out.shape != x.shape:
         raise ValueError(f"{name} has shape {out.shape}; it must have the shape of x, {x.shape}")
@@ -227,5 +239,5 @@ def _overlap(out: NDArray[Any], array: NDArray[Any], unless_same: bool) -> bool:
     )
     try:
         return not same and np.shares_memory(out, array, _MOST_WORK)
-    except np.exceptions.TooHardError:
+    except TooHardError:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,21 +93,34 @@ row_kernels = kernels_at(level, "layer_norm")
 # ---- threads -----------------------------------------------------------------------------
 
 
-def _cgroup_cpus() -> int | None:
-    """Return the whole CPUs that the cgroup's quota allows, or None where there is no quota."""
-    root = Path("/sys/fs/cgroup")
+def _cgroup_folders(root: Path, own: Path) -> Iterator[Path]:
+    """Yield the folders, own and above, of the cgroups that may limit this process's CPU time."""
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):  # version 2, or 1
+            top = root / controllers
+            folder = top / path.lstrip("/")
+            yield from (f for f in (folder, *folder.parents) if f.is_relative_to(top))
+
+
+def _cgroup_limit(folder: Path) -> tuple[str, str] | None:
+    """Return quota and period as a cgroup of version 2 or 1 has them, or None."""
+    if (file := folder / "cpu.max").is_file():
+        quota, period = file.read_text().split()
+        return quota, period
+    if (file := folder / "cpu.cfs_quota_us").is_file():
+        return file.read_text().strip(), file.with_name("cpu.cfs_period_us").read_text()
+    return None
+
+
+def _cgroup_cpus(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """Return the whole CPUs that the cgroups' quotas allow, or None where there is no quota."""
     try:
-        line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
-        own = root / line.rpartition(":")[2].lstrip("/")
-        files = [
-            folder / "cpu.max" for folder in (own, *own.parents) if folder.is_relative_to(root)
-        ]
-        limits = [file.read_text().split() for file in files if file.is_file()]
-        v1 = root / "cpu" / "cpu.cfs_quota_us"
-        if not limits and v1.is_file():
-            limits = [[v1.read_text(), v1.with_name("cpu.cfs_period_us").read_text()]]
-        quotas = [int(q) / int(p) for q, p in limits if q.strip() not in ("max", "-1")]
-    except (OSError, ValueError, IndexError):
+        limits = [_cgroup_limit(folder) for folder in _cgroup_folders(root, own)]
+        quotas = [int(x[0]) / int(x[1]) for x in limits if x and x[0] not in ("max", "-1")]
+    except (OSError, ValueError, ZeroDivisionError):
         return None
     return max(1, int(min(quotas) + 0.5)) if quotas else None
 
@@ -119,14 +133,20 @@ _chosen: int | None = None
 _scoped: ContextVar[int | None] = ContextVar("cybn_threads", default=None)
 _forked = False
 
+# Held while running statistics are put in their place, of whatever layer. Reentrant, as a signal's
+# handler may train a layer, too.
+turn = threading.RLock()
+
 
 def _after_fork() -> None:
-    global _forked
+    global _forked, turn
     _forked = True
+    turn = threading.RLock()
 
 
-# A child of os.fork has none of its parent's OpenMP threads, and waits for ever for them in its
-# first parallel region if the parent had one before. So a forked child runs serial.
+# A child of os.fork has none of its parent's threads. It would wait for ever for those of OpenMP
+# in its first parallel region if the parent had one before, and for one that held a lock to let go
+# of it. So a forked child runs serial, and has a lock of its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 

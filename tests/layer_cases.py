@@ -1,10 +1,16 @@
-"""What the tests of layers share: all that a layer remembers, and the bounds of its gradients."""
+"""What the tests of layers share: every kind, what one remembers, bounds of its gradients."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from bounds import ULP32, ULP64, column, wide
 from cases import backward_bound
 
+import cybn
 from cybn import reference
+from cybn.layers._layer import Layer
 
 
 def snapshot(bn):
@@ -37,3 +43,92 @@ def gradient_bounds(dy, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
         ulp * (dy * size).sum(others),
         ulp * dy.sum(others),
     )
+
+
+# ---- every kind of layer, for what holds for all of them ---------------------------------
+
+
+class Kind(NamedTuple):
+    """A kind of layer, how to make one, and what it takes."""
+
+    make: Callable[..., Any]
+    shape: tuple
+    options: dict  # of a forward
+    residual: bool = False
+
+    def data(self, rng, count=1):
+        """Return `count` batches."""
+        return rng.standard_normal((count, *self.shape)).astype(np.float32)
+
+    def forward(self, layer, x):
+        more = {"residual": x[::-1].copy()} if self.residual else {}
+        return layer(x, **self.options, **more)
+
+
+def batch_norm(make, *shape, options=None, residual=False, **k):
+    return Kind(lambda **more: make(6, **k, **more), shape, options or {}, residual)
+
+
+IMAGES = (4, 6, 3, 5)
+KINDS = {
+    "BatchNorm": batch_norm(cybn.BatchNorm, 8, 6),
+    "BatchNorm1d": batch_norm(cybn.BatchNorm1d, 4, 6, 5),
+    "BatchNorm2d": batch_norm(cybn.BatchNorm2d, *IMAGES),
+    "BatchNorm3d": batch_norm(cybn.BatchNorm3d, *IMAGES, 2),
+    "channels-last": batch_norm(cybn.BatchNorm2d, 4, 3, 5, 6, axis=-1),
+    "not affine": batch_norm(cybn.BatchNorm2d, *IMAGES, affine=False),
+    "no running statistics": batch_norm(cybn.BatchNorm2d, *IMAGES, track_running_stats=False),
+    "cumulative": batch_norm(cybn.BatchNorm2d, *IMAGES, momentum=None),
+    "activation": batch_norm(cybn.BatchNorm2d, *IMAGES, activation="silu"),
+    "residual": batch_norm(cybn.BatchNorm2d, *IMAGES, activation="relu", residual=True),
+    "mask": batch_norm(cybn.BatchNorm1d, 4, 6, 5, options={"lengths": [5, 3, 0, 4]}),
+    "virtual batches": batch_norm(cybn.BatchNorm2d, *IMAGES, virtual_batch_size=2),
+    "renormalization": batch_norm(cybn.BatchNorm2d, *IMAGES, renorm=cybn.Renorm(3, 5)),
+    "nan_policy": batch_norm(cybn.BatchNorm2d, *IMAGES, nan_policy="raise"),
+    "LayerNorm": Kind(lambda **more: cybn.LayerNorm((6, 5), **more), (4, 6, 5), {}),
+    "LayerNorm without bias": Kind(
+        lambda **more: cybn.LayerNorm(5, bias=False, **more), (4, 6, 5), {}
+    ),
+    "RMSNorm": Kind(lambda **more: cybn.RMSNorm(5, **more), (4, 6, 5), {}),
+    "GroupNorm": Kind(lambda **more: cybn.GroupNorm(3, 6, **more), (4, 6, 5), {}),
+    "InstanceNorm1d": batch_norm(cybn.InstanceNorm1d, 4, 6, 5, affine=True),
+    "InstanceNorm2d": batch_norm(cybn.InstanceNorm2d, *IMAGES, track_running_stats=True),
+    "InstanceNorm3d": batch_norm(cybn.InstanceNorm3d, *IMAGES, 2),
+}
+LEARNING = [name for name in KINDS if getattr(KINDS[name].make(), "track_running_stats", False)]
+
+
+def trained(kind, rng):
+    """Return a layer that has gone through a step, and has a forward behind it."""
+    layer = kind.make()
+    for parameter in layer.parameters():
+        parameter[...] = rng.uniform(0.5, 2, parameter.shape)
+    first, second, dy = kind.data(rng, 3)
+    kind.forward(layer, first)
+    layer.backward(dy)
+    kind.forward(layer, second)
+    return layer
+
+
+def twin(layer):
+    """Return a copy of a layer that has the same forward behind it."""
+    other = copy.deepcopy(layer)
+    for name in ("_saved", "_seen"):
+        if hasattr(layer, name):
+            setattr(other, name, getattr(layer, name))
+    return other
+
+
+def everything(thing):
+    """Return all that a layer holds, what it keeps for backward included, for comparing."""
+    if isinstance(thing, np.ndarray):
+        return thing.dtype.str, thing.shape, thing.tobytes()
+    if isinstance(thing, cybn.Moments):
+        return everything([thing.count, thing.mean, thing.m2])
+    if isinstance(thing, tuple | list):
+        return [everything(part) for part in thing]
+    if isinstance(thing, Mapping):
+        return {name: everything(part) for name, part in thing.items()}
+    if isinstance(thing, cybn.BatchNorm | Layer):
+        return everything(vars(thing))
+    return repr(thing)

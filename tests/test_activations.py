@@ -44,6 +44,7 @@ def data(rng, shape, dtype, axis=1):
     return x, dy, r, gamma, rng.standard_normal(c).astype(dtype)
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
@@ -102,6 +103,7 @@ def test_smooth_within_ulps(rng, level, activation, dtype):
     assert worst_slope <= 2 * MOST_ULP
 
 
+@pytest.mark.row(3)
 @pytest.mark.parametrize("activation", SMOOTH)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5, 7), (3, 3, 600)], ids=str)
@@ -117,6 +119,7 @@ def test_smooth_against_reference(rng, activation, with_residual, shape):
         np.testing.assert_allclose(one, other, 1e-9, 1e-11)
 
 
+@pytest.mark.row(11)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, *CLAMPS, *SMOOTH])
@@ -186,6 +189,7 @@ def test_rules(activation, dtype, level):
         assert np.isnan(blocked[0][0, 0, 1]) == (activation == "leaky_relu")
 
 
+@pytest.mark.row(23)
 def test_same_bits_on_any_number_of_threads(rng, level):
     for shape, activation in product(FAMILIES, ["relu", "silu"]):
         x, dy, r, gamma, beta = data(rng, shape, np.float32)
@@ -199,6 +203,7 @@ def test_same_bits_on_any_number_of_threads(rng, level):
             assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.row(24)
 def test_levels_give_the_same_bits(rng):
     from conftest import LEVELS
 

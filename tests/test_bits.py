@@ -1,14 +1,19 @@
 """The same bits for any number of threads, instruction level, cache size and repeat."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, lay, normal_case, same_bits
 from conftest import LEVELS
+from family_cases import group, layer
 
 import cybn
 from cybn import _runtime, functional
 
 THREADS = (1, 2, 3, 4, 7, 16)
+MEMBERS = [layer(128, 300), group(2, 3, 6, 50, 50)]
 
 every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +61,7 @@ def differing(got, first):
     return [name for name in first if got[name].tobytes() != first[name].tobytes()]
 
 
-def check_threads_and_levels(case, axis, bind):
+def check_threads_and_levels(case, axis, bind, figure):
     bind(LEVELS[-1])
     first = everything(*case, axis, threads=1)
     assert same_bits(first["mean"], first["moments.mean"])
@@ -64,21 +69,26 @@ def check_threads_and_levels(case, axis, bind):
     for level in LEVELS:
         bind(level)
         for threads in THREADS[1:] if level == LEVELS[-1] else THREADS[:2]:
-            assert not differing(everything(*case, axis, threads), first), (level, threads)
+            wrong = differing(everything(*case, axis, threads), first)
+            figure(23 if level == LEVELS[-1] else 24, "calls compared", len(first), how="sum")
+            figure(23 if level == LEVELS[-1] else 24, "differing results", len(wrong), how="sum")
+            assert not wrong, (level, threads)
 
 
+@pytest.mark.row(23, 24)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", NETWORK_SHAPES)
-def test_threads_and_levels_on_network_shapes(shape, dtype, axis, bind):
-    check_threads_and_levels(laid(shape.channels_first, dtype, axis), axis, bind)
+def test_threads_and_levels_on_network_shapes(shape, dtype, axis, bind, figure):
+    check_threads_and_levels(laid(shape.channels_first, dtype, axis), axis, bind, figure)
 
 
+@pytest.mark.row(23, 24)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", [*FAMILIES, (64, 3, 32, 33), (5, 300, 300)], ids=str)
-def test_threads_and_levels_on_every_family(shape, dtype, axis, bind):
-    check_threads_and_levels(laid(shape, dtype, axis), axis, bind)
+def test_threads_and_levels_on_every_family(shape, dtype, axis, bind, figure):
+    check_threads_and_levels(laid(shape, dtype, axis), axis, bind, figure)
 
 
 @pytest.fixture
@@ -172,9 +182,10 @@ def test_streamed_training_in_and_beside_place(rng, shape, dtype, set_caches):
     assert same_bits(own_x, y)
 
 
+@pytest.mark.row(25)
 @every_layout
 @pytest.mark.parametrize("shape", [(8, 3, 96, 96), (8, 64, 14, 14)], ids=str)
-def test_repeats(shape, axis, level):
+def test_repeats(shape, axis, level, figure):
     """With more threads than cores, too."""
     case = laid(shape, np.float32, axis)
     first = everything(*case, axis, threads=1)
@@ -182,10 +193,47 @@ def test_repeats(shape, axis, level):
     for repeat in range(50):
         got = everything(*case, axis, threads=THREADS[repeat % len(THREADS)])
         runs += bool(differing(got, first))
-    print(f"differing runs: {runs} of 50")
+    figure(25, "runs", 50, how="sum")
+    figure(25, "differing runs", runs, how="sum")
     assert runs == 0
 
 
+@pytest.fixture
+def load():
+    """Keep two other processes busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    yield
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.row(25)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_repeats_under_load(dtype, load, rng, figure):
+    """Batch norm in both layouts, fused and not, and the family, on any number of threads."""
+    cases = [(laid((8, 6, 32, 32), dtype, axis), axis) for axis in (1, -1)]
+    family = [case.data(rng, dtype) for case in MEMBERS]
+
+    def run(threads):
+        results = []
+        for (x, dy, gamma, beta), axis in cases:
+            got = everything(x, dy, gamma, beta, axis, threads)
+            k = {"axis": axis, "activation": "silu", "residual": dy, "num_threads": threads}
+            results += [*got.values(), cybn.batch_norm(x, gamma, beta, **k)[0]]
+        for case, data in zip(MEMBERS, family, strict=True):
+            results += case.everything(*data, num_threads=threads).values()
+        return [result.tobytes() for result in results]
+
+    first = run(1)
+    runs = sum(run(THREADS[repeat % len(THREADS)]) != first for repeat in range(1000))
+    figure(25, "runs", 1000, how="sum")
+    figure(25, "differing runs", runs, how="sum")
+    assert runs == 0
+
+
+@pytest.mark.row(8, 18)
 @every_layout
 @every_dtype
 def test_alignment_and_pitch(dtype, axis, level):

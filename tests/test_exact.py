@@ -16,28 +16,33 @@ every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def check_statistics(shape, dtype, axis):
+def check_statistics(shape, dtype, axis, figure, threads=THREADS):
     x, mean, m2 = exact_fill(shape, dtype)
     x = lay(x, axis)
-    for threads in THREADS:
-        _, from_forward = cybn.batch_norm(x, axis=axis, num_threads=threads)
-        for m in (from_forward, cybn.moments(x, axis=axis, num_threads=threads)):
-            assert np.count_nonzero(m.mean != mean) == 0
-            assert np.count_nonzero(m.m2 != m2) == 0
+    _, fused = cybn.batch_norm(x, axis=axis, activation="relu", residual=x)
+    for n in threads:
+        _, from_forward = cybn.batch_norm(x, axis=axis, num_threads=n)
+        for m in (from_forward, fused, cybn.moments(x, axis=axis, num_threads=n)):
+            differing = np.count_nonzero((m.mean != mean) | (m.m2 != m2))
+            figure(1, "channels", mean.size, how="sum")
+            figure(1, "differing channels", differing, how="sum")
+            assert differing == 0
 
 
+@pytest.mark.row(1)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", NETWORK_SHAPES)
-def test_mean_and_m2_of_network_shapes(shape, dtype, axis, level):
-    check_statistics(shape.channels_first, dtype, axis)
+def test_mean_and_m2_of_network_shapes(shape, dtype, axis, level, figure):
+    check_statistics(shape.channels_first, dtype, axis, figure)
 
 
+@pytest.mark.row(1)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", ODD)
-def test_mean_and_m2_of_odd_counts(shape, dtype, axis, level):
-    check_statistics(shape, dtype, axis)
+def test_mean_and_m2_of_odd_counts(shape, dtype, axis, level, figure):
+    check_statistics(shape, dtype, axis, figure, threads=(*THREADS, 16))
 
 
 @lru_cache
@@ -50,10 +55,11 @@ def integer_gradients(shape):
     return signs, dy, dy.sum(others), (dy * signs).sum(others)
 
 
+@pytest.mark.row(2)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", NETWORK_SHAPES)
-def test_dgamma_and_dbeta(shape, dtype, axis, level):
+def test_dgamma_and_dbeta(shape, dtype, axis, level, figure):
     """x is a power of two +- 1/2, so var is 1/4; eps makes var + eps a power of 4."""
     signs, dy, dbeta, dots = integer_gradients(shape.channels_first)
     p = 2.0 ** (np.arange(shape.c) % 5)
@@ -62,18 +68,24 @@ def test_dgamma_and_dbeta(shape, dtype, axis, level):
     for threads, eps, rstd in ((1, 0.75, 1.0), (2, 3.75, 0.5), (3, 0.75, 1.0)):
         m = cybn.moments(x, axis=axis, num_threads=threads)
         arguments = {"axis": axis, "eps": eps, "num_threads": threads}
+        open_relu = arguments | {"activation": "relu", "beta": np.full(shape.c, 100.0, dtype)}
         for _, got_gamma, got_beta in (
             cybn.batch_norm_backward(dy, x, m, **arguments),
+            cybn.batch_norm_backward(dy, x, m, **open_relu),
             cybn.batch_norm_inference_backward(dy, x, m.mean, m.var(), **arguments),
         ):
-            assert np.count_nonzero(got_gamma != dots * (rstd / 2)) == 0  # xhat: signs * rstd / 2
-            assert np.count_nonzero(got_beta != dbeta) == 0
+            right = dots * (rstd / 2)  # xhat: signs * rstd / 2
+            differing = np.count_nonzero((got_gamma != right) | (got_beta != dbeta))
+            figure(2, "channels", shape.c, how="sum")
+            figure(2, "differing channels", differing, how="sum")
+            assert differing == 0
 
 
+@pytest.mark.row(5)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", [*FAMILIES, *ODD, (3, 2), (7, 3, 11, 13)])
-def test_constant_channels_give_beta(rng, shape, dtype, axis, level):
+def test_constant_channels_give_beta(rng, shape, dtype, axis, level, figure):
     values = [0, 1e-30, 0.1, 1e7, 16777217, -0.3]
     n, _, *spatial = shape
     channels = column(np.array(values, dtype), len(shape), 1)
@@ -82,11 +94,14 @@ def test_constant_channels_give_beta(rng, shape, dtype, axis, level):
     beta = rng.standard_normal(len(values)).astype(dtype)
     for threads in THREADS:
         y, m = cybn.batch_norm(x, gamma, beta, axis=axis, num_threads=threads)
-        assert (y == column(beta, y.ndim, axis)).all()
+        error = np.abs(y - column(beta, y.ndim, axis)).max()
+        figure(5, "max abs(y - beta)", error)
+        assert error == 0
         assert (m.mean == np.array(values, dtype)).all()
         assert (m.m2 >= 0).all()
 
 
+@pytest.mark.row(5)
 @every_dtype
 def test_few_values_of_each_constant(dtype, level):
     """Sums of some counts of 0.1 are rounded, and their mean is 0.1 still."""

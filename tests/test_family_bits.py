@@ -23,9 +23,10 @@ def differing(got, first):
     return [name for name in first if not same_bits(got[name], first[name])]
 
 
+@pytest.mark.row(23, 24)
 @every_dtype
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_threads_and_levels(case, dtype, rng, restore):
+def test_threads_and_levels(case, dtype, rng, restore, figure):
     data = case.data(rng, dtype, offset=3.0)
     case.rows(data[0])[0, 0, :1] += 1e6  # a row that may be summed again
     bind(LEVELS[-1])
@@ -33,9 +34,13 @@ def test_threads_and_levels(case, dtype, rng, restore):
     for level in LEVELS:
         bind(level)
         for threads in THREADS[1:] if level == LEVELS[-1] else THREADS[:2]:
-            assert not differing(case.everything(*data, num_threads=threads), first), threads
+            wrong = differing(case.everything(*data, num_threads=threads), first)
+            figure(23 if level == LEVELS[-1] else 24, "calls compared", len(first), how="sum")
+            figure(23 if level == LEVELS[-1] else 24, "differing results", len(wrong), how="sum")
+            assert not wrong, (level, threads)
 
 
+@pytest.mark.row(18)
 @every_dtype
 @every_case
 def test_cache_sizes_and_alignment(case, dtype, rng):
@@ -69,6 +74,7 @@ def test_cache_sizes_and_alignment(case, dtype, rng):
         _runtime.kernels_at(_runtime.level, "layer_norm")  # sets the caches as the machine has them
 
 
+@pytest.mark.row(25)
 @pytest.mark.parametrize("case", [layer(300, 1024), group(4, 3, 16, 64, 64)], ids=str)
 def test_repeats(case, rng, level):
     """With more threads than cores, too."""

@@ -46,6 +46,7 @@ def differences(loss, array):
     return found
 
 
+@pytest.mark.row(11)
 @pytest.mark.parametrize(
     ("norm", "shape"), LAYERS, ids=[f"{norm!r}-{shape}".replace(" ", "") for norm, shape in LAYERS]
 )
@@ -70,6 +71,7 @@ def f(case, weights, x, gamma, beta):
     return float((y * weights).sum())
 
 
+@pytest.mark.row(11)
 @pytest.mark.parametrize(
     "case",
     [
@@ -94,6 +96,7 @@ def test_functions_by_central_differences(case, rng):
         assert np.allclose(got[name], expected, rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.row(12)
 @every_case
 def test_the_input_gradient_has_no_mean_and_hardly_any_xhat(case, rng):
     """Equations (57) and (58): sums over each row."""

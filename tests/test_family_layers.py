@@ -255,6 +255,7 @@ def test_errors(make, error, text):
 # ---- instance normalization with running statistics --------------------------------------
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None])
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("axis", [1, -1])
@@ -318,6 +319,7 @@ def test_no_samples_do_not_move_running_statistics():
     assert cybn.InstanceNorm1d(3)(np.empty((0, 3, 5), np.float32)).shape == (0, 3, 5)
 
 
+@pytest.mark.row(27)
 def test_threads_share_a_layer(rng):
     """Running updates are serialized: none is lost."""
     norm = cybn.InstanceNorm1d(3, track_running_stats=True, momentum=None)

@@ -33,6 +33,7 @@ def check(case, rng, dtype=np.float32):
         assert worst(got[name], exact[i], bounds[i] + 1e-300) <= 1, (str(case), name)
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize("make", [layer, rms])
 def test_every_size_of_row(make, rng, level):
     for d in range(1, 71):
@@ -40,17 +41,20 @@ def test_every_size_of_row(make, rng, level):
             check(make(n, d), rng)
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize("make", [layer, rms])
 @pytest.mark.parametrize("d", [1023, 1024, 1025, 2048, 4095, 4096, 4097, 65535, 65536, 65537])
 def test_around_each_threshold_of_rows(make, d, rng):
     check(make(9 if d < 9000 else 2, d), rng)
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize("rows", [31, 32, 33, 63, 64, 65, 1023, 1024, 1025])
 def test_around_each_threshold_of_blocks(rows, rng):
     check(layer(rows, 40), rng)
 
 
+@pytest.mark.row(14)
 def test_every_number_of_positions(rng):
     for s in range(1, 71):
         check(group(2, 3, 4, s), rng)
@@ -59,12 +63,14 @@ def test_every_number_of_positions(rng):
             check(instance(2, 3, s), rng)
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize("s", [341, 342, 511, 512, 513, 1023, 1024, 1025, 65535, 65536, 65537])
 def test_around_each_threshold_of_positions(s, rng):
     check(group(2, 2, 6, s), rng)
     check(instance(1, 3, s), rng)
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("rest", [(), (1,), (7, 7), (2, 3, 4), (23, 23)], ids=str)
 def test_every_grouping(groups, rest, rng):
@@ -174,6 +180,7 @@ LAYOUTS = [layer(6, 5, 40), layer(6, 5, 8, 3, axis=-2), rms(6, 5, 40), group(2, 
 LAYOUTS += [group(2, 5, 4, 3, 6, axis=-1), instance(5, 6, 4, 150), instance(5, 4, 6, axis=-1)]
 
 
+@pytest.mark.row(17)
 @every_dtype
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_layouts(case, dtype, rng):
@@ -189,6 +196,7 @@ def test_layouts(case, dtype, rng):
                 assert np.allclose(got[key], first[key], rtol=1e-5, atol=1e-5), (name, key)
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_out_of_any_layout(case, rng):
     x, dy, gamma, beta = case.data(rng, np.float32)
@@ -205,6 +213,7 @@ def test_out_of_any_layout(case, rng):
         assert same_bits(np.ascontiguousarray(out), first["dx"]), name
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_the_output_lies_as_the_input(case, rng):
     x, dy, *_ = case.data(rng, np.float32)
@@ -226,6 +235,7 @@ def test_dense_samples_in_any_order_are_not_copied(rng, monkeypatch):
     assert np.allclose(m.mean, x.reshape(35, 33).mean(1), atol=1e-6)
 
 
+@pytest.mark.row(19)
 @every_case
 def test_read_only_inputs_are_left_alone(case, rng):
     arrays = case.data(rng, np.float32)

@@ -74,6 +74,7 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
         assert got[1].dtype == np.float32
 
 
+@pytest.mark.row(17, 23)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("s", [*range(1, 36), 511, 512, 513, 1023, 1025, 1057])
 def test_odd_sizes(rng, dtype, s, level):

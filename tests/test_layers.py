@@ -385,6 +385,7 @@ def test_one_backward_a_forward(rng):
 # ---- whole or not at all -----------------------------------------------------------------
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_forward_that_raises_changes_nothing(mode, rng):
     x, dy = normal(rng, (9, C)), normal(rng, (9, C))
@@ -410,6 +411,7 @@ def test_a_forward_that_raises_changes_nothing(mode, rng):
     assert worst(dx, exact[0], bounds[0]) <= 1
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_backward_that_raises_changes_nothing(mode, rng):
     x, dy = normal(rng, (9, C)), normal(rng, (9, C))

@@ -84,6 +84,7 @@ IN_PLACE = {
 }
 
 
+@pytest.mark.row(17)
 @every_dtype
 @pytest.mark.parametrize("shape", [(6, 5, 7, 8), (5, 6, 26, 25)], ids=str)
 @pytest.mark.parametrize("name", VIEWS)
@@ -107,6 +108,32 @@ def test_views(rng, name, shape, dtype, level):
     check(x.copy(), dy)
 
 
+@pytest.mark.row(8)
+@every_dtype
+@pytest.mark.parametrize("name", VIEWS)
+def test_nan_outside_the_view_has_no_effect(rng, name, dtype, level):
+    def among_nan(array):
+        view = VIEWS[name](np.full(array.shape, np.nan, dtype))
+        view[...] = VIEWS[name](array)
+        return view
+
+    for shape in ((6, 5, 7, 8), (5, 6, 26, 25)):
+        x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+        gamma, beta = parameters(rng, VIEWS[name](x).shape[1], dtype)
+        results = []
+        for given_x, given_dy in (
+            (VIEWS[name](x), VIEWS[name](dy)),
+            (among_nan(x), among_nan(dy)),
+        ):
+            k = {"activation": "silu", "residual": given_dy}
+            y, m = cybn.batch_norm(given_x, gamma, beta, **k)
+            z = cybn.batch_norm_inference(given_x, beta, gamma, gamma, beta, **k)
+            gradients = cybn.batch_norm_backward(given_dy, given_x, m, gamma, beta=beta, **k)
+            results.append([y, z, m.mean, m.m2, *gradients])
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.row(17)
 @pytest.mark.parametrize("name", VIEWS)
 def test_read_in_place(name):
     x = VIEWS[name](np.ones((6, 5, 7, 8), np.float32))
@@ -118,6 +145,7 @@ def test_read_in_place(name):
     assert np.prod(plan.shape) == x.size
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize("order", list(permutations(range(4))), ids=str)
 def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
     """Dense memory in any order folds without a copy, whatever axis the channels are on."""
@@ -131,6 +159,7 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
     check(x, x[::-1], axis=2)
 
 
+@pytest.mark.row(17)
 @every_dtype
 def test_broadcast(rng, dtype):
     row = rng.standard_normal((1, 5, 1, 7)).astype(dtype)
@@ -182,6 +211,7 @@ def strided(draw):
     return array(), array(), draw(st.integers(-ndim, ndim - 1))
 
 
+@pytest.mark.row(17)
 @settings(max_examples=200, deadline=None)
 @given(strided())
 def test_any_shape_strides_axis_and_dtype(drawn):
@@ -200,6 +230,7 @@ def test_any_shape_strides_axis_and_dtype(drawn):
         assert (x == y).all()
 
 
+@pytest.mark.row(17)
 @every_dtype
 @pytest.mark.parametrize("strides", [(0, 1, 1), (7, 1, 3), (-4, 1, 1), (10**6, 1, 5)], ids=str)
 def test_strides_of_axes_of_size_one_do_not_matter(rng, strides, dtype):
@@ -216,6 +247,7 @@ def test_strides_of_axes_of_size_one_do_not_matter(rng, strides, dtype):
 # ---- alignment ---------------------------------------------------------------------------
 
 
+@pytest.mark.row(18)
 @every_dtype
 @pytest.mark.parametrize("off", [0, 1, 2, 4, 8, 63])
 def test_bytes_off_a_cache_line(rng, off, dtype, level):
@@ -248,6 +280,7 @@ def test_bytes_off_a_cache_line(rng, off, dtype, level):
 # ---- read-only ---------------------------------------------------------------------------
 
 
+@pytest.mark.row(19)
 @every_dtype
 def test_read_only_input_is_accepted_and_refused_as_out(rng, dtype, tmp_path):
     x, dy, gamma, beta = normal_case(rng, (4, 5, 7), dtype)

@@ -162,6 +162,7 @@ def test_all_agree_with_the_reference(rng, nsc, kind, masked, activation, dtype)
 # ---- gradients --------------------------------------------------------------------------------
 
 
+@pytest.mark.row(11)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("axis", AXES)
 @every_kind
@@ -209,6 +210,7 @@ def test_an_all_true_mask_is_no_mask(rng, nsc, dtype):
             assert same_bits(a, b)
 
 
+@pytest.mark.row(23)
 @every_kind
 @pytest.mark.parametrize("nsc", [(64, 8, 200), (33000, 5, 1), (2, 2, 70000)], ids=str)
 def test_the_same_bits_on_any_number_of_threads(rng, nsc, kind):
@@ -279,6 +281,7 @@ def test_half_types_are_float32_inside(rng, nsc, kind):
     assert same_bits(dx, dx2.astype(np.float16))
 
 
+@pytest.mark.row(4)
 def test_a_far_mean_is_summed_again_without_what_is_masked_out(rng):
     """Eight equal values are a bad pivot; the second sums must leave the same things out."""
     for nsc in [(2, 1, 3000), (3000, 40, 1), (30, 4, 100)]:

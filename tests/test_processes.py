@@ -1,15 +1,18 @@
-"""Other processes: forked, spawned, and started with other environment variables."""
+"""Other processes: forked, spawned, and forked while other threads are at work."""
 
 import functools
 import multiprocessing
 import os
 import pickle
+import select
 import signal
-import subprocess
-import sys
+import threading
+import time
+import traceback
 
 import numpy as np
 import pytest
+from layer_cases import KINDS, LEARNING
 
 import cybn
 from cybn import _runtime
@@ -34,151 +37,210 @@ def check(results, want):
         assert moments == want[1]
 
 
-# ---- forked and spawned ------------------------------------------------------------------
+# ---- os.fork -----------------------------------------------------------------------------
 
 
-@needs_fork
-@may_fork
-def test_os_fork(batch):
-    x, want = batch
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:  # nothing may get out of here, not even an exception
+class Child:
+    """A forked child that does some work; it is killed if that takes longer than LIMIT."""
+
+    def __init__(self, work):
+        self.start = time.perf_counter()
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(writer)
+            return
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT)
-        try:
-            y, moments = cybn.batch_norm(x, num_threads=4)
-            same = y.tobytes() == want[0].tobytes() and moments == want[1]
-            os.write(writer, b"same" if same else b"different")
+        try:  # nothing may get out of here, not even an exception
+            work()
+            os.write(writer, b"done")
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode())
         finally:
             os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        assert pipe.read() == b"same"
-    assert os.waitpid(child, 0)[1] == 0
-    check([cybn.batch_norm(x, num_threads=4)], want)  # the parent is as it was
+
+    def finish(self, figure):
+        """Wait for the child; note its time; raise if it failed or hung."""
+        with open(self.reader, "rb") as pipe:
+            said = pipe.read().decode()
+        hung = os.waitpid(self.pid, 0)[1] == signal.SIGALRM
+        figure(26, "forks", 1, how="sum")
+        figure(26, "hangs", int(hung), how="sum")
+        figure(26, "slowest child, s", time.perf_counter() - self.start)
+        assert said == "done", said or "the child hung"
 
 
+def compute(x, want):
+    """Make parallel calls of all kinds, as far as the process may."""
+    check([cybn.batch_norm(x, num_threads=4)], want)
+    y, m = want
+    cybn.batch_norm_backward(y, x, m, num_threads=4)
+    cybn.batch_norm_inference(x, m.mean, m.var(), num_threads=4)
+    rows = x.reshape(32, -1)
+    cybn.layer_norm(rows, num_threads=4)
+    cybn.group_norm(x, num_groups=4, num_threads=4)
+    cybn.moments(x, num_threads=4)
+    with cybn.threads(4):
+        cybn.BatchNorm2d(16)(x)
+
+
+@pytest.mark.row(26)
+@needs_fork
 @may_fork
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_multiprocessing(method, batch):
+def test_forks_after_parallel_calls(batch, figure):
+    """Children of a parallel parent, and their children, compute the same bits, serially."""
+    x, want = batch
+
+    def work():
+        compute(x, want)
+        assert cybn.get_num_threads() == 1
+        Child(lambda: compute(x, want)).finish(lambda *_, **__: None)
+
+    for _ in range(6):
+        compute(x, want)
+        children = [Child(work) for _ in range(4)]
+        for child in children:
+            child.finish(figure)
+    compute(x, want)  # the parent is as it was
+
+
+@pytest.mark.row(26)
+@needs_fork
+@may_fork
+def test_forks_while_other_threads_compute_and_train(batch, figure):
+    """The children use the very layers that other threads of the parent are training."""
+    x, want = batch
+    layers = {name: KINDS[name].make() for name in LEARNING}
+    data = {name: KINDS[name].data(np.random.default_rng(1))[0] for name in layers}
+    over = threading.Event()
+
+    def parallel():
+        while not over.is_set():
+            cybn.batch_norm(x, num_threads=4)
+
+    def train():
+        while not over.is_set():
+            for name, layer in layers.items():
+                KINDS[name].forward(layer, data[name])
+
+    def work():
+        compute(x, want)
+        for name, layer in layers.items():
+            before = layer.num_batches_tracked
+            KINDS[name].forward(layer, data[name])
+            assert layer.num_batches_tracked == before + 1
+
+    threads = [threading.Thread(target=target) for target in (parallel, parallel, train, train)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            Child(work).finish(figure)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    compute(x, want)
+
+
+@pytest.mark.row(26)
+@needs_fork
+@may_fork
+def test_a_fork_while_a_lock_is_held(figure):
+    """A child does not wait for a thread of its parent that was just moving statistics."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with _runtime.turn:
+            held.set()
+            over.wait(LIMIT)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    kinds = [KINDS[name] for name in LEARNING]
+    x = [kind.data(np.random.default_rng(1))[0] for kind in kinds]
+    child = Child(lambda: [kind.forward(kind.make(), a) for kind, a in zip(kinds, x, strict=True)])
+    try:
+        child.finish(figure)
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.row(26)
+@needs_fork
+@may_fork
+def test_a_preforked_server(batch, figure):
+    """The parent computes, forks four workers, and they answer requests side by side."""
+    x, want = batch
+    requests, answers = os.pipe(), os.pipe()  # each message is short enough to be atomic
+
+    def serve():
+        os.close(requests[1])
+        while number := os.read(requests[0], 1):
+            compute(x, want)
+            os.write(answers[1], number)
+
+    workers = [Child(serve) for _ in range(4)]
+    os.write(requests[1], bytes(range(40)))
+    os.close(requests[1])
+    got = set()
+    while len(got) < 40:
+        assert select.select([answers[0]], [], [], LIMIT)[0], f"{len(got)} of 40 answers"
+        got.update(os.read(answers[0], 40))
+        compute(x, want)  # the parent works on
+    for worker in workers:
+        worker.finish(figure)
+    for end in (requests[0], *answers):
+        os.close(end)
+
+
+@pytest.mark.slow
+@pytest.mark.row(26)
+@needs_fork
+@may_fork
+def test_150_forks_more(batch, figure):
+    """With those above, more than 200."""
+    x, want = batch
+    for i in range(150):
+        cybn.batch_norm(x, num_threads=1 + i % 16)
+        Child(lambda: compute(x, want)).finish(figure)
+
+
+# ---- multiprocessing and joblib ----------------------------------------------------------
+
+
+@pytest.mark.row(26)
+@may_fork
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method, batch, figure):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method}")
     x, want = batch
     context = multiprocessing.get_context(method)
+    start = time.perf_counter()
     with context.Pool(2) as pool:
         call = functools.partial(cybn.batch_norm, num_threads=4)
         check(pool.map_async(call, [x, x, x]).get(LIMIT), want)
+        threads = pool.apply_async(cybn.get_num_threads).get(LIMIT)
+    figure(26, f"{method} pool, s", time.perf_counter() - start)
+    # Children of the server that "forkserver" starts are forked before they import cybn.
+    assert threads == (1 if method == "fork" else cybn.get_num_threads())
 
 
+@pytest.mark.row(26, 28)
 @may_fork
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading"])
-def test_joblib(backend, batch):
+def test_joblib(backend, batch, figure):
     joblib = pytest.importorskip("joblib")
     x, want = batch
     call = joblib.delayed(cybn.batch_norm)
+    start = time.perf_counter()
     with joblib.parallel_config(backend, n_jobs=2):
         check(joblib.Parallel(timeout=LIMIT)(call(x, num_threads=4) for _ in range(3)), want)
-
-
-# ---- environment -------------------------------------------------------------------------
-
-WORK = """
-import hashlib, os, sys
-if hasattr(os, "sched_setaffinity") and "ONE_CORE" in os.environ:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-before = dict(os.environ)
-import numpy as np
-import cybn
-from cybn import _runtime
-
-digest = hashlib.sha256()
-rng = np.random.default_rng(5)
-for shape in [(4, 3, 5), (7, 19), (8, 33, 14, 14), (3, 5, 5, 5, 5), (2, 2, 70001)]:
-    for dtype in (np.float32, np.float64):
-        for axis in (1, -1):
-            x = (rng.standard_normal(shape) + 3).astype(dtype)
-            gamma = rng.standard_normal(x.shape[axis])
-            y, m = cybn.batch_norm(x, gamma, axis=axis)
-            fixed = cybn.batch_norm_inference(x, m.mean, m.var(), gamma, gamma, axis=axis)
-            gradients = cybn.batch_norm_backward(y, x, m, gamma, axis=axis)
-            for array in (y, m.mean, m.m2, fixed, *gradients):
-                digest.update(array.tobytes())
-assert dict(os.environ) == before, "os.environ was changed"
-print(_runtime.level, cybn.get_num_threads(), digest.hexdigest())
-"""
-
-
-@pytest.fixture(scope="module")
-def finished():
-    """Return a function from environment variables to (exit code, stdout words, stderr)."""
-
-    @functools.cache
-    def run(**environment):
-        ours = ("OMP_", "GOMP_", "CYBN_")
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-        command = [sys.executable, "-P", "-W", "error", "-c", WORK]
-        done = subprocess.run(
-            command, env=clean | environment, capture_output=True, text=True, timeout=LIMIT
-        )
-        return done.returncode, done.stdout.split(), done.stderr
-
-    return run
-
-
-@pytest.fixture
-def report(finished):
-    """Return a function from environment variables to (level, threads, digest)."""
-
-    def run(**environment):
-        code, words, err = finished(**environment)
-        assert code == 0, err
-        level, threads, digest = words
-        return level, int(threads), digest
-
-    return run
-
-
-@pytest.mark.parametrize("wanted", _runtime.LEVELS)
-def test_levels_can_only_be_lowered_and_do_not_change_a_bit(wanted, report):
-    best = _runtime.usable_levels()[-1]
-    level, _, digest = report(CYBN_LEVEL=wanted)
-    assert level == min(wanted, best, key=_runtime.LEVELS.index)
-    assert report() == report(CYBN_LEVEL="")
-    assert digest == report()[2]
-
-
-def test_an_unknown_level_is_an_import_error_that_lists_the_known_ones(finished):
-    code, _, err = finished(CYBN_LEVEL="avx9")
-    assert code == 1
-    assert (
-        f"ImportError: CYBN_LEVEL is 'avx9'; it must be one of {', '.join(_runtime.LEVELS)}" in err
-    )
-
-
-def test_omp_num_threads(report):
-    assert report(OMP_NUM_THREADS="1")[1:] == (1, report()[2])
-    many = 3 if _runtime.host.openmp() else 1
-    assert report(OMP_NUM_THREADS="3")[1:] == (many, report()[2])
-
-
-@pytest.mark.parametrize("value", ["0", "garbage", "-1", "1,2"])
-def test_odd_omp_num_threads_does_no_harm(value, report):
-    _, threads, digest = report(OMP_NUM_THREADS=value)
-    assert threads >= 1
-    assert digest == report()[2]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no sched_setaffinity")
-def test_affinity(report):
-    assert report(ONE_CORE="1")[1:] == (1, report()[2])
-
-
-def test_threadpoolctl(batch):
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    x, want = batch
-    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
-        assert cybn.get_num_threads() == 1
-        check([cybn.batch_norm(x)], want)
+    figure(26, f"joblib {backend}, s", time.perf_counter() - start)
 
 
 def test_arrays_from_another_process(rng):

@@ -39,7 +39,7 @@ def closed_form(start, values, momentum, tracked=0):
     return (1 - momentum) ** n * start + weights @ values
 
 
-def check(bn, start, stats, momentum, tracked=0):
+def check(bn, start, stats, momentum, figure, tracked=0):
     """Compare a layer's running statistics with the closed form.
 
     Each update rounds once, to half an eps of the layer's dtype. A rounding fades with the
@@ -53,33 +53,39 @@ def check(bn, start, stats, momentum, tracked=0):
         size = max(np.abs(values).max(), np.abs(first).max())
         eps = np.finfo(bn.dtype).eps
         assert got.dtype == bn.dtype
-        assert np.abs(got - want).max() <= (memory / 2 + BATCH_EPS) * eps * size
+        error = np.abs(got - want).max() / size
+        figure(10, f"max relative error, {bn.dtype}", error)
+        assert error <= (memory / 2 + BATCH_EPS) * eps
     assert bn.num_batches_tracked == tracked + n
 
 
+@pytest.mark.row(10)
 @each_ddof
 @each_dtype
 @pytest.mark.parametrize("momentum", [0, 0.1, 1, None])
 @pytest.mark.parametrize("updates", [1, 2, 10, 1000])
-def test_closed_form(updates, momentum, dtype, ddof, batches):
+def test_closed_form(updates, momentum, dtype, ddof, batches, figure):
     bn = cybn.BatchNorm(C, momentum=momentum, running_ddof=ddof, dtype=dtype)
     for i in range(updates):
         bn(batches[i % BATCHES].astype(dtype))
-    check(bn, (np.zeros(C), np.ones(C)), statistics(batches, dtype, ddof, updates), momentum)
+    stats = statistics(batches, dtype, ddof, updates)
+    check(bn, (np.zeros(C), np.ones(C)), stats, momentum, figure)
 
 
+@pytest.mark.row(10)
 @each_ddof
 @each_dtype
 @pytest.mark.parametrize("momentum", [0, 0.1, 1, None])
-def test_training_a_trained_layer_on(momentum, dtype, ddof, batches):
+def test_training_a_trained_layer_on(momentum, dtype, ddof, batches, figure):
     start = np.linspace(-3.5, 4.25, C, dtype=dtype), np.linspace(0.125, 7, C, dtype=dtype)
     bn = cybn.BatchNorm(C, momentum=momentum, running_ddof=ddof, dtype=dtype)
     bn.running_mean, bn.running_var, bn.num_batches_tracked = *start, 7
     for x in batches[:10]:
         bn(x.astype(dtype))
-    check(bn, start, statistics(batches, dtype, ddof, 10), momentum, tracked=7)
+    check(bn, start, statistics(batches, dtype, ddof, 10), momentum, figure, tracked=7)
 
 
+@pytest.mark.row(10)
 def test_training_on_after_loading(batches):
     one = cybn.BatchNorm(C, dtype=np.float64)
     two = cybn.BatchNorm(C, dtype=np.float64)
@@ -93,6 +99,7 @@ def test_training_on_after_loading(batches):
         np.testing.assert_array_equal(two.state_dict()[name], value)
 
 
+@pytest.mark.row(10)
 def test_momentum_0_keeps_every_bit(batches):
     bn = cybn.BatchNorm(C, momentum=0)
     bn.running_mean, bn.running_var = np.full(C, 1 / 3), np.full(C, 2 / 3)
@@ -104,6 +111,7 @@ def test_momentum_0_keeps_every_bit(batches):
     assert bn.num_batches_tracked == BATCHES
 
 
+@pytest.mark.row(10)
 def test_momentum_1_is_the_last_batch(batches):
     bn = cybn.BatchNorm(C, momentum=1, dtype=np.float64)
     for x in batches:
@@ -113,6 +121,7 @@ def test_momentum_1_is_the_last_batch(batches):
     np.testing.assert_array_equal(bn.running_var, last.var(ddof=1))
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 1])
 def test_momentum_weighs_the_new_value(momentum):
     bn = cybn.BatchNorm(1, momentum=momentum, dtype=np.float64)
@@ -121,6 +130,7 @@ def test_momentum_weighs_the_new_value(momentum):
     assert bn.running_var == (1 - momentum) * 1 + momentum * 2
 
 
+@pytest.mark.row(10)
 def test_the_cumulative_mean_of_a_new_layer_forgets_0_and_1():
     bn = cybn.BatchNorm(1, momentum=None, dtype=np.float64)
     bn(np.array([[2.0], [4.0]]))
@@ -149,6 +159,7 @@ def test_a_batch_replaces_the_arrays(batches):
     np.testing.assert_array_equal([mean, var], [np.zeros(C), np.ones(C)])
 
 
+@pytest.mark.row(7)
 def test_nan_stays_in_its_channel(batches):
     bn, clean = cybn.BatchNorm(C, dtype=np.float64), cybn.BatchNorm(C, dtype=np.float64)
     clean(batches[0])

@@ -28,8 +28,9 @@ def within(got, exact, bound):
     return (np.abs(got - exact) <= bound).all()
 
 
+@pytest.mark.row(14)
 @every_dtype
-def test_every_small_shape(rng, dtype, level):
+def test_every_small_shape(rng, dtype, level, figure):
     """S in 1..70, C in 1..40, N in 1..5: channels do not touch, so one reference serves all C."""
     ran, failures = 0, []
     for n in range(1, 6):
@@ -57,7 +58,8 @@ def test_every_small_shape(rng, dtype, level):
                     )
                 if not good:
                     failures.append((n, c, s))
-    print(f"{ran} shapes, {len(failures)} failures")
+    figure(14, "shapes run", ran, how="sum")
+    figure(14, "failures", len(failures), how="sum")
     assert not failures
 
 
@@ -110,6 +112,7 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.row(15)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
@@ -117,6 +120,7 @@ def test_awkward_shapes(shape, dtype, axis, bind):
     check(shape, dtype, axis, bind)
 
 
+@pytest.mark.row(15)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 1, 1)], ids=str)
@@ -162,14 +166,17 @@ THRESHOLDS = {
 }
 
 
+@pytest.mark.row(16)
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_around_each_threshold(name, dtype, axis, bind):
+def test_around_each_threshold(name, dtype, axis, bind, figure):
     for shape in THRESHOLDS[name]:
         check(shape, dtype, axis, bind)
+    figure(16, "shapes run", len(THRESHOLDS[name]), how="sum")
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, s) for s in around(MOST_CHUNKS * CHUNK)]

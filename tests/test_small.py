@@ -27,6 +27,7 @@ def parameters(rng, channels, dtype):
     return mean, rng.uniform(0.5, 2, channels).astype(dtype), gamma, beta
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("vectors", [np.float32, np.float64, None])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from layer_cases import KINDS, LEARNING
 
 import cybn
 from cybn import _runtime
@@ -93,6 +94,7 @@ def test_bad_numbers(setter, default):
     assert cybn.get_num_threads() == default
 
 
+@pytest.mark.row(23)
 def test_num_threads_is_for_one_call(default, rng):
     x = rng.standard_normal((64, 8, 400), dtype=np.float32)
     want, moments = cybn.batch_norm(x, num_threads=1)
@@ -115,6 +117,7 @@ def together(work, count=PYTHON_THREADS):
         return list(pool.map(start, range(count)))
 
 
+@pytest.mark.row(27)
 def test_one_layer_in_eval(eager_switching, rng):
     bn = cybn.BatchNorm1d(6)
     bn.running_mean, bn.running_var = rng.standard_normal(6), rng.uniform(0.5, 2, 6)
@@ -126,6 +129,7 @@ def test_one_layer_in_eval(eager_switching, rng):
             np.testing.assert_array_equal(y, want[i])
 
 
+@pytest.mark.row(27)
 def test_one_layer_in_training(eager_switching, rng):
     """With the mean of all batches as momentum, any serial order gives the same statistics."""
     steps = 100
@@ -147,6 +151,7 @@ def test_one_layer_in_training(eager_switching, rng):
     assert (np.abs(layer.running_var - var) <= rounding * var).all()
 
 
+@pytest.mark.row(27)
 def test_functions_in_many_threads(eager_switching, rng):
     x, gamma = rng.standard_normal((16, 5, 300), dtype=np.float32), rng.uniform(1, 2, 5)
     y, m = cybn.batch_norm(x, gamma)
@@ -161,3 +166,147 @@ def test_functions_in_many_threads(eager_switching, rng):
         assert got_m == m
         for a, b in zip(got, gradients, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+# ---- every kind of layer -----------------------------------------------------------------
+
+
+@pytest.mark.row(27)
+@pytest.mark.parametrize("name", KINDS)
+def test_inference_takes_no_lock(name, rng):
+    """It goes on while another thread is moving running statistics."""
+    kind = KINDS[name]
+    layer, x = kind.make().eval(), kind.data(rng)[0]
+    want, done, held = kind.forward(layer, x), threading.Event(), threading.Event()
+
+    def hold():
+        with _runtime.turn:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        got = []
+        other = threading.Thread(target=lambda: got.append(kind.forward(layer, x)))
+        other.start()
+        other.join(20)
+        assert got, "inference waits for training"
+    finally:
+        done.set()
+        thread.join()
+    np.testing.assert_array_equal(got[0], want)
+
+
+def train_together(name, updates, rng, figure):
+    """Train one layer of a kind in all threads, and count what was lost.
+
+    Mean, variance and count of a layer are replaced together, each from those before: where the
+    count is right, so is the chain of all updates. The mean of all batches, which does not depend
+    on their order, is compared as well.
+    """
+    kind = KINDS[name]
+    each = updates // PYTHON_THREADS
+    batches = kind.data(rng, PYTHON_THREADS) + np.arange(PYTHON_THREADS, dtype=np.float32).reshape(
+        -1, *(1 for _ in kind.shape)
+    )
+    layer = kind.make(dtype=np.float64)
+    layer.momentum = None
+    wants, means = [], []
+    for x in batches:
+        alone = kind.make(dtype=np.float64)
+        alone.momentum = 1.0
+        wants.append(kind.forward(alone, x))
+        means.append(alone.running_mean)
+    exact = kind.make().renorm is None  # which normalizes with what the others have learnt
+
+    def train(i):
+        wrong = 0
+        for _ in range(each):
+            y = kind.forward(layer, batches[i])
+            wrong += exact and y.tobytes() != wants[i].tobytes()
+        return wrong
+
+    wrong = sum(together(train))
+    lost = PYTHON_THREADS * each - layer.num_batches_tracked
+    figure(27, "updates", PYTHON_THREADS * each, how="sum")
+    figure(27, "lost", lost, how="sum")
+    figure(27, "wrong results", wrong, how="sum")
+    assert lost == 0
+    assert wrong == 0
+    mean, rounding = np.mean(means, axis=0), PYTHON_THREADS * each * np.finfo(float).eps
+    assert (np.abs(layer.running_mean - mean) <= rounding * (8 + np.abs(mean))).all()
+
+
+@pytest.mark.row(27)
+@pytest.mark.parametrize("name", LEARNING)
+def test_no_update_is_lost(name, eager_switching, rng, figure):
+    train_together(name, 160, rng, figure)
+
+
+@pytest.mark.slow
+@pytest.mark.row(27)
+@pytest.mark.parametrize("name", LEARNING)
+def test_no_update_of_100_000_is_lost(name, eager_switching, rng, figure):
+    train_together(name, 100_000 // len(LEARNING) + PYTHON_THREADS, rng, figure)
+
+
+@pytest.mark.row(27)
+def test_setting_statistics_while_others_train(eager_switching, rng):
+    """A setter replaces its own part, and no update of the others is lost."""
+    layer, x = cybn.BatchNorm1d(6), rng.standard_normal((4, 6, 5), dtype=np.float32)
+
+    def work(i):
+        for _ in range(50):
+            if i == 0:
+                layer.running_mean = np.zeros(6)
+            elif i == 1:
+                layer.running_var = np.ones(6)
+            else:
+                layer(x)
+
+    together(work)
+    assert layer.num_batches_tracked == (PYTHON_THREADS - 2) * 50
+
+
+@pytest.mark.row(27)
+def test_a_handler_of_a_signal_may_train_the_layer_it_interrupts(rng):
+    signal = pytest.importorskip("signal")
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers")
+    layer, x = cybn.BatchNorm1d(6), rng.standard_normal((4, 6, 5), dtype=np.float32)
+    handled = []
+
+    def handle(*_):
+        layer(x)
+        layer.snapshot()
+        handled.append(1)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+        steps = 0
+        while len(handled) < 50:
+            layer(x)
+            steps += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert layer.num_batches_tracked == steps + len(handled)
+
+
+@pytest.mark.row(27)
+def test_one_pytorch_module(figure):
+    torch = pytest.importorskip("torch")
+    from cybn.torch import BatchNorm1d
+
+    module, each = BatchNorm1d(5, momentum=None).double(), 25
+    x = torch.arange(8 * 12 * 5).reshape(8, 12, 5).double()
+    together(lambda i: [module(x[i]) for _ in range(each)])
+    lost = PYTHON_THREADS * each - int(module.num_batches_tracked)
+    figure(27, "updates", PYTHON_THREADS * each, how="sum")
+    figure(27, "lost", lost, how="sum")
+    assert lost == 0
+    mean = x.mean((0, 1))
+    assert torch.allclose(module.running_mean, mean, rtol=1e-12, atol=0)

@@ -71,6 +71,7 @@ def steps(t):
 # ---- the same numbers --------------------------------------------------------------------
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_random_configurations(dtype, rng, kernel_calls):
     """Outputs, gradients and buffers of two steps, against exact values, beside PyTorch."""
@@ -107,6 +108,7 @@ def test_random_configurations(dtype, rng, kernel_calls):
         assert other <= SAME_MEANING, name
 
 
+@pytest.mark.row(11)
 @each_mode
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("rank", "last"), [(2, 0), (3, 0), (4, 0), (4, 1), (5, 0), (5, 1)])
@@ -121,6 +123,7 @@ def test_gradcheck(rank, last, affine, training):
     assert torch.autograd.gradcheck(lambda *_: bn(x), inputs)
 
 
+@pytest.mark.row(4)
 @each_memory
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_far_from_zero(offset, last, rng):
@@ -183,6 +186,7 @@ def test_loss_curve():
     assert ours.max() <= 4 * max(stock.max(), 1e-6)
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_statistics_move_in_place(momentum):
     bn = bn2d(momentum=momentum)
@@ -286,6 +290,7 @@ def test_threads_follow_torch(threads, kernel_calls):
     assert [kwargs["num_threads"] for _, kwargs in kernel_calls] == [threads] * 2
 
 
+@pytest.mark.row(23)
 def test_threads_give_the_same_bits():
     before = torch.get_num_threads()
     found = []
@@ -347,6 +352,7 @@ def test_gradients_of_any_layout(dy, last):
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize(
     "make",
     [
@@ -531,6 +537,7 @@ def test_double_and_back():
     assert bn.float()(image()).dtype == torch.float32
 
 
+@pytest.mark.row(31)
 def test_a_step_that_raises_changes_nothing():
     bn = bn2d()
     before = copy.deepcopy(bn.state_dict())

@@ -9,6 +9,7 @@ cdef extern from * nogil:
     #else
     #define CYBN_OPENMP 0
     static int omp_get_max_threads(void) { return 1; }
+    static int omp_get_thread_limit(void) { return 1; }
     #endif
 
     #if defined(__x86_64__) && defined(__GNUC__)
@@ -35,6 +36,7 @@ cdef extern from * nogil:
     const char* CYBN_BUILD
     int CYBN_OPENMP
     int omp_get_max_threads()
+    int omp_get_thread_limit()
     int cybn_has_v3()
 
 
@@ -49,8 +51,11 @@ def openmp():
 
 
 def max_threads():
-    """Threads that OpenMP would use now: OMP_NUM_THREADS, affinity and threadpoolctl count."""
-    return omp_get_max_threads()
+    """Threads that OpenMP would use now.
+
+    OMP_NUM_THREADS, OMP_THREAD_LIMIT, affinity and threadpoolctl count.
+    """
+    return min(omp_get_max_threads(), omp_get_thread_limit())
 
 
 def has_v3():

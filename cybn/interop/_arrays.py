@@ -57,7 +57,7 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             if not hasattr(value, "__array__"):
                 raise _unreadable(value, name, error) from error
-    if isinstance(value, np.ma.MaskedArray):
+    if _arguments.is_masked(value):
         return _arguments.array(name, value)  # raises
     try:
         array = np.asarray(value)

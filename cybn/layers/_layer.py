@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -98,6 +98,20 @@ class Layer:
             arrays.append(array)
         return arrays
 
+    def _write(self, own: list[NDArray[Any]], values: Sequence[Any], saved: Any) -> None:
+        """Write to two arrays of the layer, one, or none, and keep `saved` for backward.
+
+        All of it or, interrupted, nothing.
+        """
+        values = _state.fitting(own, values)
+        both = len(own) == 2
+        # Neither a call nor a loop from here on: Python looks for interrupts there alone.
+        if both:
+            own[0][...], own[1][...] = values
+        elif own:
+            own[0][...] = values[0]
+        self._saved = saved
+
     def _arrays(self) -> list[NDArray[Any]]:
         """Return parameters and gradients, whether they are trained or not."""
         return Layer.parameters(self) + Layer.gradients(self)
@@ -133,10 +147,11 @@ class Layer:
             unchanged.
         """
         _state.check_keys(state, self._names)
-        own = self._own(self._names)
-        given = [_state.array(name, state[name], self._shape, self.dtype) for name in self._names]
-        for array, value in zip(own, given, strict=True):
-            array[...] = value
+        self._write(self._own(self._names), self._given(state), self._saved)
+
+    def _given(self, state: Mapping[str, Any]) -> list[NDArray[Any]]:
+        """Return copies of gamma and beta of a state; ValueError where they do not fit."""
+        return [_state.array(name, state[name], self._shape, self._dtype) for name in self._names]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}  # the input is not the layer's to copy

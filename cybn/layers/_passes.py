@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,8 +20,6 @@ from ._tracking import Tracking
 
 __all__ = ["Passes"]
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
 
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
@@ -31,7 +28,7 @@ class _Saved(NamedTuple):
     x: NDArray[Any] | None  # y where from_output; None where it was written over for good
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
-    selected: Mapping[str, Any] = _NOTHING  # mask, weights and lengths, where given
+    selected: Mapping[str, Any]  # mask, weights and lengths, where given
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -145,7 +142,7 @@ class Passes(Tracking):
             given = {"mask": mask, "weights": weights, "lengths": lengths}
             selected = self._selected(x, given, training, learns)
         if learns and out is not None and self._nan_policy == "raise":
-            self._after(self._measure(x, learns, num_threads, **selected))
+            self._after(self._running, self._measure(x, learns, num_threads, **selected))
         options: dict[str, Any] = {
             "axis": self._axis,
             "eps": self._eps,
@@ -177,9 +174,11 @@ class Passes(Tracking):
             if trial.note is not None and batch is not None and self._track_running_stats:
                 trial.note(self, batch)
             return y
+        saved = self._keep(statistics, x, y, residual, selected)
         if learns and batch is not None:
-            self._learn(batch)
-        self._saved = self._keep(statistics, x, y, residual)._replace(selected=selected)
+            self._learn(batch, saved)
+        else:
+            self._saved = saved
         return y
 
     def _selected(
@@ -248,15 +247,16 @@ class Passes(Tracking):
         x: NDArray[Any],
         y: NDArray[Any],
         residual: NDArray[Any] | None,
+        selected: Mapping[str, Any],
     ) -> _Saved:
         """Return what backward may need; y where it took the place of x, and tells what x was."""
         lost = self._activation is not None and _same_memory(residual, y)
         if not lost and not _same_memory(x, y):
-            return _Saved(statistics, x, False, residual)
+            return _Saved(statistics, x, False, residual, selected)
         tells = self._activation is None or (self._activation == "leaky_relu" and self._slope > 0)
         if lost or residual is not None or not tells:
-            return _Saved(statistics, None, False, residual)
-        return _Saved(statistics, y, True, None)
+            return _Saved(statistics, None, False, residual, selected)
+        return _Saved(statistics, y, True, None, selected)
 
     def backward(
         self,
@@ -301,7 +301,7 @@ class Passes(Tracking):
         if _trials.active(self) is not None:
             raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
         saved = self._last("input or residual, which backward needs with this activation")
-        gradients = self._own(self._gradient_names)
+        own = self._own(self._gradient_names)
         options: dict[str, Any] = {
             "beta": self.beta,
             "axis": self._axis,
@@ -328,15 +328,8 @@ class Passes(Tracking):
             dx, dgamma, dbeta, *dresidual = functional.batch_norm_inference_backward(
                 dy, saved.x, mean, var, self.gamma, **options
             )
-        if gradients:
-            gradients[0][...] = dgamma if self.train_affine else 0
-            gradients[1][...] = dbeta if self.train_affine else 0
-        self._forget()
+        self._write(own, (dgamma, dbeta) if self.train_affine else (0, 0), saved=None)
         return (dx, *dresidual) if dresidual else dx
-
-    def _forget(self) -> None:
-        """Let go of the last forward."""
-        self._saved = None
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""

@@ -121,7 +121,7 @@ class PerSample(Layer, ABC):
             If `dy` or `out` does not fit the input.
         """
         saved = self._last("input, which backward needs")
-        gradients = self._own(self._gradient_names)
+        own = self._own(self._gradient_names)
         dx, *found = self._differentiate(
             dy,
             saved.x,
@@ -131,7 +131,5 @@ class PerSample(Layer, ABC):
             out=out,
             num_threads=num_threads,
         )
-        for gradient, value in zip(gradients, found, strict=False):
-            gradient[...] = value
-        self._saved = None
+        self._write(own, found, saved=None)
         return dx

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
+from .. import _runtime
 from ..moments import Moments
 from . import _drift, _trials
 from ._drift import Drift
@@ -69,11 +70,11 @@ class Safety(Passes):
         Unlike a state dict it holds all that training changes, NaN included, and fits this layer
         or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
         """
-        with self._lock:
-            running, seen = self._running.copy(), _copy(self._seen)
+        with _runtime.turn:
+            running, seen = self._running, self._seen
         affine = [array.copy() for array in self._arrays()]
-        tracks = self._track_running_stats
-        return Snapshot(affine, running, self.training, self._switches(), tracks, seen)
+        mode, tracks = self.training, self._track_running_stats
+        return Snapshot(affine, running.copy(), mode, self._switches(), tracks, _copy(seen))
 
     def restore(self, snapshot: Snapshot) -> Self:
         """Go back to a snapshot, to the bit; return the layer.
@@ -108,14 +109,14 @@ class Safety(Passes):
                 f"snapshot is that of a layer with track_running_stats={snapshot.tracks}; here it "
                 f"is {self._track_running_stats}"
             )
-        everything = self._names + self._gradient_names
-        for array, value in zip(self._own(everything), snapshot.affine, strict=True):
-            array[...] = value
-        with self._lock:
-            self._running, self._seen = snapshot.running.copy(), _copy(snapshot.seen)
-        self.training = snapshot.training
-        self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
-        self._forget()
+        arrays = self._own(self._names + self._gradient_names)
+        running, seen = snapshot.running.copy(), _copy(snapshot.seen)
+        with _runtime.turn:  # and neither a call nor a loop in it, as in `_learn`
+            if arrays:
+                arrays[0][...], arrays[1][...], arrays[2][...], arrays[3][...] = snapshot.affine
+            self._running, self._seen, self._saved = running, seen, None
+            self.training = snapshot.training
+            self.update_statistics, self.use_batch_statistics, self.train_affine = snapshot.switches
         return self
 
     def drift(self, data: ArrayLike | Moments | None = None) -> Drift:
@@ -145,12 +146,13 @@ class Safety(Passes):
         if not self.track_running_stats:
             raise RuntimeError("drift needs running statistics; track_running_stats is False")
         if data is None:
-            if self._seen is None:
+            seen = self._seen
+            if seen is None:
                 raise RuntimeError(
                     "no batch has moved the running statistics since the layer was made, loaded "
                     "or copied; give drift a batch, or its Moments"
                 )
-            batch, running = self._seen
+            batch, running = seen
         else:
             batch, running = self._moments_of(data), self._running
         return _drift.measure(batch, running, self.running_ddof, self.eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,19 @@ def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> ND
         raise ValueError(f"{name} has shape {given.shape}; it must have shape {shape}")
     with np.errstate(over="ignore"):
         return given.astype(dtype)
+
+
+def fitting(own: Sequence[NDArray[Any]], values: Sequence[Any]) -> list[NDArray[Any]]:
+    """Return values in the types of the arrays that they will be written to.
+
+    Writing then cannot fail, whatever NumPy's error state and Python's warnings: a conversion that
+    overflows would leave some arrays written and others not.
+    """
+    with np.errstate(all="ignore"):
+        return [
+            np.asarray(value).astype(array.dtype, copy=False)
+            for array, value in zip(own, values, strict=False)
+        ]
 
 
 def finite(name: str, array: NDArray[Any], least: float = -np.inf) -> NDArray[Any]:

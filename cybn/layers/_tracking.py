@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from .. import _runtime
 from ..moments import Moments
 from . import _settings, _state
 from ._layer import Layer
@@ -43,7 +43,6 @@ class Tracking(Switches, Layer):
         super().__init__((self._num_features,), self.affine, self.affine, dtype)
         self._running = Running.start(self._num_features, self._dtype)
         self._seen: tuple[Moments, Running] | None = None  # last batch, and what it moved
-        self._lock = threading.Lock()
 
     # ---- learning ------------------------------------------------------------------------
 
@@ -57,16 +56,35 @@ class Tracking(Switches, Layer):
         """Whether a batch moves the running statistics."""
         return training and self._track_running_stats and self.update_statistics
 
-    def _after(self, batch: Moments) -> Running:
+    def _after(self, before: Running, batch: Moments) -> Running:
         """Return the running statistics after `batch`; they may be those of before."""
-        after = self._running.absorb(batch, self._momentum, self._running_ddof)
-        return self._running.settle(after, self._nan_policy)
+        after = before.absorb(batch, self._momentum, self._running_ddof)
+        return before.settle(after, self._nan_policy)
 
-    def _learn(self, batch: Moments) -> None:
-        with self._lock:
-            before, after = self._running, self._after(batch)
-            if after is not before:
-                self._running, self._seen = after, (batch, before)
+    # What follows computes first, and takes its turn to put the result in place: if another thread
+    # came between, once more from there. Neither a call nor a loop happens while it has its turn,
+    # so that Python can neither be interrupted nor change threads: a change is whole, or is not.
+
+    def _learn(self, batch: Moments, saved: Any) -> None:
+        """Move the running statistics, and keep `saved` for backward."""
+        while True:
+            before = self._running
+            after = self._after(before, batch)
+            seen = self._seen if after is before else (batch, before)
+            with _runtime.turn:
+                if self._running is before:
+                    self._running, self._seen, self._saved = after, seen, saved
+                    return
+
+    def _replace(self, **parts: Any) -> None:
+        """Replace parts of the running statistics."""
+        while True:
+            before = self._running
+            after = before._replace(**parts)
+            with _runtime.turn:
+                if self._running is before:
+                    self._running = after
+                    return
 
     # ---- parameters and state ------------------------------------------------------------
 
@@ -88,9 +106,7 @@ class Tracking(Switches, Layer):
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        mean = _state.finite("running_mean", self._tracked("running_mean", value))
-        with self._lock:
-            self._running = self._running._replace(mean=mean)
+        self._replace(mean=_state.finite("running_mean", self._tracked("running_mean", value)))
 
     @property
     def running_var(self) -> NDArray[Any] | None:
@@ -99,9 +115,8 @@ class Tracking(Switches, Layer):
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        var = _state.finite("running_var", self._tracked("running_var", value), least=0)
-        with self._lock:
-            self._running = self._running._replace(var=var)
+        var = self._tracked("running_var", value)
+        self._replace(var=_state.finite("running_var", var, least=0))
 
     @property
     def num_batches_tracked(self) -> int | None:
@@ -111,8 +126,7 @@ class Tracking(Switches, Layer):
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
         self._refuse_untracked("num_batches_tracked")
-        with self._lock:
-            self._running = self._running._replace(batches=_state.batches(value))
+        self._replace(batches=_state.batches(value))
 
     def _refuse_untracked(self, name: str) -> None:
         if not self.track_running_stats:
@@ -157,14 +171,13 @@ class Tracking(Switches, Layer):
         mean = _state.finite("running_mean", self._tracked("running_mean", moments.mean))
         var = self._tracked("running_var", moments.var(self._running_ddof))
         var = _state.finite("running_var", var, least=0)
-        with self._lock:
-            self._running = self._running._replace(mean=mean, var=var)
+        self._replace(mean=mean, var=var)
 
     def reset_running_stats(self) -> None:
         """Put the running statistics back to mean 0, variance 1, no batches."""
-        with self._lock:
-            self._running = Running.start(self.num_features, self.dtype)
-            self._seen = None
+        start = Running.start(self.num_features, self.dtype)
+        with _runtime.turn:
+            self._running, self._seen = start, None
 
     def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
@@ -250,16 +263,12 @@ class Tracking(Switches, Layer):
                 _state.finite("running_var", self._tracked("running_var", state["running_var"]), 0),
                 _state.batches(state["num_batches_tracked"]),
             )
-        super().load_state_dict({name: state[name] for name in self._names})
-        with self._lock:
-            self._running = running
-            self._seen = None
+        own = self._own(self._names)
+        given = _state.fitting(own, self._given(state))
+        with _runtime.turn:
+            if own:
+                own[0][...], own[1][...] = given
+            self._running, self._seen = running, None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() | {"_seen": None}
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        return super().__getstate__() | {"_seen": None}

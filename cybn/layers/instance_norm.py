@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -190,9 +191,10 @@ class _InstanceNorm(BatchNorm):
         x: NDArray[Any],
         y: NDArray[Any],
         residual: NDArray[Any] | None,
+        selected: Mapping[str, Any],
     ) -> Any:
         """Return what backward may need; y does not stand in for x where there are many groups."""
-        saved = super()._keep(statistics, x, y, residual)
+        saved = super()._keep(statistics, x, y, residual, selected)
         if saved.from_output and isinstance(statistics, Moments):
             return saved._replace(x=None, from_output=False)
         return saved
@@ -213,12 +215,12 @@ class _InstanceNorm(BatchNorm):
             raise ValueError("x has no samples, so there is nothing to move running statistics by")
         return SampleMoments.of(statistics, self._num_features)
 
-    def _after(self, batch: Moments) -> Running:
+    def _after(self, before: Running, batch: Moments) -> Running:
         """Return the running statistics after `batch`, of which each sample has a mean."""
         assert isinstance(batch, SampleMoments)
         means = self._running_ddof * batch.samples
-        after = self._running.absorb(batch, self._momentum, means)
-        return self._running.settle(after, self._nan_policy)
+        after = before.absorb(batch, self._momentum, means)
+        return before.settle(after, self._nan_policy)
 
     def _moments_of(self, data: ArrayLike | Moments) -> Moments:
         """Return the moments within the samples of a batch, or of one sample without its axis."""

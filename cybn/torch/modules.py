@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from .. import functional
+from .. import _runtime, functional
 from ._function import Options, batch_norm
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -105,18 +105,24 @@ class _BatchNorm(_Converted):
         return channels == 1 or not any(v is not None and v.stride() == (0,) for v in vectors[2:])
 
     def _absorb(self, batch: Any, mean: Tensor | None, var: Tensor | None) -> None:
-        """Move the running statistics, in place: they may be shared."""
-        momentum = self.momentum
-        batches = self.num_batches_tracked
-        if batches is not None:
-            batches.add_(1)
-        if momentum is None:
-            momentum = 0.0 if batches is None else 1.0 / float(batches)
-        if mean is not None and var is not None:
-            old_mean, old_var = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
-            new_mean, new_var = functional.absorb(old_mean, old_var, batch, momentum, 1)
-            mean.detach().copy_(torch.from_numpy(new_mean))
-            var.detach().copy_(torch.from_numpy(new_var))
+        """Move the running statistics, in place: they may be shared.
+
+        One thread at a time, and all in one call, so that they move together or not at all.
+        """
+        with _runtime.turn:
+            momentum = self.momentum
+            batches = self.num_batches_tracked
+            old, new = [], []
+            if batches is not None:
+                old, new = [batches], [batches + 1]
+            if momentum is None:
+                momentum = 0.0 if batches is None else 1.0 / float(new[0])
+            if mean is not None and var is not None:
+                a, b = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
+                old += [mean.detach(), var.detach()]
+                new += map(torch.from_numpy, functional.absorb(a, b, batch, momentum, 1))
+            if old:
+                torch._foreach_copy_(old, new)
 
     def _follower(self) -> Any:
         """Return the activation computed here, unless a hook or a compiled call is in between."""
