@@ -35,6 +35,10 @@ DIRECTIVES = {
 }
 FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
 
+# Lanes of 128 bytes are cleared by two vector stores. gcc would call memset, as a `rep stos` that
+# takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
+CLEARING = "-fno-tree-loop-distribute-patterns"
+
 # Sanitizers watch the source, which is the same at every level: one is enough, and half the time.
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64") and not SANITIZE:
@@ -106,6 +110,9 @@ def extensions():
     """Return the extensions; each level is translated into a folder of its own."""
     openmp = openmp_flags()
     compiling, linking = build_flags()
+    common = compiling + STRICT + openmp
+    if failure("int main(void) { return 0; }", ["-Werror", CLEARING]) is None:
+        common.append(CLEARING)
 
     def extension(name, source, flags):
         return Extension(
@@ -113,7 +120,7 @@ def extensions():
             [f"cybn/_kernels/{source}.pyx"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
             py_limited_api=ABI3,
-            extra_compile_args=compiling + STRICT + openmp + flags,
+            extra_compile_args=common + flags,
             extra_link_args=linking + openmp,
         )
 

@@ -1,8 +1,10 @@
 """Layer, RMS, group and instance normalization beside PyTorch: ``python bench/family.py``.
 
-A minute or two, in an environment with ``cybn[bench]`` and torch. float32, shapes of transformers
-and of a UNet. All contestants of a line let each other take turns, and are checked against each
-other first. "fresh": the result goes to a new array, on both sides; "reused": it is written over
+A few minutes, in an environment with ``cybn[bench]``, torch and ml_dtypes. Shapes of transformers
+and of a UNet, small channels, short rows and channels-last; then half types, where PyTorch has
+gamma and beta of the half type as well, and cybn in float32 (``-k bfloat16``: those lines alone).
+All contestants of a line let each other take turns, and are checked against each other first.
+"fresh": the result goes to a new array, on both sides; "reused": it is written over
 the same array each time, on both sides, where PyTorch has a function that takes one.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -22,7 +25,8 @@ from cybn.bench.task import FRESH, REUSED, Contestant
 from cybn.bench.timing import Figure, check, measure
 
 EPS = 1e-5
-TOLERANCE = 1e-4  # against the largest value: a check that the same is computed
+# Against the largest value: a check that the same is computed.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 ALL = [True, True, True]
 
 
@@ -32,12 +36,38 @@ class Line(NamedTuple):
     member: str
     shape: tuple[int, ...]
     groups: int = 0
+    dtype: str = "float32"
+    last: bool = False  # channels-last memory
+
+    def __str__(self) -> str:
+        words = [self.member, "x".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join([*words, "channels-last"] if self.last else words)
 
 
 TRANSFORMERS = [(32, 512, 768), (8, 2048, 1024), (4096, 4096)]
 LINES = [Line(member, shape) for member in ("layer", "rms") for shape in TRANSFORMERS]
 LINES += [Line("group", (8, 320, 64, 64), 32), Line("group", (8, 1280, 16, 16), 32)]
 LINES += [Line("instance", (4, 64, 256, 256))]
+# Small channels and short rows, where what a run or a row costs by itself shows.
+LINES += [Line("group", (8, 320, size, size), 32) for size in (16, 32)]
+LINES += [Line("instance", (16, 256, 14, 14))]
+LINES += [Line("layer", (2**20 // size, size)) for size in (16, 64, 128)]
+LINES += [
+    Line("group", (8, 320, 32, 32), 32, last=True),
+    Line("instance", (8, 64, 64, 64), last=True),
+]
+LINES += [
+    Line(member, shape, groups, dtype)
+    for dtype in ("bfloat16", "float16")
+    for member, shape, groups in (
+        ("layer", (8, 2048, 1024), 0),
+        ("layer", (4096, 4096), 0),
+        ("rms", (8, 2048, 1024), 0),
+        ("group", (8, 320, 64, 64), 32),
+        ("instance", (4, 64, 256, 256), 0),
+    )
+]
 
 
 class Data:
@@ -45,12 +75,21 @@ class Data:
 
     def __init__(self, line: Line) -> None:
         rng = np.random.default_rng(0)
-        self.x = rng.standard_normal(line.shape, dtype=np.float32)
-        self.dy = rng.standard_normal(line.shape, dtype=np.float32)
+        self.x, self.dy = (self.array(rng, line) for _ in range(2))
         channels = line.shape[-1 if line.member in ("layer", "rms") else 1]
         self.gamma, self.beta = rng.uniform(0.5, 1.5, (2, channels)).astype(np.float32)
         self.out = np.zeros_like(self.x)
-        self.tensors = [torch.from_numpy(a) for a in (self.x, self.dy, self.gamma, self.beta)]
+        self.tensors = [
+            torch.from_numpy(a.astype(np.float32)).to(getattr(torch, line.dtype))
+            for a in (self.x, self.dy, self.gamma, self.beta)
+        ]
+
+    @staticmethod
+    def array(rng: np.random.Generator, line: Line) -> np.ndarray:
+        values = rng.standard_normal(line.shape, dtype=np.float32)
+        if line.last:
+            values = np.moveaxis(np.ascontiguousarray(np.moveaxis(values, 1, -1)), -1, 1)
+        return values.astype(getattr(ml_dtypes, line.dtype, line.dtype))
 
 
 def ours(line: Line, data: Data) -> dict[str, Callable[..., Any]]:
@@ -108,7 +147,8 @@ def theirs(line: Line, data: Data) -> dict[tuple[str, str], Callable[[], Any]]:
 def first(result: Any) -> Any:
     """Return y or dx of a result, as NumPy has it."""
     value = result[0] if isinstance(result, tuple) else result
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    value = value.float().numpy() if isinstance(value, torch.Tensor) else value
+    return value.astype(np.float32, copy=False)
 
 
 def contestants(line: Line, operation: str, data: Data) -> list[Contestant]:
@@ -121,7 +161,7 @@ def contestants(line: Line, operation: str, data: Data) -> list[Contestant]:
                 found.append(Contestant(name, "", output, function, lambda y, _: first(y)))
     expected = np.array(first(found[0].call()))
     for contestant in found:
-        wrong = check(contestant, expected, [], TOLERANCE)
+        wrong = check(contestant, expected, [], TOLERANCE[line.dtype])
         if wrong:
             raise SystemExit(f"{line} {operation}, {contestant.name}: {wrong}")
     return found
@@ -149,7 +189,7 @@ def main() -> None:
     print(f"{'torch':24}{torch.__version__}\n\nms of cybn, of PyTorch, and their ratio")
     with torch.no_grad():
         for line in LINES:
-            name = f"{line.member} {'x'.join(map(str, line.shape))}"
+            name = str(line)
             if options.k not in name:
                 continue
             data = Data(line)
@@ -160,7 +200,7 @@ def main() -> None:
                     with torch.enable_grad():
                         all_of_them = contestants(line, operation, data)
                     figures = measure(all_of_them, options.seconds)
-                    print(f"{name:24} {operation:9} {threads}t {describe(figures)}", flush=True)
+                    print(f"{name:36} {operation:9} {threads}t {describe(figures)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ N = samples, G = groups of a sample, D = values of a group. C = channels, S = po
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ _TYPES = {
     "E": ("uint16_t", "float"),
 }
 _STORAGE: dict[str, int] = {"f": 0, "d": 0} | row_kernels.STORAGE
+_SERIAL: int = row_kernels.SMALL  # values below which one thread is used anyway
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 _COUNT: Any
@@ -58,6 +60,7 @@ class Form(NamedTuple):
     run: int  # S, neighbours that share a gamma and beta
     shape: tuple[int, ...]  # of gamma and beta
     channels_first: bool  # whether the channel axis has to be moved to axis 1
+    values: int  # of gamma and beta
 
     @property
     def rows(self) -> int:
@@ -65,44 +68,61 @@ class Form(NamedTuple):
 
 
 def layer_form(x: NDArray[Any], axis: int) -> Form:
-    axis = whole("axis", axis)
-    if x.ndim == 0:
-        raise ValueError("x has shape (); it must have at least 1 axis")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(
-            f"axis is {axis}; x has {x.ndim} axes, so it must be in {-x.ndim}..{x.ndim - 1}"
-        )
-    lead = axis + x.ndim if axis < 0 else axis
-    shape = x.shape[lead:]
-    return Form(lead, prod(x.shape[:lead]), 1, prod(shape), 1, shape, False)
+    return _layer_form(x.shape, whole("axis", axis))
 
 
 def group_form(x: NDArray[Any], axis: int, num_groups: int) -> Form:
     if isinstance(num_groups, bool):
         raise TypeError(f"num_groups is {num_groups!r}; it must be an int")
     num_groups = whole("num_groups", num_groups)
-    channels = x.shape[_sample_channel_axis(x, axis)]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
-    positions = _positions(x, channels)
-    count = channels // num_groups * positions
-    if x.shape[0] == 1 and count == 1:
-        raise ValueError(
-            f"x has shape {x.shape}: one value a group has no variance, and would be normalized "
-            "to beta whatever it is. Give larger groups, or more positions"
-        )
-    return Form(1, x.shape[0], num_groups, count, max(1, positions), (channels,), True)
+    return _group_form(x.shape, _sample_channel_axis(x, axis), num_groups)
 
 
 def instance_form(x: NDArray[Any], axis: int) -> Form:
-    channels = x.shape[_sample_channel_axis(x, axis)]
-    positions = _positions(x, channels)
-    if x.ndim < 3 or positions == 1:
+    return _instance_form(x.shape, _sample_channel_axis(x, axis))
+
+
+# Of the shape alone, so a small call need not work it out again.
+
+
+@lru_cache(maxsize=1024)
+def _layer_form(shape: tuple[int, ...], axis: int) -> Form:
+    ndim = len(shape)
+    if ndim == 0:
+        raise ValueError("x has shape (); it must have at least 1 axis")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
+    lead = int(axis) + ndim if axis < 0 else int(axis)
+    size = prod(shape[lead:])
+    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, size)
+
+
+@lru_cache(maxsize=1024)
+def _group_form(shape: tuple[int, ...], axis: int, num_groups: int) -> Form:
+    channels = shape[axis]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
+    positions = _positions(shape, axis)
+    count = channels // num_groups * positions
+    if shape[0] == 1 and count == 1:
         raise ValueError(
-            f"x has shape {x.shape}: one position a channel has no variance, and would be "
+            f"x has shape {shape}: one value a group has no variance, and would be normalized "
+            "to beta whatever it is. Give larger groups, or more positions"
+        )
+    run = max(1, positions)
+    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, channels)
+
+
+@lru_cache(maxsize=1024)
+def _instance_form(shape: tuple[int, ...], axis: int) -> Form:
+    channels, positions = shape[axis], _positions(shape, axis)
+    if len(shape) < 3 or positions == 1:
+        raise ValueError(
+            f"x has shape {shape}: one position a channel has no variance, and would be "
             "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
         )
-    return Form(1, x.shape[0], channels, positions, max(1, positions), (channels,), True)
+    run = max(1, positions)
+    return Form(1, shape[0], channels, positions, run, (channels,), True, channels)
 
 
 def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -112,8 +132,13 @@ def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
     return axis
 
 
-def _positions(x: NDArray[Any], channels: int) -> int:
-    return int(x.size // max(1, x.shape[0] * channels))
+def _positions(shape: tuple[int, ...], axis: int) -> int:
+    return prod(shape) // max(1, shape[0] * shape[axis])
+
+
+def threads_for(x: NDArray[Any], num_threads: int | None) -> int:
+    """Return the threads for one call; a small one has one, and need not ask how many there are."""
+    return 1 if num_threads is None and x.size < _SERIAL else thread_count(num_threads)
 
 
 def rms_eps(x: NDArray[Any], eps: float | None) -> float:
@@ -125,7 +150,13 @@ def rms_eps(x: NDArray[Any], eps: float | None) -> float:
 
 def _computed(x: NDArray[Any]) -> np.dtype[Any]:
     """Return the type that is computed in."""
-    return _F64 if x.dtype == _F64 else _F32
+    return _F64 if x.dtype is _F64 else _F32
+
+
+@lru_cache(maxsize=1024)
+def _cuts(form: Form, backward: bool) -> tuple[int, int]:
+    """Return how many sums the kernel keeps a row, and in how many chunks it cuts N."""
+    return _COUNT(form.samples, form.groups, form.size, form.run, backward)  # type: ignore[no-any-return]
 
 
 def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
@@ -135,7 +166,16 @@ def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[N
     for name, value in given.items():
         if value is None:
             default = np.ones if name == "gamma" else np.zeros
-            vectors.append(default(prod(form.shape), dtype))
+            vectors.append(default(form.values, dtype))
+            continue
+        if (
+            type(value) is np.ndarray
+            and value.dtype is dtype
+            and value.shape == (form.values,) == form.shape
+            and value.strides == (dtype.itemsize,)
+            and value.flags.aligned
+        ):
+            vectors.append(value)
             continue
         array = tensor(name, value, half=False)
         if array.shape != form.shape:
@@ -174,7 +214,7 @@ def normalize_channels(
     """Do what group and instance normalization share."""
     check_eps(eps)
     vectors = vectors_of(x, form, gamma=gamma, beta=beta)
-    nt = thread_count(num_threads)
+    nt = threads_for(x, num_threads)
     y = destination(out, x, (x, *vectors))
     statistics = forward(_first(x, axis), _first(y, axis), form, vectors, eps, True, nt)
     return y, moments_of(form, statistics)
@@ -194,9 +234,9 @@ def forward(
         return np.zeros(form.rows), np.zeros(form.rows)
     x, plan = _layout.fold_rows(x, form.lead, form.groups)
     target = _layout.like_empty(y, x, plan)
-    segments, _ = _COUNT(*plan.shape, form.run)
+    slots, _ = _cuts(form, False)
     statistics = np.empty((2, form.rows))
-    sums = np.empty(2 * form.rows * segments)
+    sums = np.empty(2 * form.rows * slots)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), *vectors, statistics, sums
     _FORWARD[e](*arrays, form.run, eps, centred, _STORAGE[e], nt)
@@ -254,7 +294,7 @@ def gradients(
     """Return dx, dgamma and dbeta; `axis` is that of the channels, where there is one."""
     dtype = _computed(x) if gamma is None else tensor("gamma", gamma, half=False).dtype
     (scale,) = vectors_of(x, form, gamma=gamma)
-    nt = thread_count(num_threads)
+    nt = threads_for(x, num_threads)
     dx = destination(out, x, (x, dy, scale, *statistics))
     if x.size == 0:
         return dx, np.zeros(form.shape, dtype), np.zeros(form.shape, dtype)
@@ -280,7 +320,7 @@ def _run_backward(
     """Fill dx and return dgamma and dbeta, (2, C)."""
     x, plan = _layout.fold_rows(x, form.lead, form.groups)
     target = _layout.like_empty(dx, x, plan)
-    segments, chunks = _COUNT(*plan.shape, form.run)
+    slots, chunks = _cuts(form, True)
     parts = np.empty((chunks, 2, gamma.size))
     e = storage(x.dtype)
     _BACKWARD[e](
@@ -289,7 +329,7 @@ def _run_backward(
         plan.view(target),
         gamma,
         *(_layout.by_row(v, x, plan) for v in statistics),
-        np.empty(2 * form.rows * segments),
+        np.empty(2 * form.rows * slots),
         parts,
         form.run,
         eps,

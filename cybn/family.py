@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _rows
 from ._arguments import check_eps, destination, gradient_pair, tensor
-from ._runtime import thread_count
 from .moments import Moments
 
 __all__ = [
@@ -104,7 +103,7 @@ def layer_norm(
     form = _rows.layer_form(x, axis)
     check_eps(eps)
     vectors = _rows.vectors_of(x, form, gamma=gamma, beta=beta)
-    nt = thread_count(num_threads)
+    nt = _rows.threads_for(x, num_threads)
     y = destination(out, x, (x, *vectors))
     return y, _rows.moments_of(form, _rows.forward(x, y, form, vectors, eps, True, nt))
 
@@ -209,7 +208,7 @@ def rms_norm(
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
     vectors = _rows.vectors_of(x, form, gamma=gamma, beta=None)
-    nt = thread_count(num_threads)
+    nt = _rows.threads_for(x, num_threads)
     y = destination(out, x, (x, *vectors))
     _, squares = _rows.forward(x, y, form, vectors, eps, False, nt)
     return y, squares / max(1, form.size)

@@ -9,7 +9,7 @@
 # The mean comes as hi + lo, both of type T: subtracted one after the other, the first exactly
 # where it matters, so the error does not grow with |mean| / std (docs/math.md, 6.4).
 
-from cybn._kernels.runs cimport LANES, T, flush
+from cybn._kernels.runs cimport LANES, T, flush, lanes
 
 
 cdef inline void weighted_dots(
@@ -22,20 +22,25 @@ cdef inline void weighted_dots(
 ) noexcept nogil:
     cdef T a[LANES]
     cdef T b[LANES]
+    cdef T rest_x[LANES]
+    cdef T rest_dy[LANES]
+    cdef T rest_gamma[LANES]
     cdef T dz
-    cdef Py_ssize_t i, j, full = n - n % LANES
+    cdef const T* at_x
+    cdef const T* at_dy
+    cdef const T* at_gamma
+    cdef Py_ssize_t i, j
     for j in range(LANES):
         a[j] = 0
         b[j] = 0
-    for i in range(full // LANES):
+    for i in range((n + LANES - 1) // LANES):
+        at_x = lanes(x, i * LANES, n, shift, rest_x)
+        at_dy = lanes(dy, i * LANES, n, 0, rest_dy)
+        at_gamma = lanes(gamma, i * LANES, n, 0, rest_gamma)
         for j in range(LANES):
-            dz = dy[i * LANES + j] * gamma[i * LANES + j]
+            dz = at_dy[j] * at_gamma[j]
             a[j] += dz
-            b[j] += dz * (x[i * LANES + j] - shift)
-    for j in range(n - full):
-        dz = dy[full + j] * gamma[full + j]
-        a[j] += dz
-        b[j] += dz * (x[full + j] - shift)
+            b[j] += dz * (at_x[j] - shift)
     flush(a, b, acc)
 
 

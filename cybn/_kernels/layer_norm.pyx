@@ -17,17 +17,20 @@
 #   reduce, backward dy, x             -           8
 #   apply, backward  dy, x             dx          12; 4 where dy and x come from cache
 #
-# a. Two forms. From S = RUN_MIN on, a channel's stretch is a run, with coefficients in registers
-#    (runs.pxd). Shorter ones are columns: gamma and beta are vectors along the row, and a tile
-#    of columns is taken through a block of rows, so that they are loaded and spread once a block.
-# b. Segments. A row is summed in segments, and these are added in order. Forward and columns: a
-#    mean per row. Backward and runs: dots per channel, which give dgamma, dbeta and, weighted
-#    with gamma, the two sums of the row.
-# c. Columns of dgamma and dbeta: lanes of T collect the rows of one block, at most BLOCK, then go
-#    to the float64 sums of their chunk of N. The caller adds the chunks in order.
-# d. Owned. A thread takes a chunk of N of one group through all passes, block by block: rows of
-#    a block fit L2. Shared. With few and long rows, each pass is a parallel loop over segments
-#    or tiles. Both do the same sums in the same order: bits depend on the shape alone.
+# a. Two forms. From S = RUNS or DOTS on, a channel's stretch is a run, with coefficients in
+#    registers (runs.pxd). Shorter ones are columns: gamma and beta are vectors along the row, and
+#    a tile of columns is taken through a block of rows, so that they are loaded and spread once.
+# b. Blocks. The passes follow each other block by block, so the second look comes from L2. A block
+#    of runs is neighbouring groups of one sample, which lie in one piece; a block of columns is
+#    one group of several samples, which share gamma and beta.
+# c. Slots. A row is summed in segments, each of which leaves its sums in a slot; they are added in
+#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and,
+#    weighted with gamma, the two sums of the row.
+# d. dgamma and dbeta are added up in float64 per chunk of N; those of columns in lanes of T first,
+#    which collect the rows of one block. The caller adds the chunks in order.
+#    Owned: a thread takes a chunk of N of some groups through all passes. Shared: with few and long
+#    rows, each pass is a parallel loop over slots or tiles. Both do the same sums in the same
+#    order: bits depend on the shape alone.
 # e. Results go to a buffer in L1 first where they are to be streamed past the caches, or written
 #    over an input: so the loops know that nothing overlaps, and stay vectors.
 # f. Half types are storage: widened piece by piece as they are read, rounded once as they are
@@ -43,15 +46,18 @@ from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport TILE, gather, spread
 from cybn._kernels.runs cimport (
-    PIECE, RUN_MIN, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
+    PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
+    RUNS = 64               # shortest S for which runs beat columns, forward
+    DOTS = 128              # the same, backward
     BLOCK = 32              # most rows of a block
-    FEWEST = 8              # rows of a block of long rows, if there are as many
+    FEWEST = 8              # rows of a block of long columns, if there are as many
     CHUNK = 32768           # values of a block of rows, and least of a chunk of N
     CHUNKS = 64             # most chunks of N, for about 1 KiB a channel
     SEGMENT = 65536         # values of a segment, about
+    STRIP = 16384           # values of a run, or of several, that a thread takes at once
     SERIAL = 65536          # values below which one thread is faster than two
     SAMPLES = 8             # values whose mean is the pivot
 
@@ -59,32 +65,36 @@ cdef struct Job:
     bint backward
     bint centred            # RMS normalization is not: its mean is 0 by definition
     bint runs
-    bint owned
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
     Storage storage         # of x, dy and y
     Py_ssize_t item         # bytes of an element of those
     Py_ssize_t N, G, K, S, D
     Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
-    Py_ssize_t cuts         # segments of a run, or of a row of columns
-    Py_ssize_t segments     # of a row
-    Py_ssize_t tile         # columns of a tile: whole channels
-    Py_ssize_t tiles        # of a row: what apply does at once. Runs: segments
-    Py_ssize_t block        # rows of a block
+    Py_ssize_t slots        # sums of a row
+    Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
+    Py_ssize_t tile         # values of a row that apply takes at once; whole channels of columns
+    Py_ssize_t tiles        # of a row
+    Py_ssize_t samples, groups  # of a block
+    Py_ssize_t pivot[SAMPLES]   # places in a row of the values whose mean is the pivot
     Py_ssize_t chunks       # of N
+    Py_ssize_t spans        # of G: blocks of groups
     int threads
     double eps
     const double* mean      # (N * G,)
     const double* m2        # (N * G,) sum of squares about the mean
-    double* sums            # (N * G * segments, 2): of the row in its first segment, at the end
+    double* sums            # (N * G * slots, 2): of the row in its first slot, at the end
     double* parts           # (chunks, 2, G * K) sums for dgamma and dbeta
 
-cdef struct Span:           # rows n0..n1 of group g
-    Py_ssize_t n0, n1, g
+cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
+    Py_ssize_t n0, n1, g0, g1
 
 cdef struct Row:            # what apply has to know of a row
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
     double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
+
+# What Python has to know of these numbers.
+SMALL = SERIAL
 
 cdef Py_ssize_t l3_bytes = 32 << 20
 
@@ -95,29 +105,43 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
-def count(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S):
-    """Return how many segments a row has, and in how many chunks N is cut."""
-    cdef Job job = new_job(N, G, D, S)
-    return job.segments, job.chunks
+def count(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward):
+    """Return how many slots a row has, and in how many chunks N is cut."""
+    cdef Job job = new_job(N, G, D, S, backward)
+    return job.slots, job.chunks
 
 
-cdef Job new_job(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S) noexcept nogil:
+cdef inline Py_ssize_t ceiling(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef Job new_job(
+    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward
+) noexcept nogil:
     """Cut the rows; of the shape alone, as the bits depend on it."""
     cdef Job job
+    cdef Py_ssize_t i
+    job.backward = backward
     job.N, job.G, job.K, job.S, job.D = N, G, D // S, S, D
-    job.runs = S >= RUN_MIN
+    job.runs = S >= (DOTS if backward else RUNS)
+    job.samples = job.groups = 1
     if job.runs:
-        job.tile = S
-        job.cuts = (S + SEGMENT - 1) // SEGMENT
-        job.segments = job.tiles = job.K * job.cuts
-        job.block = 1
-        job.chunks = N
+        job.tile = STRIP
+        job.groups = max(1, min(BLOCK, CHUNK // D))
+        job.chunks = N * G * D // CHUNK
     else:
         job.tile = TILE // S * S
-        job.tiles = (D + job.tile - 1) // job.tile
-        job.cuts = job.segments = (D + SEGMENT - 1) // SEGMENT
-        job.block = max(FEWEST, min(BLOCK, CHUNK // D))
-        job.chunks = max(1, min(CHUNKS, min(N, N * D // CHUNK)))
+        job.samples = max(FEWEST, min(BLOCK, CHUNK // D))
+        job.chunks = N * D // CHUNK
+    job.chunks = max(1, min(CHUNKS, min(N, job.chunks)))
+    job.spans = ceiling(G, job.groups)
+    job.tiles = ceiling(D, job.tile)
+    job.cuts = job.slots = ceiling(D, SEGMENT)
+    if job.runs and backward:
+        job.cuts = ceiling(S, SEGMENT)
+        job.slots = job.K * job.cuts
+    for i in range(SAMPLES):
+        job.pivot[i] = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
     return job
 
 
@@ -128,94 +152,101 @@ include "row_apply.pxi"
 
 # ---- who does what -----------------------------------------------------------------------
 
-cdef inline Span chunk_of(const Job* job, Py_ssize_t chunk, Py_ssize_t g) noexcept nogil:
+cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
+    """Span i: a chunk of N of some groups."""
+    cdef Py_ssize_t chunk = i // job.spans
     cdef Span s
     s.n0 = chunk * job.N // job.chunks
     s.n1 = (chunk + 1) * job.N // job.chunks
-    s.g = g
+    s.g0 = i % job.spans * job.groups
+    s.g1 = min(s.g0 + job.groups, job.G)
     return s
 
 
-cdef void clear(
-    const Job* job, Py_ssize_t chunk, Py_ssize_t g, Py_ssize_t t0, Py_ssize_t t1
-) noexcept nogil:
-    """Zero the sums of a chunk for dgamma and dbeta that its columns are added to."""
-    cdef Py_ssize_t C = job.G * job.K, c
-    cdef double* part = job.parts + chunk * 2 * C + g * job.K
-    if job.backward and not job.runs:
-        for c in range(t0 * job.tile // job.S, min(job.K, t1 * job.tile // job.S)):
-            part[c] = 0
-            part[C + c] = 0
+cdef inline double* parts_of(const Job* job, Py_ssize_t i) noexcept nogil:
+    """Sums for dgamma of the chunk of span i, (C,); those for dbeta follow."""
+    return job.parts + i // job.spans * 2 * job.G * job.K
+
+
+cdef void clear(const Job* job, const Span* s, double* parts) noexcept nogil:
+    """Zero the sums for dgamma and dbeta of some groups."""
+    cdef Py_ssize_t c, C = job.G * job.K
+    if job.backward:
+        for c in range(s.g0 * job.K, s.g1 * job.K):
+            parts[c] = 0
+            parts[C + c] = 0
 
 
 cdef void own(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta, const Job* job, Py_ssize_t i
 ) noexcept nogil:
-    """All passes over a chunk of one group, block by block."""
-    cdef Py_ssize_t chunk = i // job.G, k
-    cdef Span all = chunk_of(job, chunk, i % job.G), s = all
-    clear(job, chunk, s.g, 0, job.tiles)
+    """All passes over a span, block by block."""
+    cdef Span all = span_of(job, i), s = all
+    cdef double* parts = parts_of(job, i)
+    clear(job, &s, parts)
     while s.n0 < all.n1:
-        s.n1 = min(s.n0 + job.block, all.n1)
-        for k in range(job.segments):
-            reduce(x, dy, gamma, job, &s, k)
-        finish(x, gamma, job, &s)
-        apply(x, dy, y, gamma, beta, job, &s, chunk, 0, job.tiles)
+        s.n1 = min(s.n0 + job.samples, all.n1)
+        reduce(x, dy, gamma, job, &s, 0, job.slots)
+        finish(x, gamma, job, &s, parts)
+        apply(x, dy, y, gamma, beta, job, &s, parts, 0, job.tiles)
         s.n0 = s.n1
 
 
 cdef void share_reduce(
-    const T* x, const T* dy, const T* gamma, const Job* job, Py_ssize_t i
+    const T* x, const T* dy, const T* gamma, const Job* job, Py_ssize_t shares, Py_ssize_t i
 ) noexcept nogil:
+    """Share i of the slots of all rows."""
+    cdef Py_ssize_t row = i // shares, k = i % shares
     cdef Span s
-    s.n0 = i // (job.G * job.segments)
-    s.n1 = s.n0 + 1
-    s.g = i // job.segments % job.G
-    reduce(x, dy, gamma, job, &s, i % job.segments)
+    s.n0, s.g0 = row // job.G, row % job.G
+    s.n1, s.g1 = s.n0 + 1, s.g0 + 1
+    reduce(x, dy, gamma, job, &s, k * job.slots // shares, (k + 1) * job.slots // shares)
 
 
-cdef void share_finish(const T* x, const T* gamma, const Job* job, Py_ssize_t row) noexcept nogil:
-    cdef Span s
-    s.n0, s.n1, s.g = row // job.G, row // job.G + 1, row % job.G
-    finish(x, gamma, job, &s)
+cdef void share_finish(const T* x, const T* gamma, const Job* job, Py_ssize_t i) noexcept nogil:
+    cdef Span s = span_of(job, i)
+    clear(job, &s, parts_of(job, i))
+    finish(x, gamma, job, &s, parts_of(job, i))
 
 
 cdef void share_apply(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta, const Job* job, Py_ssize_t i
 ) noexcept nogil:
-    cdef Py_ssize_t t = i % job.tiles, chunk = i // job.tiles // job.G
-    cdef Span all = chunk_of(job, chunk, i // job.tiles % job.G), s = all
-    clear(job, chunk, s.g, t, t + 1)
+    """One tile of all rows of a span."""
+    cdef Py_ssize_t t = i % job.tiles
+    cdef Span all = span_of(job, i // job.tiles), s = all
     while s.n0 < all.n1:
-        s.n1 = min(s.n0 + job.block, all.n1)
-        apply(x, dy, y, gamma, beta, job, &s, chunk, t, t + 1)
+        s.n1 = min(s.n0 + job.samples, all.n1)
+        apply(x, dy, y, gamma, beta, job, &s, parts_of(job, i // job.tiles), t, t + 1)
         s.n0 = s.n1
 
 
 cdef void run(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta, Job* job, int threads
 ) noexcept nogil:
-    cdef Py_ssize_t i, tasks = job.chunks * job.G
+    cdef Py_ssize_t i, tasks = job.chunks * job.spans
     cdef Py_ssize_t values = job.N * job.G * job.D
-    cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
-    cdef int nt = threads if values >= SERIAL else 1
     cdef Py_ssize_t touched = (3 if job.backward else 2) * values * job.item
+    cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
+    cdef Py_ssize_t shares = min(job.slots, ceiling(job.D, STRIP))
+    cdef int nt = threads if values >= SERIAL else 1
     cdef bint in_place = y == x or y == dy
     job.stream = not in_place and touched > l3_bytes
     job.buffered = job.stream or in_place or job.storage != NATIVE
-    job.owned = nt == 1 or tasks >= 4 * nt or job.D <= CHUNK
-    if job.owned:
-        for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt,
-                        use_threads_if=nt > 1):
+    if nt == 1:
+        for i in range(tasks):
             own(x, dy, y, gamma, beta, job, i)
         return
-    for i in prange(job.N * job.G * job.segments, schedule="dynamic", num_threads=nt):
-        share_reduce(x, dy, gamma, job, i)
-    for i in prange(job.N * job.G, schedule="static", num_threads=nt):
+    if tasks >= 4 * nt or job.D <= CHUNK:
+        for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt):
+            own(x, dy, y, gamma, beta, job, i)
+        return
+    for i in prange(job.N * job.G * shares, schedule="dynamic", num_threads=nt):
+        share_reduce(x, dy, gamma, job, shares, i)
+    for i in prange(tasks, schedule="static", num_threads=nt):
         share_finish(x, gamma, job, i)
-    tasks = tasks * job.tiles
-    for i in prange(tasks, schedule="dynamic", num_threads=nt):
-        share_apply(x, dy, y, gamma, beta, job, tasks - 1 - i)
+    for i in prange(tasks * job.tiles, schedule="dynamic", num_threads=nt):
+        share_apply(x, dy, y, gamma, beta, job, tasks * job.tiles - 1 - i)
 
 
 # ---- entries -----------------------------------------------------------------------------
@@ -255,15 +286,14 @@ def forward(
     const P[::1] gamma,         # IN  (C,)
     const P[::1] beta,          # IN  (C,)
     double[:, ::1] statistics,  # OUT (2, N * G): mean and m2
-    double[::1] scratch,        # OUT (N * G * segments * 2,)
+    double[::1] scratch,        # OUT (N * G * slots * 2,)
     Py_ssize_t S,
     double eps,
     bint centred,
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S)
-    job.backward = False
+    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, False)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)
@@ -281,7 +311,7 @@ def backward(
     const P[::1] gamma,         # IN  (C,)
     const double[::1] mean,     # IN  (N * G,)
     const double[::1] m2,       # IN  (N * G,)
-    double[::1] scratch,        # OUT (N * G * segments * 2,)
+    double[::1] scratch,        # OUT (N * G * slots * 2,)
     double[:, :, ::1] parts,    # OUT (chunks, 2, C): to be added up, dgamma and dbeta
     Py_ssize_t S,
     double eps,
@@ -289,8 +319,7 @@ def backward(
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S)
-    job.backward = True
+    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, True)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)

@@ -3,7 +3,7 @@
 cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil:
     """The coefficients of a row; `of_type` only says which T."""
     cdef Row c
-    cdef const double* total = job.sums + row * job.segments * 2
+    cdef const double* total = job.sums + row * job.slots * 2
     c.hi = <T> job.mean[row]
     c.lo = job.mean[row] - c.hi
     c.r = rstd(job, row)
@@ -12,35 +12,47 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     return c
 
 
-cdef void apply_run(
+cdef void apply_runs(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
-    const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t i,
+    const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t,
 ) noexcept nogil:
-    """y or dx of segment i of row n of group g, in runs."""
+    """y or dx of tile t of row n of group g, which may begin and end within a channel."""
     cdef T buffer[PIECE]
     cdef T of_x[PIECE]
     cdef T of_dy[PIECE]
     cdef const T* at_x
+    cdef const T* at_dy = NULL
     cdef T* to
-    cdef Py_ssize_t at, end, m, channel = g * job.K + i // job.cuts
-    cdef double a = gamma[channel] * row.r, k = -row.r * row.r * row.c2, b
-    if job.backward:
-        b = -row.r * row.c1 - k * row.lo
-    else:
-        b = beta[channel] - a * row.lo if row.lo != 0 else beta[channel]
-    segment_of_run(job, g, i, &at, &end)
+    cdef Py_ssize_t at = g * job.D + t * job.tile, m, i, w
+    cdef Py_ssize_t end = g * job.D + min(job.D, (t + 1) * job.tile)
+    cdef Py_ssize_t c = at // job.S, left = (c + 1) * job.S - at
+    cdef double a, b, k = -row.r * row.r * row.c2
     while at < end:
         m = PIECE
         if job.stream:  # the next piece starts on a line
             m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
         m = min(m, end - at)
         at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-        to = target(job, y, job.y_row, n, at, buffer)
         if job.backward:
-            unscale(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, to, m,
-                    <T> row.hi, <T> a, <T> k, <T> b, 0, False)
-        else:
-            scale(at_x, to, m, <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
+            at_dy = fetch(job, dy, job.dy_row, n, at, m, of_dy)
+        to = target(job, y, job.y_row, n, at, buffer)
+        i = 0
+        while i < m:
+            w = min(left, m - i)
+            a = gamma[c] * row.r
+            if job.backward:
+                b = -row.r * row.c1 - k * row.lo
+                unscale(at_dy + i, at_x + i, to + i, w,
+                        <T> row.hi, <T> a, <T> k, <T> b, 0, False)
+            else:
+                b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
+                scale(at_x + i, to + i, w,
+                      <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
+            i += w
+            left -= w
+            if left == 0:
+                left = job.S
+                c += 1
         if job.buffered:
             deliver(job, buffer, y, job.y_row, n, at, m)
         at += m
@@ -61,9 +73,10 @@ cdef void apply_columns(
     cdef const T* at_x
     cdef T* to
     cdef const Row* row
-    cdef Py_ssize_t n, j, at = s.g * job.D + t * job.tile, c = t * job.tile // job.S
+    cdef Py_ssize_t n, j, at = s.g0 * job.D + t * job.tile
+    cdef Py_ssize_t c = s.g0 * job.K + t * job.tile // job.S
     cdef Py_ssize_t m = min(job.tile, job.D - t * job.tile)
-    cdef const T* scales = spread_tile(gamma, job, s.g, t, room_gamma)
+    cdef const T* scales = spread_tile(gamma, job, s.g0, t, room_gamma)
     cdef const T* shifts = NULL
     check(m <= TILE)
     if job.backward:
@@ -71,7 +84,7 @@ cdef void apply_columns(
             a[j] = 0
             b[j] = 0
     else:
-        shifts = spread_tile(beta, job, s.g, t, room_beta)
+        shifts = spread_tile(beta, job, s.g0, t, room_beta)
     for n in range(s.n0, s.n1):
         row = rows + n - s.n0
         at_x = fetch(job, x, job.x_row, n, at, m, of_x)
@@ -90,20 +103,22 @@ cdef void apply_columns(
 
 cdef void apply(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
-    const Job* job, const Span* s, Py_ssize_t chunk, Py_ssize_t t0, Py_ssize_t t1,
+    const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
 ) noexcept nogil:
-    """y or dx of tiles t0..t1 of some rows of a chunk, last tile first: reduce ended there."""
+    """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
     cdef Row rows[BLOCK]
-    cdef Py_ssize_t n, t
-    cdef double* dgamma = job.parts + chunk * 2 * job.G * job.K + s.g * job.K
-    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
+    cdef Py_ssize_t n, g, t, i = 0
+    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
     for n in range(s.n0, s.n1):
-        rows[n - s.n0] = of_row(job, n * job.G + s.g, <T> 0)
-    for t in range(t1 - 1, t0 - 1, -1):
-        if job.runs:
-            apply_run(x, dy, y, gamma, beta, job, s.n0, s.g, rows, t)
-        else:
-            apply_columns(x, dy, y, gamma, beta, job, s, rows, t, dgamma,
-                          dgamma + job.G * job.K)
+        for g in range(s.g0, s.g1):
+            rows[i] = of_row(job, n * job.G + g, <T> 0)
+            i += 1
+    if job.runs:
+        for g in range(s.g1 - 1, s.g0 - 1, -1):
+            for t in range(t1 - 1, t0 - 1, -1):
+                apply_runs(x, dy, y, gamma, beta, job, s.n0, g, &rows[g - s.g0], t)
+    else:
+        for t in range(t1 - 1, t0 - 1, -1):
+            apply_columns(x, dy, y, gamma, beta, job, s, rows, t, parts, parts + job.G * job.K)
     if job.stream:
         stream_end()

@@ -8,82 +8,84 @@ cdef inline T find_pivot(
     Added in a tree: the sum of eight equal values is then exact, and so is their mean.
     """
     cdef double v[SAMPLES]
-    cdef Py_ssize_t i, at, D = job.D
+    cdef Py_ssize_t i
     if not job.centred:
         return 0
     for i in range(SAMPLES):
-        at = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
-        v[i] = value(job, x, n, g * D + at)
+        v[i] = value(job, x, n, g * job.D + job.pivot[i])
     return <T> (0.125 * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
+
+
+cdef void reduce_row(
+    const T* x, const Job* job, Py_ssize_t n, Py_ssize_t g, T shift, Py_ssize_t i, double* out
+) noexcept nogil:
+    """Sums of segment i of a row."""
+    cdef double acc[2 * WIDE]
+    cdef T of_x[PIECE]
+    cdef Py_ssize_t first = 0, last = ceiling(job.D, PIECE), k, j, m
+    if job.cuts > 1:
+        first, last = i * last // job.cuts, (i + 1) * last // job.cuts
+    for j in range(2 * WIDE):
+        acc[j] = 0
+    for k in range(first, last):
+        m = min(PIECE, job.D - k * PIECE)
+        sums(fetch(job, x, job.x_row, n, g * job.D + k * PIECE, m, of_x), m, shift, acc)
+    out[0] = across(acc)
+    out[1] = across(acc + WIDE)
 
 
 cdef void reduce_run(
     const T* x, const T* dy, const Job* job, Py_ssize_t n, Py_ssize_t g,
     T shift, Py_ssize_t i, double* out,
 ) noexcept nogil:
-    """Sums of segment i of row n of group g, in runs."""
+    """Dots of segment i of a row of runs: nearly equal parts of a channel, in whole pieces."""
     cdef double acc[2 * WIDE]
     cdef T of_x[PIECE]
     cdef T of_dy[PIECE]
     cdef const T* at_x
-    cdef Py_ssize_t at, end, j, m
-    segment_of_run(job, g, i, &at, &end)
+    cdef Py_ssize_t at = g * job.D + i * job.S, end = at + job.S, j, m
+    if job.cuts > 1:
+        m = ceiling(ceiling(job.S, job.cuts), PIECE) * PIECE
+        end = g * job.D + (i // job.cuts + 1) * job.S
+        at = end - job.S + i % job.cuts * m
+        end = min(at + m, end)
     for j in range(2 * WIDE):
         acc[j] = 0
     while at < end:
         m = min(PIECE, end - at)
         at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-        if job.backward:
-            dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, m, shift, 0, 0, False, acc)
-        else:
-            sums(at_x, m, shift, acc)
-        at += PIECE
+        dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, m, shift, 0, 0, False, acc)
+        at += m
     out[0] = across(acc)
     out[1] = across(acc + WIDE)
-
-
-cdef inline void segment_of_run(
-    const Job* job, Py_ssize_t g, Py_ssize_t i, Py_ssize_t* start, Py_ssize_t* end
-) noexcept nogil:
-    """Where segment i of group g lies: nearly equal parts of a run, in whole pieces."""
-    cdef Py_ssize_t run = g * job.D + i // job.cuts * job.S
-    cdef Py_ssize_t length = (job.S + job.cuts - 1) // job.cuts
-    length = (length + PIECE - 1) // PIECE * PIECE
-    start[0] = run + i % job.cuts * length
-    end[0] = min(start[0] + length, run + job.S)
 
 
 cdef void reduce_columns(
     const T* x, const T* dy, const T* gamma, const Job* job, const Span* s,
     const T* shift, Py_ssize_t i,
 ) noexcept nogil:
-    """Sums of segment i of some rows, which share their gamma."""
+    """Dots of segment i of some rows, which share their gamma."""
     cdef double acc[BLOCK * 2 * WIDE]
     cdef T room[TILE]
     cdef T of_x[TILE]
     cdef T of_dy[TILE]
-    cdef const T* weight = room
+    cdef const T* weight
     cdef const T* at_x
     cdef Py_ssize_t n, t, j, m, at
     cdef double* out
     for j in range((s.n1 - s.n0) * 2 * WIDE):
         acc[j] = 0
     for t in range(i * job.tiles // job.cuts, (i + 1) * job.tiles // job.cuts):
-        at = t * job.tile
-        m = min(job.tile, job.D - at)
-        if job.backward:
-            weight = spread_tile(gamma, job, s.g, t, room)
-        at += s.g * job.D
+        m = min(job.tile, job.D - t * job.tile)
+        weight = spread_tile(gamma, job, s.g0, t, room)
+        at = s.g0 * job.D + t * job.tile
         for n in range(s.n0, s.n1):
             j = n - s.n0
             at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-            if job.backward:
-                weighted_dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, weight, m,
-                              shift[j], acc + j * 2 * WIDE)
-            else:
-                sums(at_x, m, shift[j], acc + j * 2 * WIDE)
+            weighted_dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, weight, m,
+                          shift[j], acc + j * 2 * WIDE)
     for n in range(s.n0, s.n1):
-        out = job.sums + ((n * job.G + s.g) * job.segments + i) * 2
+        out = job.sums + ((n * job.G + s.g0) * job.slots + i) * 2
         out[0] = across(acc + (n - s.n0) * 2 * WIDE)
         out[1] = across(acc + (n - s.n0) * 2 * WIDE + WIDE)
 
@@ -100,26 +102,32 @@ cdef inline const T* spread_tile(
 
 
 cdef void reduce(
-    const T* x, const T* dy, const T* gamma, const Job* job, const Span* s, Py_ssize_t i
+    const T* x, const T* dy, const T* gamma, const Job* job, const Span* s,
+    Py_ssize_t k0, Py_ssize_t k1,
 ) noexcept nogil:
-    """Sums of segment i of each row. Forward, they are about a pivot, which is left in mean."""
+    """Fill slots k0..k1 of each row. Forward, sums are about a pivot, which is left in mean."""
     cdef T shift[BLOCK]
-    cdef Py_ssize_t n, row
-    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and i < job.segments)
+    cdef Py_ssize_t n, g, k, row
+    cdef double* out
+    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and k1 <= job.slots)
     for n in range(s.n0, s.n1):
-        row = n * job.G + s.g
-        if job.backward:
-            shift[n - s.n0] = <T> job.mean[row]
-        else:
-            shift[n - s.n0] = find_pivot(x, job, n, s.g)
-            if i == 0:
-                (<double*> job.mean)[row] = shift[n - s.n0]
-    if job.runs:
-        for n in range(s.n0, s.n1):
-            reduce_run(x, dy, job, n, s.g, shift[n - s.n0], i,
-                       job.sums + ((n * job.G + s.g) * job.segments + i) * 2)
-    else:
-        reduce_columns(x, dy, gamma, job, s, shift, i)
+        for g in range(s.g0, s.g1):
+            row = n * job.G + g
+            out = job.sums + row * job.slots * 2
+            if not job.backward:
+                shift[0] = find_pivot(x, job, n, g)
+                if k0 == 0:
+                    (<double*> job.mean)[row] = shift[0]
+                for k in range(k0, k1):
+                    reduce_row(x, job, n, g, shift[0], k, out + 2 * k)
+            elif job.runs:
+                for k in range(k0, k1):
+                    reduce_run(x, dy, job, n, g, <T> job.mean[row], k, out + 2 * k)
+            else:
+                shift[n - s.n0] = <T> job.mean[row]
+    if job.backward and not job.runs:
+        for k in range(k0, k1):
+            reduce_columns(x, dy, gamma, job, s, shift, k)
 
 
 cdef void sum_again(
@@ -146,8 +154,8 @@ cdef void finish_forward(
     cdef double tiny = job.D * (1e-30 if T is float else 1e-290)
     cdef Py_ssize_t row = n * job.G + g, i
     cdef double pivot = job.mean[row], s1 = 0, s2 = 0, shift, m2
-    cdef const double* part = job.sums + row * job.segments * 2
-    for i in range(job.segments):
+    cdef const double* part = job.sums + row * job.slots * 2
+    for i in range(job.slots):
         s1 += part[2 * i]
         s2 += part[2 * i + 1]
     if not job.centred:
@@ -171,37 +179,40 @@ cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
 
 
 cdef void finish_backward(
-    const T* gamma, const Job* job, Py_ssize_t n, Py_ssize_t g
+    const T* gamma, const Job* job, Py_ssize_t n, Py_ssize_t g, double* dgamma
 ) noexcept nogil:
-    """Add the segments up: to the sums of the row; of runs, to those of each channel before."""
+    """Add the slots up: to the sums of the row; of runs, to those of each channel before."""
     cdef Py_ssize_t row = n * job.G + g, C = job.G * job.K, c, i
     cdef double mean = job.mean[row], r = rstd(job, row)
     cdef double lo = mean - <T> mean
-    cdef double* part = job.sums + row * job.segments * 2
-    cdef double* dgamma = job.parts + n * 2 * C + g * job.K
-    cdef double* dbeta = dgamma + C
+    cdef double* part = job.sums + row * job.slots * 2
     cdef double s1, s2, total1 = 0, total2 = 0
-    for c in range(job.segments // job.cuts):
+    for c in range(g * job.K, g * job.K + job.slots // job.cuts):
         s1 = s2 = 0
-        for i in range(c * job.cuts, (c + 1) * job.cuts):
+        for i in range(job.cuts):
             s1 += part[2 * i]
             s2 += part[2 * i + 1]
+        part += 2 * job.cuts
         s2 = (s2 - lo * s1) * r
         if job.runs:
-            dgamma[c] = s2
-            dbeta[c] = s1
-            s1 *= gamma[g * job.K + c]
-            s2 *= gamma[g * job.K + c]
+            dgamma[c] += s2
+            dgamma[C + c] += s1
+            s1 *= gamma[c]
+            s2 *= gamma[c]
         total1 += s1
         total2 += s2
+    part = job.sums + row * job.slots * 2
     part[0] = total1
     part[1] = total2
 
 
-cdef void finish(const T* x, const T* gamma, const Job* job, const Span* s) noexcept nogil:
-    cdef Py_ssize_t n
+cdef void finish(
+    const T* x, const T* gamma, const Job* job, const Span* s, double* parts
+) noexcept nogil:
+    cdef Py_ssize_t n, g
     for n in range(s.n0, s.n1):
-        if job.backward:
-            finish_backward(gamma, job, n, s.g)
-        else:
-            finish_forward(x, job, n, s.g)
+        for g in range(s.g0, s.g1):
+            if job.backward:
+                finish_backward(gamma, job, n, g, parts)
+            else:
+                finish_forward(x, job, n, g)

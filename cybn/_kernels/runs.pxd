@@ -13,6 +13,8 @@
 # a. Lanes. A plain `s += x[i]` is one chain of additions, which no compiler may reorder. LANES
 #    independent sums are LANES chains: the compiler makes vectors of them at any width, and the
 #    result is the same bits at every instruction level, because the order is in the source.
+#    What is left of a run is filled up to LANES with values that add nothing: an index into the
+#    lanes that is no constant would push them from registers to memory.
 # b. PIECE. Lanes of T collect at most PIECE / LANES = 32 values, then go to eight lanes of
 #    float64: rounding in float32 cannot build up over a long channel, and the flush costs
 #    about a twentieth of the piece. A piece of 4 KiB stays in L1.
@@ -32,17 +34,37 @@ cdef enum:
     RUN_MIN = 512   # shortest S for which runs beat rows
 
 
+cdef inline const T* lanes(
+    const T* x,                 # IN  (n,)
+    Py_ssize_t i,
+    Py_ssize_t n,
+    T fill,
+    T* rest,                    # OUT (LANES,)
+) noexcept nogil:
+    """LANES values from x[i] on, in place; what lies beyond the end is fill."""
+    cdef Py_ssize_t j
+    if i + LANES <= n:
+        return x + i
+    for j in range(LANES):
+        rest[j] = fill
+    for j in range(n - i):
+        rest[j] = x[i + j]
+    return rest
+
+
 cdef inline void flush(
     const T* restrict a,        # IN  (LANES,)
     const T* restrict b,        # IN  (LANES,)
     double* restrict acc,       # IO  (2, WIDE)
 ) noexcept nogil:
     """Fold two sets of lanes into the float64 lanes."""
+    cdef T folded[2 * WIDE]     # in two steps, which become vectors of T, and of float64
     cdef Py_ssize_t j
     for j in range(WIDE):
-        acc[j] += (a[j] + a[j + 8]) + (a[j + 16] + a[j + 24])
-    for j in range(WIDE):
-        acc[WIDE + j] += (b[j] + b[j + 8]) + (b[j + 16] + b[j + 24])
+        folded[j] = (a[j] + a[j + 8]) + (a[j + 16] + a[j + 24])
+        folded[WIDE + j] = (b[j] + b[j + 8]) + (b[j + 16] + b[j + 24])
+    for j in range(2 * WIDE):
+        acc[j] += folded[j]
 
 
 cdef inline double across(const double* restrict acc) noexcept nogil:
@@ -58,20 +80,19 @@ cdef inline void sums(
 ) noexcept nogil:
     cdef T a[LANES]
     cdef T b[LANES]
+    cdef T rest[LANES]
     cdef T d
-    cdef Py_ssize_t i, j, full = n - n % LANES
+    cdef const T* at
+    cdef Py_ssize_t i, j
     for j in range(LANES):
         a[j] = 0
         b[j] = 0
-    for i in range(full // LANES):
+    for i in range((n + LANES - 1) // LANES):
+        at = lanes(x, i * LANES, n, shift, rest)
         for j in range(LANES):
-            d = x[i * LANES + j] - shift
+            d = at[j] - shift
             a[j] += d
             b[j] += d * d
-    for j in range(n - full):
-        d = x[full + j] - shift
-        a[j] += d
-        b[j] += d * d
     flush(a, b, acc)
 
 
@@ -124,24 +145,24 @@ cdef inline void dots(
 ) noexcept nogil:
     cdef T a[LANES]
     cdef T b[LANES]
+    cdef T rest_x[LANES]
+    cdef T rest_dy[LANES]
     cdef T d, g
-    cdef Py_ssize_t i, j, full = n - n % LANES
+    cdef const T* at_x
+    cdef const T* at_dy
+    cdef Py_ssize_t i, j
     for j in range(LANES):
         a[j] = 0
         b[j] = 0
-    for i in range(full // LANES):
+    for i in range((n + LANES - 1) // LANES):
+        at_x = lanes(x, i * LANES, n, hi, rest_x)
+        at_dy = lanes(dy, i * LANES, n, 0, rest_dy)
         for j in range(LANES):
-            d = x[i * LANES + j] - hi
-            g = dy[i * LANES + j]
+            d = at_x[j] - hi
+            g = at_dy[j]
             g = gate(g, d * scale_a + scale_b) if relu else g
             a[j] += g
             b[j] += g * d
-    for j in range(n - full):
-        d = x[full + j] - hi
-        g = dy[full + j]
-        g = gate(g, d * scale_a + scale_b) if relu else g
-        a[j] += g
-        b[j] += g * d
     flush(a, b, acc)
 
 
