@@ -256,6 +256,31 @@ def test_residual_of_another_layout(rng):
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("shape", [(9, 6, 7), (40, 33, 1), (3, 5, 600)], ids=str)
+def test_each_array_may_have_gaps_of_its_own(rng, activation, shape, level):
+    """The rows of one array lie further apart than those of all others, and are used in place."""
+    x, dy, r, gamma, beta = data(rng, shape, np.float32)
+    act = {"activation": activation}
+    y, m = cybn.batch_norm(x, gamma, beta, residual=r, **act)
+    dx, _, _, dr = cybn.batch_norm_backward(dy, x, m, gamma, beta=beta, residual=r, **act)
+    right = {"x": x, "dy": dy, "r": r, "y": y, "dx": dx, "dr": dr}
+    n, c, s = shape
+    for apart in right:
+        room = np.full((n, c + 1, s), np.nan, np.float32)
+        a = {name: array.copy() for name, array in right.items()} | {apart: room[:, :c]}
+        room[:, :c] = right[apart]
+        for name in ("y", "dx", "dr"):
+            a[name][...] = np.nan
+        cybn.batch_norm(a["x"], gamma, beta, residual=a["r"], out=a["y"], **act)
+        outs = {"out": a["dx"], "out_residual": a["dr"]}
+        cybn.batch_norm_backward(
+            a["dy"], a["x"], m, gamma, beta=beta, residual=a["r"], **outs, **act
+        )
+        assert all(same_bits(a[name], right[name]) for name in right), apart
+        assert np.isnan(room[:, c:]).all(), apart
+
+
 def test_errors(rng):
     x, dy, r, _, _ = data(rng, (4, 6, 10), np.float32)
     with pytest.raises(ValueError, match="activation is 'gelu'; it must be None or one of relu"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cybn
-from cybn import _layout, _runtime
+from cybn import _arguments, _layout, _runtime
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -378,6 +378,19 @@ def test_overlap_fuzz(rng):
             counts["equal"] += 1
     print(counts)
     assert min(counts.values()) > 500
+
+
+def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
+    """Where it would take long to find out whether two views share memory, they are taken to."""
+    monkeypatch.setattr(_arguments, "_MOST_WORK", 1)
+    room = rng.standard_normal(400)
+    shape, strides = (4, 3, 5), (51 * 8, 38 * 8, 31 * 8)
+    x, out = (np.lib.stride_tricks.as_strided(room[start:], shape, strides) for start in (0, 8))
+    assert not np.shares_memory(x, out)
+    before = room.copy()
+    with pytest.raises(ValueError, match="overlaps"):
+        cybn.batch_norm(x, out=out)
+    assert same_bits(room, before)
 
 
 # ---- other kinds of input ----------------------------------------------------------------
