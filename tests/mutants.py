@@ -28,7 +28,6 @@ LIKELY = {
     "_kernels/stages.pxi": "activations half masks",
     "_kernels/activate.pxd": "activations",
     "_kernels/half.pxd": "half",
-    "_kernels/stream.pxd": "bits",
     "_kernels/small.pxi": "small layouts errors",
     "_kernels/running.pxi": "running statistics_layers",
     "_kernels/batch_norm.pyx": "shapes exact layouts activations masks bits",
@@ -451,16 +450,21 @@ MUTANTS = [
     Mutant(
         "half-nan-to-infinity",
         "_kernels/half.pxd",
-        "bfloat16: a NaN whose upper bits are 0 becomes infinite",
-        "u >> 16 | 0x40 if",
-        "u >> 16 if",
+        "float16: the usual NaN becomes infinite",
+        "cdef uint32_t high = 0x7E00 if u > 0x7F800000 else 0x7C00",
+        "cdef uint32_t high = 0x7E00 if u > 0x7FC00000 else 0x7C00",
     ),
     Mutant(
-        "stream-tail",
-        "_kernels/stream.pxd",
+        "apply-stream-tail",
+        "_kernels/apply.pxi",
         "a streamed row loses the last four bytes of an odd tail",
-        "        memcpy(dst, src, bytes);\n    }",
-        "        memcpy(dst, src, bytes & ~(size_t)7);\n    }",
+        """col_unscale(dy, x, to, m, hi, a, k, b, k, False)
+    if job.stream:
+        stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T))""",
+        """col_unscale(dy, x, to, m, hi, a, k, b, k, False)
+    if job.stream:
+        stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T) // 8 * 8)""",
+        "bits",
     ),
     # ---- small calls, running statistics ---------------------------------------------------
     Mutant(

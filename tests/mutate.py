@@ -2,17 +2,21 @@
 
     python tests/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
 
-Each fault of `mutants.py` goes into a copy of the source tree, which is built where that is needed
-and put to the tests: first the test that found the fault last time, then the files that are most
-likely to, then all others. tests/mutation.json keeps which test found which fault; what it holds is
-not done again unless asked for. A fault that no test finds survives, and the exit code is 1.
+Each fault of `mutants.py` is planted in a copy of the source tree and put to the tests: first the
+test that found it last time, then the files that are most likely to, then all others.
+tests/mutation.json keeps which test found which fault; what it holds is not done again unless asked
+for. A fault that no test finds survives, and the exit code is 1.
 
-Kernels are built at one instruction level and with -O1: a fault in the source is in all of them.
-Tests of PyTorch, Keras and Flax run for the faults that touch those.
+a. Kernels are built once, with all of their faults in: each waits in an `if` for its number in the
+   variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are built at one
+   instruction level and with -O1: a fault of the source is in all of them.
+b. Tests run in processes forked from one that has loaded what takes time to load.
+c. Tests of PyTorch, Keras and Flax run for the faults that touch those.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mutants import LIKELY, MUTANTS
+from schemata import switched
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("mutation.json")
@@ -33,13 +38,15 @@ LIMIT = 1800  # seconds for the tests of one fault: a hang has been found, too
 
 SOURCES = ("cybn", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 SUITE = ("tests", "docs", "pyproject.toml", "README.md")
-COMPILED = (".pyx", ".pxi", ".pxd")
-PEERS = re.compile(r"test_torch_|test_pytorch|_pytorch|_keras|_peers|test_mutation")
+PEERS = re.compile(r"test_torch_|_pytorch|_keras|_peers|test_mutation")
+PRELOADED = ["numpy", "numpy.testing", "pytest", "hypothesis", "hypothesis.strategies"]
 
 QUICK_BUILD = [
     ('if platform.machine().lower() in ("x86_64", "amd64"):', "if False:"),
     ('"-O3"', '"-O1"'),
 ]
+
+NUMBERS = {mutant.name: number for number, mutant in enumerate(MUTANTS, 1)}
 
 
 class Outcome(NamedTuple):
@@ -57,15 +64,20 @@ def plant(file, old, new):
     text = file.read_text("utf-8")
     if text.count(old) != 1:
         raise ValueError(f"{file} has {text.count(old)} times, not once: {old!r}")
+    file.unlink()  # it may be a link
     file.write_text(text.replace(old, new), "utf-8")
 
 
-def build(tree):
-    """Build in place what is older than its source."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, start_new_session=True)
-    if done.returncode:
-        raise RuntimeError(f"the build failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+def in_kernel(mutant):
+    return mutant.file.startswith("_kernels/")
+
+
+def plant_switches(package):
+    """Plant all faults of the kernels, each behind its number."""
+    for name in sorted({m.file for m in MUTANTS if in_kernel(m)}):
+        faults = {NUMBERS[m.name]: (m.old, m.new) for m in MUTANTS if m.file == name}
+        text = (package / name).read_text("utf-8")
+        (package / name).write_text(switched(text, faults), "utf-8")
 
 
 def copy(names, to):
@@ -78,23 +90,38 @@ def copy(names, to):
             shutil.copy2(ROOT / name, to / name)
 
 
-@contextmanager
-def workshop():
-    """Make a folder with the tests in suite/, and the tree, built, in sound/."""
-    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
-        folder = Path(name)
-        furnish(folder)
-        yield folder
-
-
 def furnish(folder):
-    """Fill a folder to work in; what was built in it stays, so that only changes are built."""
+    """Put the tests into suite/ and the tree, built, with its faults asleep, into sound/."""
     for part, names in (("suite", SUITE), ("sound", SOURCES)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         copy(names, folder / part)
     for old, new in QUICK_BUILD:
         plant(folder / "sound" / "setup.py", old, new)
-    build(folder / "sound")
+    plant_switches(folder / "sound" / "cybn")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder / "sound", capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the build failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+@contextmanager
+def workshop():
+    """Make a folder to work in, for as long as it takes."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
+        furnish(Path(name))
+        yield Path(name)
+
+
+@contextmanager
+def planted(mutant, folder):
+    """Give the tree that a fault is in, and its number in CYBN_FAULT."""
+    if in_kernel(mutant):
+        yield folder / "sound", NUMBERS[mutant.name]
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as tree:
+        shutil.copytree(folder / "sound" / "cybn", Path(tree, "cybn"), copy_function=os.link)
+        plant(Path(tree, "cybn", mutant.file), mutant.old, mutant.new)
+        yield Path(tree), 0
 
 
 # ---- testing -----------------------------------------------------------------------------
@@ -110,42 +137,60 @@ def stages(mutant, known=None):
     return [*known, *([f"tests/{name}" for name in names] for names in (likely, others))]
 
 
-def failing_test(folder, tree, tests, limit):
-    """Return the first test of these that fails with the package in `tree`, or None."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONFAULTHANDLER": "1",
-    }
+def run_pytest(suite, tree, fault, tests, log):
+    """Run some tests in this process, which does nothing else."""
+    os.setsid()
+    with open(log, "wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.chdir(suite)
+    sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["CYBN_FAULT"] = str(fault)
+    sys.dont_write_bytecode = True
+    import pytest
+
     options = ["-q", "-x", "--tb=no", "-rfE", "--no-header", "-p", "no:cacheprovider"]
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "pytest", *options, "--rootdir", ".", *tests],
-        cwd=folder / "suite",
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGABRT)  # then it says where it is
-            try:
-                output, _ = process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                output = ""
+    os._exit(_flushed(pytest.main([*options, "--rootdir", ".", *tests])))
+
+
+def _flushed(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code)
+
+
+def failing_test(folder, tree, fault, tests, limit=LIMIT):
+    """Return the first of these tests that fails with the package in `tree`, or None."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        log = Path(name, "log")
+        arguments = (folder / "suite", tree, fault, tests, log)
+        process = context.Process(target=run_pytest, args=arguments)
+        process.start()
+        process.join(limit)
+        hangs = process.is_alive()
+        if hangs:
+            os.kill(process.pid, signal.SIGABRT)  # then it says where it is
+            process.join(10)
             os.killpg(process.pid, signal.SIGKILL)
-            return f"hang in {place(output)}"
-    if process.returncode == 0 or (process.returncode == 4 and "::" in tests[0]):
-        return None  # 4: there is no such test any more
+            process.join()
+        output = log.read_text("utf-8", "replace") if log.exists() else ""
+    return f"hang in {place(output)}" if hangs else verdict(process.exitcode, tests, output)
+
+
+def verdict(code, tests, output):
+    """Return which test failed, by pytest's exit code and what it printed."""
+    if code == 0 or (code in (4, 5) and "::" in tests[0]):
+        return None  # 4, 5: there is no such test any more
     found = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", output, re.MULTILINE)
     if found:
         return found[1]
-    if process.returncode < 0 or process.returncode > 128:
+    if code < 0 or code > 128:
         return f"crash in {place(output)}"
-    return f"no test could run: {output.strip().splitlines()[-1]}"
+    return f"no test could run: {(output.strip().splitlines() or ['no output'])[-1]}"
 
 
 def place(output):
@@ -155,15 +200,10 @@ def place(output):
 
 
 def outcome_of(mutant, folder, known=None, limit=LIMIT, parts=None):
-    """Plant one fault in a copy of the tree, build, and test it, in so many parts of the tests."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        tree = Path(name, "tree")
-        shutil.copytree(folder / "sound", tree)
-        plant(tree / "cybn" / mutant.file, mutant.old, mutant.new)
-        if mutant.file.endswith(COMPILED):
-            build(tree)
+    """Plant one fault and put it to the tests, or to so many of their stages."""
+    with planted(mutant, folder) as (tree, fault):
         for tests in stages(mutant, known)[:parts]:
-            by = failing_test(folder, tree, tests, limit)
+            by = failing_test(folder, tree, fault, tests, limit)
             if by is not None:
                 return Outcome(mutant.name, by)
     return Outcome(mutant.name, None)
@@ -171,7 +211,7 @@ def outcome_of(mutant, folder, known=None, limit=LIMIT, parts=None):
 
 def check_sound(folder, tests, limit=LIMIT):
     """Raise where a test fails without any fault: it would find them all."""
-    by = failing_test(folder, folder / "sound", tests, limit)
+    by = failing_test(folder, folder / "sound", 0, tests, limit)
     if by is not None:
         raise RuntimeError(f"fails without a fault: {by}")
 
@@ -223,7 +263,7 @@ def summary(results):
     return "\n".join(lines)
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, done or not")
     parser.add_argument("--list", action="store_true", help="list the faults and what found them")
@@ -234,25 +274,33 @@ def main():
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that count as a hang")
     parser.add_argument("--folder", type=Path, help="work and build here, and leave it so")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen(only, again, results):
+    """Return the faults to test."""
+    if not only:
+        return [m for m in MUTANTS if again or m.name not in results]
+    named = {m.name: m for m in MUTANTS}
+    if not named.keys() >= set(only):
+        sys.exit(f"no such fault: {sorted(set(only) - named.keys())}")
+    return [named[name] for name in only]
+
+
+def main():
+    given = arguments()
     results = load(given.results)
     if given.list:
         for m in MUTANTS:
             print(f"{m.name:34} {m.file:28} {m.why}  [{results.get(m.name, 'not run')}]")
         return
-    if given.only:
-        chosen = [m for m in MUTANTS if m.name in given.only]
-        if len(chosen) < len(set(given.only)):
-            sys.exit(f"no such fault: {sorted(set(given.only) - {m.name for m in chosen})}")
-    else:
-        chosen = [m for m in MUTANTS if given.again or m.name not in results]
+    mutants = chosen(given.only, given.again, results)
     with nullcontext(given.folder) if given.folder else workshop() as folder:
         if given.folder:
             furnish(folder)
         if given.check:
-            tests = {test for m in chosen for part in stages(m) for test in part}
-            check_sound(folder, sorted(tests), given.limit)
-        for name, by in run(chosen, results, folder, given.jobs, given.limit, given.likely):
+            check_sound(folder, sorted({t for m in mutants for s in stages(m) for t in s}))
+        for name, by in run(mutants, results, folder, given.jobs, given.limit, given.likely):
             if by is not None or not given.likely:
                 save(given.results, results := results | {name: by})
     print(summary(load(given.results)))

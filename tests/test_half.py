@@ -118,6 +118,20 @@ def test_layer(rng, dtype):
     assert bn(x).dtype == dtype
 
 
+def test_the_other_half_type_is_refused(rng):
+    """Both are words of 16 bits: only the dtype tells them apart."""
+    for one, other in (HALVES, HALVES[::-1]):
+        x, wrong = (rng.standard_normal((4, 3, 5)).astype(dtype) for dtype in (one, other))
+        _, m = cybn.batch_norm(x)
+        for name, call in {
+            "residual": lambda x=x, wrong=wrong: cybn.batch_norm(x, residual=wrong),
+            "out": lambda x=x, wrong=wrong: cybn.batch_norm(x, out=wrong),
+            "dy": lambda x=x, wrong=wrong, m=m: cybn.batch_norm_backward(wrong, x, m),
+        }.items():
+            with pytest.raises(ValueError, match=f"^{name} is {other}; it must have the dtype"):
+                call()
+
+
 def test_parameters_are_no_half_types():
     x = np.ones((3, 2), np.float16)
     with pytest.raises(TypeError, match="gamma is float16; it must be float32 or float64"):

@@ -132,6 +132,20 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
 
 
 @every_dtype
+@pytest.mark.parametrize("channels", [5, 20, 33])
+def test_gaps_between_channels_last_rows(rng, channels, dtype, level):
+    """What lies between two rows, of the last or of any outer axis, is not read."""
+    room = np.full((2, 5, 6, 7, channels + 1), np.nan, dtype)
+    for part in (np.s_[..., :-1], np.s_[:, :, :-1, :], np.s_[1:-1, :, :, 1:], np.s_[::2, 1:]):
+        room[...] = np.nan
+        x, dy = room[0][part], room[1][part]
+        x[...], dy[...] = rng.standard_normal((2, *x.shape))
+        check(x, dy, axis=-1)
+        check(x[:, 0], dy[:, 0].copy(), axis=-1)
+        check(x[0, 0].copy(), dy[0, 0], axis=-1)
+
+
+@every_dtype
 def test_broadcast(rng, dtype):
     row = rng.standard_normal((1, 5, 1, 7)).astype(dtype)
     column = rng.standard_normal((4, 5, 3, 1)).astype(dtype)
