@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,6 +152,7 @@ def run_pytest(suite, tree, fault, tests, log):
     import pytest
 
     options = ["-q", "-x", "--tb=no", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
     os._exit(_flushed(pytest.main([*options, "--rootdir", ".", *tests])))
 
 
@@ -190,7 +191,9 @@ def verdict(code, tests, output):
         return found[1]
     if code < 0 or code > 128:
         return f"crash in {place(output)}"
-    return f"no test could run: {(output.strip().splitlines() or ['no output'])[-1]}"
+    if "ImportError while loading conftest" in output:
+        return "import of the package"
+    raise RuntimeError(f"pytest did not run: exit code {code}\n{output}")
 
 
 def place(output):
@@ -272,7 +275,6 @@ def arguments():
     parser.add_argument("--likely", action="store_true", help="stop after the likely test files")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time, default 1")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that count as a hang")
-    parser.add_argument("--folder", type=Path, help="work and build here, and leave it so")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     return parser.parse_args()
 
@@ -295,9 +297,7 @@ def main():
             print(f"{m.name:34} {m.file:28} {m.why}  [{results.get(m.name, 'not run')}]")
         return
     mutants = chosen(given.only, given.again, results)
-    with nullcontext(given.folder) if given.folder else workshop() as folder:
-        if given.folder:
-            furnish(folder)
+    with workshop() as folder:
         if given.check:
             check_sound(folder, sorted({t for m in mutants for s in stages(m) for t in s}))
         for name, by in run(mutants, results, folder, given.jobs, given.limit, given.likely):

@@ -186,6 +186,32 @@ def test_rules(activation, dtype, level):
         assert np.isnan(blocked[0][0, 0, 1]) == (activation == "leaky_relu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", FAMILIES[:4], ids=str)
+def test_ties_in_training(shape, axis, dtype, level):
+    """Values are -1, 0 and 1, so z is exactly beta at 0: which side of a tie it is on is counted.
+
+    dy is 1, so dbeta is the number of values that the gradient passes at.
+    """
+    n, c, s = shape
+    sign = np.resize([1, 0, -1, 0, 0], n * s)
+    sign[-(n * s % 5) or n * s :] = 0  # as many 1 as -1
+    x = lay(np.broadcast_to(sign.reshape(n, 1, s), shape), axis).astype(dtype)
+    dy, up, down = np.ones_like(x), (sign == 1).sum(), (sign == -1).sum()
+    assert up == down
+    _, m = cybn.batch_norm(x, axis=axis)
+    passed = {("relu", 0): up, ("relu6", 0): up, ("relu6", 6): down, ("leaky_relu", 0): None}
+    for (activation, beta), count in passed.items():
+        if count is None:
+            count = up + SLOPE * (n * s - up)
+        act = {"axis": axis, "activation": activation, "slope": SLOPE}
+        act["beta"] = np.full(c, beta, dtype)
+        for residual in (None, np.zeros_like(x)):
+            _, _, dbeta, *_ = cybn.batch_norm_backward(dy, x, m, residual=residual, **act)
+            assert dbeta == pytest.approx(np.full(c, count), rel=1e-5), (activation, beta)
+
+
 def test_same_bits_on_any_number_of_threads(rng, level):
     for shape, activation in product(FAMILIES, ["relu", "silu"]):
         x, dy, r, gamma, beta = data(rng, shape, np.float32)

@@ -3,11 +3,24 @@
 The full run is `python tests/mutate.py`; its outcome is tests/mutation.json.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
 from mutants import LIKELY, MUTANTS
-from mutate import QUICK_BUILD, RESULTS, ROOT, check_sound, load, outcome_of, workshop
+from mutate import (
+    NUMBERS,
+    QUICK_BUILD,
+    RESULTS,
+    ROOT,
+    check_sound,
+    in_kernel,
+    load,
+    outcome_of,
+    plant_switches,
+    workshop,
+)
+from schemata import SWITCH, switched
 
 import cybn
 
@@ -43,6 +56,60 @@ def test_the_last_full_run_found_enough(figure):
     killed = sum(by is not None for by in results.values())
     figure(36, "killed of planted, last full run", f"{killed} of {len(results)}", how="last")
     assert killed >= LEAST * len(results)
+
+
+SOURCE = """from math import prod
+
+
+def f(n):
+    total = 0
+    for i in range(n):
+        total += i
+
+        total += 1
+    if n > 3:
+        total = prod((total,
+                      2))  # a ) here
+    elif n > 1:
+        total -= 1
+    else:
+        total = 7
+    return total
+"""
+FAULTS = {
+    1: ("range(n)", "range(n - 1)"),
+    2: ("total += i\n\n        total += 1\n    if", "total += i\n    if"),
+    3: ("                      2))", "                      3))"),
+    4: ("elif n > 1", "elif n > 2"),
+    5: ("        total = 7\n", "        total = 8\n"),
+    6: ("    total = 0\n", "    total = 1\n"),
+    7: ("        total -= 1\n    else:\n        total = 7\n", "        total -= 2\n"),
+    8: ("return total", "return -total"),
+}
+
+
+def values(source, fault=0):
+    names = {"cybn_fault": lambda: fault}
+    exec(source, names)
+    return [names["f"](n) for n in range(6)]
+
+
+def test_switches():
+    """A source with all faults does as the source does, or as the fault whose number is on."""
+    source = switched(SOURCE, FAULTS).replace(SWITCH, "")
+    assert values(source) == values(SOURCE)
+    for number, (old, new) in FAULTS.items():
+        wrong = values(SOURCE.replace(old, new))
+        assert wrong != values(SOURCE)
+        assert values(source, number) == wrong
+
+
+def test_every_kernel_fault_has_its_switch(tmp_path):
+    shutil.copytree(PACKAGE / "_kernels", tmp_path / "_kernels")
+    plant_switches(tmp_path)
+    for mutant in filter(in_kernel, MUTANTS):
+        text = (tmp_path / mutant.file).read_text("utf-8")
+        assert text.count(f"cybn_fault() == {NUMBERS[mutant.name]}") == 1
 
 
 @pytest.mark.slow
