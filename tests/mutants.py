@@ -194,11 +194,12 @@ MUTANTS = [
         "accuracy exact",
     ),
     Mutant(
-        "reduce-pivot-in-line",
+        "reduce-redo-about-the-bad-pivot",
         "_kernels/reduce.pxi",
-        "the values of the pivot are added one after the other",
-        "((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))",
-        "((((((v[0] + v[1]) + v[2]) + v[3]) + v[4]) + v[5]) + v[6]) + v[7]",
+        "sums taken again are about the pivot that was too far off",
+        "            job.pivot[c] = s1 / M\n",
+        "",
+        "accuracy",
     ),
     Mutant(
         "reduce-pivot-of-what-is-masked",
@@ -575,8 +576,8 @@ MUTANTS = [
         "family-chunk-border",
         "_kernels/layer_norm.pyx",
         "the last block of a chunk goes on into the next chunk",
-        "        apply(x, dy, y, gamma, beta, job, &s, chunk, t, t + 1)\n        s.n0 = s.n1",
-        "        apply(x, dy, y, gamma, beta, job, &s, chunk, t, t + 1)\n        s.n0 += job.block",
+        "s.n1 = min(s.n0 + job.block, all.n1)\n        for k",
+        "s.n1 = min(s.n0 + job.block, job.N)\n        for k",
     ),
     Mutant(
         "family-segments-lose-the-end",

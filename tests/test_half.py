@@ -75,6 +75,21 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", FAMILIES[:3], ids=str)
+def test_relu6_comes_after_the_residual(rng, dtype, axis, shape):
+    """Both limits hold for the sum, not for what was there before it."""
+    x, r = (lay(4 * rng.standard_normal(shape) + 2, axis).astype(dtype) for _ in range(2))
+    gamma = np.full(shape[1], 4, np.float32)
+    act = {"axis": axis, "activation": "relu6"}
+    y, _ = cybn.batch_norm(x, gamma, residual=r, **act)
+    x, r = x.astype(np.float32), r.astype(np.float32)
+    z, _ = cybn.batch_norm(x, gamma, axis=axis)
+    assert ((z < 6) & (z + r > 6)).any()
+    assert same_bits(y, np.clip(z + r, 0, 6).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_layouts_and_threads(rng, dtype):
     x = rng.standard_normal((6, 10, 12, 14)).astype(dtype)
     y, m = cybn.batch_norm(x)

@@ -293,6 +293,11 @@ def test_a_far_mean_is_summed_again_without_what_is_masked_out(rng):
         rows = gathered(x, mask).astype(np.longdouble)
         np.testing.assert_allclose(m.mean, rows.mean(0).astype(float), rtol=1e-14)
         np.testing.assert_allclose(m.var(), rows.var(0).astype(float), rtol=1e-12)
+        weights = np.where(mask, rng.integers(1, 4, mask.shape), 0)
+        m = cybn.moments(x, weights=weights)
+        rows = np.repeat(rows, weights[mask], axis=0)
+        np.testing.assert_allclose(m.mean, rows.mean(0).astype(float), rtol=1e-14)
+        np.testing.assert_allclose(m.var(), rows.var(0).astype(float), rtol=1e-12)
 
 
 # ---- layers -----------------------------------------------------------------------------------
