@@ -671,12 +671,11 @@ MUTANTS = [
         "and all(a >= pitch for a in steps[:split])",
     ),
     Mutant(
-        "layout-chunks-of-s",
+        "layout-channel-stride",
         "_layout.py",
-        "the pieces of S follow the rows of N that are left over",
-        "return rows * max(1, chunks // rows)",
-        "return max(1, chunks // rows)",
-        "accuracy exact shapes bits",
+        "channels may lie any distance apart, as long as each is dense",
+        "row = _dense(sizes[split:], steps[split:], itemsize)",
+        "row = _dense(sizes[split + 1 :], steps[split + 1 :], itemsize)",
     ),
     Mutant(
         "layout-copies-nothing",

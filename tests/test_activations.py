@@ -322,6 +322,15 @@ def test_errors(rng):
     _, m = cybn.batch_norm(x)
     with pytest.raises(ValueError, match="out_residual overlaps an input, and"):
         cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r)
+    with pytest.raises(ValueError, match="out_residual overlaps an input, and"):
+        cybn.batch_norm_backward(dy, x, m, residual=r, out=dy, out_residual=dy)
+    room = np.ones((5, 6, 10), np.float32)
+    for call in (
+        cybn.batch_norm,
+        lambda x, **k: cybn.batch_norm_inference(x, np.zeros(6), np.ones(6), **k),
+    ):
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            call(x, residual=room[1:], out=room[:4])
     with pytest.raises(ValueError, match="out_residual has shape"):
         cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r[:2])
 

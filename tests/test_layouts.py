@@ -345,6 +345,18 @@ def test_out_that_overlaps_parameters(rng):
     cybn.batch_norm(x, room[4], out=room[:4])
 
 
+def test_out_that_is_the_input_transposed(rng):
+    """The same memory and shape, but another order: y would overwrite values of x not yet read."""
+    x = rng.standard_normal((6, 6, 6)).astype(np.float32)
+    before = x.copy()
+    for out in (x.T, x.swapaxes(0, 1), x.swapaxes(1, 2), x[::-1]):
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            cybn.batch_norm(x, out=out)
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            cybn.layer_norm(x, out=out)
+    assert same_bits(x, before)
+
+
 def random_view(rng, room, shape):
     """Return a view of a flat buffer with random start, order of axes, gaps and directions."""
     order = rng.permutation(len(shape))

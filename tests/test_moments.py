@@ -51,6 +51,7 @@ def test_immutable(m):
         ((-1, [0.0], [0.0]), "count is -1; it must not be negative"),
         ((1, 0.0, [0.0]), r"mean has shape \(\); it must have shape \(C,\)"),
         ((1, [0.0], [[0.0]]), r"m2 has shape \(1, 1\); it must have shape \(C,\)"),
+        ((2, [0.0, 0.0], [1.0, -1.0]), "m2 is -1.0 in channel 1; it must not be negative"),
         ((1, [0.0], [0.0, 0.0]), r"mean has shape \(1,\) and m2 has shape \(2,\)"),
     ],
 )
