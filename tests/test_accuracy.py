@@ -170,6 +170,18 @@ def test_beyond_the_range_of_float32(rng, axis, level):
         assert (np.sign(y[~finite]) == np.sign(exact[~finite])).all()
 
 
+@every_layout
+@every_dtype
+def test_neither_variance_nor_eps(rng, axis, dtype, level):
+    """Inference divides by 0: what is off the mean is infinite, with the sign of the difference."""
+    for n, c, s in FAMILIES[:4]:
+        up = rng.random((n, c, s)) < 0.5
+        x = lay(np.where(up, 3, 1).astype(dtype), axis)
+        mean, beta = np.full(c, 2.0), rng.standard_normal(c)
+        y = cybn.batch_norm_inference(x, mean, np.zeros(c), None, beta, axis=axis, eps=0)
+        assert (np.moveaxis(y, axis, 1) == np.where(up, np.inf, -np.inf)).all()
+
+
 # ---- NaN and Inf -------------------------------------------------------------------------
 
 
