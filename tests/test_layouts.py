@@ -337,6 +337,22 @@ def test_out(rng, shape, axis, dtype, level):
             assert same_bits(own_x, x)
 
 
+def test_parameters_with_a_step(rng):
+    """A vector that is not contiguous, or runs backwards, is one like any other."""
+    x = rng.standard_normal((4, 6, 5)).astype(np.float32)
+    for dtype in DTYPES:
+        given = rng.uniform(0.5, 2, (6, 4)).astype(dtype)
+        copies = given.T.copy()
+        y, m = cybn.batch_norm(x, given[:, 0], given[::-1, 1])
+        z, _ = cybn.batch_norm(x, copies[0], copies[1, ::-1].copy())
+        assert same_bits(y, z)
+        y = cybn.batch_norm_inference(x, *given.T)
+        assert same_bits(y, cybn.batch_norm_inference(x, *copies))
+        got = cybn.batch_norm_backward(x, x, m, given[:, 0])
+        for a, b in zip(got, cybn.batch_norm_backward(x, x, m, copies[0]), strict=True):
+            assert same_bits(a, b)
+
+
 def test_out_that_overlaps_parameters(rng):
     x = rng.standard_normal((4, 6)).astype(np.float32)
     room = np.ones((5, 6), np.float32)

@@ -74,6 +74,21 @@ def test_var():
         empty().var()
 
 
+def test_var_of_a_channel_without_degrees_of_freedom():
+    m = Moments(np.array([1, 3, 0]), [1.0, 2.0, 0.0], [0.0, 6.0, 0.0])
+    np.testing.assert_array_equal(m.var(), [0.0, 2.0, np.nan])
+    np.testing.assert_array_equal(m.var(ddof=1), [np.nan, 3.0, np.nan])
+
+
+def test_many_merges_keep_the_last_bit():
+    """What rounding leaves of the mean goes along; lost, it would sum up to 20 units or so."""
+    values = 1e6 + np.random.default_rng(0).standard_normal(5000)
+    total = Moments.empty(1)
+    for value in values:
+        total = total.merge(Moments(1, [value], [0.0]))
+    assert abs(total.mean[0] - math.fsum(values) / 5000) <= np.spacing(1e6)
+
+
 def test_len_is_the_number_of_channels():
     assert len(A) == 2
     assert len(Moments(5, [], [])) == 0

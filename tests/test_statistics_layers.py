@@ -250,6 +250,19 @@ def test_preview_ends_with_an_error_too(rng):
     assert snapshot(bn) == before
 
 
+def test_gradients_of_what_is_not_trained_are_zero(rng):
+    """Not those of an earlier step, which an optimizer that holds the arrays would go on with."""
+    bn, x = trained(rng), batch(rng)
+    bn(x)
+    bn.backward(np.ones_like(x))
+    assert bn.grad_beta.any()
+    bn.train_affine = False
+    bn(x)
+    bn.backward(np.ones_like(x))
+    assert not bn.grad_gamma.any()
+    assert not bn.grad_beta.any()
+
+
 def test_previews_nest_and_are_of_their_layer(rng):
     one, two = trained(rng), trained(rng)
     x = batch(rng)
