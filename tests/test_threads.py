@@ -64,7 +64,6 @@ def test_absurd_numbers_are_cut(default):
         ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
     ],
-    ids=str,
 )
 def test_quota_of_a_cgroup(monkeypatch, tmp_path, files, cpus):
     """The tightest quota on the way up from the process's own cgroup, in whole CPUs."""
