@@ -134,8 +134,9 @@ def stages(mutant, known=None):
     named = mutant.tests or LIKELY[mutant.file]
     likely = [f"test_{name}.py" for name in named.split()]
     others = [name for name in everything if name not in likely and not PEERS.search(name)]
-    known = [[known]] if known and known.startswith("tests/") and "::" in known else []
-    return [*known, *([f"tests/{name}" for name in names] for names in (likely, others))]
+    known = re.sub("^(crash|hang) in ", "", known or "")
+    first = [[known]] if known.startswith("tests/") and "::" in known else []
+    return [*first, *([f"tests/{name}" for name in names] for names in (likely, others))]
 
 
 def run_pytest(suite, tree, fault, tests, log):
@@ -180,7 +181,7 @@ def failing_test(folder, tree, fault, tests, limit=LIMIT):
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
         output = log.read_text("utf-8", "replace") if log.exists() else ""
-    return f"hang in {place(output)}" if hangs else verdict(process.exitcode, tests, output)
+    return f"hang in {place(output, tests)}" if hangs else verdict(process.exitcode, tests, output)
 
 
 def verdict(code, tests, output):
@@ -193,16 +194,18 @@ def verdict(code, tests, output):
     if found:
         return found[1]
     if code < 0 or code > 128:
-        return f"crash in {place(output)}"
+        return f"crash in {place(output, tests)}"
     if "ImportError while loading conftest" in output:
         return "import of the package"
     raise RuntimeError(f"pytest did not run: exit code {code}\n{output}")
 
 
-def place(output):
+def place(output, tests):
     """Return the test that the traceback of a dying interpreter leads to."""
     found = re.search(r'File ".*/(test_\w+\.py)", line \d+ in (test_\w+)', output)
-    return f"tests/{found[1]}::{found[2]}" if found else "an unknown test"
+    if found:
+        return f"tests/{found[1]}::{found[2]}"
+    return tests[0] if len(tests) == 1 else "an unknown test"
 
 
 def outcome_of(mutant, folder, known=None, limit=LIMIT, parts=None):
