@@ -6,6 +6,7 @@ table; `python tests/matrix.py FILE...` prints it, and fails if a row failed or 
 """
 
 import json
+import operator
 import sys
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Matrix:
     def note(self, number, name, value, how="max"):
         """Note a figure; where several tests note the same one, `how` says which one stands."""
         figures = self.row(number)["figures"]
-        value = value if isinstance(value, (int, str)) else float(value)
+        value = plain(value)
         figures[name] = [HOW[how](figures[name][0], value) if name in figures else value, how]
 
     def outcome(self, number, report):
@@ -112,6 +113,13 @@ class Matrix:
         return [n for n in ROWS if self.row(n)["failed"] or not self.row(n)["passed"]]
 
 
+def plain(value):
+    """Return a str, int or float of Python's own."""
+    if isinstance(value, str):
+        return str(value)
+    return operator.index(value) if hasattr(value, "__index__") else float(value)
+
+
 def shown(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -125,6 +133,7 @@ def figure(request):
 
     def note(number, name, value, how="max"):
         Matrix().note(number, name, value, how)  # a wrong row or value is found here
+        value = plain(value)  # which alone can travel between processes
         request.node.user_properties.append(("figure", (number, name, value, how)))
 
     return note

@@ -121,6 +121,25 @@ def test_an_outlier_among_the_samples(rng, axis, level):
         assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
 
 
+@every_layout
+@every_dtype
+@pytest.mark.parametrize(
+    "shape", [(30, 4, 13), (3, 5, 1071), (4097, 3, 1), (900, 2, 77), (3, 2, 45000)], ids=str
+)
+def test_samples_that_are_all_outliers(rng, shape, dtype, axis, level):
+    """The pivot is the mean of eight values, and these lie sqrt(M / 8) standard deviations off."""
+    n, _, s = shape
+    count = n * s
+    at = [count // 8 * i + count % 8 * i // 8 + count // 16 for i in range(8)]
+    x = rng.standard_normal(shape)
+    x[np.array(at) // s, :, np.array(at) % s] += 1e5
+    x = x.astype(dtype)
+    var = exact_var(x)
+    y, m = cybn.batch_norm(lay(x, axis), axis=axis)
+    assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+    assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
+
+
 # ---- extreme scales ----------------------------------------------------------------------
 
 
@@ -143,6 +162,17 @@ def test_extreme_std(rng, dtype, axis, std, level, figure):
 
 
 @pytest.mark.row(6)
+@every_layout
+@pytest.mark.parametrize("std", [1e-21, 1e-30, 1e-40])
+def test_squares_below_float32(rng, axis, std, level):
+    """Squares are subnormal in float32, or 0; the variance is neither."""
+    for shape in FAMILIES[:4]:
+        x = (rng.standard_normal(shape) * std + std).astype(np.float32)
+        var = exact_var(x)
+        m = cybn.moments(lay(x, axis), axis=axis)
+        assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
+
+
 @every_layout
 def test_near_the_largest_float32(rng, axis, level):
     """Squares leave the range of float32; statistics and y do not."""
@@ -177,6 +207,18 @@ def test_beyond_the_range_of_float32(rng, axis, level, figure):
             int((~finite).sum()),
             how="sum",
         )
+
+
+@every_layout
+@every_dtype
+def test_neither_variance_nor_eps(rng, axis, dtype, level):
+    """Inference divides by 0: what is off the mean is infinite, with the sign of the difference."""
+    for n, c, s in FAMILIES[:4]:
+        up = rng.random((n, c, s)) < 0.5
+        x = lay(np.where(up, 3, 1).astype(dtype), axis)
+        mean, beta = np.full(c, 2.0), rng.standard_normal(c)
+        y = cybn.batch_norm_inference(x, mean, np.zeros(c), None, beta, axis=axis, eps=0)
+        assert (np.moveaxis(y, axis, 1) == np.where(up, np.inf, -np.inf)).all()
 
 
 # ---- NaN and Inf -------------------------------------------------------------------------
@@ -287,6 +329,23 @@ def test_a_batch_of_subnormals(rng, dtype, level):
 
 
 # ---- many values -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(8200, 5, 1), (8200, 33, 1), (8200, 6, 7), (3, 5, 8200)], ids=str
+)
+def test_long_sums_keep_small_parts(rng, shape, level):
+    """Values are +-(1 + 2**-20): beside a sum of 2048 of them, float32 cannot hold the rest.
+
+    So sums that stayed in float32 would lose it every time, always downwards: they are off by 2 to
+    4, and 6 to 8 times 2**-22 in mean and variance. At most 32 values a lane give 0.7 and 2.1.
+    """
+    sign = rng.choice([-1, 1], shape)
+    x = (sign * (1 + 2.0**-20)).astype(np.float32)
+    m = cybn.moments(x)
+    mean = sign.mean((0, 2)) * (1 + 2.0**-20)
+    assert np.abs(m.mean - mean).max() <= 2.0**-22
+    assert np.abs(m.var() / ((1 + 2.0**-20) ** 2 - mean**2) - 1).max() <= 2.0**-20
 
 
 @pytest.mark.row(13)

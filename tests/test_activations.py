@@ -189,6 +189,32 @@ def test_rules(activation, dtype, level):
         assert np.isnan(blocked[0][0, 0, 1]) == (activation == "leaky_relu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", FAMILIES[:4], ids=str)
+def test_ties_in_training(shape, axis, dtype, level):
+    """Values are -1, 0 and 1, so z is exactly beta at 0: which side of a tie it is on is counted.
+
+    dy is 1, so dbeta is the number of values that the gradient passes at.
+    """
+    n, c, s = shape
+    sign = np.resize([1, 0, -1, 0, 0], n * s)
+    sign[-(n * s % 5) or n * s :] = 0  # as many 1 as -1
+    x = lay(np.broadcast_to(sign.reshape(n, 1, s), shape), axis).astype(dtype)
+    dy, up, down = np.ones_like(x), (sign == 1).sum(), (sign == -1).sum()
+    assert up == down
+    _, m = cybn.batch_norm(x, axis=axis)
+    passed = {("relu", 0): up, ("relu6", 0): up, ("relu6", 6): down, ("leaky_relu", 0): None}
+    for (activation, beta), count in passed.items():
+        if count is None:
+            count = up + SLOPE * (n * s - up)
+        act = {"axis": axis, "activation": activation, "slope": SLOPE}
+        act["beta"] = np.full(c, beta, dtype)
+        for residual in (None, np.zeros_like(x)):
+            _, _, dbeta, *_ = cybn.batch_norm_backward(dy, x, m, residual=residual, **act)
+            assert dbeta == pytest.approx(np.full(c, count), rel=1e-5), (activation, beta)
+
+
 @pytest.mark.row(23)
 def test_same_bits_on_any_number_of_threads(rng, level):
     for shape, activation in product(FAMILIES, ["relu", "silu"]):
@@ -261,6 +287,31 @@ def test_residual_of_another_layout(rng):
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("shape", [(9, 6, 7), (40, 33, 1), (3, 5, 600)], ids=str)
+def test_each_array_may_have_gaps_of_its_own(rng, activation, shape, level):
+    """The rows of one array lie further apart than those of all others, and are used in place."""
+    x, dy, r, gamma, beta = data(rng, shape, np.float32)
+    act = {"activation": activation}
+    y, m = cybn.batch_norm(x, gamma, beta, residual=r, **act)
+    dx, _, _, dr = cybn.batch_norm_backward(dy, x, m, gamma, beta=beta, residual=r, **act)
+    right = {"x": x, "dy": dy, "r": r, "y": y, "dx": dx, "dr": dr}
+    n, c, s = shape
+    for apart in right:
+        room = np.full((n, c + 1, s), np.nan, np.float32)
+        a = {name: array.copy() for name, array in right.items()} | {apart: room[:, :c]}
+        room[:, :c] = right[apart]
+        for name in ("y", "dx", "dr"):
+            a[name][...] = np.nan
+        cybn.batch_norm(a["x"], gamma, beta, residual=a["r"], out=a["y"], **act)
+        outs = {"out": a["dx"], "out_residual": a["dr"]}
+        cybn.batch_norm_backward(
+            a["dy"], a["x"], m, gamma, beta=beta, residual=a["r"], **outs, **act
+        )
+        assert all(same_bits(a[name], right[name]) for name in right), apart
+        assert np.isnan(room[:, c:]).all(), apart
+
+
 def test_errors(rng):
     x, dy, r, _, _ = data(rng, (4, 6, 10), np.float32)
     with pytest.raises(ValueError, match="activation is 'gelu'; it must be None or one of relu"):
@@ -276,6 +327,16 @@ def test_errors(rng):
     _, m = cybn.batch_norm(x)
     with pytest.raises(ValueError, match="out_residual overlaps an input, and"):
         cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r)
+    room = np.empty((1, 4, 6, 10), np.float32)
+    with pytest.raises(ValueError, match="out_residual overlaps an input, and"):
+        cybn.batch_norm_backward(dy, x, m, residual=r, out=room[0], out_residual=room[0])
+    room = np.ones((5, 6, 10), np.float32)
+    for call in (
+        cybn.batch_norm,
+        lambda x, **k: cybn.batch_norm_inference(x, np.zeros(6), np.ones(6), **k),
+    ):
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            call(x, residual=room[1:], out=room[:4])
     with pytest.raises(ValueError, match="out_residual has shape"):
         cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r[:2])
 

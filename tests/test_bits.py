@@ -14,6 +14,7 @@ from cybn import _runtime, functional
 
 THREADS = (1, 2, 3, 4, 7, 16)
 MEMBERS = [layer(128, 300), group(2, 3, 6, 50, 50)]
+NARROW = [(3001, 24, 1), (9001, 8, 1)]  # one chunk, enough for two threads, rows summed as one
 
 every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +87,7 @@ def test_threads_and_levels_on_network_shapes(shape, dtype, axis, bind, figure):
 @pytest.mark.row(23, 24)
 @every_layout
 @every_dtype
-@pytest.mark.parametrize("shape", [*FAMILIES, (64, 3, 32, 33), (5, 300, 300)], ids=str)
+@pytest.mark.parametrize("shape", [*FAMILIES, *NARROW, (64, 3, 32, 33), (5, 300, 300)], ids=str)
 def test_threads_and_levels_on_every_family(shape, dtype, axis, bind, figure):
     check_threads_and_levels(laid(shape, dtype, axis), axis, bind, figure)
 

@@ -10,7 +10,15 @@ from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, exact_fill, lay, pairs
 import cybn
 
 THREADS = (1, 2, 3)
-ODD = [(3, 5, 7), (1, 3, 1, 1023), (33, 17, 3), (1, 2, 131073), (4099, 33), (7, 1, 9, 9)]
+ODD = [
+    (3, 5, 7),
+    (1, 3, 1, 1023),
+    (33, 17, 3),
+    (1, 2, 131073),
+    (4099, 33),
+    (7, 1, 9, 9),
+    (2, 2, 140000),  # chunks of N, and of S
+]
 
 every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,7 @@
 """The family on all kinds of shapes, layouts and bad arguments."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from bounds import worst
@@ -233,6 +235,22 @@ def test_dense_samples_in_any_order_are_not_copied(rng, monkeypatch):
     assert same_bits(y, z)
     assert m == k
     assert np.allclose(m.mean, x.reshape(35, 33).mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_samples_in_any_order(order, rng):
+    """Statistics are those of the samples in the order of the axes, however these lie in memory."""
+    x, dy = rng.standard_normal((2, 2, 3, 4, 20)).astype(np.float32)
+    gamma = rng.standard_normal(20).astype(np.float32)
+    y, m = cybn.layer_norm(x, gamma)
+    dx, *_ = cybn.layer_norm_backward(dy, x, m, gamma)
+    back = np.argsort(order)
+    moved = np.ascontiguousarray(x.transpose(*order, 3)).transpose(*back, 3)
+    got, k = cybn.layer_norm(moved, gamma)
+    assert k == m
+    assert same_bits(np.ascontiguousarray(got), y)
+    got, *_ = cybn.layer_norm_backward(dy, moved, k, gamma)
+    assert same_bits(np.ascontiguousarray(got), dx)
 
 
 @pytest.mark.row(19)

@@ -102,6 +102,21 @@ def test_odd_sizes(rng, dtype, s, level):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", FAMILIES[:3], ids=str)
+def test_relu6_comes_after_the_residual(rng, dtype, axis, shape):
+    """Both limits hold for the sum, not for what was there before it."""
+    x, r = (lay(4 * rng.standard_normal(shape) + 2, axis).astype(dtype) for _ in range(2))
+    gamma = np.full(shape[1], 4, np.float32)
+    act = {"axis": axis, "activation": "relu6"}
+    y, _ = cybn.batch_norm(x, gamma, residual=r, **act)
+    x, r = x.astype(np.float32), r.astype(np.float32)
+    z, _ = cybn.batch_norm(x, gamma, axis=axis)
+    assert ((z < 6) & (z + r > 6)).any()
+    assert same_bits(y, np.clip(z + r, 0, 6).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_layouts_and_threads(rng, dtype):
     x = rng.standard_normal((6, 10, 12, 14)).astype(dtype)
     y, m = cybn.batch_norm(x)
@@ -143,6 +158,20 @@ def test_layer(rng, dtype):
     assert bn.grad_gamma.dtype == np.float32
     bn.eval()
     assert bn(x).dtype == dtype
+
+
+def test_the_other_half_type_is_refused(rng):
+    """Both are words of 16 bits: only the dtype tells them apart."""
+    for one, other in (HALVES, HALVES[::-1]):
+        x, wrong = (rng.standard_normal((4, 3, 5)).astype(dtype) for dtype in (one, other))
+        _, m = cybn.batch_norm(x)
+        for name, call in {
+            "residual": lambda x=x, wrong=wrong: cybn.batch_norm(x, residual=wrong),
+            "out": lambda x=x, wrong=wrong: cybn.batch_norm(x, out=wrong),
+            "dy": lambda x=x, wrong=wrong, m=m: cybn.batch_norm_backward(wrong, x, m),
+        }.items():
+            with pytest.raises(ValueError, match=f"^{name} is {other}; it must have the dtype"):
+                call()
 
 
 def test_parameters_are_no_half_types():

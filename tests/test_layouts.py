@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cybn
-from cybn import _layout, _runtime
+from cybn import _arguments, _layout, _runtime
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -160,6 +160,23 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
 
 
 @pytest.mark.row(17)
+@every_dtype
+@pytest.mark.parametrize("channels", [5, 20, 33])
+def test_gaps_between_channels_last_rows(rng, channels, dtype, level):
+    """What lies between two rows, of the last or of any outer axis, is not read."""
+    room = np.full((2, 5, 6, 7, channels + 1), np.nan, dtype)
+    for part in (np.s_[..., :-1], np.s_[:, :, :-1, :], np.s_[1:-1, :, :, 1:], np.s_[::2, 1:]):
+        room[...] = np.nan
+        x, dy = room[0][part], room[1][part]
+        x[...], dy[...] = rng.standard_normal((2, *x.shape))
+        check(x, dy, axis=-1)
+        out = np.full_like(room[0], np.nan)[part]
+        cybn.batch_norm(x, axis=-1, out=out)
+        assert same_bits(out, cybn.batch_norm(x, axis=-1)[0])
+        check(x[:, 0], dy[:, 0].copy(), axis=-1)
+        check(x[0, 0].copy(), dy[0, 0], axis=-1)
+
+
 @every_dtype
 def test_broadcast(rng, dtype):
     row = rng.standard_normal((1, 5, 1, 7)).astype(dtype)
@@ -353,12 +370,53 @@ def test_out(rng, shape, axis, dtype, level):
             assert same_bits(own_x, x)
 
 
+def test_parameters_with_a_step(rng):
+    """A vector that is not contiguous, or runs backwards, is one like any other."""
+    x = rng.standard_normal((4, 6, 5)).astype(np.float32)
+    for dtype in DTYPES:
+        given = rng.uniform(0.5, 2, (6, 4)).astype(dtype)
+        copies = given.T.copy()
+        y, m = cybn.batch_norm(x, given[:, 0], given[::-1, 1])
+        z, _ = cybn.batch_norm(x, copies[0], copies[1, ::-1].copy())
+        assert same_bits(y, z)
+        y = cybn.batch_norm_inference(x, *given.T)
+        assert same_bits(y, cybn.batch_norm_inference(x, *copies))
+        got = cybn.batch_norm_backward(x, x, m, given[:, 0])
+        for a, b in zip(got, cybn.batch_norm_backward(x, x, m, copies[0]), strict=True):
+            assert same_bits(a, b)
+
+
 def test_out_that_overlaps_parameters(rng):
     x = rng.standard_normal((4, 6)).astype(np.float32)
     room = np.ones((5, 6), np.float32)
     with pytest.raises(ValueError, match="overlaps"):
         cybn.batch_norm(x, room[1], out=room[:4])
     cybn.batch_norm(x, room[4], out=room[:4])
+
+
+def test_out_that_is_the_input_transposed(rng):
+    """The same memory and shape, but another order: y would overwrite values of x not yet read."""
+    x = rng.standard_normal((6, 6, 6)).astype(np.float32)
+    before = x.copy()
+    for out in (x.T, x.swapaxes(0, 1), x.swapaxes(1, 2), x[::-1]):
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            cybn.batch_norm(x, out=out)
+        with pytest.raises(ValueError, match="out overlaps an input in part"):
+            cybn.layer_norm(x, out=out)
+    assert same_bits(x, before)
+
+
+def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
+    """Where it would take long to find out whether two views share memory, they are taken to."""
+    monkeypatch.setattr(_arguments, "_MOST_WORK", 1)
+    room = rng.standard_normal(400)
+    shape, strides = (4, 3, 5), (51 * 8, 38 * 8, 31 * 8)
+    x, out = (np.lib.stride_tricks.as_strided(room[start:], shape, strides) for start in (0, 8))
+    assert not np.shares_memory(x, out)
+    before = room.copy()
+    with pytest.raises(ValueError, match="overlaps"):
+        cybn.batch_norm(x, out=out)
+    assert same_bits(room, before)
 
 
 def test_narrow_rows_are_the_kernels():

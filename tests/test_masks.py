@@ -67,8 +67,10 @@ def repeated(array, shares):
 def test_statistics_are_those_of_the_gathered_values(rng, nsc, kind, dtype, level):
     x, *_ = batch(rng, nsc, dtype)
     chosen, shares = selection(rng, nsc, kind)
+    finite = cybn.moments(x, **chosen)
     x[np.broadcast_to((shares == 0)[:, np.newaxis], nsc)] = np.nan
     m = cybn.moments(x, **chosen)
+    assert m == finite  # a NaN that got in would be mended by the second sums, and not be seen
     assert m.count == shares.sum()
     assert isinstance(m.count, float) == ("weights" in chosen)
     rows = repeated(x, shares).astype(np.longdouble)
@@ -294,6 +296,11 @@ def test_a_far_mean_is_summed_again_without_what_is_masked_out(rng):
         np.moveaxis(x, 1, -1)[np.unravel_index(at, mask.shape)] = 0.0
         m = cybn.moments(x, mask=mask)
         rows = gathered(x, mask).astype(np.longdouble)
+        np.testing.assert_allclose(m.mean, rows.mean(0).astype(float), rtol=1e-14)
+        np.testing.assert_allclose(m.var(), rows.var(0).astype(float), rtol=1e-12)
+        weights = np.where(mask, rng.integers(1, 4, mask.shape), 0)
+        m = cybn.moments(x, weights=weights)
+        rows = np.repeat(rows, weights[mask], axis=0)
         np.testing.assert_allclose(m.mean, rows.mean(0).astype(float), rtol=1e-14)
         np.testing.assert_allclose(m.var(), rows.var(0).astype(float), rtol=1e-12)
 

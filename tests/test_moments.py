@@ -51,6 +51,7 @@ def test_immutable(m):
         ((-1, [0.0], [0.0]), "count is -1; it must not be negative"),
         ((1, 0.0, [0.0]), r"mean has shape \(\); it must have shape \(C,\)"),
         ((1, [0.0], [[0.0]]), r"m2 has shape \(1, 1\); it must have shape \(C,\)"),
+        ((2, [0.0, 0.0], [1.0, -1.0]), "m2 is -1.0 in channel 1; it must not be negative"),
         ((1, [0.0], [0.0, 0.0]), r"mean has shape \(1,\) and m2 has shape \(2,\)"),
     ],
 )
@@ -71,6 +72,21 @@ def test_var():
         Moments(1, [0.0], [0.0]).var(ddof=1)
     with pytest.raises(ValueError, match=r"ddof=0 needs more than 0 values.*count is 0"):
         empty().var()
+
+
+def test_var_of_a_channel_without_degrees_of_freedom():
+    m = Moments(np.array([1, 3, 0]), [1.0, 2.0, 0.0], [0.0, 6.0, 0.0])
+    np.testing.assert_array_equal(m.var(), [0.0, 2.0, np.nan])
+    np.testing.assert_array_equal(m.var(ddof=1), [np.nan, 3.0, np.nan])
+
+
+def test_many_merges_keep_the_last_bit():
+    """What rounding leaves of the mean goes along; lost, it would sum up to 20 units or so."""
+    values = 1e6 + np.random.default_rng(0).standard_normal(5000)
+    total = Moments.empty(1)
+    for value in values:
+        total = total.merge(Moments(1, [value], [0.0]))
+    assert abs(total.mean[0] - math.fsum(values) / 5000) <= np.spacing(1e6)
 
 
 def test_len_is_the_number_of_channels():

@@ -75,6 +75,22 @@ def test_closed_form(updates, momentum, dtype, ddof, batches, figure):
 @pytest.mark.row(10)
 @each_ddof
 @each_dtype
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_a_step_rounds_once(momentum, dtype, ddof, batches):
+    """To the bit: float64 throughout, from the running values and the batch's own."""
+    bn = cybn.BatchNorm(C, momentum=momentum, running_ddof=ddof, dtype=dtype)
+    for i, x in enumerate(batches, 1):
+        mean, var = bn.running_mean.astype(float), bn.running_var.astype(float)
+        m = cybn.moments(x.astype(dtype))
+        w = 1 / i if momentum is None else momentum
+        bn(x.astype(dtype))
+        want = (1 - w) * mean + w * m.mean, (1 - w) * var + w * (m.m2 / (m.count - ddof))
+        assert bn.running_mean.tobytes() == want[0].astype(dtype).tobytes()
+        assert bn.running_var.tobytes() == want[1].astype(dtype).tobytes()
+
+
+@each_ddof
+@each_dtype
 @pytest.mark.parametrize("momentum", [0, 0.1, 1, None])
 def test_training_a_trained_layer_on(momentum, dtype, ddof, batches, figure):
     start = np.linspace(-3.5, 4.25, C, dtype=dtype), np.linspace(0.125, 7, C, dtype=dtype)

@@ -299,6 +299,19 @@ def test_switches_hold_in_a_preview(rng):
             assert same_bits(got, twin(x))
 
 
+def test_gradients_of_what_is_not_trained_are_zero(rng):
+    """Not those of an earlier step, which an optimizer that holds the arrays would go on with."""
+    bn, x = trained(rng), batch(rng)
+    bn(x)
+    bn.backward(np.ones_like(x))
+    assert bn.grad_beta.any()
+    bn.train_affine = False
+    bn(x)
+    bn.backward(np.ones_like(x))
+    assert not bn.grad_gamma.any()
+    assert not bn.grad_beta.any()
+
+
 def test_previews_nest_and_are_of_their_layer(rng):
     one, two = trained(rng), trained(rng)
     x = batch(rng)

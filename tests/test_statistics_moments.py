@@ -475,3 +475,14 @@ def test_bad_states():
             Moments.from_state_dict(bad)
     with pytest.raises(ValueError, match=r"rest has shape \(3,\)"):
         Moments.from_state_dict(good | {"rest": np.zeros(3)})
+
+
+def test_weighted_squares_are_about_the_mean_itself(rng):
+    """Not about what rounding made of it: at an offset of 1e12 that is a hundredth of 1 off."""
+    x = 1e12 + rng.integers(-3, 4, (300, 2, 5))
+    weights = rng.integers(1, 9, x.shape).astype(float)
+    m = cybn.Moments.empty(2).update(x, weights=weights)
+    e = (x - 1e12).astype(np.longdouble)
+    mean = (weights * e).sum((0, 2)) / weights.sum((0, 2))
+    m2 = (weights * (e - mean[:, np.newaxis]) ** 2).sum((0, 2))
+    np.testing.assert_allclose(m.m2, m2.astype(float), rtol=1e-13)

@@ -165,3 +165,15 @@ def test_what_it_refuses(data):
         population_statistics(bn, [data, data[:1, :, :1]])
     lone = population_statistics(bn, [data, data[:1, :, :1]], upstream="running")[bn]
     assert lone.count == 201
+
+
+def test_a_preview_inside_is_not_recorded(data):
+    """Of trials in each other the innermost decides: a preview within a model is of its own."""
+    bn, shown = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm(C, dtype=float)
+
+    def model(x):
+        with shown.preview():
+            return shown(bn(x))
+
+    assert list(population_statistics(model, uneven(data))) == [bn]
+    assert (bn.num_batches_tracked, shown.num_batches_tracked) == (0, 0)

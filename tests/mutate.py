@@ -1,0 +1,317 @@
+"""Mutation testing: plant one fault at a time and see whether the tests find it.
+
+    python tests/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
+
+Each fault of `mutants.py` is planted in a copy of the source tree and put to the tests: first the
+test that found it last time, then the files that are most likely to, then all others.
+tests/mutation.json keeps which test found which fault; what it holds is not done again unless asked
+for. A fault that no test finds survives, and the exit code is 1.
+
+a. Kernels are built once, with all of their faults in: each waits in an `if` for its number in the
+   variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are built at one
+   instruction level and with -O1: a fault of the source is in all of them.
+b. Tests run in processes forked from one that has loaded what takes time to load.
+c. Tests of PyTorch, Keras and Flax run for the faults that touch those.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from mutants import LIKELY, MUTANTS
+from schemata import switched
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("mutation.json")
+MISSING = "a test that is not there"
+LIMIT = 1800  # seconds for the tests of one fault: a hang has been found, too
+
+SOURCES = ("cybn", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SUITE = ("tests", "docs", "pyproject.toml", "README.md")
+PEERS = re.compile(r"test_torch_|_pytorch|_keras|_peers|test_mutation")
+PRELOADED = ["numpy", "numpy.testing", "pytest", "hypothesis", "hypothesis.strategies"]
+
+QUICK_BUILD = [
+    ('if platform.machine().lower() in ("x86_64", "amd64"):', "if False:"),
+    ('"-O3"', '"-O1"'),
+]
+
+NUMBERS = {mutant.name: number for number, mutant in enumerate(MUTANTS, 1)}
+
+
+class Outcome(NamedTuple):
+    """What became of a fault: the test that found it, None where none did."""
+
+    name: str
+    by: str | None
+
+
+# ---- planting and building ---------------------------------------------------------------
+
+
+def plant(file, old, new):
+    """Replace `old` in a file by `new`; ValueError unless it occurs exactly once."""
+    text = file.read_text("utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{file} has {text.count(old)} times, not once: {old!r}")
+    file.unlink()  # it may be a link
+    file.write_text(text.replace(old, new), "utf-8")
+
+
+def in_kernel(mutant):
+    return mutant.file.startswith("_kernels/")
+
+
+def plant_switches(package):
+    """Plant all faults of the kernels, each behind its number."""
+    for name in sorted({m.file for m in MUTANTS if in_kernel(m)}):
+        faults = {NUMBERS[m.name]: (m.old, m.new) for m in MUTANTS if m.file == name}
+        text = (package / name).read_text("utf-8")
+        (package / name).write_text(switched(text, faults), "utf-8")
+
+
+def copy(names, to):
+    """Copy files and folders of the source tree, without what was compiled from them."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.pyd")
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=ignore, dirs_exist_ok=True)
+        elif (ROOT / name).exists():
+            shutil.copy2(ROOT / name, to / name)
+
+
+def furnish(folder):
+    """Put the tests into suite/ and the tree, built, with its faults asleep, into sound/."""
+    for part, names in (("suite", SUITE), ("sound", SOURCES)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        copy(names, folder / part)
+    for old, new in QUICK_BUILD:
+        plant(folder / "sound" / "setup.py", old, new)
+    plant_switches(folder / "sound" / "cybn")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder / "sound", capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the build failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+@contextmanager
+def workshop():
+    """Make a folder to work in, for as long as it takes."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
+        furnish(Path(name))
+        yield Path(name)
+
+
+@contextmanager
+def planted(mutant, folder):
+    """Give the tree that a fault is in, and its number in CYBN_FAULT."""
+    if in_kernel(mutant):
+        yield folder / "sound", NUMBERS[mutant.name]
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as tree:
+        shutil.copytree(folder / "sound" / "cybn", Path(tree, "cybn"), copy_function=os.link)
+        plant(Path(tree, "cybn", mutant.file), mutant.old, mutant.new)
+        yield Path(tree), 0
+
+
+# ---- testing -----------------------------------------------------------------------------
+
+
+def stages(mutant, known=None):
+    """Return what to give pytest, one list after the other, until a test fails."""
+    everything = sorted(file.name for file in Path(__file__).parent.glob("test_*.py"))
+    named = mutant.tests or LIKELY[mutant.file]
+    likely = [f"test_{name}.py" for name in named.split()]
+    others = [name for name in everything if name not in likely and not PEERS.search(name)]
+    known = re.sub("^(crash|hang) in ", "", known or "")
+    first = [[known]] if known.startswith("tests/") and "::" in known else []
+    return [*first, *([f"tests/{name}" for name in names] for names in (likely, others))]
+
+
+def run_pytest(suite, tree, fault, tests, log):
+    """Run some tests in this process, which does nothing else."""
+    os.setsid()
+    with open(log, "wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.chdir(suite)
+    sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["CYBN_FAULT"] = str(fault)
+    sys.dont_write_bytecode = True
+    import pytest
+
+    options = ["-q", "-x", "--tb=no", "-rfE", "--no-header", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
+    os._exit(_flushed(pytest.main([*options, "--rootdir", ".", *tests])))
+
+
+def _flushed(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code)
+
+
+def failing_test(folder, tree, fault, tests, limit=LIMIT):
+    """Return the first of these tests that fails with the package in `tree`, or None."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        log = Path(name, "log")
+        arguments = (folder / "suite", tree, fault, tests, log)
+        process = context.Process(target=run_pytest, args=arguments)
+        process.start()
+        process.join(limit)
+        hangs = process.is_alive()
+        if hangs:
+            os.kill(process.pid, signal.SIGABRT)  # then it says where it is
+            process.join(10)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        output = log.read_text("utf-8", "replace") if log.exists() else ""
+    return f"hang in {place(output, tests)}" if hangs else verdict(process.exitcode, tests, output)
+
+
+def verdict(code, tests, output):
+    """Return which test failed, by pytest's exit code and what it printed."""
+    if code == 0:
+        return None
+    if code in (4, 5) and "::" in tests[0]:
+        return MISSING
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", output, re.MULTILINE)
+    if found:
+        return found[1]
+    if code < 0 or code > 128:
+        return f"crash in {place(output, tests)}"
+    if "ImportError while loading conftest" in output:
+        return "import of the package"
+    raise RuntimeError(f"pytest did not run: exit code {code}\n{output}")
+
+
+def place(output, tests):
+    """Return the test that the traceback of a dying interpreter leads to."""
+    found = re.search(r'File ".*/(test_\w+\.py)", line \d+ in (test_\w+)', output)
+    if found:
+        return f"tests/{found[1]}::{found[2]}"
+    return tests[0] if len(tests) == 1 else "an unknown test"
+
+
+def outcome_of(mutant, folder, known=None, limit=LIMIT, parts=None):
+    """Plant one fault and put it to the tests, or to so many of their stages."""
+    with planted(mutant, folder) as (tree, fault):
+        for tests in stages(mutant, known)[:parts]:
+            by = failing_test(folder, tree, fault, tests, limit)
+            if by not in (None, MISSING):
+                return Outcome(mutant.name, by)
+    return Outcome(mutant.name, None)
+
+
+def check_sound(folder, tests, limit=LIMIT):
+    """Raise where a test fails without any fault: it would find them all."""
+    by = failing_test(folder, folder / "sound", 0, tests, limit)
+    if by is not None:
+        raise RuntimeError(f"fails without a fault: {by}")
+
+
+# ---- running -----------------------------------------------------------------------------
+
+
+def progress(iterable, total):
+    """Draw a bar where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, total=total, unit="fault")
+
+
+def run(mutants, known, folder, jobs, limit, likely=False):
+    """Test the faults, and yield each outcome as it comes."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = []
+        for m in mutants:
+            by = known.get(m.name)
+            parts = len(stages(m, by)) - 1 if likely else None
+            waiting.append(pool.submit(outcome_of, m, folder, by, limit, parts))
+        for done in progress(as_completed(waiting), len(waiting)):
+            outcome = done.result()
+            say = f"{outcome.name}: {'SURVIVED' if outcome.by is None else outcome.by}"
+            print(say, file=sys.stderr, flush=True)
+            yield outcome
+
+
+def load(file):
+    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+
+
+def save(file, results):
+    """Write the results in the order of the list, without faults that it has no longer."""
+    ordered = {m.name: results[m.name] for m in MUTANTS if m.name in results}
+    file.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
+
+
+def summary(results):
+    """Return killed and planted, how, and what survived."""
+    killed = [by for by in results.values() if by is not None]
+    odd = {how: sum(by.startswith(how) for by in killed) for how in ("hang", "crash")}
+    lines = [f"killed {len(killed)} of {len(results)} planted"]
+    lines[0] += "".join(f", {number} by a {how}" for how, number in odd.items() if number)
+    lines += [f"survived: {name}" for name, by in results.items() if by is None]
+    return "\n".join(lines)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, done or not")
+    parser.add_argument("--list", action="store_true", help="list the faults and what found them")
+    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--check", action="store_true", help="first run the tests without a fault")
+    parser.add_argument("--likely", action="store_true", help="stop after the likely test files")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time, default 1")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that count as a hang")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def chosen(only, again, results):
+    """Return the faults to test."""
+    if not only:
+        return [m for m in MUTANTS if again or m.name not in results]
+    named = {m.name: m for m in MUTANTS}
+    if not named.keys() >= set(only):
+        sys.exit(f"no such fault: {sorted(set(only) - named.keys())}")
+    return [named[name] for name in only]
+
+
+def main():
+    given = arguments()
+    results = load(given.results)
+    if given.list:
+        for m in MUTANTS:
+            print(f"{m.name:34} {m.file:28} {m.why}  [{results.get(m.name, 'not run')}]")
+        return
+    mutants = chosen(given.only, given.again, results)
+    with workshop() as folder:
+        if given.check:
+            check_sound(folder, sorted({t for m in mutants for s in stages(m) for t in s}))
+        for name, by in run(mutants, results, folder, given.jobs, given.limit, given.likely):
+            if by is not None or not given.likely:
+                save(given.results, results := results | {name: by})
+    print(summary(load(given.results)))
+    sys.exit(any(by is None for by in results.values()))
+
+
+if __name__ == "__main__":
+    main()
