@@ -12,6 +12,13 @@ import numpy as np
 import cybn
 from cybn import functional
 
+
+def within_samples(x):
+    """Return the statistics that an instance norm learns from."""
+    layer = cybn.InstanceNorm1d(x.shape[1], track_running_stats=True)
+    return cybn.population_statistics(layer, [x])[layer]
+
+
 C = 3
 _rng = np.random.default_rng(34)
 
@@ -29,13 +36,17 @@ LIST = X.tolist()
 V, G = np.ones(C), np.full(C, 2, np.float32)
 ZEROS, FOUR = np.zeros(C), np.ones(4)
 MASK = np.arange(20).reshape(4, 5) % 3 > 0
+BY_CHANNEL = X > 0
 NOTHING = np.zeros((4, 5), bool)
 WEIGHTS = MASK / 2
 LENGTHS = np.array([5, 4, 3, 2])
+MOST = np.full(C, np.iinfo(np.int64).max)
 EMPTY = np.zeros((0, C, 5), np.float32)
 ONE = np.ones((1, C), np.float32)
 HUGE = np.full((2, C), 3e38, np.float32) * np.array([[1], [-1]], np.float32)
+BEYOND = 1 << 1024  # no float is as large
 M = cybn.moments(X)
+SAMPLES = within_samples(X)
 SQUARES = cybn.rms_norm(X)[1]
 
 ARGUMENTS = {k: v for k, v in globals().items() if isinstance(v, (np.ndarray, list, cybn.Moments))}
@@ -88,6 +99,7 @@ for call in BATCH_NORM:
         {"eps": -1.0},
         {"eps": np.nan},
         {"eps": "small"},
+        {"eps": BEYOND},
         {"activation": "gelu"},
         {"activation": "leaky_relu", "slope": np.inf},
         {"slope": "steep"} | {"activation": "leaky_relu"},
@@ -105,10 +117,12 @@ for call in BATCH_NORM:
         {"out": READ_ONLY},
         {"mask": INTEGERS[:, 0]},
         {"mask": MASK[:, :4]},
+        {"mask": BY_CHANNEL},
         {"mask": NOTHING[:, np.newaxis].repeat(2, 1)},
         {"weights": -WEIGHTS},
         {"weights": WEIGHTS[:, :4]},
         {"weights": WEIGHTS * 1e-60} | ({"masked": "zero"} if forwards else {}),
+        {"weights": WEIGHTS * 1e308},
         {"lengths": LENGTHS + 1},
         {"lengths": LENGTHS[:2]},
         {"lengths": WEIGHTS[:, 0]},
@@ -159,27 +173,42 @@ good(cybn.batch_norm_inference, X * 1e-42, V, V * 1e-300)
 
 good(M.merge, M)
 good(M.update, X)
+good(M.update, X, mask=MASK)
 good(M.update, X, mask=MASK[:, np.newaxis])
-good(M.update, X, mask=X > 0)
+good(M.update, X, mask=BY_CHANNEL)
 good(M.update, X, weights=WEIGHTS[:, np.newaxis])
 good(M.var, 1)
-good(lambda: cybn.Moments.from_state_dict(M.state_dict()))
+good(SAMPLES.merge, SAMPLES)
+good(SAMPLES.merge, cybn.Moments.empty(C))
+for m, of_another_kind in ((M, SAMPLES), (SAMPLES, M)):
+    good(lambda m=m: m.from_state_dict(m.state_dict()))
+    bad(m.from_state_dict, m.state_dict() | {"rest": FOUR})
+    bad(m.from_state_dict, m.state_dict() | {"rest": V * np.nan})
+    bad(m.merge, of_another_kind)
+    bad(m.merge, cybn.Moments.empty(4))
+bad(SAMPLES.merge, within_samples(LARGE))
 bad(cybn.Moments, -1, V, V)
 bad(cybn.Moments, "1", V, V)
 bad(cybn.Moments, FOUR, V, V)
+bad(cybn.Moments, np.inf, V, V)
+bad(cybn.Moments, np.full(C, 1 << 63, np.uint64), V, V)
+bad(cybn.Moments, 1, ["a"] * C, V)
 bad(cybn.Moments, 1, V, FOUR)
 bad(cybn.Moments, 1, V, X)
 bad(cybn.Moments, 1, V, -V)
 bad(M.merge, V)
-bad(M.merge, cybn.Moments.empty(4))
+bad(cybn.Moments(MOST, V, V).merge, cybn.Moments(MOST, V, V))
+bad(cybn.Moments(BEYOND, V, V).merge, cybn.Moments(0.5, V, V))
 bad(M.update, X, axis=0)
 bad(M.update, INTEGERS.astype(complex))
 bad(M.update, X, mask=INTEGERS)
-bad(M.update, X, mask=MASK)
+bad(M.update, X, mask=MASK[:, :4])
 bad(M.update, X, weights=-WEIGHTS)
+bad(M.update, X, weights=WEIGHTS * 1e308)
 bad(cybn.Moments.empty(C).var)
+bad(cybn.Moments.from_state_dict, None)
 bad(cybn.Moments.from_state_dict, {"count": 1})
-bad(cybn.Moments.from_state_dict, M.state_dict() | {"rest": FOUR})
+bad(SAMPLES.from_state_dict, M.state_dict())
 bad(setattr, M, "count", 2)
 bad(delattr, M, "count")
 
@@ -199,7 +228,8 @@ for call in (
     cybn.instance_norm,
     partial(cybn.group_norm, num_groups=3),
 ):
-    for x in (None, INTEGERS, MASKED, HALF):
+    good(call, HALF)
+    for x in (None, INTEGERS, MASKED, X.astype("c8")):
         bad(call, x)
     for options in [
         {"axis": 3},
@@ -272,6 +302,7 @@ for options in [
 ]:
     bad(cybn.BatchNorm, **{"num_features": C} | options)
 bad(cybn.BatchNorm.like, "tensorflow", C)
+bad(cybn.BatchNorm.like, "keras", C, momentum=2)
 bad(cybn.Renorm, r_max=0)
 bad(setattr, cybn.Renorm(), "limit", 1)
 bad(cybn.LayerNorm, "5")
@@ -303,16 +334,20 @@ for state in (
     BN.state_dict() | {"num_batches_tracked": 1.5},
 ):
     bad(BN.load_state_dict, state)
+bad(setattr, BN, "num_features", C)
+bad(setattr, cybn.InstanceNorm1d(C), "activation", "relu")
 bad(setattr, BN, "running_mean", FOUR)
 bad(setattr, BN, "running_var", -V)
 bad(setattr, cybn.BatchNorm(C, track_running_stats=False), "running_var", V)
 bad(BN.restore, V)
 bad(BN.restore, cybn.BatchNorm(4).snapshot())
+bad(BN.restore, cybn.BatchNorm(C, track_running_stats=False).snapshot())
 bad(cybn.BatchNorm(C).drift)
 bad(BN.drift, cybn.Moments.empty(4))
 bad(cybn.BatchNorm(C, track_running_stats=False).drift)
 bad(BN.explain, C)
 bad(BN.set_statistics, V)
+bad(BN.set_statistics, cybn.Moments(1, V, V))
 bad(cybn.BatchNorm(C, track_running_stats=False).scale_shift)
 
 
@@ -352,6 +387,8 @@ bad(functional.absorb, ZEROS, G, M, 0.1, 1)
 bad(functional.absorb, ZEROS[::-1], V, M, 0.1, 1)
 bad(cybn.set_num_threads, 0)
 bad(cybn.set_num_threads, True)
+bad(cybn.set_cache_limit, 1.5)
+bad(cybn.set_cache_limit, -1)
 bad(lambda: cybn.threads(0).__enter__())
 
 
@@ -362,10 +399,13 @@ def quietly(call):
         return call()
 
 
+REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, FloatingPointError, OverflowError)
+
+
 def error_of(call):
     """Return what a bad call raises; None, to its shame, where it raises nothing."""
     try:
         quietly(call)
-    except (TypeError, ValueError, RuntimeError, AttributeError, FloatingPointError) as error:
+    except REFUSALS as error:
         return error
     return None
