@@ -9,7 +9,7 @@ from layer_cases import snapshot
 
 import cybn
 
-LAYERS = [cybn.BatchNorm(3), cybn.BatchNorm2d(3), cybn.InstanceNorm1d(3, track_running_stats=True)]
+LAYERS = [cybn.BatchNorm(3), cybn.BatchNorm2d(3, axis=-1, momentum=None)]
 BAD = [
     ("eps", 0.0, ValueError, "eps is 0.0; it must be positive"),
     ("eps", np.nan, ValueError, "eps is nan"),
@@ -39,6 +39,23 @@ def test_a_bad_setting_changes_nothing(name, value, error, message, bn):
         setattr(bn, name, value)
     assert getattr(bn, name) == was
     assert snapshot(bn) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("activation", "relu"), ("virtual_batch_size", 2), ("renorm", cybn.Renorm())],
+)
+def test_an_instance_norm_has_none_of_these(name, value, rng):
+    """They would make a batch norm of it."""
+    x = rng.standard_normal((6, 3, 5))
+    norm = cybn.InstanceNorm1d(3, track_running_stats=True, dtype=float)
+    want = norm(x)
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be None"):
+        setattr(norm, name, value)
+    setattr(norm, name, None)
+    np.testing.assert_array_equal(norm(x), want)
+    with pytest.raises(ValueError, match=r"momentum is 2\.0"):
+        norm.momentum = 2
 
 
 def test_a_good_one_holds(rng):

@@ -21,6 +21,22 @@ REMEMBERED = (  # by a snapshot
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
+LEARNING = st.tuples(
+    st.sampled_from([0.1, 0.0, 1.0, 0.7, None]),
+    st.sampled_from([1, 0]),
+    st.sampled_from(["propagate", "raise", "skip"]),
+)
+GHOST = st.sampled_from([None, 2, 3, 50])
+LIMITS = st.sampled_from([None, (1, 0), (2, 0.5)])
+FORWARD = {
+    "seed": st.integers(0, 999),
+    "samples": st.sampled_from([2, 4, 7]),
+    "length": st.sampled_from([1, 3]),
+    "bad": st.sampled_from([None, None, np.nan, np.inf]),
+    "out": st.sampled_from([None, "new", "x"]),
+}
+
+
 class Model:
     """What the layer should remember and compute: formulas of docs/math.md, no care for speed."""
 
@@ -123,55 +139,65 @@ class Machine(stateful.RuleBasedStateMachine):
 
     # ---- settings and switches ---------------------------------------------------------------
 
+    @stateful.initialize(learning=LEARNING, ghost=GHOST, limits=LIMITS)
+    def start(self, learning, ghost, limits):
+        self.set_learning(*learning)
+        self.set_small_batches(ghost, limits)
+
     @stateful.rule(training=st.booleans())
     def mode(self, training):
         self.bn.train(training)
         self.model.training = training
 
-    @stateful.rule(
-        update=st.booleans(), use=st.sampled_from([None, True, False]), affine=st.booleans()
-    )
-    def switches(self, update, use, affine):
-        self.bn.update_statistics, self.bn.use_batch_statistics = update, use
-        self.bn.train_affine = affine
-        self.model.update, self.model.use, self.model.affine = update, use, affine
+    @stateful.rule(update=st.booleans(), use=st.sampled_from([None, True, False]))
+    def switches(self, update, use):
+        self.bn.update_statistics = self.model.update = update
+        self.bn.use_batch_statistics = self.model.use = use
+        self.bn.train_affine = self.model.affine = update
 
     @stateful.rule(frozen=st.booleans())
     def freeze(self, frozen):
         model = self.model
-        model.update, model.use, model.affine = (
-            (False, False, False) if frozen else (True, None, True)
-        )
+        model.update = model.affine = not frozen
+        model.use = False if frozen else None
         assert (self.bn.freeze() if frozen else self.bn.unfreeze()) is self.bn
 
-    @stateful.rule(
-        momentum=st.sampled_from([0.0, 0.1, 0.7, 1.0, None]),
-        ddof=st.sampled_from([0, 1]),
-        policy=st.sampled_from(["propagate", "raise", "skip"]),
-    )
-    def learning(self, momentum, ddof, policy):
+    @stateful.rule(learning=LEARNING)
+    def relearn(self, learning):
+        self.set_learning(*learning)
+
+    @stateful.rule(ghost=GHOST, limits=LIMITS)
+    def regroup(self, ghost, limits):
+        self.set_small_batches(ghost, limits)
+
+    def set_learning(self, momentum, ddof, policy):
         self.bn.momentum, self.bn.running_ddof, self.bn.nan_policy = momentum, ddof, policy
         self.model.momentum, self.model.ddof, self.model.policy = momentum, ddof, policy
 
-    @stateful.rule(
-        ghost=st.sampled_from([None, 2, 3, 50]), limits=st.sampled_from([None, (1, 0), (2, 0.5)])
-    )
-    def small_batches(self, ghost, limits):
+    def set_small_batches(self, ghost, limits):
         self.bn.virtual_batch_size = self.model.ghost = ghost
         self.model.renorm = limits
         self.bn.renorm = None if limits is None else cybn.Renorm(*limits)
 
     # ---- passes ------------------------------------------------------------------------------
 
-    @stateful.rule(
-        seed=st.integers(0, 999),
-        samples=st.sampled_from([2, 4, 7]),
-        length=st.sampled_from([1, 3]),
-        bad=st.sampled_from([None, None, None, np.nan, np.inf]),
-        out=st.sampled_from([None, "new", "x"]),
-        preview=st.booleans(),
-    )
-    def forward(self, seed, samples, length, bad, out, preview):
+    @stateful.rule(**FORWARD)
+    def forward(self, **options):
+        self.step(preview=False, **options)
+
+    @stateful.rule(**FORWARD)
+    def preview(self, **options):
+        self.step(preview=True, **options)
+
+    @stateful.rule(seed=st.integers(0, 999), bad=st.booleans())
+    def train(self, seed, bad):
+        """What happens most: a forward and its backward in training mode."""
+        self.mode(training=True)
+        bad = np.nan if bad else None
+        self.step(seed=seed, samples=4, length=3, bad=bad, out=None, preview=False)
+        self.backward(seed=seed)
+
+    def step(self, seed, samples, length, bad, out, preview):
         rng, model, bn = np.random.default_rng(seed), self.model, self.bn
         x = rng.standard_normal((samples, C, length)) * [[1], [2], [3]] + rng.integers(-3, 3)
         if bad is not None:
@@ -297,7 +323,7 @@ class Machine(stateful.RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=80,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,

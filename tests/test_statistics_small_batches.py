@@ -335,3 +335,19 @@ def test_reference_agrees_with_itself(rng):
     y, _, _ = renormalize(x, bn, cybn.Renorm(1, 0))
     exact, _ = reference.batch_norm(*wide(x, bn.gamma, bn.beta))
     np.testing.assert_allclose(y.astype(float), exact.astype(float), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}, {"renorm": cybn.Renorm()}])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_overflow_is_silent_and_visible(dtype, options):
+    """Warnings are errors here: what is beyond the type becomes infinite, as in the kernels."""
+    large = np.finfo(dtype).max / 4
+    x = np.array([[1.0], [-1.0], [1.0], [-1.0]], dtype) * large
+    bn = cybn.BatchNorm(1, momentum=1, dtype=dtype, **options)
+    for _ in range(2):  # the second time, towards infinite running statistics
+        bn(x)
+        bn.backward(np.full_like(x, large * 3))
+        assert not np.isfinite(bn.running_var).any()
+        assert np.isinf(bn.grad_beta).all()
+    for values in bn.scale_shift():
+        assert values.shape == (1,)

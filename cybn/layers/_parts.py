@@ -120,6 +120,7 @@ def backward(
         inputs = (dx, x, dy, residual)
         dresidual = destination(out_residual, x, inputs, "out_residual", may_be_input=False)
     ones = np.ones(x.shape[axis])
+    dtype = ones.dtype if gamma is None else gamma.dtype
     gamma = ones if gamma is None else gamma.astype(np.float64)  # so that sums come in float64
     options["axis"] = axis
     gradients = []
@@ -136,5 +137,6 @@ def backward(
         if part.correction is not None:
             dgamma = part.correction.gradient(dgamma, dbeta)
         gradients.append(np.array([dgamma, dbeta]))
-    dgamma, dbeta = reduce(np.add, gradients)
+    with np.errstate(all="ignore"):  # what is beyond the dtype is infinite, as in the kernels
+        dgamma, dbeta = reduce(np.add, gradients).astype(dtype)
     return (dx, dgamma, dbeta) + (() if dresidual is None else (dresidual,))

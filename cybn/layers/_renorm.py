@@ -110,6 +110,7 @@ class Correction(NamedTuple):
         shift = self.d if gamma is None else self.d * gamma
         return scale, shift if beta is None else shift + beta
 
+    @np.errstate(all="ignore")
     def gradient(self, dscale: NDArray[Any], dshift: NDArray[Any]) -> NDArray[np.float64]:
         """Return the gradient of gamma from those of scale and shift; r and d are constants."""
         dgamma: NDArray[np.float64] = self.r * dscale + self.d * dshift

@@ -146,6 +146,12 @@ def renorm(name: str, value: Any) -> Renorm | None:
     return value
 
 
+def nothing(name: str, value: Any) -> None:
+    """Return None: for what a layer inherits and does not have."""
+    if value is not None:
+        raise ValueError(f"{name} is {value!r}; it must be None, as this kind of layer has none")
+
+
 def float_type(dtype: Any) -> np.dtype[Any]:
     """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
     try:

@@ -214,9 +214,10 @@ class Tracking(Switches, Layer):
         mean, var, _ = self._running
         gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
         beta = 0.0 if self.beta is None else self.beta.astype(np.float64)
-        scale = gamma / np.sqrt(var.astype(np.float64) + self.eps)
-        shift = beta - mean.astype(np.float64) * scale
-        return scale.astype(dtype), shift.astype(dtype)
+        with np.errstate(all="ignore"):  # NaN and infinite statistics stay visible
+            scale = gamma / np.sqrt(var.astype(np.float64) + self.eps)
+            shift = beta - mean.astype(np.float64) * scale
+            return scale.astype(dtype), shift.astype(dtype)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of all that `load_state_dict` needs.

@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .. import family, functional
 from .._arguments import array
 from ..moments import Moments
+from . import _settings
 from ._running import Running
 from ._sample_moments import SampleMoments
+from ._settings import Setting
 from .batch_norm import BatchNorm
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
@@ -68,6 +70,10 @@ class _InstanceNorm(BatchNorm):
     """
 
     _by_sample: ClassVar[bool] = True
+
+    activation: Setting[Any] = Setting(_settings.nothing)
+    virtual_batch_size: Setting[Any] = Setting(_settings.nothing)
+    renorm: Setting[Any] = Setting(_settings.nothing)
 
     @staticmethod
     def _normalize(
