@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from sys import getrefcount
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -37,18 +37,27 @@ class Blocks:
     def forget(self) -> None:
         """Start anew; the blocks of living arrays stay theirs."""
         self._blocks: list[NDArray[np.uint8]] = []  # those used last at the end
-        self._lock = Lock()
+        self._lock = RLock()  # reentrant, as a signal's handler may call a layer, too
+        self._busy = False  # the list is being changed
 
     def array(self, like: NDArray[Any]) -> NDArray[Any]:
         """Return an uninitialized array with the shape, dtype and strides of a dense one."""
+        size = rounded(like.nbytes + ALIGNMENT)
         with self._lock:
-            block = self._take(rounded(like.nbytes + ALIGNMENT))
+            if self._busy:  # by the call that a signal's handler interrupted
+                return on(np.empty(size, np.uint8), like)
+            self._busy = True
+            try:
+                block = self._take(size)
+            finally:
+                self._busy = False
         return on(block, like)
 
     def clear(self) -> None:
         """Give the free blocks back to the system; the others go back as their arrays die."""
         with self._lock:
-            self._blocks = []
+            if not self._busy:
+                self._blocks = []
 
     def held(self) -> tuple[int, int]:
         """Return the bytes of blocks in use and of free ones."""

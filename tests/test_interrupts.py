@@ -14,7 +14,7 @@ import pytest
 from layer_cases import KINDS, everything, trained, twin
 
 import cybn
-from cybn import _rows, _runtime, _statistics, functional
+from cybn import _memory, _rows, _runtime, _statistics, functional
 
 pytestmark = pytest.mark.row(31)
 
@@ -169,6 +169,36 @@ def test_an_alarm_in_a_long_call(name, rng, figure):
         signal.signal(signal.SIGALRM, handler)
     figure(31, "alarms in long calls", interrupts, how="sum")
     assert interrupts
+
+
+def test_a_handler_anywhere_in_the_memory_of_results():
+    """Neither waits for the call that it interrupted, nor takes its memory."""
+    like, handled = np.empty(1 << 18, np.float32), []
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != _memory.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            sys.settrace(None)
+            handled.append(_memory.empty_like(like))
+            handled[-1].fill(len(handled))
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    for _ in range(3):
+        sys.settrace(trace)
+        try:
+            result = _memory.empty_like(like)
+        finally:
+            sys.settrace(before)
+        result.fill(0)
+        assert len(handled) > 20
+        for i, array in enumerate(handled, 1):
+            assert (array[0], array[-1]) == (i, i)
+        handled.clear()
+    assert not _memory.blocks._busy
 
 
 # ---- errors ------------------------------------------------------------------------------
