@@ -212,15 +212,25 @@ def destination(
         raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; give an array that may be written to")
+    apart(out, *inputs, name=name, may_be_input=may_be_input)
+    return out
+
+
+def apart(out: Any, *inputs: Any, name: str = "out", may_be_input: bool = True) -> None:
+    """Raise ValueError where `out` shares memory with an input, unless it is that input.
+
+    Asked of what the caller gave, too, as what had to be copied first shares nothing any more.
+    """
+    if not isinstance(out, np.ndarray):
+        return
     for array in inputs:
-        if array is None or (array is out and may_be_input):
+        if not isinstance(array, np.ndarray) or (array is out and may_be_input):
             continue
         if array is out or _overlap(out, array, may_be_input):
             raise ValueError(
                 f"{name} overlaps an input{' in part' * may_be_input}, and would overwrite values "
                 f"not yet read; give {'the input itself, or ' * may_be_input}memory of its own"
             )
-    return out
 
 
 def _overlap(out: NDArray[Any], array: NDArray[Any], unless_same: bool) -> bool:

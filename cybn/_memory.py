@@ -44,7 +44,8 @@ class Blocks:
         """Return an uninitialized array with the shape, dtype and strides of a dense one."""
         size = rounded(like.nbytes + ALIGNMENT)
         with self._lock:
-            if self._busy:  # by the call that a signal's handler interrupted
+            # Busy is the call that a signal's handler, or the end of an object, came between.
+            if self._busy or size > self.limit:
                 return on(np.empty(size, np.uint8), like)
             self._busy = True
             try:
@@ -106,7 +107,8 @@ _NOTHING = np.empty(0, np.uint8)
 def on(block: NDArray[np.uint8], like: NDArray[Any]) -> NDArray[Any]:
     """Return an aligned array on `block` with the shape, dtype and strides of a dense one."""
     start = -block.__array_interface__["data"][0] % ALIGNMENT
-    return np.ndarray(like.shape, like.dtype, block, start, like.strides)
+    strides = None if like.flags.c_contiguous else like.strides  # those of size 1 may be anything
+    return np.ndarray(like.shape, like.dtype, block, start, strides)
 
 
 def rounded(size: int) -> int:
@@ -151,9 +153,9 @@ def set_cache_limit(limit: int) -> None:
     TypeError, ValueError
         `limit` is not an integer, or negative.
     """
-    if not isinstance(limit, int) or isinstance(limit, bool):
+    if not hasattr(limit, "__index__") or isinstance(limit, bool):
         raise TypeError(f"limit is {limit!r}; it must be an int, in bytes")
     if limit < 0:
         raise ValueError(f"limit is {limit}; it must be 0 or more bytes")
-    blocks.limit = limit
+    blocks.limit = int(limit)
     blocks.clear()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _rows
-from ._arguments import check_eps, destination, gradient_pair, tensor
+from ._arguments import apart, check_eps, destination, gradient_pair, tensor
 from .moments import Moments
 
 __all__ = [
@@ -99,6 +99,7 @@ def layer_norm(
     (array([[-1.,  1.],
            [ 0.,  0.]]), array([2., 2.]))
     """
+    apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.layer_form(x, axis)
     check_eps(eps)
@@ -150,6 +151,7 @@ def layer_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
     """
+    apart(out, dy, x, gamma)
     dy, x = gradient_pair(dy, x)
     form = _rows.layer_form(x, axis)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
@@ -204,6 +206,7 @@ def rms_norm(
     >>> y.round(6), mean_square
     (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
     """
+    apart(out, x, gamma)
     x = tensor("x", x)
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
@@ -248,6 +251,7 @@ def rms_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward`.
     """
+    apart(out, dy, x, mean_square, gamma)
     dy, x = gradient_pair(dy, x)
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
@@ -323,6 +327,7 @@ def group_norm(
     >>> y.round(6), m.mean
     (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
     """
+    apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.group_form(x, axis, num_groups)
     return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
@@ -361,6 +366,7 @@ def group_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
     """
+    apart(out, dy, x, gamma)
     dy, x = gradient_pair(dy, x)
     form = _rows.group_form(x, axis, num_groups)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
@@ -414,6 +420,7 @@ def instance_norm(
     (array([[[-1.,  1.],
             [-1.,  1.]]]), array([2., 7.]))
     """
+    apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.instance_form(x, axis)
     return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
@@ -451,6 +458,7 @@ def instance_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
     """
+    apart(out, dy, x, gamma)
     dy, x = gradient_pair(dy, x)
     form = _rows.instance_form(x, axis)
     return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _arguments, _layout, _statistics
 from ._arguments import (
+    apart,
     channel_axis,
     check_eps,
     companion,
@@ -171,6 +172,7 @@ def batch_norm(
         small = _small_forward(x, gamma, beta, axis, eps, act, out)
         if small is not None:
             return small
+    apart(out, x, gamma, beta, residual)
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     positions = choose(x.shape, axis, mask, weights, lengths)
@@ -249,6 +251,7 @@ def batch_norm_inference(
         y = _small_result(x, out)
         if y is not None and _SMALL_INFERENCE(x, mean, var, gamma, beta, y, axis, eps, *act):
             return y
+    apart(out, x, mean, var, gamma, beta, residual)
     x = tensor("x", x)
     axis = channel_axis(x, axis)
     positions = choose(x.shape, axis, mask, weights, lengths)
@@ -331,6 +334,8 @@ def batch_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
     """
+    apart(out, dy, x, gamma, beta, residual)
+    apart(out_residual, dy, x, gamma, beta, residual, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
     positions = choose(x.shape, axis, mask, weights, lengths)
     _check_batch(x, axis, positions)
@@ -399,6 +404,9 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`.
     """
+    given = dy, x, mean, var, gamma, beta, residual
+    apart(out, *given)
+    apart(out_residual, *given, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
     check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)

@@ -192,3 +192,18 @@ def test_the_limit_counts_blocks_in_use(blocks):
     assert used + free <= 3 * MIB
     for result in results:
         np.testing.assert_array_equal(result, 0)
+
+
+def test_strides_of_size_one_are_those_of_numpy(blocks, rng):
+    x = rng.standard_normal((2, 64, 64, 64), dtype=np.float32)[::-1][-1:]
+    y, _ = cybn.batch_norm(x)
+    assert y.nbytes >= LEAST
+    assert min(y.strides) > 0
+
+
+def test_more_than_the_limit_leaves_the_rest(blocks):
+    cybn.set_cache_limit(20 * MIB)
+    array(blocks, 14)
+    held = blocks.held()
+    array(blocks, 32)
+    assert blocks.held() == held

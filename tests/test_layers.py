@@ -431,3 +431,20 @@ def test_a_backward_that_raises_changes_nothing(mode, rng):
             bn.backward(bad, **options)
     assert snapshot(bn) == before
     bn.backward(dy)  # the input is still there
+
+
+@pytest.mark.parametrize("what", ["y", "beta", "gamma", "next layer"])
+def test_in_place_and_changed_since(rng, what):
+    """x is worked out from y, gamma and beta: a backward says so where they are others now."""
+    x, dy = rng.standard_normal((2, 5, 3, 7))
+    bn, after = cybn.BatchNorm(3, dtype="f8"), cybn.BatchNorm(3, dtype="f8")
+    after.beta[...] = 1
+    y = bn(x, out=x)
+    if what == "y":
+        y *= 2
+    elif what == "next layer":
+        after(y, out=y)
+    else:
+        getattr(bn, what)[1] += 0.5
+    with pytest.raises(RuntimeError, match="has changed since"):
+        bn.backward(dy)

@@ -422,3 +422,29 @@ def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
 def test_narrow_rows_are_the_kernels():
     """The width up to which channels-last rows must be dense is stated twice."""
     assert _layout.NARROW == _runtime.kernels.NARROW
+
+
+def test_overlap_with_what_is_copied_first(rng):
+    """An input that is read from a copy must not be spoilt either."""
+    room = np.zeros(2464, np.uint8)
+    x = np.frombuffer(room.data, np.float32, 600, 1).reshape(4, 3, 50)
+    out = np.frombuffer(room.data, np.float32, 600, 20).reshape(4, 3, 50)
+    x[...] = rng.standard_normal(x.shape)
+    steps = np.ones(600, np.float32)
+    gamma, over_gamma, fine = steps[::7][:3], steps.reshape(4, 3, 50), np.ones((4, 3, 50), "f4")
+    m, before = cybn.moments(fine + x), x.copy()
+    for call in (
+        lambda: cybn.batch_norm(x, out=out),
+        lambda: cybn.batch_norm_inference(x, np.ones(3), np.ones(3), out=out),
+        lambda: cybn.batch_norm_backward(x, fine, m, out=out),
+        lambda: cybn.batch_norm_backward(
+            x, fine, m, residual=fine, activation="relu", out_residual=out
+        ),
+        lambda: cybn.layer_norm(x, out=out),
+        lambda: cybn.group_norm(x, num_groups=1, out=out),
+        lambda: cybn.batch_norm(fine, gamma, out=over_gamma),
+    ):
+        with pytest.raises(ValueError, match="overlaps an input"):
+            call()
+    assert same_bits(x.copy(), before)
+    assert (steps == 1).all()

@@ -29,6 +29,7 @@ class _Saved(NamedTuple):
     from_output: bool
     residual: NDArray[Any] | None  # None where there was none
     selected: Mapping[str, Any]  # mask, weights and lengths, where given
+    mark: list[bytes] | None = None  # of what x is worked out from, where from_output
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -256,7 +257,12 @@ class Passes(Tracking):
         tells = self._activation is None or (self._activation == "leaky_relu" and self._slope > 0)
         if lost or residual is not None or not tells:
             return _Saved(statistics, None, False, residual, selected)
-        return _Saved(statistics, y, True, None, selected)
+        return _Saved(statistics, y, True, None, selected, self._mark(y))
+
+    def _mark(self, y: NDArray[Any]) -> list[bytes]:
+        """Return gamma, beta and a few values of y: some change where y is written over."""
+        few = y[tuple(slice(None, None, max(1, n // 4)) for n in y.shape)]
+        return [array.tobytes() for array in (few, self.gamma, self.beta) if array is not None]
 
     def backward(
         self,
@@ -293,7 +299,7 @@ class Passes(Tracking):
         ------
         RuntimeError
             If there was no forward since the last backward, or it wrote over its input and y
-            does not tell what that was.
+            does not tell what that was, or y, gamma or beta has changed since.
         TypeError, ValueError
             If `dy` or `out` does not fit the input; ValueError, if the forward wrote over its
             input, and a gamma is 0.
@@ -301,6 +307,12 @@ class Passes(Tracking):
         if _trials.active(self) is not None:
             raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
         saved = self._last("input or residual, which backward needs with this activation")
+        if saved.mark is not None and saved.mark != self._mark(saved.x):
+            raise RuntimeError(
+                "the last forward wrote its output over its input, and that output, gamma or beta "
+                "has changed since; backward needs all three. Give forward, or what came after it, "
+                "another out"
+            )
         own = self._own(self._gradient_names)
         options: dict[str, Any] = {
             "beta": self.beta,
