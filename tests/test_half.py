@@ -155,7 +155,7 @@ def test_streamed(rng, dtype, s, set_l3):
     calls = [
         lambda x, gamma, out: cybn.batch_norm(x, gamma, out=out)[0],
         lambda x, gamma, out: cybn.batch_norm(x, gamma, activation="silu", out=out)[0],
-        lambda x, gamma, out: cybn.group_norm(x, 1, gamma, out=out)[0],
+        lambda x, gamma, out: cybn.group_norm(x, gamma, num_groups=1, out=out)[0],
     ]
     x = rng.standard_normal((3, 5, s)).astype(dtype)
     gamma = rng.standard_normal(5).astype(np.float32)
