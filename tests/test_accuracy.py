@@ -348,6 +348,18 @@ def test_long_sums_keep_small_parts(rng, shape, level):
     assert np.abs(m.var() / ((1 + 2.0**-20) ** 2 - mean**2) - 1).max() <= 2.0**-20
 
 
+@every_layout
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_small_values_beside_a_huge_one(channels, axis, level):
+    """Where one value is 2**60, float64 loses each 32 that follow, but not their sum."""
+    n = 2**15
+    x = np.full((n, channels, 1), 2, np.float32)
+    x[n // 16 :: n // 8] = 1  # whose mean is the pivot
+    x[0] = 2.0**60
+    m = cybn.moments(lay(x, axis), axis=axis)
+    assert (np.abs((m.mean - 1) * n - (2.0**60 + n)) <= n // 8).all()
+
+
 @pytest.mark.row(13)
 @pytest.mark.parametrize("shape", [(2, 1, 2**23 + 5), (2**23 + 5, 2, 2)], ids=str)
 def test_counts_above_2_to_the_24(shape, figure):

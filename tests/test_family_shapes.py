@@ -72,6 +72,15 @@ def test_around_each_threshold_of_positions(s, rng):
     check(instance(1, 3, s), rng)
 
 
+@pytest.mark.row(16)
+@pytest.mark.parametrize("s", [2, 3, 7, 63, 64, 65, 127, 128, 129])
+def test_columns_of_many_channels(s, rng):
+    """Rows of several tiles whose columns are spread over channels, up to where runs begin."""
+    tile = 1024 // s * s
+    for channels in (tile // s, tile // s + 1, 2 * tile // s + 3):
+        check(group(2, 5, 2 * channels, s), rng)
+
+
 @pytest.mark.row(15)
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("rest", [(), (1,), (7, 7), (2, 3, 4), (23, 23)], ids=str)

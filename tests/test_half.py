@@ -5,6 +5,7 @@ import pytest
 from cases import FAMILIES, lay, same_bits
 
 import cybn
+from cybn import _runtime
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -134,6 +135,40 @@ def test_layouts_and_threads(rng, dtype):
     two = cybn.batch_norm(big, num_threads=2)
     assert same_bits(one[0], two[0])
     assert one[1] == two[1]
+
+
+@pytest.fixture
+def set_l3(level):
+    """Return a function that sets the size of L3 for both kernels, until the test is over."""
+    kernels = "batch_norm", "layer_norm"
+    modules = [_runtime.kernels_at(level, kernel) for kernel in kernels]
+    yield lambda size: [module.set_caches(2**18, size) for module in modules]
+    for kernel in kernels:
+        _runtime.kernels_at(level, kernel)  # sets them as the machine has them
+
+
+@pytest.mark.row(23)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("s", [1, 2, 7, 33, 127, 515, 1071])
+def test_streamed(rng, dtype, s, set_l3):
+    """Odd tails that go past the caches, to memory that is off a cache line."""
+    calls = [
+        lambda x, gamma, out: cybn.batch_norm(x, gamma, out=out)[0],
+        lambda x, gamma, out: cybn.batch_norm(x, gamma, activation="silu", out=out)[0],
+        lambda x, gamma, out: cybn.group_norm(x, gamma, num_groups=1, out=out)[0],
+    ]
+    x = rng.standard_normal((3, 5, s)).astype(dtype)
+    gamma = rng.standard_normal(5).astype(np.float32)
+    for call in calls:
+        set_l3(2**40)
+        y = call(x, gamma, None)
+        set_l3(0)
+        for off in (0, 1, 5):
+            room = np.full(x.size + 40, 7, dtype)
+            out = room[off:][: x.size].reshape(x.shape)
+            assert same_bits(call(x, gamma, out), y)
+            assert (room[:off] == 7).all()
+            assert (room[off + x.size :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
