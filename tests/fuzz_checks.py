@@ -396,7 +396,7 @@ def compare_twin(case, a, got, twin):
 
 
 def compare_float32(case, twin, got):
-    """Half types are float32, rounded once, to nearest even; what float32 stays is the same bits."""
+    """Half types are float32, rounded once; what stays float32 is the same bits."""
     if twin.x.itemsize > 2:
         return
     wide = replace(twin, x=twin.x.astype(np.float32))
