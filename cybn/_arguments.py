@@ -121,6 +121,12 @@ def whole(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}; it must be an int") from None
 
 
+def check_mapping(state: Any) -> None:
+    """Refuse a state that is no mapping."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
+
+
 def check_eps(eps: float, least: float | None = None) -> None:
     """Refuse an eps that is not positive, or not at least `least` where given, or not finite."""
     eps = number("eps", eps)
