@@ -192,7 +192,7 @@ def _rounded(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return `array` in C order and of this float type; a value beyond float32 is inf."""
     if array.dtype == dtype:
         return np.ascontiguousarray(array)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return array.astype(dtype, order="C")
 
 

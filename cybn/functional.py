@@ -651,7 +651,7 @@ def _backward(
         _STORAGE[e],
         nt,
     )
-    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
+    with np.errstate(all="ignore"):  # a sum beyond float32 is inf, as in the kernels
         gradients = _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
     if dresidual is None or kept is None:
         return gradients
