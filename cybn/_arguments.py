@@ -113,12 +113,28 @@ def number(name: str, value: Any) -> float:
     raise TypeError(f"{name} is {value!r}; it must be a number")
 
 
-def whole(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     """Return `value` as an int."""
     try:
         return index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; it must be an int") from None
+
+
+def integer_from(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`; a bool is none."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value}; it must be an int")
+    given = integer(name, value)
+    if given < least:
+        raise ValueError(f"{name} is {given}; it must be at least {least}")
+    return given
+
+
+def check_mapping(state: Any) -> None:
+    """Refuse a state that is no mapping."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
 
 
 def check_eps(eps: float, least: float | None = None) -> None:
@@ -135,7 +151,7 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
     ndim = x.ndim
     if ndim < 2:
         raise ValueError(f"x has shape {x.shape}; it must have at least 2 axes, such as (N, C)")
-    axis = whole("axis", axis)
+    axis = integer("axis", axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     return axis + ndim if axis < 0 else axis

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _layout
-from ._arguments import channel_axis, check_eps, destination, storage, tensor, whole
+from ._arguments import channel_axis, check_eps, destination, integer, integer_from, storage, tensor
 from ._runtime import row_kernels, thread_count
 from .moments import Moments
 
@@ -68,13 +68,11 @@ class Form(NamedTuple):
 
 
 def layer_form(x: NDArray[Any], axis: int) -> Form:
-    return _layer_form(x.shape, whole("axis", axis))
+    return _layer_form(x.shape, integer("axis", axis))
 
 
 def group_form(x: NDArray[Any], axis: int, num_groups: int) -> Form:
-    if isinstance(num_groups, bool):
-        raise TypeError(f"num_groups is {num_groups!r}; it must be an int")
-    num_groups = whole("num_groups", num_groups)
+    num_groups = integer_from("num_groups", num_groups)
     return _group_form(x.shape, _sample_channel_axis(x, axis), num_groups)
 
 
@@ -100,7 +98,7 @@ def _layer_form(shape: tuple[int, ...], axis: int) -> Form:
 @lru_cache(maxsize=1024)
 def _group_form(shape: tuple[int, ...], axis: int, num_groups: int) -> Form:
     channels = shape[axis]
-    if num_groups < 1 or channels % num_groups:
+    if channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
     positions = _positions(shape, axis)
     count = channels // num_groups * positions
@@ -192,7 +190,7 @@ def _rounded(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return `array` in C order and of this float type; a value beyond float32 is inf."""
     if array.dtype == dtype:
         return np.ascontiguousarray(array)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return array.astype(dtype, order="C")
 
 

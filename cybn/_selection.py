@@ -96,7 +96,7 @@ def choose(
         count = total = int(np.count_nonzero(shares))
         return None if count == shares.size else Positions(shares, count, total)
     shares = np.broadcast_to(np.where(True if valid is None else valid, often, 0.0), one)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         sum_of = float(shares.sum())
     if not isfinite(sum_of):
         raise ValueError(f"weights sum to {sum_of}; {SCALE_THEM}")

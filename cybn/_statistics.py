@@ -51,7 +51,7 @@ def shared(
     if positions is None:
         return None, None, 0.0, False, False
     given = plan.rows(positions.shares)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         shares: NDArray[Any] = np.array(
             given, np.float64 if x.itemsize == 8 else np.float32, order="C"
         )

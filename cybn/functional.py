@@ -404,9 +404,9 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`.
     """
-    given = dy, x, mean, var, gamma, beta, residual
-    apart(out, *given)
-    apart(out_residual, *given, name="out_residual", may_be_input=False)
+    inputs = dy, x, mean, var, gamma, beta, residual
+    apart(out, *inputs)
+    apart(out_residual, *inputs, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
     check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
@@ -659,7 +659,7 @@ def _backward(
         _STORAGE[e],
         nt,
     )
-    with np.errstate(over="ignore"):  # a sum beyond float32 is inf, as in the kernels
+    with np.errstate(all="ignore"):  # a sum beyond float32 is inf, as in the kernels
         gradients = _deliver(dx, target), work[1].astype(dtype), work[0].astype(dtype)
     if dresidual is None or kept is None:
         return gradients

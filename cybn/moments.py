@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import array as as_plain
-from ._arguments import channel_axis, tensor
+from ._arguments import channel_axis, check_mapping, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
 from ._selection import SCALE_THEM, Selection, select
@@ -397,8 +397,7 @@ class Moments:
         TypeError
             If `state` is no mapping, or a value is not of numbers.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
+        check_mapping(state)
         required = {"count", "mean", "m2"}
         if not required <= set(state) <= required | {"rest"}:
             raise ValueError(
@@ -488,7 +487,7 @@ def _is_nothing(count: Count) -> bool:
 def _sum(a: Count, b: Count) -> Count:
     """Return the count of two parts; OverflowError where it is beyond its type."""
     try:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             total = a + b
     except OverflowError:
         raise OverflowError(f"the counts {a} and {b} are too large to be added") from None

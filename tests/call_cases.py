@@ -43,6 +43,7 @@ LENGTHS = np.array([5, 4, 3, 2])
 MOST = np.full(C, np.iinfo(np.int64).max)
 EMPTY = np.zeros((0, C, 5), np.float32)
 ONE = np.ones((1, C), np.float32)
+TINY = np.full(C, 1e-60)  # 0 in float32
 HUGE = np.full((2, C), 3e38, np.float32) * np.array([[1], [-1]], np.float32)
 BEYOND = 1 << 1024  # no float is as large
 M = cybn.moments(X)
@@ -222,6 +223,7 @@ good(cybn.group_norm, X, G, V, num_groups=1)
 good(cybn.group_norm_backward, DY, X, cybn.group_norm(X, num_groups=3)[1], num_groups=3)
 good(cybn.instance_norm, LARGE, num_threads=2)
 good(cybn.instance_norm_backward, DY, X, cybn.instance_norm(X)[1])
+good(cybn.group_norm, X, TINY, TINY, num_groups=3)
 for call in (
     cybn.layer_norm,
     cybn.rms_norm,
@@ -284,6 +286,8 @@ good(step, BN, mask=MASK)
 good(step, BN, residual=R)
 good(lambda: BN.load_state_dict(BN.state_dict()))
 good(lambda: BN.restore(BN.snapshot()))
+good(lambda: cybn.BatchNorm(C).set_statistics(cybn.Moments(2, TINY, TINY)))
+good(lambda: setattr(cybn.BatchNorm(C), "running_mean", TINY))
 for options in [
     {"num_features": 0},
     {"num_features": 2.0},

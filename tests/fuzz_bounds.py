@@ -38,6 +38,15 @@ def widened(*arrays):
     ]
 
 
+def stored(exact, bound, dtype):
+    """Return the bound of what is rounded to a type."""
+    info = ml_dtypes.finfo(dtype)
+    tiny = 4 * float(info.smallest_subnormal)
+    if dtype.itemsize > 2:
+        return bound + tiny
+    return bound + float(info.eps) * 0.51 * (np.abs(exact) + bound) + tiny
+
+
 class Bounds:
     """Exact values of all results of one batch normalization, and their bounds, as rows (C, M)."""
 
@@ -108,14 +117,6 @@ class Bounds:
             bound = bound + self.ulp / 8 * np.abs(z)
         return z, bound
 
-    def stored(self, exact, bound):
-        """Return the bound of what is rounded to the type of x."""
-        info = ml_dtypes.finfo(self.x.dtype)
-        tiny = 4 * float(info.smallest_subnormal)
-        if self.x.dtype.itemsize > 2:
-            return bound + tiny
-        return bound + float(info.eps) * 0.51 * (np.abs(exact) + bound) + tiny
-
     @np.errstate(all="ignore")
     def forward(self):
         """Return y and its bound."""
@@ -135,7 +136,7 @@ class Bounds:
                 else LARGEST_SLOPE.get(self.act, 1)
             )
             bound = steep * bound + self.ulp * np.abs(y)
-        return y, self.stored(y, bound)
+        return y, stored(y, bound, self.x.dtype)
 
     @np.errstate(all="ignore")
     def backward(self, dy, from_output=False, equal=False):
@@ -172,9 +173,9 @@ class Bounds:
         share = self.w / self.w.sum() if self.fixed is None else 0
         dx = np.abs(self.g) * r * (self.ulp * np.abs(g) + dg + share * (db + size * dgm))
         dx = np.where(self.w > 0, dx, 0)
-        bounds = [self.stored(exact[0], dx), dgm[:, 0], db[:, 0]]
+        bounds = [stored(exact[0], dx, self.x.dtype), dgm[:, 0], db[:, 0]]
         if len(exact) > 3:
-            bounds.append(self.stored(exact[3], self.ulp * np.abs(g) + dg))
+            bounds.append(stored(exact[3], self.ulp * np.abs(g) + dg, self.x.dtype))
         return exact, bounds
 
     def _through(self, dy, xhat, known):

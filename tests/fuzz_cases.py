@@ -201,7 +201,7 @@ class Case:
     kind: str  # of values
     views: dict
     seed: int  # of the values
-    eps: float
+    eps: float | None
     gamma: str | None  # its type
     beta: str | None
     threads: int
@@ -299,13 +299,14 @@ def draw_family(dice, op):
         axis = dice.choice([i for i in range(-ndim, ndim) if i % ndim])
         channels = shape[axis]
         groups = dice.choice([g for g in range(1, channels + 1) if channels % g == 0])
-    dtype = dice.choice(("float32", "float32", "float64"))
+    dtype = dice.choice(("float32", "float32", "float64", "float64", "float16", "bfloat16"))
+    own = (None, None) if op.startswith("rms") else ()  # the machine epsilon of the type
     return Case(
         op=op,
         shape=shape,
         axis=axis,
         kind=dice.choice(KINDS),
-        eps=dice.choice((1e-5, 1e-5, 1e-3, 0.5, 1e-8)),
+        eps=dice.choice((1e-5, 1e-5, 1e-3, 0.5, 1e-8, *own)),
         groups=groups,
         **draw_common(dice, op, ndim, dtype, {}),
     )

@@ -4,13 +4,13 @@ The twin has its own copies of the arrays, one thread, another instruction level
 results must be the same bits. The exact results come from `fuzz_bounds` and `family_cases`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import family_cases
 import numpy as np
 from bounds import ULP32, ULP64
 from conftest import bind
-from fuzz_bounds import EQUAL, Bounds, rows, wrong
+from fuzz_bounds import EQUAL, Bounds, rows, stored, wrong
 from fuzz_cases import DTYPES, FAMILY, LEVELS, Case, values
 
 import cybn
@@ -243,7 +243,8 @@ def of_moments(m):
 def member_of(case):
     name = case.op.removesuffix("_backward")
     groups = case.groups if name == "group" else 0
-    return family_cases.Case(name, case.shape, case.axis, groups, {"eps": case.eps})
+    options = {} if case.eps is None else {"eps": case.eps}
+    return family_cases.Case(name, case.shape, case.axis, groups, options)
 
 
 def call_family(case, a, k):
@@ -368,6 +369,8 @@ def compare_twin(case, a, got, twin):
     """The same bits from plain copies, one thread and another level; NaN stays where it is."""
     other = call(case, twin, 1, other_level(case.level))
     assert got.keys() == other.keys()
+    if case.op in FAMILY:
+        compare_float32(case, twin, other)
     view = case.views["x"]
     moved = view.stretched or view.order != tuple(range(a.x.ndim))
     # rows are added as they lie in memory
@@ -390,6 +393,19 @@ def compare_twin(case, a, got, twin):
         if name in ("y", "dx", "dresidual"):
             one, two = (by_rows(case, v)[~spoilt] for v in (value, other[name]))
             assert same(one, two), f"{name} of another channel or row changed with a NaN"
+
+
+def compare_float32(case, twin, got):
+    """Half types are float32, rounded once; what stays float32 is the same bits."""
+    if twin.x.itemsize > 2:
+        return
+    wide = replace(twin, x=twin.x.astype(np.float32))
+    wide.dy = None if twin.dy is None else twin.dy.astype(np.float32)
+    for name, value in call(case, wide, 1, case.level).items():
+        if name in ("y", "dx"):
+            with np.errstate(over="ignore"):
+                value = value.astype(twin.x.dtype)
+        assert same(got[name], value), f"{name} is other bits than float32, rounded"
 
 
 def by_rows(case, array):
@@ -481,31 +497,37 @@ def check_constant(exact, y):
 
 def check_family(case, a, got):
     member, dtype = member_of(case), DTYPES[case.dtype]
+    computed = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    if case.eps is None:
+        member = replace(member, options={"eps": float(np.finfo(computed).eps)})
+    x = a.x.astype(computed)
     rms = not member.centred
     spoilt = spoilt_rows(case, a)
     ones = np.ones(member.parameter_shape)
     gamma = ones if a.gamma is None else a.gamma
     beta = np.zeros_like(ones) if a.beta is None or rms else a.beta
-    tiny = 8 * float(np.finfo(dtype).smallest_subnormal)
+    tiny = 8 * float(np.finfo(computed).smallest_subnormal)
     with np.errstate(all="ignore"):
-        wide = member.rows(a.x.astype(np.longdouble))
+        wide = member.rows(x.astype(np.longdouble))
         mean, std = family_cases.row_statistics(member, wide)
         usable = ~spoilt
-        if dtype == np.float32 and not rms:
+        if computed == np.float32 and not rms:
             usable &= (np.abs(mean) <= 1e6 * std).reshape(-1)
         if "backward" not in case.op:
-            exact, bound = family_cases.forward_bound(member, a.x, gamma, beta)
+            exact, bound = family_cases.forward_bound(member, x, gamma, beta)
             # x * r may be subnormal before gamma makes it larger
             bound = bound + tiny * (1 + np.abs(member.along(gamma).astype(np.float64)))
-            compare("y", by_rows(case, got["y"]), flat(exact), flat(bound), usable, dtype)
+            bound = flat(stored(exact, bound, dtype))
+            compare("y", by_rows(case, got["y"]), flat(exact), bound, usable, dtype)
             return
-        exact, bounds = family_cases.backward_bound(member, a.dy, a.x, gamma)
+        exact, bounds = family_cases.backward_bound(member, a.dy.astype(computed), x, gamma)
         lost = (
-            tiny * a.x.size * (1 + float((1 / std)[std > 0].max(initial=0)))
+            tiny * x.size * (1 + float((1 / std)[std > 0].max(initial=0)))
         )  # products may underflow
         if case.views["dy"].stretched:
             bounds = [EQUAL * b for b in bounds]
-    compare("dx", by_rows(case, got["dx"]), flat(exact[0]), flat(bounds[0]) + tiny, usable, dtype)
+        bound = stored(exact[0], bounds[0] + tiny, dtype)
+    compare("dx", by_rows(case, got["dx"]), flat(exact[0]), flat(bound), usable, dtype)
     if not usable.all():
         return
     for name, w, b in zip(("dgamma", "dbeta"), exact[1:], bounds[1:], strict=False):

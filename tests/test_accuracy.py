@@ -124,7 +124,9 @@ def test_an_outlier_among_the_samples(rng, axis, level):
 @every_layout
 @every_dtype
 @pytest.mark.parametrize(
-    "shape", [(30, 4, 13), (3, 5, 1071), (4097, 3, 1), (900, 2, 77), (3, 2, 45000)], ids=str
+    "shape",
+    [(30, 4, 13), (3, 5, 1071), (20001, 3, 1), (20001, 40, 1), (900, 2, 77), (3, 2, 45000)],
+    ids=str,
 )
 def test_samples_that_are_all_outliers(rng, shape, dtype, axis, level):
     """The pivot is the mean of eight values, and these lie sqrt(M / 8) standard deviations off."""

@@ -136,3 +136,27 @@ def test_explain(capsys, data):
     assert "average" not in text
     cybn.InstanceNorm1d(C).eval().explain()
     assert "with the statistics of each sample" in capsys.readouterr().out
+
+
+def test_samples_of_no_positions_are_nothing(data):
+    norm, nothing = layer(), np.empty((2, C, 0))
+    empty = cybn.population_statistics(norm, [nothing, nothing])[norm]
+    assert empty.count == 0
+    whole = cybn.population_statistics(norm, [data])[norm]
+    mixed = cybn.population_statistics(norm, [nothing, data, nothing])[norm]
+    assert mixed == whole
+    assert same_bits(mixed.var(1), whole.var(1))
+
+
+def test_counts_too_large_to_be_added(data):
+    norm = layer()
+    m = cybn.population_statistics(norm, [data])[norm]
+    most = SampleMoments.from_state_dict(m.state_dict() | {"count": np.finfo(float).max})
+    with pytest.raises(OverflowError, match="are too large to be added"):
+        most.merge(most)
+
+
+@pytest.mark.parametrize("state", [None, 3, [("count", 1)]])
+def test_a_state_is_a_mapping(state):
+    with pytest.raises(TypeError, match=r"the state is of type \w+; it must be a dict"):
+        SampleMoments.from_state_dict(state)

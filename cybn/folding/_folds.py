@@ -58,7 +58,7 @@ def bias_of(bias: ArrayLike | None, channels: int) -> Array:
 
 def _rounded(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
     """Return `wide` as `dtype`; ValueError where a value is not finite or does not fit."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         array = wide.astype(dtype)
     if not np.isfinite(array).all():
         raise ValueError(
@@ -82,8 +82,8 @@ def _fold(
     kernel = seen(wide, layouts, layout, groups)
     g, _, o, *taps = kernel.shape
     affine.need(g * o, "outputs")
-    b = bias_of(bias, g * o) * affine.scale + affine.shift
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        b = bias_of(bias, g * o) * affine.scale + affine.shift
         kernel *= affine.scale.reshape(g, 1, o, *(1 for _ in taps))
     return _rounded("weight", wide, weight.dtype), _rounded("bias", b, weight.dtype)
 
@@ -275,7 +275,7 @@ def fold_into_next_linear(
     matrix = seen(wide, LINEAR, layout, 1)[0]  # (inputs, outputs)
     s, last = positions(len(matrix), len(affine.scale), flatten)
     spread = np.tile if last else np.repeat
-    b = bias_of(bias, matrix.shape[1]) + spread(affine.shift, s) @ matrix
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        b = bias_of(bias, matrix.shape[1]) + spread(affine.shift, s) @ matrix
         matrix *= spread(affine.scale, s)[:, np.newaxis]
     return _rounded("weight", wide, weight.dtype), _rounded("bias", b, weight.dtype)

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._arguments import integer_from
+
 Array = NDArray[Any]
 Grouped = Callable[[Array, int], Array]
 
@@ -109,14 +111,11 @@ def seen(weight: Array, layouts: dict[str, Grouped], layout: str, groups: int) -
     """Return a view of `weight` as (G, I, O, *taps)."""
     if layout not in layouts:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(layouts)}")
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups is {groups!r}; it must be an int")
-    if groups < 1:
-        raise ValueError(f"groups is {groups}; it must be at least 1")
+    groups = integer_from("groups", groups)
     least = 2 if layouts is LINEAR else 3
     if weight.ndim < least or (layouts is LINEAR and weight.ndim > 2):
         need = "2 axes" if layouts is LINEAR else "at least 3: two of channels, then taps"
         raise ValueError(f"weight has shape {weight.shape}; it must have {need}")
     if weight.size == 0:
         raise ValueError(f"weight has shape {weight.shape}; it must not be empty")
-    return layouts[layout](weight, int(groups))
+    return layouts[layout](weight, groups)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._arguments import integer_from
 from ..layers import BatchNorm
 from ._convolution import convolve, convolve_transposed
 from ._folds import (
@@ -121,10 +122,10 @@ def _run(steps: list[Step], x: Array) -> _Sum:
 
 
 def _check_step(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an int, the same along each axis")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    try:
+        integer_from(name, value, least)
+    except TypeError as error:
+        raise TypeError(f"{error}, the same along each axis") from None
 
 
 def measure(

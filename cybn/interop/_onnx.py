@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._arguments import integer_from
 from ..layers import BatchNorm
 from ._layers import arrays_of, build, other_momentum
 
@@ -119,10 +120,7 @@ def to_onnx(
         As in `to_keras`; ValueError too if `opset` is below 7, or the layer's momentum is None and
         `training` is True. For inference such a node goes without momentum.
     """
-    if isinstance(opset, bool) or not hasattr(opset, "__index__"):
-        raise TypeError(f"opset is {opset!r}; it must be an int")
-    if opset < 7:
-        raise ValueError(f"opset is {opset}; it must be at least 7")
+    opset = integer_from("opset", opset, 7)
     arrays = arrays_of(bn, "onnx", name, count)
     if opset < 14:
         arrays = {_old_name(key): array for key, array in arrays.items()}

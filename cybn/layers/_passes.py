@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import functional
-from .._arguments import array
+from .._arguments import array, integer
 from ..moments import Moments
 from . import _parts, _settings, _trials
 from ._parts import Part
@@ -47,7 +47,7 @@ class Passes(Tracking):
 
     _by_sample: ClassVar[bool] = False  # whether each sample has statistics of its own
 
-    axis = Setting(_settings.integer)
+    axis = Setting(integer)
     activation = Setting(_settings.activation)
     slope = Setting(_settings.slope)
     virtual_batch_size = Setting(_settings.virtual_batch_size)

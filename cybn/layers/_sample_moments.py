@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..moments import Moments
+from .._arguments import check_mapping
+from ..moments import Moments, _is_nothing, _sum
 
 __all__ = ["SampleMoments"]
 
@@ -54,9 +55,11 @@ class SampleMoments(Moments):
             If `other` is no `SampleMoments`.
         ValueError
             If the numbers of channels differ.
+        OverflowError
+            If the counts are too large to be added.
         """
         if not isinstance(other, SampleMoments):
-            if isinstance(other, Moments) and not np.any(other.count) and len(other) == len(self):
+            if isinstance(other, Moments) and _is_nothing(other.count) and len(other) == len(self):
                 return self
             raise TypeError(
                 f"other is of type {type(other).__name__}; these are statistics within samples, "
@@ -64,7 +67,11 @@ class SampleMoments(Moments):
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
-        count = self.count + other.count
+        if _is_nothing(self.count):
+            return other
+        if _is_nothing(other.count):
+            return self
+        count = _sum(self.count, other.count)
         with np.errstate(all="ignore"):
             mean = self.mean + (other.mean - self.mean) * (other.count / count)
             m2 = self.m2 + other.m2
@@ -76,7 +83,8 @@ class SampleMoments(Moments):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> SampleMoments:
-        """Return what `state_dict` was called on; ValueError where it is not such a state."""
+        """Return what `state_dict` was called on; errors are those of `Moments`."""
+        check_mapping(state)
         given = dict(state)
         samples = np.asarray(given.pop("samples", None))
         plain = Moments.from_state_dict(given)

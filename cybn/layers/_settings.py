@@ -8,7 +8,7 @@ from typing import Any, Generic, Self, TypeVar, get_args, overload
 import numpy as np
 
 from .. import functional
-from .._arguments import check_eps, number
+from .._arguments import check_eps, integer_from, number
 from ._renorm import Renorm
 from ._running import NanPolicy
 
@@ -64,22 +64,6 @@ class Fixed(Setting[T]):
 # ---- checks ------------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any) -> int:
-    """Return an int."""
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an int")
-    return int(value)
-
-
-def whole(name: str, value: Any) -> int:
-    """Return an int of at least 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an int")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-    return int(value)
-
-
 def flag(name: str, value: Any) -> bool:
     """Return a bool; whatever Python takes for one is one."""
     return bool(value)
@@ -132,7 +116,7 @@ def nan_policy(name: str, value: Any) -> NanPolicy:
 def virtual_batch_size(name: str, value: Any) -> int | None:
     """Return a number of samples, or None."""
     try:
-        return None if value is None else whole(name, value)
+        return None if value is None else integer_from(name, value)
     except TypeError as error:
         raise TypeError(f"{error}, or None") from None
 

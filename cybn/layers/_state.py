@@ -16,8 +16,7 @@ _MOST_BATCHES = int(np.iinfo(np.int64).max)
 
 def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
     """Raise ValueError unless `state` has exactly the expected keys."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
+    _arguments.check_mapping(state)
     expected = set(expected)
     missing, extra = sorted(expected - set(state)), sorted(map(str, set(state) - expected))
     if missing or extra:
@@ -39,7 +38,7 @@ def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> ND
         raise ValueError(f"{name} is {given.dtype}; it must be a float array")
     if given.shape != shape:
         raise ValueError(f"{name} has shape {given.shape}; it must have shape {shape}")
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return given.astype(dtype)
 
 

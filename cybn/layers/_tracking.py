@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _runtime
+from .._arguments import integer_from
 from ..moments import Moments
 from . import _settings, _state
 from ._layer import Layer
@@ -22,7 +23,7 @@ __all__ = ["Tracking"]
 class Tracking(Switches, Layer):
     """A layer with running statistics, unless `track_running_stats` is False."""
 
-    num_features = Fixed(_settings.whole)
+    num_features = Fixed(integer_from)
     affine = Fixed(_settings.flag)
     eps = Setting(_settings.positive)
     momentum = Setting(_settings.momentum)

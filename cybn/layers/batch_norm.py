@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import functional
+from .._arguments import integer
 from ..moments import Moments
 from . import _conventions
 from ._explain import explain
 from ._renorm import Renorm
 from ._running import NanPolicy
 from ._safety import Safety
-from ._settings import integer
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import family
+from .._arguments import integer, integer_from
 from ._per_sample import PerSample
-from ._settings import integer, positive, whole
+from ._settings import positive
 
 __all__ = ["GroupNorm"]
 
@@ -81,8 +82,8 @@ class GroupNorm(PerSample):
         affine: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_groups = whole("num_groups", num_groups)
-        self.num_channels = whole("num_channels", num_channels)
+        self.num_groups = integer_from("num_groups", num_groups)
+        self.num_channels = integer_from("num_channels", num_channels)
         if self.num_channels % self.num_groups:
             raise ValueError(
                 f"num_channels is {num_channels}; it must be a multiple of num_groups, {num_groups}"

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import family
+from .._arguments import integer_from
 from ._per_sample import PerSample
-from ._settings import positive, whole
+from ._settings import positive
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -19,7 +20,7 @@ def _sizes(normalized_shape: Any) -> tuple[int, ...]:
     """Return the normalized shape as a tuple of ints of at least 1."""
     given = [normalized_shape] if hasattr(normalized_shape, "__index__") else normalized_shape
     try:
-        sizes = tuple(whole("a size in normalized_shape", size) for size in given)
+        sizes = tuple(integer_from("a size in normalized_shape", size) for size in given)
     except TypeError:
         raise TypeError(
             f"normalized_shape is {normalized_shape!r}; it must be an int or a tuple of ints"
