@@ -107,8 +107,9 @@ def run(kind, folder, whole, more):
         check_replaced(folder)
     check_faults(kind, python, folder, environment)
     tests = [] if any(word.startswith("test") for word in more) else chosen(kind, whole)
-    shown = ["--capture=sys"]  # what C prints before it ends the process
-    command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shown, "-k", NOT, *tests, *more]
+    shown = ["-q", "--capture=sys"]  # with what C prints before it ends the process
+    plain = ["-p", "no:cacheprovider", "-k", NOT]
+    command = [*python, "-m", "pytest", *shown, *plain, *tests, *more]
     print("+", *command, flush=True)
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
