@@ -50,34 +50,6 @@ def test_absurd_numbers_are_cut(default):
     assert cybn.get_num_threads() == _runtime.thread_count(10**9)
 
 
-@pytest.mark.row(29)
-@pytest.mark.parametrize(
-    ("files", "cpus"),
-    [
-        ({}, None),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"a/b/cpu.max": "250000 100000\n"}, 3),  # two and a half
-        ({"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "150000 100000\n"}, 2),
-        ({"a/cpu.max": "100000 100000\n", "a/b/cpu.max": "800000 100000\n"}, 1),
-        ({"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
-        ({"a/b/cpu.max": "1000 100000\n"}, 1),
-        ({"a/b/cpu.max": "garbage\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-    ],
-)
-def test_quota_of_a_cgroup(monkeypatch, tmp_path, files, cpus):
-    """The tightest quota on the way up from the process's own cgroup, in whole CPUs."""
-    for name, text in files.items():
-        file = tmp_path / "sys/fs/cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
-    monkeypatch.setattr(_runtime, "Path", lambda name: tmp_path / name.lstrip("/"))
-    assert _runtime._cgroup_cpus() == cpus
-
-
 def test_scope(default):
     cybn.set_num_threads(3)
     with cybn.threads(2):

@@ -25,7 +25,7 @@ cdef void reduce_runs(
     cdef Py_ssize_t pieces = (length + step - 1) // step
     for i in range((t.c1 - t.c0) * 2 * WIDE):
         acc[i] = 0
-    if job.activation != IDENTITY:
+    if job.reduce == DOTS and job.activation != IDENTITY:
         scale_coefficients(job, t.c0, t.c1, hi, a, b)
     for c in range(t.c1 - t.c0):
         hi[c] = <T> shift[t.c0 + c]
@@ -117,7 +117,7 @@ cdef void reduce_rows(
     cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, end = w - m
     cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
     cdef Py_ssize_t half = (w * step + 1) // 2
-    if job.activation != IDENTITY:
+    if job.reduce == DOTS and job.activation != IDENTITY:
         scale_coefficients(job, t.c0, t.c1, hi + end, scale_a + end, scale_b + end)
         spread(scale_a + end, m, job.S, scale_a)
         spread(scale_b + end, m, job.S, scale_b)

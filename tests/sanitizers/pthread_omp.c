@@ -102,3 +102,5 @@ int omp_get_thread_num(void) { return (int)self.number; }
 int omp_get_num_threads(void) { return self.team ? (int)self.team->size : 1; }
 
 int omp_get_max_threads(void) { return 2; }
+
+int omp_get_thread_limit(void) { return MOST; }
