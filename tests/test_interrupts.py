@@ -309,7 +309,13 @@ def test_no_one_is_left_holding_the_lock():
     from threading import Thread
 
     got = []
-    thread = Thread(target=lambda: got.append(_runtime.turn.acquire(timeout=5)))
+
+    def take_and_give_back():
+        got.append(_runtime.turn.acquire(timeout=5))
+        if got[0]:
+            _runtime.turn.release()
+
+    thread = Thread(target=take_and_give_back)
     thread.start()
     thread.join()
     assert got == [True]
