@@ -355,9 +355,11 @@ bad(BN.set_statistics, cybn.Moments(1, V, V))
 bad(cybn.BatchNorm(C, track_running_stats=False).scale_shift)
 
 
-def overwritten(bn):
+def overwritten(bn, again=False):
     x = X.copy()
     bn(x, out=x)
+    if again:
+        x += 1
     bn.backward(DY)
 
 
@@ -373,6 +375,7 @@ def frozen(layer):
 
 
 bad(lambda: overwritten(cybn.BatchNorm(C, activation="silu")))
+bad(lambda: overwritten(cybn.BatchNorm(C), again=True))
 bad(lambda: overwritten(cybn.LayerNorm(5)))
 bad(previewed)
 bad(lambda: frozen(cybn.BatchNorm(C)))

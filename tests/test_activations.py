@@ -338,7 +338,7 @@ def test_errors(rng):
         with pytest.raises(ValueError, match="out overlaps an input in part"):
             call(x, residual=room[1:], out=room[:4])
     with pytest.raises(ValueError, match="out_residual has shape"):
-        cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r[:2])
+        cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r[:2].copy())
 
 
 # ---- one array instead of two --------------------------------------------------------------
