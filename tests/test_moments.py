@@ -70,7 +70,7 @@ def test_var():
     np.testing.assert_array_equal(B.var(ddof=1), B.m2 / 5)
     with pytest.raises(ValueError, match="ddof=1 needs a count of more than 1, and count is 1"):
         Moments(1, [0.0], [0.0]).var(ddof=1)
-    with pytest.raises(ValueError, match=r"ddof=0 needs more than 0 values.*count is 0"):
+    with pytest.raises(ValueError, match="ddof=0 needs a count of more than 0, and count is 0"):
         empty().var()
 
 

@@ -258,8 +258,10 @@ class Machine(stateful.RuleBasedStateMachine):
     def scribble(self):
         """What the layer hands out in place may be written to, and changes nothing taken before."""
         self.bn.running_mean[:] = 0.5
-        self.bn.gamma *= -1
-        self.model.mean, self.model.gamma = np.full(C, 0.5), -self.model.gamma
+        self.model.mean = np.full(C, 0.5)
+        if self.bn._saved is None or self.bn._saved.mark is None:  # or else backward needs gamma
+            self.bn.gamma *= -1
+            self.model.gamma = -self.model.gamma
         if self.model.saved is not None and len(self.model.saved) == 3:
             self.model.saved = None  # the running statistics of that forward are no more
             self.bn.backward(np.ones_like(self.bn._saved.x))
