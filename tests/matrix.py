@@ -109,8 +109,9 @@ class Matrix:
         return "\n".join(lines)
 
     def holes(self):
-        """Return the rows that failed or were never run."""
-        return [n for n in ROWS if self.row(n)["failed"] or not self.row(n)["passed"]]
+        """Return the rows that failed or were never run; skipped for a reason is neither."""
+        rows = {n: self.row(n) for n in ROWS}
+        return [n for n, r in rows.items() if r["failed"] or not (r["passed"] or r["skipped"])]
 
 
 def plain(value):
