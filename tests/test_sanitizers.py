@@ -1,5 +1,6 @@
 """Row 33: builds with checks compiled in, and that a check that fires fails the run."""
 
+import os
 import re
 import signal
 import subprocess
@@ -94,6 +95,7 @@ def test_an_error_that_nobody_can_catch_fails_the_run(tmp_path):
     test.write_text(UNRAISABLE)
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(tmp_path)]
     command = [sys.executable, "-P", "-m", "pytest", *options, str(test)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    own = os.environ | {"PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert done.returncode == 1
     assert "out of bounds, where nobody can catch it" in done.stdout
