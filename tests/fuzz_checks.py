@@ -517,6 +517,8 @@ def check_family(case, a, got):
             exact, bound = family_cases.forward_bound(member, x, gamma, beta)
             # x * r may be subnormal before gamma makes it larger
             bound = bound + tiny * (1 + np.abs(member.along(gamma).astype(np.float64)))
+            if case.views["x"].stretched:  # equal values: roundings all go one way
+                bound = 2 * bound
             bound = flat(stored(exact, bound, dtype))
             compare("y", by_rows(case, got["y"]), flat(exact), bound, usable, dtype)
             return
