@@ -76,6 +76,7 @@ class Disturber:
 @contextmanager
 def interrupted(at):
     before, disturber = sys.gettrace(), Disturber(at)
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12 asks for these when tracing begins
     sys.settrace(disturber)
     try:
         with suppress(KeyboardInterrupt):
