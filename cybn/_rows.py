@@ -154,7 +154,8 @@ def _computed(x: NDArray[Any]) -> np.dtype[Any]:
 @lru_cache(maxsize=1024)
 def _cuts(form: Form, backward: bool) -> tuple[int, int]:
     """Return how many sums the kernel keeps a row, and in how many chunks it cuts N."""
-    return _COUNT(form.samples, form.groups, form.size, form.run, backward)  # type: ignore[no-any-return]
+    cuts: tuple[int, int] = _COUNT(form.samples, form.groups, form.size, form.run, backward)
+    return cuts
 
 
 def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[NDArray[Any]]:

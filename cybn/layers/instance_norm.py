@@ -180,8 +180,10 @@ class _InstanceNorm(BatchNorm):
     ) -> NDArray[Any]:
         """Take a step on `x` with an axis of samples, which is put in and taken out if need be."""
         x = x if isinstance(x, np.ndarray) else array("x", x)
+        y: NDArray[Any]
         if x.ndim + 1 not in self._axes:
-            return step(x, out=out, num_threads=num_threads)  # type: ignore[no-any-return]
+            y = step(x, out=out, num_threads=num_threads)
+            return y
         y = step(x[np.newaxis], out=_batch_of(out), num_threads=num_threads)
         return y[0] if out is None else out
 
