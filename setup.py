@@ -11,6 +11,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -118,6 +119,7 @@ def extensions():
         return Extension(
             f"cybn._kernels.{name}",
             [f"cybn/_kernels/{source}.pyx"],
+            include_dirs=[numpy.get_include()],  # for the places of an array's fields alone
             define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
             py_limited_api=ABI3,
             extra_compile_args=common + flags,

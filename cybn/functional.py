@@ -40,17 +40,17 @@ __all__ = [
     "moments",
 ]
 
-_SMALL: int = kernels.SMALL  # elements from which a call is not a small one
-
 # By storage, as in _arguments: the kernels' names of element types.
 _ELEMENTS = {"f": "float", "d": "double", "e": "uint16_t", "E": "uint16_t"}
 _PARAMETERS = {"f": "float", "d": "double"}
 _STORAGE: dict[str, int] = {"f": 0, "d": 0} | kernels.STORAGE
 _ACTIVATIONS: dict[str, int] = kernels.ACTIVATIONS
+_PLAIN = (0, 0.0)  # what activation_of says of None
 
 _ABSORB: Any
 _SMALL_FORWARD: Any
 _SMALL_INFERENCE: Any
+_SMALL_BACKWARD: Any
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
 _BACKWARD: dict[str, Any]
@@ -58,9 +58,11 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are storage and the parameters' type."""
-    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _FORWARD, _INFERENCE, _BACKWARD
+    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _SMALL_BACKWARD
+    global _FORWARD, _INFERENCE, _BACKWARD
     _statistics.bind(module)
     _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
+    _SMALL_BACKWARD = module.small_backward
     _ABSORB = module.absorb
     _FORWARD, _INFERENCE, _BACKWARD = (
         {e + p: kernel[_ELEMENTS[e], _PARAMETERS[p]] for e in _ELEMENTS for p in _PARAMETERS}
@@ -165,11 +167,10 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
-    act = activation_of(activation, slope)
-    zero = is_zero(masked)
-    plain = residual is None and mask is None and weights is None and lengths is None
-    if plain and _may_be_small(axis, eps, num_threads):
-        small = _small_forward(x, gamma, beta, axis, eps, act, out)
+    act = _PLAIN if activation is None else activation_of(activation, slope)
+    zero = masked != "normalize" and is_zero(masked)
+    if residual is None and mask is None and weights is None and lengths is None:
+        small = small_forward(x, gamma, beta, axis, eps, act, out, num_threads)
         if small is not None:
             return small
     apart(out, x, gamma, beta, residual)
@@ -244,12 +245,11 @@ def batch_norm_inference(
     ValueError
         If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
     """
-    act = activation_of(activation, slope)
-    zero = is_zero(masked)
-    plain = residual is None and mask is None and weights is None and lengths is None
-    if plain and _may_be_small(axis, eps, num_threads):
-        y = _small_result(x, out)
-        if y is not None and _SMALL_INFERENCE(x, mean, var, gamma, beta, y, axis, eps, *act):
+    act = _PLAIN if activation is None else activation_of(activation, slope)
+    zero = masked != "normalize" and is_zero(masked)
+    if residual is None and mask is None and weights is None and lengths is None:
+        y = _SMALL_INFERENCE(x, mean, var, gamma, beta, axis, eps, act, out, num_threads)
+        if y is not None:
             return y
     apart(out, x, mean, var, gamma, beta, residual)
     x = tensor("x", x)
@@ -334,6 +334,13 @@ def batch_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
     """
+    act = _PLAIN if activation is None else activation_of(activation, slope)
+    plain = residual is None and mask is None and weights is None and lengths is None
+    if plain and not from_output and out_residual is None and _belong(moments, x):
+        given = moments.mean, moments.m2, True
+        small = _SMALL_BACKWARD(dy, x, *given, gamma, beta, axis, eps, act, out, num_threads)
+        if small is not None:
+            return small
     apart(out, dy, x, gamma, beta, residual)
     apart(out_residual, dy, x, gamma, beta, residual, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
@@ -353,7 +360,6 @@ def batch_norm_backward(
             "and lengths"
         )
     fixed, _ = parameters(x.shape[axis], **{"moments.mean": moments.mean, "moments.m2": moments.m2})
-    act = activation_of(activation, slope)
     through = _Through(fixed[0], fixed[1], True, gamma, beta, act, residual, positions, from_output)
     return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
@@ -404,18 +410,22 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`.
     """
+    act = _PLAIN if activation is None else activation_of(activation, slope)
+    plain = residual is None and mask is None and weights is None and lengths is None
+    if plain and not from_output and out_residual is None:
+        fixed = mean, var, False
+        small = _SMALL_BACKWARD(dy, x, *fixed, gamma, beta, axis, eps, act, out, num_threads)
+        if small is not None:
+            return small
     inputs = dy, x, mean, var, gamma, beta, residual
     apart(out, *inputs)
     apart(out_residual, *inputs, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
     check_eps(eps, least=0)
     given, _ = parameters(x.shape[axis], mean=mean, var=var)
-    fixed = [v.astype(np.float64, copy=False) for v in given]
-    act = activation_of(activation, slope)
+    wide = [v.astype(np.float64, copy=False) for v in given]
     positions = choose(x.shape, axis, mask, weights, lengths)
-    through = _Through(
-        fixed[0], fixed[1], False, gamma, beta, act, residual, positions, from_output
-    )
+    through = _Through(wide[0], wide[1], False, gamma, beta, act, residual, positions, from_output)
     return _backward(dy, x, through, axis, eps, (out, out_residual), num_threads)
 
 
@@ -494,9 +504,9 @@ def absorb(
         return mean.copy(), var.copy()
     if weight == 1:
         mean = var = np.zeros_like(mean)
-    result = np.empty_like(mean), np.empty_like(var)
-    _ABSORB(mean, var, batch.mean, batch.m2, *result, batch.count - ddof, weight)
-    return result
+    moved: tuple[NDArray[Any], NDArray[Any]]
+    moved = _ABSORB(mean, var, batch.mean, batch.m2, batch.count - ddof, weight)
+    return moved
 
 
 def activation_of(activation: str | None, slope: float) -> tuple[int, float]:
@@ -525,38 +535,34 @@ def is_zero(masked: str) -> bool:
 # ---- shared ------------------------------------------------------------------------------
 
 
-def _may_be_small(axis: Any, eps: Any, num_threads: Any) -> bool:
-    """Whether these need no other check before a small call, which takes one thread."""
-    return (
-        type(axis) is int
-        and -64 <= axis < 64
-        and type(eps) is float
-        and (num_threads is None or (type(num_threads) is int and num_threads == 1))
-    )
-
-
-def _small_result(x: Any, out: NDArray[Any] | None) -> NDArray[Any] | None:
-    """Return where the result of a small call may go; None where `x` is not for one."""
-    if out is not None:
-        return out
-    if type(x) is not np.ndarray or not 0 < x.size < _SMALL:
-        return None
-    return np.empty_like(x)
-
-
-def _small_forward(
-    x: Any, gamma: Any, beta: Any, axis: Any, eps: Any, act: tuple[int, float], out: Any
+def small_forward(
+    x: Any, *options: Any
 ) -> tuple[NDArray[Any], Moments] | None:
-    """Do a plain small `batch_norm` in one compiled step; None where it is not one."""
-    if type(x) is not np.ndarray or not 0 < x.size < _SMALL or not -x.ndim <= axis < x.ndim:
+    """Do a plain small `batch_norm` in one compiled step; None where it is not one.
+
+    `options` are gamma, beta, axis, eps, what `activation_of` says, out, num_threads.
+    """
+    done = _SMALL_FORWARD(x, *options)
+    if done is None:
         return None
-    channels = x.shape[axis]
-    y = np.empty_like(x) if out is None else out
-    work = np.empty((3, channels))
-    if not _SMALL_FORWARD(x, gamma, beta, y, work, axis, eps, *act):
-        return None
-    work.setflags(write=False)
-    return y, Moments._adopt(x.size // channels, work[0], work[1])
+    y, work, count = done
+    return y, Moments._of_frozen(count, work[0], work[1])
+
+
+def small_inference(x: Any, *options: Any) -> NDArray[Any] | None:
+    """Do a plain small `batch_norm_inference`, which see; None where it is not one."""
+    y: NDArray[Any] | None = _SMALL_INFERENCE(x, *options)
+    return y
+
+
+def _belong(moments: Any, x: Any) -> bool:
+    """Whether these may be the moments of `x`, as far as a small call has to know."""
+    return (
+        type(moments) is Moments
+        and type(x) is np.ndarray
+        and type(moments.count) is int
+        and moments.count * moments.mean.size == x.size
+    )
 
 
 def _folded(array: NDArray[Any] | None, x: NDArray[Any], plan: _layout.Plan) -> NDArray[Any] | None:

@@ -156,12 +156,27 @@ class Moments:
         rest: NDArray[np.float64] | None = None,
     ) -> Self:
         """Wrap fresh arrays that no one else will write to, without a copy."""
-        self = cls.__new__(cls)
         mean.setflags(write=False)
         m2.setflags(write=False)
         if isinstance(count, np.ndarray):
             count.setflags(write=False)
-        self._set(count, mean, m2, rest)
+        return cls._of_frozen(count, mean, m2, rest)
+
+    @classmethod
+    def _of_frozen(
+        cls,
+        count: Count,
+        mean: NDArray[np.float64],
+        m2: NDArray[np.float64],
+        rest: NDArray[np.float64] | None = None,
+    ) -> Self:
+        """Wrap arrays that no one can write to."""
+        self = cls.__new__(cls)
+        put = object.__setattr__  # as in _set, whose call would take as long as all of it
+        put(self, "count", count)
+        put(self, "mean", mean)
+        put(self, "m2", m2)
+        put(self, "_rest", rest)
         return self
 
     @classmethod

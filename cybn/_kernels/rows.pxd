@@ -232,6 +232,8 @@ cdef inline void spread(
 ) noexcept nogil:
     cdef Py_ssize_t c, j
     cdef T value
+    if s == 1 and v == out:
+        return
     for c in range(m):
         value = v[c]
         for j in range(s):

@@ -1,4 +1,4 @@
-# Running statistics: (C,) vectors, so the cost is the call. Buffers are taken as in small.pxi.
+# Running statistics: (C,) vectors, so the cost is the call. Arrays are looked at as in small.pxi.
 
 cdef void move(
     const T* mean, const T* var, const double* batch_mean, const double* batch_m2,
@@ -10,31 +10,32 @@ cdef void move(
         new_var[c] = <T> ((1 - weight) * var[c] + weight * (batch_m2[c] / degrees))
 
 
-def absorb(mean, var, batch_mean, batch_m2, new_mean, new_var, double degrees, double weight):
+def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
     """Move running statistics towards those of a batch, in float64, rounded once.
 
-    All are plain and (C,); `batch_mean` and `batch_m2` are float64, the others of one type, and
-    the last two are written. `batch_m2` / `degrees` is the variance that is kept.
+    All are plain and (C,); `batch_mean` and `batch_m2` are float64, the others of one type.
+    `batch_m2` / `degrees` is the variance that is kept. Returns the new mean and variance.
     """
-    cdef Py_buffer view[6]
-    cdef int i, taken = 0
-    cdef Py_ssize_t wide
-    cdef Py_buffer* v = view
-    try:
-        for array in (mean, var, batch_mean, batch_m2, new_mean, new_var):
-            if not take(array, &view[taken], PyBUF_C_CONTIGUOUS | PyBUF_FORMAT):
-                raise TypeError("running statistics must be plain arrays")
-            taken += 1
-        for i in range(1, 6):
-            wide = sizeof(double) if i == 2 or i == 3 else v[0].itemsize
-            if v[i].ndim != 1 or v[i].shape[0] != v[0].shape[0] or v[i].itemsize != wide:
-                raise ValueError("running statistics must be vectors of one length and type")
-        if v[0].itemsize == sizeof(float):
-            move(<float*> v[0].buf, <float*> v[1].buf, <double*> v[2].buf, <double*> v[3].buf,
-                 v[0].shape[0], degrees, weight, <float*> v[4].buf, <float*> v[5].buf)
-        else:
-            move(<double*> v[0].buf, <double*> v[1].buf, <double*> v[2].buf, <double*> v[3].buf,
-                 v[0].shape[0], degrees, weight, <double*> v[4].buf, <double*> v[5].buf)
-    finally:
-        for i in range(taken):
-            PyBuffer_Release(&view[i])
+    cdef Vector old_mean, old_var, of_mean, of_m2
+    cdef View v
+    if var is None or batch_mean is None or batch_m2 is None or not look(mean, &v) or v.ndim != 1:
+        raise TypeError("running statistics must be plain vectors")
+    moved = empty((2, v.values), mean.dtype)
+    cdef Py_ssize_t channels = v.values
+    cdef bint wide = v.item == sizeof(double)
+    look(moved, &v)
+    if not (vector_of(&old_mean, mean, channels, &v) and vector_of(&old_var, var, channels, &v)
+            and vector_of(&of_mean, batch_mean, channels, &v)
+            and vector_of(&of_m2, batch_m2, channels, &v)):
+        raise ValueError("running statistics must be contiguous vectors of one length")
+    if old_var.wide != wide or not of_mean.wide or not of_m2.wide:
+        raise ValueError("running statistics must be of one type, those of a batch float64")
+    if wide:
+        move(<const double*> old_mean.data, <const double*> old_var.data,
+             <const double*> of_mean.data, <const double*> of_m2.data, channels, degrees, weight,
+             <double*> v.data, <double*> v.data + channels)
+    else:
+        move(<const float*> old_mean.data, <const float*> old_var.data,
+             <const double*> of_mean.data, <const double*> of_m2.data, channels, degrees, weight,
+             <float*> v.data, <float*> v.data + channels)
+    return moved[0], moved[1]

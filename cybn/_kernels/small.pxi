@@ -1,138 +1,249 @@
 # Small calls: from the checks to the result in one compiled step.
 #
 # On (32, 16) the arithmetic takes a fraction of a microsecond, while looking at six arrays from
-# Python takes several, and six typed memoryviews one and a half. Here each array costs one
-# PyObject_GetBuffer, about 0.06 us. Only the plain case is done: plain arrays of float32 or
-# float64, C-contiguous and aligned, of few enough elements for one thread. Anything else is
-# refused before anything is written; the caller then takes the long way, which gives the same
-# bits, or the error that says what is wrong.
+# Python takes several, six typed memoryviews take one and a half, and six buffers 0.8. So this
+# reads the fields of NumPy's arrays, whose places are fixed; it calls nothing of NumPy's C API.
+# Only the plain case is done: plain arrays of float32 or float64, aligned, dense in any order of
+# their axes, of few enough elements for one thread. Anything else is refused, with None, before
+# anything is written; the caller then takes the long way, which gives the same bits, or the error
+# that says what is wrong.
 
-from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer)
+from cpython.long cimport PyLong_AsLongAndOverflow
+from libc.stdlib cimport free, malloc
 
-from numpy import ndarray
+from numpy import empty, empty_like, ndarray
+
+cdef extern from *:
+    """
+    #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+    #include <numpy/ndarraytypes.h>
+    """
+    ctypedef struct PyArrayObject
+    enum:
+        NPY_FLOAT
+        NPY_DOUBLE
+        NPY_ARRAY_ALIGNED
+        NPY_ARRAY_WRITEABLE
+    int PyArray_TYPE(const PyArrayObject*) noexcept
+    int PyArray_FLAGS(const PyArrayObject*) noexcept
+    bint PyArray_ISNOTSWAPPED(const PyArrayObject*) noexcept
+    int PyArray_NDIM(const PyArrayObject*) noexcept
+    Py_ssize_t* PyArray_DIMS(const PyArrayObject*) noexcept
+    Py_ssize_t* PyArray_STRIDES(const PyArrayObject*) noexcept
+    void* PyArray_DATA(const PyArrayObject*) noexcept
+    void PyArray_CLEARFLAGS(PyArrayObject*, int) noexcept
+
+cdef struct View:
+    char* data
+    int ndim
+    const Py_ssize_t* shape
+    const Py_ssize_t* strides
+    Py_ssize_t item, values
 
 
-cdef bint take(object array, Py_buffer* view, int flags):
-    """Take the buffer of a plain array; False where it is not one."""
-    if type(array) is not ndarray:
+cdef bint look(object array, View* v, int need=NPY_ARRAY_ALIGNED):
+    """Look at a plain array of native, aligned floats; False where it is none."""
+    cdef const PyArrayObject* a = <const PyArrayObject*> array
+    cdef int i
+    if type(array) is not ndarray or PyArray_FLAGS(a) & need != need:
         return False
-    try:
-        PyObject_GetBuffer(array, view, flags)
-    except (BufferError, ValueError):
+    if not (PyArray_TYPE(a) in (NPY_FLOAT, NPY_DOUBLE) and PyArray_ISNOTSWAPPED(a)):
         return False
+    v.data = <char*> PyArray_DATA(a)
+    v.ndim = PyArray_NDIM(a)
+    v.shape = PyArray_DIMS(a)
+    v.strides = PyArray_STRIDES(a)
+    v.item = sizeof(float) if PyArray_TYPE(a) == NPY_FLOAT else sizeof(double)
+    v.values = 1
+    for i in range(v.ndim):
+        v.values *= v.shape[i]
     return True
 
 
-cdef inline bint is_float(const Py_buffer* v) noexcept:
-    """Whether the values are native, aligned float32 or float64."""
+cdef inline bint apart(const View* a, const View* b) noexcept:
+    """Whether two dense arrays share no byte."""
     return (
-        v.format != NULL and (v.format[0] == b"f" or v.format[0] == b"d") and v.format[1] == 0
-        and <size_t> v.buf % <size_t> v.itemsize == 0)
+        a.data + a.values * a.item <= b.data or b.data + b.values * b.item <= a.data)
 
 
-cdef inline bint apart(const Py_buffer* a, const Py_buffer* b) noexcept:
-    """Whether two buffers share no byte."""
-    return <char*> a.buf + a.len <= <char*> b.buf or <char*> b.buf + b.len <= <char*> a.buf
+cdef inline bint alike(const View* a, const View* b) noexcept:
+    """Whether two arrays have one type and shape, and lie in memory alike."""
+    cdef int i
+    if a.ndim != b.ndim or a.item != b.item:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i] or (a.strides[i] != b.strides[i] and a.shape[i] != 1):
+            return False
+    return True
 
 
-cdef bint describe(Job* job, const Py_buffer* x, const Py_buffer* out, Py_ssize_t axis) noexcept:
-    """Fill in N, C, S and rows; False where x and out are no such pair."""
+cdef inline Py_ssize_t axis_of(const View* x, Py_ssize_t stride) noexcept:
+    """The axis with steps of `stride` bytes, or -1."""
     cdef Py_ssize_t i
-    if x.ndim < 2 or x.ndim != out.ndim or not -x.ndim <= axis < x.ndim:
-        return False
-    if not (is_float(x) and is_float(out) and x.format[0] == out.format[0]):
-        return False
-    if x.buf != out.buf and not apart(x, out):
+    for i in range(x.ndim - 1, -1, -1):
+        if x.strides[i] == stride and x.shape[i] > 1:
+            return i
+    return -1
+
+
+cdef bint describe(Job* job, const View* x, Py_ssize_t axis) noexcept:
+    """Fill in N, C, S and rows; False where x is not dense, or not small."""
+    cdef Py_ssize_t at, inside = 1
+    if x.ndim < 2 or not -x.ndim <= axis < x.ndim or not 0 < x.values < SERIAL:
         return False
     axis += x.ndim if axis < 0 else 0
-    job.N = job.S = 1
     job.C = x.shape[axis]
-    for i in range(x.ndim):
-        if x.shape[i] != out.shape[i]:
+    job.S = x.values if job.C == 1 else 0  # one channel is one run, as in _layout
+    while inside < x.values:
+        at = axis_of(x, inside * x.item)
+        if at < 0:
             return False
-        if i < axis:
-            job.N *= x.shape[i]
-        elif i > axis:
-            job.S *= x.shape[i]
-    if job.C == 1:  # one channel is one run, as in _layout
-        job.S *= job.N
-        job.N = 1
+        if at == axis:
+            job.S = inside
+        inside *= x.shape[at]
+    job.N = x.values // (job.C * job.S)
     job.M = <double> job.N * <double> job.S
-    job.item = x.itemsize
-    job.x_row = job.y_row = job.C * job.S * job.item
-    return 0 < job.N * job.C * job.S < SERIAL
+    job.item = x.item
+    job.x_row = job.y_row = job.dy_row = job.C * job.S * job.item
+    return True
 
 
-cdef bint describe_vector(
-    Vector* v, const Py_buffer* view, const Py_buffer* out, Py_ssize_t channels
-) noexcept:
-    """Fill in one value a channel; False where it is not that, or overlaps out."""
-    v.data = view.buf
-    v.wide = view.itemsize == sizeof(double)
+cdef bint options(Job* job, object eps, tuple act, object num_threads):
+    """Fill in eps and the activation; False where one is of another type than it should be."""
+    if type(eps) is not float:
+        return False
+    job.eps = eps
+    if not 0 <= job.eps < INFINITY:
+        return False
+    set_activation(job, act[0], act[1])
+    return num_threads is None or (type(num_threads) is int and num_threads > 0)
+
+
+cdef bint tensor(Job* job, View* v, object x, object axis):
+    """Take x; False where it is no plain small array, or has no such axis."""
+    cdef int overflow = 0
+    cdef long at
+    if type(axis) is not int or not look(x, v):
+        return False
+    at = PyLong_AsLongAndOverflow(axis, &overflow)
+    return overflow == 0 and describe(job, v, at)
+
+
+cdef bint result_of(View* v, object out, const View* x):
+    """Take where a result like x goes: apart from x, or x itself."""
     return (
-        view.ndim == 1 and view.shape[0] == channels and is_float(view) and apart(view, out))
+        look(out, v, NPY_ARRAY_ALIGNED | NPY_ARRAY_WRITEABLE) and alike(v, x)
+        and (v.data == x.data or apart(v, x)))
 
 
-cdef bint small(Job* job, tuple arrays, Py_ssize_t axis) except -1:
-    """Do a small call on (x, out, mean, var, gamma, beta, work); False where it is none."""
-    cdef Py_buffer view[7]
-    cdef Vector* vectors[4]
-    cdef int i, taken = 0, flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT
-    cdef bint fits = 0 <= job.eps < INFINITY
-    vectors[0], vectors[1], vectors[2], vectors[3] = &job.mean, &job.var, &job.gamma, &job.beta
-    try:
-        for i in range(7):
-            if arrays[i] is None and i >= 2:
-                continue
-            fits = fits and take(
-                arrays[i], &view[taken], flags | (PyBUF_WRITABLE if i == 1 else 0))
-            if not fits:
-                return False
-            taken += 1
-            if i == 1:
-                fits = describe(job, &view[0], &view[1], axis)
-            elif 2 <= i < 6:
-                fits = describe_vector(vectors[i - 2], &view[taken - 1], &view[1], job.C)
-        if not fits:
-            return False
-        if job.reduce == SUMS:
-            job.count = job.N * job.S
-            job.sums = <double*> view[taken - 1].buf
-            job.pivot = job.sums + 2 * job.C
-            job.mean.data = job.sums
-            job.var.data = job.sums + job.C
-            if job.count < 2 or job.eps == 0:
-                return False
-        if view[0].itemsize == sizeof(float):
-            run(<const float*> view[0].buf, <const float*> view[0].buf, <float*> view[1].buf,
-                job, 1, 1)
-        else:
-            run(<const double*> view[0].buf, <const double*> view[0].buf, <double*> view[1].buf,
-                job, 1, 1)
+cdef bint vector_of(Vector* vector, object array, Py_ssize_t channels, const View* out):
+    """Take one value a channel, or None; False where it is not that, or overlaps out."""
+    cdef View v
+    if array is None:
         return True
-    finally:
-        for i in range(taken):
-            PyBuffer_Release(&view[i])
+    if not look(array, &v) or v.ndim != 1 or v.shape[0] != channels:
+        return False
+    vector.data = v.data
+    vector.wide = v.item == sizeof(double)
+    return (channels == 1 or v.strides[0] == v.item) and apart(&v, out)
 
 
-def small_inference(
-    x, mean, var, gamma, beta, out, Py_ssize_t axis, double eps,
-    int activation=0, double slope=0,
+cdef inline void use_sums(Job* job, double* sums) noexcept:
+    """Let sums, (3, C), have the results in its first two rows."""
+    job.sums = sums
+    job.pivot = sums + 2 * job.C
+
+
+cdef inline void run_small(const View* x, const View* dy, View* y, Job* job) noexcept:
+    if job.item == sizeof(float):
+        run(<const float*> x.data, <const float*> dy.data, <float*> y.data, job, 1, 1)
+    else:
+        run(<const double*> x.data, <const double*> dy.data, <double*> y.data, job, 1, 1)
+
+
+def small_inference(x, mean, var, gamma, beta, axis, eps, tuple act, out, num_threads):
+    """Return y of a plain small batch_norm_inference, or None."""
+    cdef Job job = new_job(NO_SUMS, SCALE, 0)
+    cdef View at_x, at_y
+    if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
+        return None
+    if out is None:
+        out = empty_like(x)
+    if mean is None or var is None or not result_of(&at_y, out, &at_x):
+        return None
+    if not (vector_of(&job.mean, mean, job.C, &at_y) and vector_of(&job.var, var, job.C, &at_y)
+            and vector_of(&job.gamma, gamma, job.C, &at_y)
+            and vector_of(&job.beta, beta, job.C, &at_y)):
+        return None
+    run_small(&at_x, &at_x, &at_y, &job)
+    return out
+
+
+def small_forward(x, gamma, beta, axis, eps, tuple act, out, num_threads):
+    """Return y of a plain small batch_norm, a read-only array of mean and m2, and N * S, or None."""
+    cdef Job job = new_job(SUMS, SCALE, 0)
+    cdef View at_x, at_y, sums
+    if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
+        return None
+    if out is None:
+        out = empty_like(x)
+    if job.M < 2 or job.eps == 0 or not result_of(&at_y, out, &at_x):
+        return None
+    if not (vector_of(&job.gamma, gamma, job.C, &at_y)
+            and vector_of(&job.beta, beta, job.C, &at_y)):
+        return None
+    work = empty((3, job.C))
+    look(work, &sums)
+    use_sums(&job, <double*> sums.data)
+    job.mean.data = job.sums
+    job.var.data = job.sums + job.C
+    job.count = job.M
+    run_small(&at_x, &at_x, &at_y, &job)
+    PyArray_CLEARFLAGS(<PyArrayObject*> work, NPY_ARRAY_WRITEABLE)
+    return out, work, job.N * job.S
+
+
+def small_backward(
+    dy, x, mean, var, bint through_statistics, gamma, beta, axis, eps, tuple act, out, num_threads,
 ):
-    """Return whether batch_norm_inference was a plain small call, and was done."""
-    cdef Job job = new_job(NO_SUMS, SCALE, eps)
-    set_activation(&job, activation, slope)
-    return (
-        mean is not None and var is not None
-        and small(&job, (x, out, mean, var, gamma, beta, None), axis))
+    """Return dx, dgamma and dbeta of a plain small backward, or None."""
+    cdef Job job = new_job(DOTS, UNSCALE if through_statistics else SCALE_DY, 0)
+    cdef View at_x, at_dy, at_dx, into
+    cdef double* sums
+    if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
+        return None
+    if out is None:
+        out = empty_like(x)
+    if not (look(dy, &at_dy) and alike(&at_dy, &at_x) and result_of(&at_dx, out, &at_x)
+            and (at_dx.data == at_dy.data or apart(&at_dx, &at_dy))):
+        return None
+    if mean is None or var is None or (through_statistics and (job.M < 2 or job.eps == 0)):
+        return None
+    if not (vector_of(&job.mean, mean, job.C, &at_dx) and vector_of(&job.var, var, job.C, &at_dx)
+            and vector_of(&job.gamma, gamma, job.C, &at_dx)
+            and vector_of(&job.beta, beta, job.C, &at_dx)):
+        return None
+    job.count = job.M if through_statistics else 1
+    gradients = empty((2, job.C), (x if gamma is None else gamma).dtype)
+    look(gradients, &into)
+    sums = <double*> malloc(4 * job.C * sizeof(double))
+    if sums == NULL:
+        return None
+    use_sums(&job, sums)
+    load(job.mean, 0, job.C, 0, sums + 3 * job.C)  # of float64, as reduce takes it
+    job.mean = vector(<const double*> (sums + 3 * job.C))
+    run_small(&at_x, &at_dy, &at_dx, &job)
+    if into.item == sizeof(float):
+        put_gradients(sums, job.C, <float*> into.data)
+    else:
+        put_gradients(sums, job.C, <double*> into.data)
+    free(sums)
+    return out, gradients[0], gradients[1]
 
 
-def small_forward(
-    x, gamma, beta, out, work, Py_ssize_t axis, double eps,
-    int activation=0, double slope=0,
-):
-    """Return whether batch_norm was a plain small call, and was done; work is (3, C)."""
-    cdef Job job = new_job(SUMS, SCALE, eps)
-    set_activation(&job, activation, slope)
-    return small(&job, (x, out, None, None, gamma, beta, work), axis)
+cdef inline void put_gradients(const double* sums, Py_ssize_t channels, T* into) noexcept:
+    """dbeta and dgamma, in which order sums has them, as dgamma and dbeta."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        into[c] = <T> sums[channels + c]
+        into[channels + c] = <T> sums[c]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +31,9 @@ class _Saved(NamedTuple):
     residual: NDArray[Any] | None  # None where there was none
     selected: Mapping[str, Any]  # mask, weights and lengths, where given
     mark: list[bytes] | None = None  # of what x is worked out from, where from_output
+
+
+_ALL: Mapping[str, Any] = MappingProxyType({})  # nothing is selected
 
 
 def _same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
@@ -133,8 +137,12 @@ class Passes(Tracking):
             `backward` then still belongs to the forward before.
         """
         x = self._admit(x)
-        residual = None if residual is None else array("residual", residual)
         trial = _trials.active(self)
+        if out is None and residual is None and mask is None and weights is None and lengths is None:
+            quick = self._quick(x, num_threads) if trial is None and masked == "normalize" else None
+            if quick is not None:
+                return quick
+        residual = None if residual is None else array("residual", residual)
         training = self.training if trial is None else trial.training
         learns = trial is None and self._learns(training)
         functional.is_zero(masked)  # known, or an error
@@ -175,8 +183,42 @@ class Passes(Tracking):
             if trial.note is not None and batch is not None and self._track_running_stats:
                 trial.note(self, batch)
             return y
-        saved = self._keep(statistics, x, y, residual, selected)
+        if out is None:
+            saved = _Saved(statistics, x, False, residual, selected)
+        else:
+            saved = self._keep(statistics, x, y, residual, selected)
         if learns and batch is not None:
+            self._learn(batch, saved)
+        else:
+            self._saved = saved
+        return y
+
+    def _quick(self, x: NDArray[Any], num_threads: int | None) -> NDArray[Any] | None:
+        """Do what `forward` does for a small batch with nothing special about it; else None.
+
+        Most of `forward` is asking, which there takes longer than the answer.
+        """
+        if self._by_sample or not (self._virtual_batch_size is None and self._renorm is None):
+            return None
+        training = self.training
+        learns = self._learns(training)
+        options = functional.activation_of(self._activation, self._slope), None, num_threads
+        if not self._by_batch(training):
+            running = self._running
+            y = None
+            if not learns:
+                y = functional.small_inference(
+                    x, running.mean, running.var, self.gamma, self.beta, self._axis, self._eps, *options
+                )
+            if y is not None:
+                self._saved = _Saved(running, x, False, None, _ALL)
+            return y
+        done = functional.small_forward(x, self.gamma, self.beta, self._axis, self._eps, *options)
+        if done is None:
+            return None
+        y, batch = done
+        saved = _Saved(batch, x, False, None, _ALL)
+        if learns:
             self._learn(batch, saved)
         else:
             self._saved = saved
