@@ -40,6 +40,8 @@ __all__ = [
     "moments",
 ]
 
+SMALL: int = kernels.SMALL  # elements from which a call is not a small one
+
 # By storage, as in _arguments: the kernels' names of element types.
 _ELEMENTS = {"f": "float", "d": "double", "e": "uint16_t", "E": "uint16_t"}
 _PARAMETERS = {"f": "float", "d": "double"}
@@ -248,9 +250,10 @@ def batch_norm_inference(
     act = _PLAIN if activation is None else activation_of(activation, slope)
     zero = masked != "normalize" and is_zero(masked)
     if residual is None and mask is None and weights is None and lengths is None:
-        y = _SMALL_INFERENCE(x, mean, var, gamma, beta, axis, eps, act, out, num_threads)
-        if y is not None:
-            return y
+        done: NDArray[Any] | None
+        done = _SMALL_INFERENCE(x, mean, var, gamma, beta, axis, eps, act, out, num_threads)
+        if done is not None:
+            return done
     apart(out, x, mean, var, gamma, beta, residual)
     x = tensor("x", x)
     axis = channel_axis(x, axis)
@@ -338,7 +341,7 @@ def batch_norm_backward(
     plain = residual is None and mask is None and weights is None and lengths is None
     if plain and not from_output and out_residual is None and _belong(moments, x):
         given = moments.mean, moments.m2, True
-        small = _SMALL_BACKWARD(dy, x, *given, gamma, beta, axis, eps, act, out, num_threads)
+        small = _small_backward(dy, x, *given, gamma, beta, axis, eps, act, out, num_threads)
         if small is not None:
             return small
     apart(out, dy, x, gamma, beta, residual)
@@ -414,7 +417,7 @@ def batch_norm_inference_backward(
     plain = residual is None and mask is None and weights is None and lengths is None
     if plain and not from_output and out_residual is None:
         fixed = mean, var, False
-        small = _SMALL_BACKWARD(dy, x, *fixed, gamma, beta, axis, eps, act, out, num_threads)
+        small = _small_backward(dy, x, *fixed, gamma, beta, axis, eps, act, out, num_threads)
         if small is not None:
             return small
     inputs = dy, x, mean, var, gamma, beta, residual
@@ -535,9 +538,7 @@ def is_zero(masked: str) -> bool:
 # ---- shared ------------------------------------------------------------------------------
 
 
-def small_forward(
-    x: Any, *options: Any
-) -> tuple[NDArray[Any], Moments] | None:
+def small_forward(x: Any, *options: Any) -> tuple[NDArray[Any], Moments] | None:
     """Do a plain small `batch_norm` in one compiled step; None where it is not one.
 
     `options` are gamma, beta, axis, eps, what `activation_of` says, out, num_threads.
@@ -553,6 +554,15 @@ def small_inference(x: Any, *options: Any) -> NDArray[Any] | None:
     """Do a plain small `batch_norm_inference`, which see; None where it is not one."""
     y: NDArray[Any] | None = _SMALL_INFERENCE(x, *options)
     return y
+
+
+def _small_backward(dy: Any, x: Any, *options: Any) -> tuple[NDArray[Any], ...] | None:
+    """Do a plain small backward in one compiled step; None where it is not one.
+
+    `options` are mean, M2 and True, or mean, variance and False; and those of `small_forward`.
+    """
+    gradients: tuple[NDArray[Any], ...] | None = _SMALL_BACKWARD(dy, x, *options)
+    return gradients
 
 
 def _belong(moments: Any, x: Any) -> bool:

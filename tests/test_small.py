@@ -56,7 +56,8 @@ def same(quick, long):
     for a, b in zip(quick, long, strict=True):
         if isinstance(a, cybn.Moments):
             assert a == b
-            assert not (a.mean.flags.writeable or a.m2.flags.writeable)
+            assert not a.mean.flags.writeable
+            assert not a.m2.flags.writeable
         else:
             assert a.dtype == b.dtype
             assert a.strides == b.strides

@@ -180,7 +180,7 @@ def small_inference(x, mean, var, gamma, beta, axis, eps, tuple act, out, num_th
 
 
 def small_forward(x, gamma, beta, axis, eps, tuple act, out, num_threads):
-    """Return y of a plain small batch_norm, a read-only array of mean and m2, and N * S, or None."""
+    """Return y of a plain small batch_norm, a frozen array of mean and m2, and N * S, or None."""
     cdef Job job = new_job(SUMS, SCALE, 0)
     cdef View at_x, at_y, sums
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):

@@ -138,8 +138,9 @@ class Passes(Tracking):
         """
         x = self._admit(x)
         trial = _trials.active(self)
-        if out is None and residual is None and mask is None and weights is None and lengths is None:
-            quick = self._quick(x, num_threads) if trial is None and masked == "normalize" else None
+        all_of_it = mask is None and weights is None and lengths is None and masked == "normalize"
+        if all_of_it and out is None and residual is None and trial is None:
+            quick = self._quick(x, num_threads)
             if quick is not None:
                 return quick
         residual = None if residual is None else array("residual", residual)
@@ -205,11 +206,8 @@ class Passes(Tracking):
         options = functional.activation_of(self._activation, self._slope), None, num_threads
         if not self._by_batch(training):
             running = self._running
-            y = None
-            if not learns:
-                y = functional.small_inference(
-                    x, running.mean, running.var, self.gamma, self.beta, self._axis, self._eps, *options
-                )
+            given = x, running.mean, running.var, self.gamma, self.beta, self._axis, self._eps
+            y = None if learns else functional.small_inference(*given, *options)
             if y is not None:
                 self._saved = _Saved(running, x, False, None, _ALL)
             return y

@@ -65,7 +65,7 @@ def _view(t: Tensor | None) -> Any:
 
 def _threads(x: Tensor) -> int:
     """Return the threads for a call; small ones take one anyway, and are quicker to say so."""
-    return torch.get_num_threads() if x.numel() >= functional._SMALL else 1
+    return torch.get_num_threads() if x.numel() >= functional.SMALL else 1
 
 
 def _forward(
