@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 1 << 16  # values that one chunk of a channel has, about
-MOST_CHUNKS = 64  # so partial sums take about 1 KiB a channel at most
-NARROW = 32  # channels up to which the kernels sum several channels-last rows as one
+from ._runtime import kernels
+
+NARROW: int = kernels.NARROW  # channels up to which the kernels sum several channels-last rows as one
 
 
 class Plan(NamedTuple):
@@ -41,19 +41,6 @@ class Plan(NamedTuple):
         """Return an array like one channel, with all its axes, as (N, S); a copy if need be."""
         n, _, s = self.shape
         return array.transpose(self.order).reshape(n, s)
-
-
-def count_chunks(n: int, c: int, s: int) -> int:
-    """Return in how many chunks a channel is summed: of the shape alone, as the bits depend on it.
-
-    Channels-last (S = 1) is cut by rows for the sake of all C channels at once; else a channel is
-    cut by rows of N, and where N has too few of those, along S as well.
-    """
-    if s == 1:
-        return max(1, min(MOST_CHUNKS, n * c // CHUNK, n // 64))
-    chunks = max(1, min(MOST_CHUNKS, n * s // CHUNK))
-    rows = min(n, chunks)
-    return rows * max(1, chunks // rows)
 
 
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> int | None:
@@ -108,7 +95,7 @@ def _plan(
     if not _fits(shape, strides, itemsize, order, split):
         return None
     nsc = (n, shape[axis], s)
-    return Plan(order, order == tuple(range(len(order))), split, nsc, count_chunks(*nsc))
+    return Plan(order, order == tuple(range(len(order))), split, nsc, kernels.count_chunks(*nsc))
 
 
 def fold(x: NDArray[Any], axis: int) -> tuple[NDArray[Any], Plan]:

@@ -1,7 +1,8 @@
 """Functions that remember nothing: arrays in, arrays out.
 
-Each checks its arguments, folds them to (N, C, S), allocates, and calls one kernel; small calls are
-offered to a kernel that does all of that at once. Nothing is written before every check has passed.
+Each offers plain calls to a kernel that checks, allocates and computes at once. For all others it
+checks the arguments, folds them to (N, C, S), allocates, and calls one kernel. Nothing is written
+before every check has passed.
 
 N = everything before the channel axis, C = channels, S = everything after it.
 """
@@ -27,6 +28,7 @@ from ._arguments import (
     storage,
     tensor,
 )
+from ._memory import empty_like
 from ._runtime import kernels, thread_count
 from ._selection import Positions, choose
 from ._statistics import measure
@@ -47,12 +49,12 @@ _ELEMENTS = {"f": "float", "d": "double", "e": "uint16_t", "E": "uint16_t"}
 _PARAMETERS = {"f": "float", "d": "double"}
 _STORAGE: dict[str, int] = {"f": 0, "d": 0} | kernels.STORAGE
 _ACTIVATIONS: dict[str, int] = kernels.ACTIVATIONS
-_PLAIN = (0, 0.0)  # what activation_of says of None
+_NO_ACTIVATION = (0, 0.0)  # what activation_of says of None
 
 _ABSORB: Any
-_SMALL_FORWARD: Any
-_SMALL_INFERENCE: Any
-_SMALL_BACKWARD: Any
+_PLAIN_FORWARD: Any
+_PLAIN_INFERENCE: Any
+_PLAIN_BACKWARD: Any
 _FORWARD: dict[str, Any]
 _INFERENCE: dict[str, Any]
 _BACKWARD: dict[str, Any]
@@ -60,11 +62,12 @@ _BACKWARD: dict[str, Any]
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are storage and the parameters' type."""
-    global _ABSORB, _SMALL_FORWARD, _SMALL_INFERENCE, _SMALL_BACKWARD
+    global _ABSORB, _PLAIN_FORWARD, _PLAIN_INFERENCE, _PLAIN_BACKWARD
     global _FORWARD, _INFERENCE, _BACKWARD
     _statistics.bind(module)
-    _SMALL_FORWARD, _SMALL_INFERENCE = module.small_forward, module.small_inference
-    _SMALL_BACKWARD = module.small_backward
+    _PLAIN_FORWARD, _PLAIN_INFERENCE = module.plain_forward, module.plain_inference
+    _PLAIN_BACKWARD = module.plain_backward
+    module.connect(empty_like, thread_count)
     _ABSORB = module.absorb
     _FORWARD, _INFERENCE, _BACKWARD = (
         {e + p: kernel[_ELEMENTS[e], _PARAMETERS[p]] for e in _ELEMENTS for p in _PARAMETERS}
@@ -169,12 +172,12 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
-    act = _PLAIN if activation is None else activation_of(activation, slope)
+    act = _NO_ACTIVATION if activation is None else activation_of(activation, slope)
     zero = masked != "normalize" and is_zero(masked)
     if residual is None and mask is None and weights is None and lengths is None:
-        small = small_forward(x, gamma, beta, axis, eps, act, out, num_threads)
-        if small is not None:
-            return small
+        done = plain_forward(x, gamma, beta, axis, eps, act, out, num_threads)
+        if done is not None:
+            return done
     apart(out, x, gamma, beta, residual)
     x = tensor("x", x)
     axis = channel_axis(x, axis)
@@ -247,11 +250,11 @@ def batch_norm_inference(
     ValueError
         If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
     """
-    act = _PLAIN if activation is None else activation_of(activation, slope)
+    act = _NO_ACTIVATION if activation is None else activation_of(activation, slope)
     zero = masked != "normalize" and is_zero(masked)
     if residual is None and mask is None and weights is None and lengths is None:
         done: NDArray[Any] | None
-        done = _SMALL_INFERENCE(x, mean, var, gamma, beta, axis, eps, act, out, num_threads)
+        done = _PLAIN_INFERENCE(x, mean, var, gamma, beta, axis, eps, act, out, num_threads)
         if done is not None:
             return done
     apart(out, x, mean, var, gamma, beta, residual)
@@ -337,13 +340,13 @@ def batch_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
     """
-    act = _PLAIN if activation is None else activation_of(activation, slope)
+    act = _NO_ACTIVATION if activation is None else activation_of(activation, slope)
     plain = residual is None and mask is None and weights is None and lengths is None
     if plain and not from_output and out_residual is None and _belong(moments, x):
         given = moments.mean, moments.m2, True
-        small = _small_backward(dy, x, *given, gamma, beta, axis, eps, act, out, num_threads)
-        if small is not None:
-            return small
+        done = _plain_backward(dy, x, *given, gamma, beta, axis, eps, act, out, num_threads)
+        if done is not None:
+            return done
     apart(out, dy, x, gamma, beta, residual)
     apart(out_residual, dy, x, gamma, beta, residual, name="out_residual", may_be_input=False)
     dy, x, axis = _gradient_pair(dy, x, axis)
@@ -413,13 +416,13 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`.
     """
-    act = _PLAIN if activation is None else activation_of(activation, slope)
+    act = _NO_ACTIVATION if activation is None else activation_of(activation, slope)
     plain = residual is None and mask is None and weights is None and lengths is None
     if plain and not from_output and out_residual is None:
         fixed = mean, var, False
-        small = _small_backward(dy, x, *fixed, gamma, beta, axis, eps, act, out, num_threads)
-        if small is not None:
-            return small
+        done = _plain_backward(dy, x, *fixed, gamma, beta, axis, eps, act, out, num_threads)
+        if done is not None:
+            return done
     inputs = dy, x, mean, var, gamma, beta, residual
     apart(out, *inputs)
     apart(out_residual, *inputs, name="out_residual", may_be_input=False)
@@ -538,35 +541,35 @@ def is_zero(masked: str) -> bool:
 # ---- shared ------------------------------------------------------------------------------
 
 
-def small_forward(x: Any, *options: Any) -> tuple[NDArray[Any], Moments] | None:
-    """Do a plain small `batch_norm` in one compiled step; None where it is not one.
+def plain_forward(x: Any, *options: Any) -> tuple[NDArray[Any], Moments] | None:
+    """Do a plain `batch_norm` in one compiled step; None where it is not one.
 
     `options` are gamma, beta, axis, eps, what `activation_of` says, out, num_threads.
     """
-    done = _SMALL_FORWARD(x, *options)
+    done = _PLAIN_FORWARD(x, *options)
     if done is None:
         return None
     y, work, count = done
     return y, Moments._of_frozen(count, work[0], work[1])
 
 
-def small_inference(x: Any, *options: Any) -> NDArray[Any] | None:
-    """Do a plain small `batch_norm_inference`, which see; None where it is not one."""
-    y: NDArray[Any] | None = _SMALL_INFERENCE(x, *options)
+def plain_inference(x: Any, *options: Any) -> NDArray[Any] | None:
+    """Do a plain `batch_norm_inference`, which see; None where it is not one."""
+    y: NDArray[Any] | None = _PLAIN_INFERENCE(x, *options)
     return y
 
 
-def _small_backward(dy: Any, x: Any, *options: Any) -> tuple[NDArray[Any], ...] | None:
-    """Do a plain small backward in one compiled step; None where it is not one.
+def _plain_backward(dy: Any, x: Any, *options: Any) -> tuple[NDArray[Any], ...] | None:
+    """Do a plain backward in one compiled step; None where it is not one.
 
-    `options` are mean, M2 and True, or mean, variance and False; and those of `small_forward`.
+    `options` are mean, M2 and True, or mean, variance and False; and those of `plain_forward`.
     """
-    gradients: tuple[NDArray[Any], ...] | None = _SMALL_BACKWARD(dy, x, *options)
+    gradients: tuple[NDArray[Any], ...] | None = _PLAIN_BACKWARD(dy, x, *options)
     return gradients
 
 
 def _belong(moments: Any, x: Any) -> bool:
-    """Whether these may be the moments of `x`, as far as a small call has to know."""
+    """Whether these may be the moments of `x`, as far as a plain call has to know."""
     return (
         type(moments) is Moments
         and type(x) is np.ndarray

@@ -34,7 +34,7 @@ PUBLIC = {
 DOORS = {
     "_version": set(),
     "_kernels": set(),
-    "_layout": set(),
+    "_layout": {"_runtime"},
     "_memory": set(),
     "_arguments": {"_memory"},
     "_chunks": set(),

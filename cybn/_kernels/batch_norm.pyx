@@ -62,6 +62,9 @@ cdef enum:
     # that sets the order of sums, rows of up to half of SUM_ROW must be dense (_layout.NARROW).
     SUM_ROW = 64
     APPLY_ROW = 256
+    CHUNK = 65536           # values that one chunk of a channel has, about
+    RUN_TO_ROWS = 32        # N below S / RUN_TO_ROWS is few rows
+    MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
     VECTOR = 64             # channels whose coefficients are computed together
     SERIAL = 65536          # elements below which one thread is faster than two
 
@@ -110,6 +113,7 @@ cdef struct Job:
     Py_ssize_t block, blocks            # channels a block, number of blocks
     int threads
     bint owned
+    bint runs               # the loops are those of runs, not of rows
     bint gated              # the plain loops of backward go through relu
     bint added              # the plain loops of reduce add a residual and go through relu
     bint staged             # more than the plain loops is to be done
@@ -124,6 +128,26 @@ cdef struct Tile:           # channels c0..c1 of rows n0..n1, columns s0..s1
 # What Python has to know of these numbers.
 SMALL = SERIAL
 NARROW = SUM_ROW // 2
+
+
+cdef inline Py_ssize_t chunks_of(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
+    """In how many chunks a channel is summed: of the shape alone, as the bits depend on it.
+
+    Channels-last (S = 1) is cut by rows for the sake of all C channels at once; else a channel is
+    cut by rows of N, and where N has too few of those, along S as well.
+    """
+    cdef Py_ssize_t chunks, rows
+    if s == 1:
+        return max(1, min(MOST_CHUNKS, min(n * c // CHUNK, n // 64)))
+    chunks = max(1, min(MOST_CHUNKS, n * s // CHUNK))
+    rows = min(n, chunks)
+    return rows * max(1, chunks // rows)
+
+
+def count_chunks(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s):
+    """In how many chunks each channel of (n, c, s) is summed."""
+    return chunks_of(n, c, s)
+
 
 cdef Py_ssize_t l2_bytes = 512 << 10
 cdef Py_ssize_t l3_bytes = 32 << 20
@@ -208,6 +232,15 @@ cdef void share_apply(
     apply_tile(x, dy, y, job, &t)
 
 
+cdef inline bint by_runs(const Job* job) noexcept nogil:
+    """Whether a channel's values are taken as runs, each by itself, or in rows with others.
+
+    Rows want sums and coefficients a column: with few of them that costs more than it saves. Of
+    the shape alone, as the bits depend on it.
+    """
+    return job.S >= RUN_MIN or job.N * RUN_TO_ROWS <= job.S
+
+
 cdef void plan(
     const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
 ) noexcept nogil:
@@ -241,7 +274,8 @@ cdef void plan(
     job.chunk_rows = min(job.N, chunks)
     job.chunk_cols = chunks // job.chunk_rows
     job.owned = chunks == 1 or (job.S > 1 and (threads == 1 or job.C >= 4 * threads))
-    if job.S >= RUN_MIN:
+    job.runs = by_runs(job)
+    if job.runs:
         job.block = max(1, min(fit, BLOCK))
     elif job.owned:
         job.block = min(max(fit, 64 // job.S), columns // job.S)
@@ -261,7 +295,7 @@ cdef void plan(
         job.apply_cols = job.chunk_cols
     job.threads = threads
     check(job.chunk_rows * job.chunk_cols == chunks)  # as there is room for
-    check(job.block <= BLOCK if job.S >= RUN_MIN else job.block * job.S <= TILE)
+    check(job.block <= BLOCK if job.runs else job.block * job.S <= TILE)
 
 
 cdef void run(
@@ -524,5 +558,5 @@ def backward(
         start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
 
 
-include "small.pxi"
+include "plain.pxi"
 include "running.pxi"

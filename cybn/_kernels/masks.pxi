@@ -110,7 +110,7 @@ cdef const T* shares(
     """
     cdef const T* row = <const T*> job.share + n * job.S
     cdef Py_ssize_t j, k, end, at = 0
-    if job.S >= RUN_MIN:
+    if job.runs:
         return row + i % job.S
     if job.S == 1:
         for k in range((m + job.C - 1) // job.C):

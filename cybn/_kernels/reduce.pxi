@@ -285,7 +285,7 @@ cdef void reduce_tile(
 ) noexcept nogil:
     cdef double* out1 = job.sums + 2 * chunk * job.C
     cdef double* shift = job.pivot if job.reduce == SUMS else <double*> job.mean.data
-    if job.S >= RUN_MIN:
+    if job.runs:
         reduce_runs(x, dy, job, t, shift, out1, out1 + job.C)
     else:
         reduce_rows(x, dy, job, t, shift, out1, out1 + job.C)

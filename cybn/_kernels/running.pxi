@@ -1,4 +1,4 @@
-# Running statistics: (C,) vectors, so the cost is the call. Arrays are looked at as in small.pxi.
+# Running statistics: (C,) vectors, so the cost is the call. Arrays are looked at as in plain.pxi.
 
 cdef void move(
     const T* mean, const T* var, const double* batch_mean, const double* batch_m2,

@@ -2,7 +2,7 @@
 # The runs family: long stretches of one channel.
 #
 # A run is the S neighbouring values x[n, c, :]. Its channel is one, so shift and coefficients
-# stay in registers. Used from S = RUN_MIN on; shorter runs are rows.pxd's.
+# stay in registers. Used from S = RUN_MIN on, and for few rows (by_runs); the rest is rows.pxd's.
 #
 #   pass     reads        writes   bytes an element (float32)
 #   sums     x            -        4

@@ -85,7 +85,7 @@ class Peak:
     def allowed(self) -> int:
         """64 KiB a thread, and 144 float64 values a channel, however large N and S are.
 
-        129 of those are partial sums (`cybn._layout.MOST_CHUNKS`), the others moments and vectors.
+        129 of those are partial sums (MOST_CHUNKS of the kernels), the others moments and vectors.
         """
         return self.threads * (64 << 10) + 144 * 8 * self.channels
 

@@ -195,9 +195,9 @@ class Passes(Tracking):
         return y
 
     def _quick(self, x: NDArray[Any], num_threads: int | None) -> NDArray[Any] | None:
-        """Do what `forward` does for a small batch with nothing special about it; else None.
+        """Do what `forward` does for a batch with nothing special about it; else None.
 
-        Most of `forward` is asking, which there takes longer than the answer.
+        Most of `forward` is asking, which for a small batch takes longer than the answer.
         """
         if self._by_sample or not (self._virtual_batch_size is None and self._renorm is None):
             return None
@@ -207,11 +207,11 @@ class Passes(Tracking):
         if not self._by_batch(training):
             running = self._running
             given = x, running.mean, running.var, self.gamma, self.beta, self._axis, self._eps
-            y = None if learns else functional.small_inference(*given, *options)
+            y = None if learns else functional.plain_inference(*given, *options)
             if y is not None:
                 self._saved = _Saved(running, x, False, None, _ALL)
             return y
-        done = functional.small_forward(x, self.gamma, self.beta, self._axis, self._eps, *options)
+        done = functional.plain_forward(x, self.gamma, self.beta, self._axis, self._eps, *options)
         if done is None:
             return None
         y, batch = done

@@ -1,17 +1,18 @@
-# Small calls: from the checks to the result in one compiled step.
+# Plain calls: from the checks to the result in one compiled step.
 #
-# On (32, 16) the arithmetic takes a fraction of a microsecond, while looking at six arrays from
-# Python takes several, six typed memoryviews take one and a half, and six buffers 0.8. So this
-# reads the fields of NumPy's arrays, whose places are fixed; it calls nothing of NumPy's C API.
-# Only the plain case is done: plain arrays of float32 or float64, aligned, dense in any order of
-# their axes, of few enough elements for one thread. Anything else is refused, with None, before
-# anything is written; the caller then takes the long way, which gives the same bits, or the error
-# that says what is wrong.
+# Looking at six arrays from Python, folding them and making six typed memoryviews takes some 20 us,
+# as long as normalizing 100,000 values. So this reads the fields of NumPy's arrays, whose places
+# are fixed; it calls nothing of NumPy's C API. Only the plain case is done: plain arrays of float32
+# or float64, aligned, dense in any order of their axes; no residual, no mask. Anything else is
+# refused, with None, before anything is written; the caller then takes the long way, which gives
+# the same bits, or the error that says what is wrong.
 
 from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.stdlib cimport free, malloc
 
 from numpy import empty, empty_like, ndarray
+
+cdef object large_like, thread_count    # of rooms above this one
 
 cdef extern from *:
     """
@@ -32,6 +33,14 @@ cdef extern from *:
     Py_ssize_t* PyArray_STRIDES(const PyArrayObject*) noexcept
     void* PyArray_DATA(const PyArrayObject*) noexcept
     void PyArray_CLEARFLAGS(PyArrayObject*, int) noexcept
+
+
+def connect(results, threads):
+    """Set what makes a large result like an array, and what turns num_threads into a number."""
+    global large_like, thread_count
+    large_like = results
+    thread_count = threads
+
 
 cdef struct View:
     char* data
@@ -87,9 +96,9 @@ cdef inline Py_ssize_t axis_of(const View* x, Py_ssize_t stride) noexcept:
 
 
 cdef bint describe(Job* job, const View* x, Py_ssize_t axis) noexcept:
-    """Fill in N, C, S and rows; False where x is not dense, or not small."""
+    """Fill in N, C, S and rows; False where x is empty, or not dense."""
     cdef Py_ssize_t at, inside = 1
-    if x.ndim < 2 or not -x.ndim <= axis < x.ndim or not 0 < x.values < SERIAL:
+    if x.ndim < 2 or not -x.ndim <= axis < x.ndim or x.values <= 0:
         return False
     axis += x.ndim if axis < 0 else 0
     job.C = x.shape[axis]
@@ -120,7 +129,7 @@ cdef bint options(Job* job, object eps, tuple act, object num_threads):
 
 
 cdef bint tensor(Job* job, View* v, object x, object axis):
-    """Take x; False where it is no plain small array, or has no such axis."""
+    """Take x; False where it is no plain array, or has no such axis."""
     cdef int overflow = 0
     cdef long at
     if type(axis) is not int or not look(x, v):
@@ -148,91 +157,131 @@ cdef bint vector_of(Vector* vector, object array, Py_ssize_t channels, const Vie
     return (channels == 1 or v.strides[0] == v.item) and apart(&v, out)
 
 
-cdef inline void use_sums(Job* job, double* sums) noexcept:
-    """Let sums, (3, C), have the results in its first two rows."""
+cdef object new_like(object x, const View* at_x):
+    return empty_like(x) if at_x.values < SERIAL else large_like(x)
+
+
+cdef int threads_for(const View* x, object num_threads) except -1:
+    """Threads for a call; a small one has one, and need not ask how many there are."""
+    return 1 if x.values < SERIAL else thread_count(num_threads)
+
+
+cdef double* new_sums(Job* job, Py_ssize_t chunks) except NULL:
+    """Room for the sums of each chunk and the pivots, to be freed; results in its first rows."""
+    cdef double* sums = <double*> malloc((2 * chunks + 1) * job.C * sizeof(double))
+    if sums == NULL:
+        raise MemoryError(f"no memory for the sums of {job.C} channels")
     job.sums = sums
-    job.pivot = sums + 2 * job.C
+    job.pivot = sums + 2 * chunks * job.C
+    return sums
 
 
-cdef inline void run_small(const View* x, const View* dy, View* y, Job* job) noexcept:
+cdef inline void run_plain(
+    const View* x, const View* dy, View* y, Job* job, Py_ssize_t chunks, int threads
+) noexcept nogil:
     if job.item == sizeof(float):
-        run(<const float*> x.data, <const float*> dy.data, <float*> y.data, job, 1, 1)
+        run(<const float*> x.data, <const float*> dy.data, <float*> y.data, job, chunks, threads)
     else:
-        run(<const double*> x.data, <const double*> dy.data, <double*> y.data, job, 1, 1)
+        run(<const double*> x.data, <const double*> dy.data, <double*> y.data, job, chunks, threads)
 
 
-def small_inference(x, mean, var, gamma, beta, axis, eps, tuple act, out, num_threads):
-    """Return y of a plain small batch_norm_inference, or None."""
+cdef void run_view(
+    const View* x, const View* dy, View* y, Job* job, Py_ssize_t chunks, int threads
+):
+    """Run; others may use Python meanwhile, unless that takes as long to arrange."""
+    if x.values < SERIAL:
+        run_plain(x, dy, y, job, chunks, threads)
+    else:
+        with nogil:
+            run_plain(x, dy, y, job, chunks, threads)
+
+
+def plain_inference(x, mean, var, gamma, beta, axis, eps, tuple act, out, num_threads):
+    """Return y of a plain batch_norm_inference, or None."""
     cdef Job job = new_job(NO_SUMS, SCALE, 0)
     cdef View at_x, at_y
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
         return None
+    if mean is None or var is None:
+        return None
     if out is None:
-        out = empty_like(x)
-    if mean is None or var is None or not result_of(&at_y, out, &at_x):
+        out = new_like(x, &at_x)
+    if not result_of(&at_y, out, &at_x):
         return None
     if not (vector_of(&job.mean, mean, job.C, &at_y) and vector_of(&job.var, var, job.C, &at_y)
             and vector_of(&job.gamma, gamma, job.C, &at_y)
             and vector_of(&job.beta, beta, job.C, &at_y)):
         return None
-    run_small(&at_x, &at_x, &at_y, &job)
+    run_view(&at_x, &at_x, &at_y, &job, chunks_of(job.N, job.C, job.S),
+             threads_for(&at_x, num_threads))
     return out
 
 
-def small_forward(x, gamma, beta, axis, eps, tuple act, out, num_threads):
-    """Return y of a plain small batch_norm, a frozen array of mean and m2, and N * S, or None."""
+def plain_forward(x, gamma, beta, axis, eps, tuple act, out, num_threads):
+    """Return y of a plain batch_norm, a frozen array of mean and m2, and N * S, or None."""
     cdef Job job = new_job(SUMS, SCALE, 0)
-    cdef View at_x, at_y, sums
+    cdef View at_x, at_y, at_work
+    cdef Py_ssize_t chunks
+    cdef int threads
+    cdef double* sums
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
         return None
-    if out is None:
-        out = empty_like(x)
-    if job.M < 2 or job.eps == 0 or not result_of(&at_y, out, &at_x):
+    if job.M < 2 or job.eps == 0:
         return None
-    if not (vector_of(&job.gamma, gamma, job.C, &at_y)
+    if out is None:
+        out = new_like(x, &at_x)
+    if not (result_of(&at_y, out, &at_x) and vector_of(&job.gamma, gamma, job.C, &at_y)
             and vector_of(&job.beta, beta, job.C, &at_y)):
         return None
-    work = empty((3, job.C))
-    look(work, &sums)
-    use_sums(&job, <double*> sums.data)
+    work = empty((2, job.C))
+    look(work, &at_work)
+    threads = threads_for(&at_x, num_threads)
+    chunks = chunks_of(job.N, job.C, job.S)
+    sums = new_sums(&job, chunks)
     job.mean.data = job.sums
     job.var.data = job.sums + job.C
     job.count = job.M
-    run_small(&at_x, &at_x, &at_y, &job)
+    run_view(&at_x, &at_x, &at_y, &job, chunks, threads)
+    memcpy(at_work.data, sums, 2 * job.C * sizeof(double))
+    free(sums)
     PyArray_CLEARFLAGS(<PyArrayObject*> work, NPY_ARRAY_WRITEABLE)
     return out, work, job.N * job.S
 
 
-def small_backward(
+def plain_backward(
     dy, x, mean, var, bint through_statistics, gamma, beta, axis, eps, tuple act, out, num_threads,
 ):
-    """Return dx, dgamma and dbeta of a plain small backward, or None."""
+    """Return dx, dgamma and dbeta of a plain backward, or None."""
     cdef Job job = new_job(DOTS, UNSCALE if through_statistics else SCALE_DY, 0)
-    cdef View at_x, at_dy, at_dx, into
+    cdef View at_x, at_dy, at_dx, at_mean, into
+    cdef Py_ssize_t chunks
+    cdef int threads
     cdef double* sums
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
         return None
+    if mean is None or var is None or (through_statistics and (job.M < 2 or job.eps == 0)):
+        return None
     if out is None:
-        out = empty_like(x)
+        out = new_like(x, &at_x)
     if not (look(dy, &at_dy) and alike(&at_dy, &at_x) and result_of(&at_dx, out, &at_x)
             and (at_dx.data == at_dy.data or apart(&at_dx, &at_dy))):
-        return None
-    if mean is None or var is None or (through_statistics and (job.M < 2 or job.eps == 0)):
         return None
     if not (vector_of(&job.mean, mean, job.C, &at_dx) and vector_of(&job.var, var, job.C, &at_dx)
             and vector_of(&job.gamma, gamma, job.C, &at_dx)
             and vector_of(&job.beta, beta, job.C, &at_dx)):
         return None
-    job.count = job.M if through_statistics else 1
+    if through_statistics:
+        job.count = job.M
     gradients = empty((2, job.C), (x if gamma is None else gamma).dtype)
     look(gradients, &into)
-    sums = <double*> malloc(4 * job.C * sizeof(double))
-    if sums == NULL:
-        return None
-    use_sums(&job, sums)
-    load(job.mean, 0, job.C, 0, sums + 3 * job.C)  # of float64, as reduce takes it
-    job.mean = vector(<const double*> (sums + 3 * job.C))
-    run_small(&at_x, &at_dy, &at_dx, &job)
+    threads = threads_for(&at_x, num_threads)
+    chunks = chunks_of(job.N, job.C, job.S)
+    if not job.mean.wide:  # reduce takes them as float64
+        means = mean.astype("d")
+        look(means, &at_mean)
+        job.mean = vector(<const double*> at_mean.data)
+    sums = new_sums(&job, chunks)
+    run_view(&at_x, &at_dy, &at_dx, &job, chunks, threads)
     if into.item == sizeof(float):
         put_gradients(sums, job.C, <float*> into.data)
     else:

@@ -7,7 +7,7 @@ import cybn
 from cybn import functional
 
 SHAPES = [(2, 1), (32, 16), (60, 100), (5, 3, 1), (4, 1, 9), (3, 5, 7), (2, 4, 8, 8), (1, 2, 600)]
-STEPS = ["_SMALL_FORWARD", "_SMALL_INFERENCE", "_SMALL_BACKWARD"]
+STEPS = ["_PLAIN_FORWARD", "_PLAIN_INFERENCE", "_PLAIN_BACKWARD"]
 
 
 @pytest.fixture
@@ -168,12 +168,12 @@ def test_refused_with_nothing_written(name):
     out = np.empty_like(x) if out is None else out
     out[...] = 7
     more = gamma, beta, axis, 1e-5, ACT, out, None
-    assert functional._SMALL_INFERENCE(x, mean, var, *more) is None
-    assert functional._SMALL_BACKWARD(x, x, mean, var, False, *more) is None
+    assert functional._PLAIN_INFERENCE(x, mean, var, *more) is None
+    assert functional._PLAIN_BACKWARD(x, x, mean, var, False, *more) is None
     if name not in ("no mean", "channels", "two axes", "unaligned", "strided mean") and (
         name != "overlap with mean"
     ):
-        assert functional._SMALL_FORWARD(x, *more) is None
+        assert functional._PLAIN_FORWARD(x, *more) is None
     assert (out == 7).all()
 
 
@@ -181,39 +181,39 @@ def test_refused_with_nothing_written(name):
 def test_odd_eps_is_refused(eps):
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     more = None, None, 1, eps, ACT, None, None
-    assert functional._SMALL_INFERENCE(x, v, v, *more) is None
-    assert functional._SMALL_FORWARD(x, *more) is None
-    assert functional._SMALL_BACKWARD(x, x, v, v, True, *more) is None
+    assert functional._PLAIN_INFERENCE(x, v, v, *more) is None
+    assert functional._PLAIN_FORWARD(x, *more) is None
+    assert functional._PLAIN_BACKWARD(x, x, v, v, True, *more) is None
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, 1.0, "2"], ids=repr)
 def test_odd_threads_are_refused(threads):
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     more = None, None, 1, 1e-5, ACT, None, threads
-    assert functional._SMALL_INFERENCE(x, v, v, *more) is None
+    assert functional._PLAIN_INFERENCE(x, v, v, *more) is None
 
 
 def test_no_eps_is_for_inference_alone():
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     more = None, None, 1, 0.0, ACT, None, None
-    assert functional._SMALL_INFERENCE(x, v, v, *more) is not None
-    assert functional._SMALL_BACKWARD(x, x, v, v, False, *more) is not None
-    assert functional._SMALL_FORWARD(x, *more) is None
-    assert functional._SMALL_BACKWARD(x, x, v, v, True, *more) is None
+    assert functional._PLAIN_INFERENCE(x, v, v, *more) is not None
+    assert functional._PLAIN_BACKWARD(x, x, v, v, False, *more) is not None
+    assert functional._PLAIN_FORWARD(x, *more) is None
+    assert functional._PLAIN_BACKWARD(x, x, v, v, True, *more) is None
 
 
 def test_one_value_a_channel_is_refused():
     x, v = np.ones((1, 3), np.float32), np.ones(3, np.float32)
     more = None, None, 1, 1e-5, ACT, None, None
-    assert functional._SMALL_FORWARD(x, *more) is None
-    assert functional._SMALL_BACKWARD(x, x, v, v, True, *more) is None
+    assert functional._PLAIN_FORWARD(x, *more) is None
+    assert functional._PLAIN_BACKWARD(x, x, v, v, True, *more) is None
 
 
 def test_read_only_out_is_refused():
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     out = np.zeros_like(x)
     out.flags.writeable = False
-    assert functional._SMALL_INFERENCE(x, v, v, None, None, 1, 1e-5, ACT, out, None) is None
+    assert functional._PLAIN_INFERENCE(x, v, v, None, None, 1, 1e-5, ACT, out, None) is None
 
 
 def test_layers_take_the_short_way(rng, both_ways):
