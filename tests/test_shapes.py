@@ -11,8 +11,9 @@ from conftest import LEVELS
 import cybn
 from cybn import _runtime, functional
 
-# As written in the sources of the kernels and in cybn._layout.
-RUN_MIN, PIECE, TILE, LANES, FLUSH = 512, 1024, 1024, 32, 32
+# As written in the sources of the kernels.
+RUN_MIN, RUN_APPLY, RUN_TO_ROWS = 256, 96, 32
+PIECE, TILE, LANES, FLUSH = 1024, 1024, 32, 32
 CHUNK, SERIAL, BLOCK, VECTOR, MOST_CHUNKS, GROUP = 65536, 32768, 32, 64, 64, 16384
 SUM_ROW, NARROW, APPLY_ROW = 64, 32, 256
 
@@ -141,12 +142,14 @@ def test_one_value_a_channel(shape, dtype, axis, level):
 
 
 THRESHOLDS = {
-    "run_min": [(n, c, s) for s in around(RUN_MIN) for n, c in ((1, 1), (3, 5))],
+    "run_min": [(n, c, s) for s in around(RUN_MIN) for n, c in ((1, 1), (3, 5), (9, 5))],
+    "run_apply": [(9, 5, s) for s in around(RUN_APPLY)],
+    "few rows": [(n, 5, s) for n in (1, 2, 3) for s in around(n * RUN_TO_ROWS)],
     "piece": [(2, 3, s) for s in around(PIECE, 2 * PIECE)],
     "lanes": [(2, 3, s) for s in around(RUN_MIN + LANES, PIECE + LANES, 2 * PIECE + LANES)],
     "tile of columns": [(6, c, 1) for c in around(TILE, 2 * TILE)],
     "tile of short runs": [
-        (6, c, s) for s in (2, 7, 100, RUN_MIN - 1) for c in around(TILE // s, 2 * (TILE // s))
+        (9, c, s) for s in (2, 7, 100, RUN_MIN - 1) for c in around(TILE // s, 2 * (TILE // s))
     ],
     "flush": [(n, 5, s) for n in around(FLUSH, 2 * FLUSH) for s in (1, 9)],
     "four rows": [(n, 5, s) for n in around(4, 8) for s in (1, 9)],
@@ -160,7 +163,7 @@ THRESHOLDS = {
     "serial": [(1, 1, s) for s in around(SERIAL)] + [(7, 31, 151), (8, 64, 64), (9, 11, 331)],
     "two chunks of a run": [(1, 2, s) for s in around(CHUNK, 2 * CHUNK)],
     "two chunks of rows": [(n, 3, 1024) for n in around(2 * CHUNK // 1024)],
-    "two chunks of short runs": [(n, 2, 256) for n in around(2 * CHUNK // 256)],
+    "two chunks of short runs": [(n, 2, 128) for n in around(2 * CHUNK // 128)],
     "two chunks of columns": [(n, 1024, 1) for n in around(128)],
     "two chunks of few columns": [(n, 2, 1) for n in around(CHUNK)],
 }

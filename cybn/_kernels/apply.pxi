@@ -106,7 +106,7 @@ cdef void apply_tile(
     cdef Job kept
     cdef Py_ssize_t m = t.c1 - t.c0
     # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
-    cdef bint rows = not job.runs
+    cdef bint rows = not job.apply_runs
     cdef Py_ssize_t end = m * job.S - m if rows else 0
     coefficients(job, t.c0, t.c1, hi + end, a + end, k + end, b + end, z + end)
     if job.dresidual != NULL:  # reduce has done the activation, and kept the result

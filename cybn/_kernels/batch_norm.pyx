@@ -50,7 +50,7 @@ from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
     col_sums, col_sums4, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale, scale_add,
+    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale, scale_add,
     sums, unscale)
 from cybn._kernels.stream cimport stream, stream_end
 
@@ -113,7 +113,8 @@ cdef struct Job:
     Py_ssize_t block, blocks            # channels a block, number of blocks
     int threads
     bint owned
-    bint runs               # the loops are those of runs, not of rows
+    bint runs               # the loops of reduce are those of runs, not of rows
+    bint apply_runs         # the same for apply
     bint gated              # the plain loops of backward go through relu
     bint added              # the plain loops of reduce add a residual and go through relu
     bint staged             # more than the plain loops is to be done
@@ -275,7 +276,9 @@ cdef void plan(
     job.chunk_cols = chunks // job.chunk_rows
     job.owned = chunks == 1 or (job.S > 1 and (threads == 1 or job.C >= 4 * threads))
     job.runs = by_runs(job)
-    if job.runs:
+    job.apply_runs = job.runs or (
+        job.reduce == NO_SUMS and job.S >= RUN_APPLY and job.share == NULL)
+    if job.apply_runs:
         job.block = max(1, min(fit, BLOCK))
     elif job.owned:
         job.block = min(max(fit, 64 // job.S), columns // job.S)
@@ -295,7 +298,7 @@ cdef void plan(
         job.apply_cols = job.chunk_cols
     job.threads = threads
     check(job.chunk_rows * job.chunk_cols == chunks)  # as there is room for
-    check(job.block <= BLOCK if job.runs else job.block * job.S <= TILE)
+    check(job.block <= BLOCK if job.apply_runs else job.block * job.S <= TILE)
 
 
 cdef void run(

@@ -31,7 +31,8 @@ cdef enum:
     LANES = 32      # vectors of one sum in flight: 4 of AVX2, 8 of SSE2
     PIECE = 1024    # elements between two flushes to float64
     WIDE = 8        # lanes of the float64 sums
-    RUN_MIN = 512   # shortest S for which runs beat rows
+    RUN_MIN = 256   # shortest S for which sums of runs beat those of rows
+    RUN_APPLY = 96  # the same for inference, whose bits are the same either way
 
 
 cdef inline const T* lanes(
