@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ._runtime import kernels
 
-NARROW: int = kernels.NARROW  # channels up to which the kernels sum several channels-last rows as one
+# Channels up to which the kernels sum several channels-last rows as one.
+NARROW: int = kernels.NARROW
 
 
 class Plan(NamedTuple):

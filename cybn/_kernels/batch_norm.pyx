@@ -50,8 +50,8 @@ from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
     col_sums, col_sums4, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale, scale_add,
-    sums, unscale)
+    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale,
+    scale_add, sums, unscale)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
