@@ -116,6 +116,18 @@ def against_pytorch(operation: str, layout: str, bound: str, dtype: str = "float
     )
 
 
+def floor_against_pytorch(operation: str) -> Bar:
+    """Make the line that says how far a bar against PyTorch can be met: by a mere copy, or add."""
+    floor = "add floor" if operation == "backward" else "copy floor"
+    return network_bar(
+        f"{floor} / {WORDS[operation]} of PyTorch, NCHW, fresh",
+        operation,
+        Side(FLOOR),
+        Side("PyTorch", FIRST, FRESH),
+        "",
+    )
+
+
 def against_floor(
     operation: str, bound: str, where: Callable[[int, int], bool] = everything
 ) -> Bar:
@@ -261,6 +273,7 @@ BARS: Sequence[Bar] = [
         "1/3",
     ),
     memory_bar(),
+    *(floor_against_pytorch(operation) for operation in WORDS),
     against_pytorch("forward", FIRST, "1/3", "float64"),
     against_pytorch("backward", FIRST, "", "float64"),
     against_pytorch("inference", FIRST, "", "float64"),

@@ -19,7 +19,7 @@ class Cybn:
 
     name = "cybn"
     install = "pip install cybn"
-    note = "functions; fresh output: NumPy's np.empty"
+    note = "functions; fresh output: from 1 MiB on in memory of earlier results"
 
     def __init__(self) -> None:
         self.version = cybn.__version__
