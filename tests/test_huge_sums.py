@@ -27,7 +27,7 @@ pytestmark = pytest.mark.row(21)
 
 @pytest.fixture(scope="module")
 def zeros():
-    """Return MOST float32 values that take no memory: all but those at PLACES were never written."""
+    """Return MOST float32 values in next to no memory: only those at PLACES were written."""
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         pytest.skip("only Linux says that its pages of zeros are small ones")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
