@@ -19,6 +19,16 @@ __all__ = ["Trial", "active"]
 _Given = TypeVar("_Given")
 
 
+class _End:
+    """`Trial.__exit__`: a ``with`` statement that looks it up gets that of the trial's lock."""
+
+    def __get__(self, trial: Trial[Any] | None, owner: type) -> Callable[..., None]:
+        return self if trial is None else trial._open.__exit__
+
+    def __call__(self, trial: Trial[Any], *error: object) -> None:
+        trial._open.release()  # for `contextlib.ExitStack`, which asks the class
+
+
 class Trial(Generic[_Given]):
     """How forwards are to run for a while: a context manager, to be entered once.
 
@@ -36,9 +46,9 @@ class Trial(Generic[_Given]):
         Told the layer and the moments of its input.
     """
 
-    __slots__ = ("__exit__", "_begun", "_given", "_open", "_whose", "note", "training")
+    __slots__ = ("_begun", "_given", "_open", "_whose", "note", "training")
 
-    __exit__: Callable[..., None]
+    __exit__ = _End()
 
     def __init__(
         self,
@@ -54,7 +64,6 @@ class Trial(Generic[_Given]):
         self._begun = False
         self._open = Lock()
         self._open.acquire()  # until the end
-        self.__exit__ = self._open.__exit__
 
     def __enter__(self) -> _Given:
         if self._begun:
