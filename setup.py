@@ -40,9 +40,9 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
 
-# Sanitizers watch the source, which is the same at every level: one is enough, and half the time.
+# Checks watch the source, which is the same at every level: one is enough, and half the time.
 LEVELS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64") and not SANITIZE:
+if platform.machine().lower() in ("x86_64", "amd64") and BUILD == "release":
     LEVELS["x86_64_v3"] = ["-march=x86-64-v3"]
 
 # One wheel for every Python from 3.11 on; free-threaded builds have no limited API.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from .layers import BatchNorm
-from .layers._trials import trial
+from .layers._trials import Trial
 from .moments import Moments, Progress
 
 __all__ = ["population_statistics"]
@@ -112,10 +111,8 @@ def population_statistics(
     return totals
 
 
-def _recording(
-    note: Callable[[BatchNorm, Moments], None], upstream: str
-) -> AbstractContextManager[None]:
-    return trial(None, training=upstream == "batch", note=note)
+def _recording(note: Callable[[BatchNorm, Moments], None], upstream: str) -> Trial[None]:
+    return Trial(None, training=upstream == "batch", note=note)
 
 
 def _as_function(model_or_layers: Any) -> Callable[[Any], object]:

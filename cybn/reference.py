@@ -256,7 +256,8 @@ def _through_activation(
     if residual is not None:
         z = z + _fold(residual, axis)
     _, derivative = activated(z, activation, slope)
-    g = np.where((derivative == 0) | (w == 0), 0, _fold(dy, axis) * derivative)
+    cut = (derivative == 0) & (activation in ("relu", "relu6"))  # others leave NaN * 0 = NaN
+    g = np.where(cut | (w == 0), 0, _fold(dy, axis) * derivative)
     return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from cybn import reference
 
 ULP32, ULP64 = 2.0**-21, 2.0**-48  # the promise, eight roundings of each type wide
+REPEATED = 4  # times as much where the same few values are summed again and again (math.md, 6.5)
 
 
 def wide(*arrays):

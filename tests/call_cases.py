@@ -188,6 +188,10 @@ for m, of_another_kind in ((M, SAMPLES), (SAMPLES, M)):
     bad(m.merge, of_another_kind)
     bad(m.merge, cybn.Moments.empty(4))
 bad(SAMPLES.merge, within_samples(LARGE))
+bad(SAMPLES.update, X)
+good(type(SAMPLES).empty, C)
+bad(type(SAMPLES), [4] * C, ZEROS, ZEROS, 2)
+bad(type(SAMPLES), 4, ZEROS, ZEROS, 5)
 bad(cybn.Moments, -1, V, V)
 bad(cybn.Moments, "1", V, V)
 bad(cybn.Moments, FOUR, V, V)
@@ -350,9 +354,17 @@ bad(cybn.BatchNorm(C).drift)
 bad(BN.drift, cybn.Moments.empty(4))
 bad(cybn.BatchNorm(C, track_running_stats=False).drift)
 bad(BN.explain, C)
+bad(BN.set_statistics, SAMPLES)
 bad(BN.set_statistics, V)
 bad(BN.set_statistics, cybn.Moments(1, V, V))
 bad(cybn.BatchNorm(C, track_running_stats=False).scale_shift)
+
+
+def twice():
+    preview = BN.preview()
+    for _ in range(2):
+        with preview:
+            BN(X)
 
 
 def overwritten(bn, again=False):
@@ -378,6 +390,7 @@ bad(lambda: overwritten(cybn.BatchNorm(C, activation="silu")))
 bad(lambda: overwritten(cybn.BatchNorm(C), again=True))
 bad(lambda: overwritten(cybn.LayerNorm(5)))
 bad(previewed)
+bad(twice)
 bad(lambda: frozen(cybn.BatchNorm(C)))
 bad(lambda: frozen(cybn.LayerNorm(5)))
 

@@ -9,15 +9,15 @@ gradients    g = dy * f'(z) may be off by dg: by |dy| * the change of f' over th
              is a jump where z may lie on either side of a kink, and 8 u * |dy|
 half types   half a unit of their last place, on what is stored in them
 weights      means are weighted, as in (66)
+stretched    where x or dy has an axis of stride 0, all are four times as wide (math.md, 6.5)
 """
 
 import ml_dtypes
 import numpy as np
-from bounds import ULP32, ULP64
+from bounds import REPEATED, ULP32, ULP64
 
 from cybn import reference
 
-EQUAL = 4  # 32 u, of lanes that add up 32 values
 LARGEST_SLOPE = {"silu": 1.1}
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,)}
 
@@ -51,7 +51,17 @@ class Bounds:
     """Exact values of all results of one batch normalization, and their bounds, as rows (C, M)."""
 
     def __init__(
-        self, x, axis, eps, gamma, beta, options, fixed=None, moments=None, masked="normalize"
+        self,
+        x,
+        axis,
+        eps,
+        gamma,
+        beta,
+        options,
+        fixed=None,
+        moments=None,
+        masked="normalize",
+        repeated=False,
     ):
         self.axis = axis % x.ndim
         self.x = x
@@ -59,7 +69,8 @@ class Bounds:
         wide = np.longdouble if x.dtype == np.float64 else np.float64
         self.wide = wide
         self.smallest = 5e-324 if x.dtype == np.float64 else 2.0**-149
-        self.ulp = ULP64 if x.dtype == np.float64 else ULP32
+        self.double = x.dtype == np.float64
+        self.ulp = (ULP64 if self.double else ULP32) * (REPEATED if repeated else 1)
         self.gamma, self.beta = (None if v is None else v.astype(wide) for v in (gamma, beta))
         self.given = moments
         self.fixed = None if fixed is None else [v.astype(wide) for v in fixed]
@@ -98,7 +109,7 @@ class Bounds:
         self.xhat = (r - self.mean) * self.r
         self.off = np.abs(self.mean) * self.r
         # (39) is for means of up to a million standard deviations
-        self.promised = (self.ulp == ULP64) | (self.off[:, 0] <= 1e6)
+        self.promised = self.double | (self.off[:, 0] <= 1e6)
 
     def keywords(self):
         options = {k: v for k, v in self.options.items() if k != "masked"}
@@ -108,7 +119,7 @@ class Bounds:
 
     def of_z(self, xhat):
         """Return z and its bound."""
-        off = self.off if self.ulp == ULP64 else 0
+        off = self.off if self.double else 0
         z = self.g * xhat + self.b
         bound = self.ulp * (np.abs(self.g * xhat) + np.abs(self.g) * (1 + off) + np.abs(self.b))
         residual = self.options.get("residual")
@@ -139,12 +150,8 @@ class Bounds:
         return y, stored(y, bound, self.x.dtype)
 
     @np.errstate(all="ignore")
-    def backward(self, dy, from_output=False, equal=False):
-        """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any.
-
-        Where many values of dy are `equal`, their sums round to the same side at each step, and may
-        come near the worst case (36), EQUAL times what sums of others are off by.
-        """
+    def backward(self, dy, from_output=False):
+        """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any."""
         options = self.keywords() | {"from_output": from_output, "beta": self.beta}
         dy = dy.astype(self.wide)
         if self.fixed is None:
@@ -160,14 +167,12 @@ class Bounds:
             if self.act is not None:
                 z = np.where(z < 0, z / self.slope, z)
             xhat, rough, known = (z - self.b) / self.g, np.abs(z / self.g), z
-        size = np.abs(xhat) + 1 + rough + (self.off if self.ulp == ULP64 else 0)
+        size = np.abs(xhat) + 1 + rough + (self.off if self.double else 0)
         g, dg = self._through(rows(dy, self.axis), xhat, known)
         r = self.r
         sums = np.abs(g).sum(1, keepdims=True), (np.abs(g) * size).sum(1, keepdims=True)
         slips = dg.sum(1, keepdims=True), (dg * size).sum(1, keepdims=True)
-        db, dgm = (
-            (EQUAL if equal else 1) * self.ulp * s + t for s, t in zip(sums, slips, strict=True)
-        )
+        db, dgm = (self.ulp * s + t for s, t in zip(sums, slips, strict=True))
         lost = self.smallest * g.shape[1]  # products may underflow
         db, dgm = db + lost, dgm + lost * (1 + r)
         share = self.w / self.w.sum() if self.fixed is None else 0
@@ -185,7 +190,8 @@ class Bounds:
             z, bound = known, 0 * bound
         _, slope = reference.activated(z, self.act, self.slope)
         counts = self.w > 0
-        g = np.where(counts & (slope != 0), dy * slope, 0)
+        cut = (slope == 0) & (self.act in ("relu", "relu6"))
+        g = np.where(counts & ~cut, dy * slope, 0)
         if self.act is None:
             dg = 0 * g
         elif self.act in KINKS:

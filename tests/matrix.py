@@ -3,6 +3,7 @@
 A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
 fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
 table; `python tests/matrix.py FILE...` prints it, and fails if a row failed or was never run.
+`pytest --row=23` runs the tests of that row alone.
 """
 
 import json
@@ -142,16 +143,24 @@ def figure(request):
 
 def pytest_addoption(parser):
     parser.addoption("--matrix", metavar="FILE", help="add what this run saw to the matrix in FILE")
+    text = "only tests of this row of the matrix; may be given several times"
+    parser.addoption("--row", type=int, action="append", choices=ROWS, metavar="N", help=text)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "row(number, ...): rows of the reliability matrix")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--row")
+    chosen, others = [], []
     for item in items:
         rows = {number for mark in item.iter_markers("row") for number in mark.args}
         item.user_properties += [("row", number) for number in sorted(rows)]
+        (others if wanted and rows.isdisjoint(wanted) else chosen).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = chosen
 
 
 def pytest_runtest_logreport(report):

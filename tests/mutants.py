@@ -1073,8 +1073,8 @@ MUTANTS = [
         "trials-outermost",
         "layers/_trials.py",
         "of previews in each other, the outermost decides",
-        "for current in reversed(_trials.get()):",
-        "for current in _trials.get():",
+        "for current in reversed(_running()):",
+        "for current in _running():",
     ),
     Mutant(
         "instance-running-mean",

@@ -32,6 +32,7 @@ ADDR_NO_RANDOMIZE = 0x0040000  # of Linux's personality()
 FOREIGN = ["torch", "keras", "peers", "onnx", "interop", "pages"]
 PTHREAD_OMP = "pthread_omp.so"
 NOT = "not pytorch and not fence_holds"  # a sanitizer has the last word where a page is protected
+FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # threads share work by shape
 
 
 class Kind(NamedTuple):
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
     options: dict  # environment of the run
     faults: list  # in planted.c, as calls; each must end the process
     tests: list  # what is run unless all is asked for
+    only: str = ""  # of that, as pytest's -k has it
 
 
 KINDS = {
@@ -88,6 +90,7 @@ KINDS = {
             "test_family_bits.py::test_threads_and_levels",
             "test_family_half.py::test_in_place",
         ],
+        FEW_HALVES,
     ),
 }
 
@@ -112,9 +115,11 @@ def run(kind, folder, whole, more):
     if "libtsan.so" in kind.libraries:
         check_replaced(folder)
     check_faults(kind, python, folder, environment)
-    tests = [] if any(word.startswith("test") for word in more) else chosen(kind, whole)
+    own = any(word.startswith("test") for word in more)
+    tests = [] if own else chosen(kind, whole)
+    only = NOT if own or whole or not kind.only else f"{NOT} and {kind.only}"
     shown = ["-q", "--capture=sys"]  # with what C prints before it ends the process
-    plain = ["-p", "no:cacheprovider", "-k", NOT]
+    plain = ["-p", "no:cacheprovider", "-k", only]
     command = [*python, "-m", "pytest", *shown, *plain, *tests, *more]
     print("+", *command, flush=True)
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)

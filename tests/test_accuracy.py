@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from bounds import ULP32, ULP64, column, forward_bound, wide, worst
+from bounds import REPEATED, ULP32, ULP64, column, forward_bound, wide, worst
 from cases import AXES, DTYPES, FAMILIES, backward_bound, exact_fill, lay, normal_case, same_bits
 
 import cybn
@@ -140,6 +140,23 @@ def test_samples_that_are_all_outliers(rng, shape, dtype, axis, level):
     y, m = cybn.batch_norm(lay(x, axis), axis=axis)
     assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
     assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1
+
+
+@pytest.mark.row(3)
+@every_dtype
+def test_patterns_of_few_values(dtype, rng, level, figure):
+    """Lanes that add up one number again and again, whose roundings all go one way."""
+    found = []
+    for trial in range(60):
+        values = rng.standard_normal(2 ** (1 + trial % 5)) + trial % 2
+        row = np.resize(np.repeat(values, 2 ** rng.integers(6)), 4096).astype(dtype)
+        gamma, beta = np.ones(1, dtype), np.zeros(1, dtype)
+        for x in (row[None, None], row[:, None, None], row.reshape(64, 1, 64)):
+            y, _ = cybn.batch_norm(x, gamma, beta)
+            exact, bound = forward_bound(x, gamma, beta, 1)
+            found.append(worst(y, exact, REPEATED * bound))
+    figure(3, f"worst ratio to theirs, patterns of few values, {np.dtype(dtype)}", max(found))
+    assert max(found) <= 1
 
 
 # ---- extreme scales ----------------------------------------------------------------------

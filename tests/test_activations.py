@@ -187,6 +187,12 @@ def test_rules(activation, dtype, level):
         assert dx[0, 0, 3] == (0 if activation == "relu6" else 3)
         blocked = cybn.batch_norm_inference_backward(np.full_like(x, np.nan), x, zero, one, **act)
         assert np.isnan(blocked[0][0, 0, 1]) == (activation == "leaky_relu")
+        if dtype is np.float64:  # the reference has the same rules, with a slope of 0 too
+            act |= {"slope": 0.0}
+            for module in (cybn, reference):
+                call = module.batch_norm_inference_backward
+                g = call(np.full_like(x, np.nan), x, zero, one, **act)[0][0, 0]
+                assert np.isnan(g[1]) == (activation == "leaky_relu"), module
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,12 +1,14 @@
 """Interrupts and errors anywhere in a call: a layer is as it was before, or as it is after."""
 
+import contextlib
+import contextvars
 import copy
 import dis
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from layer_cases import KINDS, everything, trained, twin
 
 import cybn
 from cybn import _memory, _rows, _runtime, _statistics, functional
+from cybn.layers import _trials
 
 pytestmark = pytest.mark.row(31)
 
@@ -73,13 +76,13 @@ class Disturber:
         return self
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupted(at):
     before, disturber = sys.gettrace(), Disturber(at)
     sys._getframe().f_trace_opcodes = True  # CPython 3.12 asks for these when tracing begins
     sys.settrace(disturber)
     try:
-        with suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
             yield disturber
     finally:
         sys.settrace(before)
@@ -132,6 +135,51 @@ def test_the_test_above_can_fail():
             layer.load_state_dict({"gamma": 2, "beta": 2})
         seen.add((layer.gamma[0], layer.beta[0]))
     assert seen == {(1, 0), (2, 0), (2, 2)}
+
+
+def test_no_interrupt_leaves_a_thread_in_a_preview(figure):
+    x, left = np.ones((4, 3), np.float32), []
+
+    def interrupt_and_train(bn, place):
+        with interrupted(place) as disturber, bn.preview() as same:
+            assert same(x).shape == x.shape
+        bn(x)
+        return disturber.places
+
+    for place in range(1, 10**6):
+        bn = cybn.BatchNorm1d(3)
+        places = contextvars.copy_context().run(interrupt_and_train, bn, place)
+        if bn.num_batches_tracked != 1:
+            left.append(place)
+        if places < place:
+            break
+    figure(31, "places interrupted", place - 1, how="sum")
+    figure(31, "state diff", len(left), how="sum")
+    assert place > 30
+    assert not left
+
+
+def test_previews_are_forgotten(rng):
+    """What is over keeps no layer alive, and no list of it grows."""
+    bn, x = cybn.BatchNorm1d(3), np.ones((4, 3), np.float32)
+
+    def work():
+        for _ in range(3):
+            preview = bn.preview()
+            with preview:
+                bn(x)
+            with pytest.raises(RuntimeError, match="entered before"):
+                preview.__enter__()
+            assert len(_trials._trials.get()) == 1
+            with cybn.BatchNorm1d(3).preview() as other:
+                gone = weakref.ref(other)
+            del other
+            assert gone() is None
+        bn(x)
+        assert _trials._trials.get() == ()
+
+    contextvars.copy_context().run(work)
+    assert bn.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm"])

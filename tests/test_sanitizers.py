@@ -23,9 +23,9 @@ pytestmark = pytest.mark.row(33)
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("kind", ["address", "debug", "thread"])
 def test_clean(kind, figure):
-    """Minutes: builds cybn from the tree that these tests lie in, with assertions for address."""
+    """Minutes: builds cybn from the tree that these tests lie in, and runs a part of them on it."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("no setup.py beside these tests: run them in the tree")
     done = subprocess.run([sys.executable, str(SCRIPT), kind], capture_output=True, text=True)

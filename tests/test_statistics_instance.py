@@ -113,6 +113,58 @@ def test_what_was_measured_is_kept_and_merged(data):
         SampleMoments.from_state_dict(plain.state_dict())
 
 
+def test_begun_with_nothing(data):
+    """`empty` and the constructor work, `update` says what does."""
+    norm, start = layer(), SampleMoments.empty(C)
+    assert (len(start), start.count, start.samples) == (C, 0, 0)
+    assert SampleMoments.from_state_dict(start.state_dict()) == start
+    assert repr(start).startswith("SampleMoments(count=0, mean=[0., 0., 0.]")
+    with pytest.raises(TypeError, match=r"m\.merge\(cybn\.population_statistics\("):
+        start.update(data)
+    whole = cybn.population_statistics(norm, [data])[norm]
+    for one, other in [(start, whole), (whole, start)]:
+        assert one.merge(other) == whole
+    assert SampleMoments(whole.count, whole.mean, whole.m2, 12) == whole
+    assert SampleMoments(whole.count, whole.mean, whole.m2, 11) != whole
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "error", "message"),
+    [
+        (600, 10**9, ValueError, r"samples is 1000000000; .* at least 1 and at most count"),
+        (600, 601, ValueError, "samples is 601"),
+        (600, 0, ValueError, "samples is 0"),
+        (600, -1, ValueError, "samples is -1"),
+        (0, 1, ValueError, "samples is 1; with count 0"),
+        ([600] * C, 12, ValueError, r"count has shape \(3,\); .* one number"),
+        (600, 1.5, TypeError, "samples is 1.5; it must be an int"),
+        (-1, 1, ValueError, "count is -1"),
+    ],
+)
+def test_samples_that_the_count_does_not_hold(count, samples, error, message):
+    zeros = np.zeros(C)
+    with pytest.raises(error, match=message):
+        SampleMoments(count, zeros, zeros, samples)
+    state = {"count": count, "mean": zeros, "m2": zeros, "samples": samples}
+    with pytest.raises(ValueError, match=message):
+        SampleMoments.from_state_dict(state)
+
+
+def test_no_statistics_of_a_batch_norm(data):
+    """Their variance leaves out how the samples differ, and nothing would show it."""
+    norm, bn = layer(), cybn.BatchNorm1d(C, dtype=float)
+    within_samples = cybn.population_statistics(norm, [data])[norm]
+    before = bn.state_dict()
+    message = r"within samples.*population_statistics returns for this layer, or cybn\.moments"
+    with pytest.raises(TypeError, match=f"^moments is .*{message}"):
+        bn.set_statistics(within_samples)
+    with pytest.raises(TypeError, match=f"^data is .*{message}"):
+        bn.drift(within_samples)
+    assert all(same_bits(before[name], value) for name, value in bn.state_dict().items())
+    bn.set_statistics(cybn.moments(data))
+    assert np.abs(bn.drift(cybn.moments(data)).shift).max() == 0
+
+
 def test_explain(capsys, data):
     norm = layer(momentum=0.25)
     norm.explain(1)
@@ -141,7 +193,7 @@ def test_explain(capsys, data):
 def test_samples_of_no_positions_are_nothing(data):
     norm, nothing = layer(), np.empty((2, C, 0))
     empty = cybn.population_statistics(norm, [nothing, nothing])[norm]
-    assert empty.count == 0
+    assert (empty.count, empty.samples) == (0, 0)
     whole = cybn.population_statistics(norm, [data])[norm]
     mixed = cybn.population_statistics(norm, [nothing, data, nothing])[norm]
     assert mixed == whole

@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -321,6 +322,13 @@ def test_previews_nest_and_are_of_their_layer(rng):
     with one.preview():
         one(x), two(x)
     assert (one.num_batches_tracked, two.num_batches_tracked) == (3, 4)
+    with ExitStack() as stack:
+        for bn in (one, two):
+            assert stack.enter_context(bn.preview()) is bn
+        one(x), two(x)
+    assert (one.num_batches_tracked, two.num_batches_tracked) == (3, 4)
+    one(x), two(x)
+    assert (one.num_batches_tracked, two.num_batches_tracked) == (4, 5)
 
 
 def test_another_thread_goes_on_training(rng):

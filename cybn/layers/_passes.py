@@ -49,8 +49,6 @@ class Passes(Tracking):
 
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank from 2
 
-    _by_sample: ClassVar[bool] = False  # whether each sample has statistics of its own
-
     axis = Setting(integer)
     activation = Setting(_settings.activation)
     slope = Setting(_settings.slope)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _runtime
 from ..moments import Moments
-from . import _drift, _trials
+from . import _drift
 from ._drift import Drift
 from ._passes import Passes
 from ._running import Running
+from ._trials import Trial
 
 __all__ = ["Safety", "Snapshot"]
 
@@ -36,8 +35,7 @@ def _copy(seen: tuple[Moments, Running] | None) -> tuple[Moments, Running] | Non
 class Safety(Passes):
     """What a layer offers beside training and inference; a part of `BatchNorm`."""
 
-    @contextmanager
-    def preview(self) -> Iterator[Self]:
+    def preview(self) -> Trial[Self]:
         """Run forwards in training mode that leave no trace, within a ``with`` block.
 
         A forward in it normalizes as in training, whatever the mode. Running statistics,
@@ -45,11 +43,12 @@ class Safety(Passes):
         they are; `backward` itself raises. The switches hold: a layer that is frozen, or has
         `use_batch_statistics` set, normalizes as it does in training, by the statistics it is
         told. Holds for the calling thread (or task) alone: others may go on training the layer.
+        It ends with the block, also where an interrupt comes on the way in or out.
 
-        Yields
-        ------
-        BatchNorm
-            The layer.
+        Returns
+        -------
+        context manager
+            For one ``with`` block; gives the layer.
 
         Examples
         --------
@@ -61,8 +60,7 @@ class Safety(Passes):
         >>> bn.num_batches_tracked
         0
         """
-        with _trials.trial(self, training=True):
-            yield self
+        return Trial(self, training=True)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of gamma, beta, gradients, running statistics, mode and switches.
@@ -141,7 +139,8 @@ class Safety(Passes):
             If the layer has no running statistics, or `data` is None and no batch has moved
             them.
         TypeError, ValueError
-            If `data` is not a batch that the layer takes, or moments of other channels.
+            If `data` is not a batch that the layer takes, or moments of other channels, or
+            statistics within samples where this is no instance norm.
         """
         if not self.track_running_stats:
             raise RuntimeError("drift needs running statistics; track_running_stats is False")
@@ -161,6 +160,7 @@ class Safety(Passes):
         """Return the moments of a batch, which may be given as such; of this layer's channels."""
         if not isinstance(data, Moments):
             return self._measure(self._admit(data), False, None)
+        self._refuse_within_samples("data", data)
         if len(data) != self.num_features:
             raise ValueError(
                 f"data has {len(data)} channels; this layer has num_features={self.num_features}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import check_mapping
+from .._arguments import check_mapping, integer
 from ..moments import Moments, _is_nothing, _sum
 
 __all__ = ["SampleMoments"]
@@ -21,25 +21,73 @@ class SampleMoments(Moments):
     computes it. `count` and `mean` are those of all values, and `m2` is the sum of the squared
     deviations of each from the mean of its sample. Samples of different sizes weigh by their size.
 
-    Attributes
+    Parameters
     ----------
+    count : int
+        How many values each channel has, in all samples together.
+    mean, m2 : array_like, shape (C,)
+        As in `Moments`.
     samples : int
-        How many samples are in it.
+        How many samples they are of: at least 1 and at most `count`; 0 where that is 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Moments`, and if `count` or `samples` is not such a number.
     """
 
     __slots__ = ("samples",)
 
     samples: int
 
+    def __init__(self, count: Any, mean: ArrayLike, m2: ArrayLike, samples: int) -> None:
+        super().__init__(count, mean, m2)
+        if isinstance(self.count, np.ndarray):
+            raise ValueError(
+                f"count has shape {self.count.shape}; within samples it must be one number, as "
+                "all channels have as many values"
+            )
+        samples = integer("samples", samples)
+        least = int(not _is_nothing(self.count))
+        if not least <= samples <= self.count:
+            raise ValueError(
+                f"samples is {samples}; with count {self.count} it must be at least {least} and "
+                "at most count"
+            )
+        object.__setattr__(self, "samples", samples)
+
+    @classmethod
+    def empty(cls, channels: int) -> SampleMoments:
+        """Return the moments of no samples at all, to begin with: all numbers are 0.
+
+        Parameters
+        ----------
+        channels : int
+            C.
+        """
+        return cls(0, np.zeros(channels), np.zeros(channels), 0)
+
     @classmethod
     def of(cls, each: Moments, channels: int) -> SampleMoments:
         """Pool the moments of (N * C) rows of as many values each."""
         mean, m2 = (v.reshape(-1, channels) for v in (each.mean, each.m2))
         assert isinstance(each.count, int)
-        return _restore(each.count * len(mean), mean.mean(0), m2.sum(0), len(mean))
+        samples = len(mean) if each.count else 0  # of no positions there is nothing to count
+        return _restore(each.count * len(mean), mean.mean(0), m2.sum(0), samples)
 
     def _degrees(self, ddof: int) -> Any:
         return self.count - ddof * self.samples  # each sample has a mean of its own
+
+    def update(self, x: ArrayLike, **options: Any) -> NoReturn:
+        """Raise TypeError: these are measured by `population_statistics`, and merged.
+
+        For each part of the data ``m = m.merge(cybn.population_statistics(norm, [x])[norm])``,
+        or, for all of them at once, ``cybn.population_statistics(norm, parts)[norm]``.
+        """
+        raise TypeError(
+            "statistics within samples have no update; measure with the instance norm they are "
+            "for, and merge: m = m.merge(cybn.population_statistics(norm, [x])[norm])"
+        )
 
     def merge(self, other: Moments) -> SampleMoments:
         """Return the moments of these samples and others taken together; neither is changed.
@@ -88,11 +136,9 @@ class SampleMoments(Moments):
         given = dict(state)
         samples = np.asarray(given.pop("samples", None))
         plain = Moments.from_state_dict(given)
-        if samples.shape != () or samples.dtype.kind not in "iu" or samples < 1:
-            raise ValueError(
-                f"samples is {state.get('samples')!r}; it must be an int of at least 1"
-            )
-        return _restore(plain.count, plain.mean, plain.m2, int(samples))
+        if samples.shape != () or samples.dtype.kind not in "iu":
+            raise ValueError(f"samples is {state.get('samples')!r}; it must be an int")
+        return cls(plain.count, plain.mean, plain.m2, int(samples))
 
     def __eq__(self, other: object) -> bool:
         """Whether all numbers are the same, the number of samples too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -14,6 +14,7 @@ from ..moments import Moments
 from . import _settings, _state
 from ._layer import Layer
 from ._running import NanPolicy, Running
+from ._sample_moments import SampleMoments
 from ._settings import Fixed, Setting, float_type
 from ._switches import Switches
 
@@ -22,6 +23,8 @@ __all__ = ["Tracking"]
 
 class Tracking(Switches, Layer):
     """A layer with running statistics, unless `track_running_stats` is False."""
+
+    _by_sample: ClassVar[bool] = False  # whether each sample has statistics of its own
 
     num_features = Fixed(integer_from)
     affine = Fixed(_settings.flag)
@@ -133,6 +136,15 @@ class Tracking(Switches, Layer):
         if not self.track_running_stats:
             raise AttributeError(f"{name} cannot be set: track_running_stats is False")
 
+    def _refuse_within_samples(self, name: str, moments: Moments) -> None:
+        """Raise TypeError where the variance between samples is missing, and belongs to it."""
+        if isinstance(moments, SampleMoments) and not self._by_sample:
+            raise TypeError(
+                f"{name} is of statistics within samples, which an instance norm found; those of "
+                "a batch norm have the variance between samples too. Take those that "
+                "population_statistics returns for this layer, or cybn.moments of its input"
+            )
+
     def _tracked(self, name: str, value: ArrayLike) -> NDArray[Any]:
         self._refuse_untracked(name)
         return _state.vector(name, value, self.num_features, self.dtype)
@@ -152,7 +164,8 @@ class Tracking(Switches, Layer):
         Raises
         ------
         TypeError
-            If `moments` is none.
+            If `moments` is none, or is of statistics within samples, which an instance norm found,
+            and this is no instance norm.
         AttributeError
             If `track_running_stats` is False.
         ValueError
@@ -161,6 +174,7 @@ class Tracking(Switches, Layer):
         """
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
+        self._refuse_within_samples("moments", moments)
         self._refuse_untracked("running_mean")
         few = np.flatnonzero(np.asarray(moments._degrees(self._running_ddof)) <= 0)
         if few.size and moments.mean.shape == self._shape:

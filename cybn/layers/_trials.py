@@ -6,43 +6,102 @@ task) alone: others go on training the same layer meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 from ..moments import Moments
 
-__all__ = ["Trial", "active", "trial"]
+__all__ = ["Trial", "active"]
+
+_Given = TypeVar("_Given")
 
 
-class Trial(NamedTuple):
-    """How forwards are to run for a while."""
+class _End:
+    """`Trial.__exit__`: a ``with`` statement that looks it up gets that of the trial's lock."""
 
-    layer: object  # None: every layer
-    training: bool
-    note: Callable[[Any, Moments], None] | None  # told the layer and the moments of its input
+    def __get__(self, trial: Trial[Any] | None, owner: type) -> Callable[..., None]:
+        return self if trial is None else trial._open.__exit__
+
+    def __call__(self, trial: Trial[Any], *error: object) -> None:
+        trial._open.release()  # for `contextlib.ExitStack`, which asks the class
 
 
-_trials: ContextVar[tuple[Trial, ...]] = ContextVar("cybn_trials", default=())
+class Trial(Generic[_Given]):
+    """How forwards are to run for a while: a context manager, to be entered once.
+
+    No interrupt can leave a thread in it. Python looks for signals where a function of its own
+    begins and after each call in one; so `__exit__` is that of a lock, which is written in C, and
+    what begins the trial is an assignment, after the last call of `__enter__`.
+
+    Parameters
+    ----------
+    layer : Layer or None
+        Whose forwards leave no trace; None: those of every layer. It is what `__enter__` returns.
+    training : bool
+        The mode in which they run.
+    note : callable, optional
+        Told the layer and the moments of its input.
+    """
+
+    __slots__ = ("_begun", "_given", "_open", "_whose", "note", "training")
+
+    __exit__ = _End()
+
+    def __init__(
+        self,
+        layer: _Given,
+        *,
+        training: bool,
+        note: Callable[[Any, Moments], None] | None = None,
+    ) -> None:
+        self.training = training
+        self.note = note
+        self._given: _Given | None = layer
+        self._whose = None if layer is None else ref(layer)  # which may be gone before we look
+        self._begun = False
+        self._open = Lock()
+        self._open.acquire()  # until the end
+
+    def __enter__(self) -> _Given:
+        if self._begun:
+            raise RuntimeError("this context was entered before; make another one")
+        layer: Any = self._given
+        self._given = None
+        _trials.set((*_running(), self))
+        self._begun = True
+        return layer  # type: ignore[no-any-return]
+
+    def over(self) -> bool:
+        """Whether the block of the trial has been left."""
+        return not self._open.locked()
+
+    def holds_for(self, layer: object) -> bool:
+        """Whether forwards of `layer` are to leave no trace now."""
+        whose = self._whose
+        return self._begun and not self.over() and (whose is None or whose() is layer)
 
 
-def active(layer: object) -> Trial | None:
+_trials: ContextVar[tuple[Trial[Any], ...]] = ContextVar("cybn_trials", default=())
+
+
+def _running() -> tuple[Trial[Any], ...]:
+    """Return the trials of this context, and forget those that are over."""
+    found = _trials.get()
+    running = tuple(trial for trial in found if not trial.over())
+    if len(running) < len(found):
+        _trials.set(running)
+    return running
+
+
+def active(layer: object) -> Trial[Any] | None:
     """Return the innermost trial that `layer` is in."""
-    current: Trial
-    for current in reversed(_trials.get()):
-        if current.layer is None or current.layer is layer:
+    if not _trials.get():
+        return None
+    current: Trial[Any]
+    for current in reversed(_running()):
+        if current.holds_for(layer):
             return current
     return None
-
-
-@contextmanager
-def trial(
-    layer: object, *, training: bool, note: Callable[[Any, Moments], None] | None = None
-) -> Iterator[None]:
-    """Let forwards of `layer`, or of all where it is None, leave no trace within this context."""
-    token = _trials.set((*_trials.get(), Trial(layer, training, note)))
-    try:
-        yield
-    finally:
-        _trials.reset(token)
