@@ -4,9 +4,9 @@
 # Widening is exact. Narrowing rounds to nearest, ties to even; beyond the largest finite value
 # it gives an infinity, subnormals are kept, a NaN becomes the quiet NaN. All of it is integer
 # arithmetic and selects on whole vectors, so it needs no instruction that only some CPUs have,
-# and gives the same bits on all of them. Levels that have F16C convert eight of float16 at once,
-# to the same bits: these instructions too keep subnormals and round to nearest even, whatever
-# MXCSR says, and a NaN of theirs is replaced.
+# and gives the same bits on all of them. Levels that have AVX2 and F16C convert sixteen at once, to
+# the same bits: F16C too keeps subnormals and rounds to nearest even, whatever MXCSR says, and of
+# a NaN only the sign is kept.
 
 from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memcpy
@@ -16,29 +16,59 @@ cdef extern from * nogil:
     #include <stddef.h>
     #include <stdint.h>
 
-    #if defined(__F16C__)
+    #if defined(__F16C__) && defined(__AVX2__)
     #include <immintrin.h>
+    #define CYBN_SIXTEENS(n) ((n) / 16)
 
-    static inline void cybn_widen8(const uint16_t *h, float *f) {
-        _mm256_storeu_ps(f, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h)));
+    static inline __m256 cybn_widen8(__m128i h, int brain) {
+        if (brain)
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+        return _mm256_cvtph_ps(h);
     }
 
-    static inline void cybn_narrow8(const float *f, uint16_t *h) {
-        const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
-        __m256 v = _mm256_loadu_ps(f), nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-        v = _mm256_blendv_ps(v, _mm256_or_ps(quiet, _mm256_and_ps(v, _mm256_set1_ps(-0.0f))), nan);
-        _mm_storeu_si128((__m128i *)h, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    static inline void cybn_widen16(const uint16_t *h, float *f, int brain) {
+        _mm256_storeu_ps(f, cybn_widen8(_mm_loadu_si128((const __m128i *)h), brain));
+        _mm256_storeu_ps(f + 8, cybn_widen8(_mm_loadu_si128((const __m128i *)h + 1), brain));
     }
-    #define CYBN_EIGHTS(n) ((n) & ~(ptrdiff_t)7)
+
+    /* The upper halves are bfloat16, as in rounded() below. */
+    static inline __m256i cybn_rounded8(__m256 f) {
+        __m256i u = _mm256_castps_si256(f);
+        __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+        u = _mm256_add_epi32(u, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+        return _mm256_blendv_epi8(u, _mm256_set1_epi32(0x7FC00000), nan);
+    }
+
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
+        __m256 f0 = _mm256_loadu_ps(f), f1 = _mm256_loadu_ps(f + 8);
+        __m256i w, rest, nan;
+        if (brain) {
+            w = _mm256_packs_epi32(_mm256_srai_epi32(cybn_rounded8(f0), 16),
+                                   _mm256_srai_epi32(cybn_rounded8(f1), 16));
+            w = _mm256_permute4x64_epi64(w, 0xD8);      /* packing goes by halves of 128 bits */
+        } else {
+            w = _mm256_castsi128_si256(_mm256_cvtps_ph(f0, _MM_FROUND_TO_NEAREST_INT));
+            w = _mm256_inserti128_si256(w, _mm256_cvtps_ph(f1, _MM_FROUND_TO_NEAREST_INT), 1);
+            rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7FFF));
+            nan = _mm256_cmpgt_epi16(rest, _mm256_set1_epi16(0x7C00));  /* quiet: only the rest */
+            w = _mm256_andnot_si256(_mm256_and_si256(nan, _mm256_set1_epi16(0x01FF)), w);
+        }
+        _mm256_storeu_si256((__m256i *)h, w);
+    }
     #else
-    static inline void cybn_widen8(const uint16_t *h, float *f) { (void)h; (void)f; }
-    static inline void cybn_narrow8(const float *f, uint16_t *h) { (void)h; (void)f; }
-    #define CYBN_EIGHTS(n) ((ptrdiff_t)0 & (n))
+    #define CYBN_SIXTEENS(n) ((ptrdiff_t)0 * (n))
+    static inline void cybn_widen16(const uint16_t *h, float *f, int b) {
+        (void)h; (void)f; (void)b;
+    }
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int b) {
+        (void)h; (void)f; (void)b;
+    }
     #endif
     """
-    void widen8 "cybn_widen8"(const uint16_t* h, float* f)
-    void narrow8 "cybn_narrow8"(const float* f, uint16_t* h)
-    Py_ssize_t eights "CYBN_EIGHTS"(Py_ssize_t n)   # how many of n go eight at once
+    void widen16 "cybn_widen16"(const uint16_t* h, float* f, bint brain)
+    void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain)
+    Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
 
 
 cdef enum Storage:
@@ -91,14 +121,14 @@ cdef inline void widen(
     Py_ssize_t n,
     Storage storage,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done = 16 * sixteens(n)
+    for i in range(done // 16):
+        widen16(h + 16 * i, f + 16 * i, storage == BFLOAT16)
     if storage == FLOAT16:
-        for i in range(eights(n) // 8):
-            widen8(h + 8 * i, f + 8 * i)
-        for i in range(eights(n), n):
+        for i in range(done, n):
             f[i] = from_float16(h[i])
     else:
-        for i in range(n):
+        for i in range(done, n):
             f[i] = number(<uint32_t> h[i] << 16)
 
 
@@ -108,12 +138,12 @@ cdef inline void narrow(
     Py_ssize_t n,
     Storage storage,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done = 16 * sixteens(n)
+    for i in range(done // 16):
+        narrow16(f + 16 * i, h + 16 * i, storage == BFLOAT16)
     if storage == FLOAT16:
-        for i in range(eights(n) // 8):
-            narrow8(f + 8 * i, h + 8 * i)
-        for i in range(eights(n), n):
+        for i in range(done, n):
             h[i] = to_float16(f[i])
     else:
-        for i in range(n):
+        for i in range(done, n):
             h[i] = <uint16_t> (rounded(f[i]) >> 16)

@@ -63,6 +63,13 @@ cdef void staged_piece(
     cdef T of_x[PIECE]
     cdef T of_g[PIECE]
     cdef const T* at_x
+    if job.strip_sums:
+        at_x = place(job, x, job.x_row, n, i)
+        if job.reduce == SUMS:
+            sums_of(at_x, FLOAT16, m, hi, acc)
+        else:
+            dots_of(place(job, dy, job.dy_row, n, i), at_x, FLOAT16, m, hi, 0, 0, False, acc)
+        return
     if T is float and job.paired_sums:
         if job.reduce == SUMS:
             sum_pairs(half_at(x, job.x_row, n, i), m, hi, acc)
@@ -177,6 +184,12 @@ cdef inline void reduce_some(
     elif T is float and job.paired_sums:
         col_dot_pairs(half_at(dy, job.dy_row, n, i), step * job.dy_row // 2,
                       half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, half, hi, a, b)
+    elif T is float and job.strip_sums and job.reduce == SUMS:
+        col_sum_strips(FLOAT16, half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w,
+                       hi, a, b)
+    elif T is float and job.strip_sums:
+        col_dot_strips(FLOAT16, half_at(dy, job.dy_row, n, i), step * job.dy_row // 2,
+                       half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, hi, a, b)
     elif job.share != NULL and job.reduce == SUMS:
         masked_rows(x, job, n, rows, step, i, w, hi, a, b)
     elif job.storage != NATIVE and job.reduce == SUMS:

@@ -28,6 +28,13 @@ cdef inline const uint16_t* half_at(
     return <const uint16_t*> (<const char*> base + n * pitch) + i
 
 
+cdef inline const T* place(
+    const Job* job, const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i
+) noexcept nogil:
+    """Where value i of row n lies, in the type of storage."""
+    return <const T*> (<const char*> base + n * pitch + i * job.item)
+
+
 cdef inline double value(
     const Job* job, const T* x, Py_ssize_t n, Py_ssize_t i
 ) noexcept nogil:
