@@ -19,6 +19,14 @@ cdef extern from * nogil:
     #if defined(__F16C__) && defined(__AVX2__)
     #include <immintrin.h>
     #define CYBN_SIXTEENS(n) ((n) / 16)
+    #define CYBN_F16C 1
+
+    static inline float cybn_widen1(uint16_t h) { return _cvtsh_ss(h); }
+
+    static inline uint16_t cybn_narrow1(float f) {
+        uint16_t h = (uint16_t)_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+        return (h & 0x7FFF) > 0x7C00 ? h & 0xFE00 : h;
+    }
 
     static inline __m256 cybn_widen8(__m128i h, int brain) {
         if (brain)
@@ -58,6 +66,9 @@ cdef extern from * nogil:
     }
     #else
     #define CYBN_SIXTEENS(n) ((ptrdiff_t)0 * (n))
+    #define CYBN_F16C 0
+    static inline float cybn_widen1(uint16_t h) { return h; }
+    static inline uint16_t cybn_narrow1(float f) { return (uint16_t)f; }
     static inline void cybn_widen16(const uint16_t *h, float *f, int b) {
         (void)h; (void)f; (void)b;
     }
@@ -66,6 +77,9 @@ cdef extern from * nogil:
     }
     #endif
     """
+    bint F16C "CYBN_F16C"
+    float widen1 "cybn_widen1"(uint16_t h)
+    uint16_t narrow1 "cybn_narrow1"(float f)
     void widen16 "cybn_widen16"(const uint16_t* h, float* f, bint brain)
     void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain)
     Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
@@ -94,7 +108,7 @@ cdef inline float from_float16(uint16_t h) noexcept nogil:
     cdef uint32_t sign = h & 0x8000, rest = h & 0x7FFF
     cdef uint32_t u = bits(number(rest << 13) * number(0x77800000))
     u |= 0x7F800000 if rest >= 0x7C00 else 0
-    return number(u | sign << 16)
+    return widen1(h) if F16C else number(u | sign << 16)
 
 
 cdef inline uint16_t to_float16(float f) noexcept nogil:
@@ -105,7 +119,7 @@ cdef inline uint16_t to_float16(float f) noexcept nogil:
     cdef uint32_t mid = (u - 0x38000000 + 0xFFF + (u >> 13 & 1)) >> 13
     cdef uint32_t high = 0x7E00 if u > 0x7F800000 else 0x7C00
     u = low if u < 0x38800000 else (mid if u < 0x47800000 else high)
-    return <uint16_t> (u | sign >> 16)
+    return narrow1(f) if F16C else <uint16_t> (u | sign >> 16)
 
 
 cdef inline uint32_t rounded(float f) noexcept nogil:

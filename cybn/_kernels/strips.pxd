@@ -84,24 +84,29 @@ cdef inline void col_sum_strips(
     float* restrict a,              # IO  (w,) sums of d = x - shift
     float* restrict b,              # IO  (w,) sums of d * d
 ) noexcept nogil:
+    """col_sums: four rows at once, then one by one."""
     cdef float v[4 * LANES]
-    cdef Py_ssize_t n, i, j, m, s, many
-    for s in range((w + LANES - 1) // LANES):
-        i = s * LANES
-        m = min(LANES, w - i)
-        n = 0
-        while n < rows:
-            many = 4 if rows - n >= 4 else 1
-            if many == 4 and m == LANES:
-                for j in range(4):
-                    widen(x + (n + j) * stride + i, v + j * LANES, LANES, storage)
-                col_sums4(v, v + LANES, v + 2 * LANES, v + 3 * LANES, LANES,
-                          shift + i, a + i, b + i)
-            else:
-                for j in range(many):
-                    widen(x + (n + j) * stride + i, v + j * LANES, m, storage)
-                col_sums(v, LANES, many, m, shift + i, a + i, b + i)
-            n += many
+    cdef Py_ssize_t n = 0, s, full = w // LANES, many
+    while n < rows:
+        many = 4 if rows - n >= 4 else 1
+        for s in range(full if many == 4 else 0):
+            widen_rows(storage, x + s * LANES, stride, 4, LANES, v)
+            col_sums4(v, v + LANES, v + 2 * LANES, v + 3 * LANES, LANES,
+                      shift + s * LANES, a + s * LANES, b + s * LANES)
+        for s in range(full if many == 4 else 0, (w + LANES - 1) // LANES):
+            widen_rows(storage, x + s * LANES, stride, many, min(LANES, w - s * LANES), v)
+            col_sums(v, LANES, many, min(LANES, w - s * LANES), shift + s * LANES,
+                     a + s * LANES, b + s * LANES)
+        x += many * stride
+        n += many
+
+
+cdef inline void widen_rows(
+    Storage storage, const uint16_t* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t w, float* v
+) noexcept nogil:
+    cdef Py_ssize_t n
+    for n in range(rows):
+        widen(x + n * stride, v + n * LANES, w, storage)
 
 
 cdef inline void col_dot_strips(
@@ -116,24 +121,25 @@ cdef inline void col_dot_strips(
     float* restrict a,              # IO  (w,) sums of dy
     float* restrict b,              # IO  (w,) sums of dy * (x - hi)
 ) noexcept nogil:
+    """col_dots: two rows at once, then the last."""
     cdef float v[2 * LANES]
     cdef float g[2 * LANES]
-    cdef Py_ssize_t n, i, j, m, s, many
-    for s in range((w + LANES - 1) // LANES):
-        i = s * LANES
-        m = min(LANES, w - i)
-        n = 0
-        while n < rows:
-            many = 2 if rows - n >= 2 else 1
-            if many == 2 and m == LANES:
-                for j in range(2):
-                    widen(x + (n + j) * stride + i, v + j * LANES, LANES, storage)
-                    widen(dy + (n + j) * dy_stride + i, g + j * LANES, LANES, storage)
-                col_dots2(g, g + LANES, v, v + LANES, LANES, hi + i, hi + i, hi + i, False,
-                          a + i, b + i)
-            else:
-                for j in range(many):
-                    widen(x + (n + j) * stride + i, v + j * LANES, m, storage)
-                    widen(dy + (n + j) * dy_stride + i, g + j * LANES, m, storage)
-                col_dots(g, LANES, v, LANES, many, m, hi + i, hi + i, hi + i, False, a + i, b + i)
-            n += many
+    cdef const float* h
+    cdef Py_ssize_t n = 0, s, full = w // LANES, many, m
+    while n < rows:
+        many = 2 if rows - n >= 2 else 1
+        for s in range(full if many == 2 else 0):
+            h = hi + s * LANES
+            widen_rows(storage, x + s * LANES, stride, 2, LANES, v)
+            widen_rows(storage, dy + s * LANES, dy_stride, 2, LANES, g)
+            col_dots2(g, g + LANES, v, v + LANES, LANES, h, h, h, False,
+                      a + s * LANES, b + s * LANES)
+        for s in range(full if many == 2 else 0, (w + LANES - 1) // LANES):
+            h = hi + s * LANES
+            m = min(LANES, w - s * LANES)
+            widen_rows(storage, x + s * LANES, stride, many, m, v)
+            widen_rows(storage, dy + s * LANES, dy_stride, many, m, g)
+            col_dots(g, LANES, v, LANES, many, m, h, h, h, False, a + s * LANES, b + s * LANES)
+        x += many * stride
+        dy += many * dy_stride
+        n += many
