@@ -6,6 +6,7 @@
 # `loop` and `storage` are constants in every call, so that each has code of its own.
 
 from libc.stdint cimport uint16_t
+from libc.string cimport memcpy, memset
 
 from cybn._kernels.columns cimport row_scale, row_unscale
 from cybn._kernels.half cimport Storage, narrow, widen
@@ -70,8 +71,27 @@ cdef inline void strips(
     cdef Py_ssize_t i, full = n - n % LANES
     for i in range(full // LANES):
         strip(loop, storage, dy, x, y, i * LANES, LANES, t)
-    if full < n:
+    if full < n and (loop == SCALE_RUN or loop == UNSCALE_RUN):
+        last_strip(loop, storage, dy + full, x + full, y + full, n - full, t)
+    elif full < n:
         strip(loop, storage, dy, x, y, full, n - full, t)
+
+
+cdef inline void last_strip(
+    Loop loop, Storage storage, const uint16_t* dy, const uint16_t* x, uint16_t* y,
+    Py_ssize_t n, const Terms* t,
+) noexcept nogil:
+    """A strip of n values, filled up to LANES: short runs are mostly ends."""
+    cdef uint16_t of_dy[LANES]
+    cdef uint16_t of_x[LANES]
+    cdef uint16_t of_y[LANES]
+    memset(of_x, 0, sizeof(of_x))
+    memset(of_dy, 0, sizeof(of_dy))
+    memcpy(of_x, x, n * sizeof(uint16_t))
+    if loop == UNSCALE_RUN:
+        memcpy(of_dy, dy, n * sizeof(uint16_t))
+    strip(loop, storage, of_dy, of_x, of_y, 0, LANES, t)
+    memcpy(y, of_y, n * sizeof(uint16_t))
 
 
 cdef inline void col_sum_strips(
