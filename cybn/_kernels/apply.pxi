@@ -264,11 +264,11 @@ cdef void apply_pairs(
 ) noexcept nogil:
     """Values i..i + m of row n, of one channel where half is 0; fetch to deliver in one loop."""
     cdef uint16_t buffer[TILE]
-    cdef bint buffered = job.stream or <const void*> x == y or <const void*> dy == y
+    cdef bint in_place = <const void*> x == y or <const void*> dy == y
     cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
     cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
     cdef uint16_t* target = to
-    if buffered:
+    if in_place:
         target = &buffer[0]
     if T is float:
         if job.apply == SCALE and half == 0:
@@ -279,9 +279,7 @@ cdef void apply_pairs(
             unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, hi[0], a[0], k[0], b[0])
         else:
             col_unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, half, hi, a, k, b)
-    if job.stream:
-        stream(to, buffer, m * sizeof(uint16_t))
-    elif buffered:
+    if in_place:
         memcpy(to, buffer, m * sizeof(uint16_t))
 
 
@@ -290,30 +288,24 @@ cdef void apply_strips(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_pairs of float16."""
-    cdef uint16_t buffer[TILE]
     cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
-    cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
-    cdef uint16_t* target = to
     cdef const uint16_t* at_dy = half_at(dy, job.dy_row, n, i)
+    cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
     cdef bint run = job.S >= RUN_MIN
     cdef Terms terms
-    if job.stream:
-        target = &buffer[0]
     if T is float:
         terms.hi, terms.a, terms.k, terms.b = hi, a, k, b
         if job.apply == SCALE:
             terms.b = z
         terms.low, terms.high = job.low, job.high
         if job.apply == SCALE and run:
-            strips(SCALE_RUN, FLOAT16, at_x, at_x, target, m, &terms)
+            strips(SCALE_RUN, FLOAT16, at_x, at_x, to, m, &terms)
         elif job.apply == SCALE:
-            strips(SCALE_COLUMNS, FLOAT16, at_x, at_x, target, m, &terms)
+            strips(SCALE_COLUMNS, FLOAT16, at_x, at_x, to, m, &terms)
         elif run:
-            strips(UNSCALE_RUN, FLOAT16, at_dy, at_x, target, m, &terms)
+            strips(UNSCALE_RUN, FLOAT16, at_dy, at_x, to, m, &terms)
         else:
-            strips(UNSCALE_COLUMNS, FLOAT16, at_dy, at_x, target, m, &terms)
-    if job.stream:
-        stream(to, buffer, m * sizeof(uint16_t))
+            strips(UNSCALE_COLUMNS, FLOAT16, at_dy, at_x, to, m, &terms)
 
 
 cdef inline void apply_plain_row(

@@ -223,6 +223,7 @@ cdef void plan(
     cdef Py_ssize_t columns
     cdef bint plain, fused_sums, fused, one_loop
     job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
+    job.stream = job.stream and job.storage == NATIVE
     job.buffered = job.stream or job.storage != NATIVE
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
     job.gated = job.gated and job.share == NULL
@@ -234,11 +235,13 @@ cdef void plan(
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
         job.gated = False
-    plain = job.storage != NATIVE and job.residual == NULL
-    if job.reduce == DOTS and (job.activation != IDENTITY or job.share != NULL):
-        plain = False
-    fused_sums = plain and job.share == NULL and job.reduce != NO_SUMS
-    fused = plain and job.activation < LEAKY_RELU and not job.zeroed and job.apply != SCALE_DY
+    fused_sums = job.storage != NATIVE and job.share == NULL and job.reduce != NO_SUMS
+    fused = job.storage != NATIVE and job.residual == NULL and job.activation < LEAKY_RELU
+    fused = fused and not job.zeroed and job.apply != SCALE_DY
+    if job.reduce == DOTS:
+        plain = job.residual == NULL and job.activation == IDENTITY and job.share == NULL
+        fused_sums = fused_sums and plain
+        fused = fused and plain
     one_loop = fused and (fused_sums or job.reduce == NO_SUMS)
     job.paired_sums = fused_sums and job.storage == BFLOAT16
     job.paired = fused and job.storage == BFLOAT16

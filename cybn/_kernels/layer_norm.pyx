@@ -233,7 +233,7 @@ cdef void run(
     cdef Py_ssize_t shares = min(job.slots, ceiling(job.D, STRIP))
     cdef int nt = threads if values >= SERIAL else 1
     cdef bint in_place = y == x or y == dy
-    job.stream = not in_place and touched > l3_bytes
+    job.stream = not in_place and touched > l3_bytes and job.storage == NATIVE
     job.buffered = job.stream or in_place and job.storage == NATIVE
     if nt == 1:
         for i in range(tasks):

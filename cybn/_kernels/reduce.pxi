@@ -192,8 +192,6 @@ cdef inline void reduce_some(
                        half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, hi, a, b)
     elif job.share != NULL and job.reduce == SUMS:
         masked_rows(x, job, n, rows, step, i, w, hi, a, b)
-    elif job.storage != NATIVE and job.reduce == SUMS:
-        staged_sums(x, job, n, rows, step, i, w, hi, a, b)
     elif job.staged and job.reduce == DOTS:
         staged_dots(x, dy, job, n, rows, step, i, w, hi, scale_a, scale_b, a, b)
     elif job.reduce == SUMS:
@@ -206,22 +204,6 @@ cdef inline void reduce_some(
     else:
         col_dots(dy + n * dy_row + i, step * dy_row, x + n * x_row + i, step * x_row,
                  rows, w, hi, hi, hi, False, a, b)
-
-
-cdef void staged_sums(
-    const T* x, const Job* job,
-    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
-    const T* hi, T* a, T* b,
-) noexcept nogil:
-    """col_sums of what is fetched four rows at a time: the same order, the same bits."""
-    cdef T of_x[4 * TILE]
-    cdef Py_ssize_t j, r = 0, many
-    while r < rows:
-        many = 4 if rows - r >= 4 else 1
-        for j in range(many):
-            fetch_x(job, x, n + (r + j) * step, i, w, of_x + j * w)
-        col_sums(of_x, w, many, w, hi, a, b)
-        r += many
 
 
 cdef void staged_dots(

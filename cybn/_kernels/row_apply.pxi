@@ -12,28 +12,6 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     return c
 
 
-cdef inline uint16_t* half_target(
-    const Job* job, const T* y, Py_ssize_t n, Py_ssize_t i, uint16_t* buffer
-) noexcept nogil:
-    """target of half types: strips may be written over what they are made from."""
-    return buffer if job.stream else <uint16_t*> half_at(y, job.y_row, n, i)
-
-
-cdef inline void put(
-    const Job* job, const T* computed, const uint16_t* half, const T* y,
-    Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
-) noexcept nogil:
-    """Bring what was computed in a buffer, in the type of storage, to where it belongs."""
-    cdef const void* buffer = computed
-    cdef void* to = <void*> place(job, y, job.y_row, n, i)
-    if job.storage != NATIVE:
-        buffer = half
-    if job.stream:
-        stream(to, buffer, m * job.item)
-    elif job.buffered:
-        memcpy(to, buffer, m * job.item)
-
-
 cdef inline void half_run(
     const Job* job, const uint16_t* dy, const uint16_t* x, uint16_t* y, Py_ssize_t m,
     float hi, float a, float k, float b,
@@ -77,8 +55,6 @@ cdef void apply_runs(
 ) noexcept nogil:
     """y or dx of tile t of row n of group g, which may begin and end within a channel."""
     cdef T buffer[PIECE]
-    cdef uint16_t half[PIECE]
-    cdef uint16_t* to_half
     cdef const T* at_x
     cdef const T* at_dy
     cdef T* to
@@ -94,7 +70,6 @@ cdef void apply_runs(
         at_x = place(job, x, job.x_row, n, at)
         at_dy = place(job, dy, job.dy_row, n, at)
         to = target(job, y, job.y_row, n, at, buffer)
-        to_half = half_target(job, y, n, at, half)
         i = 0
         while i < m:
             w = min(left, m - i)
@@ -105,7 +80,7 @@ cdef void apply_runs(
                 b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
             if job.storage != NATIVE:
                 half_run(job, <const uint16_t*> at_dy + i, <const uint16_t*> at_x + i,
-                         to_half + i, w, <float> row.hi, <float> a, <float> k, <float> b)
+                         <uint16_t*> to + i, w, <float> row.hi, <float> a, <float> k, <float> b)
             elif job.backward:
                 unscale(at_dy + i, at_x + i, to + i, w,
                         <T> row.hi, <T> a, <T> k, <T> b, 0, False)
@@ -117,7 +92,8 @@ cdef void apply_runs(
             if left == 0:
                 left = job.S
                 c += 1
-        put(job, buffer, half, y, n, at, m)
+        if job.buffered:
+            deliver(job, buffer, y, job.y_row, n, at, m)
         at += m
 
 
@@ -131,7 +107,6 @@ cdef void apply_columns(
     cdef T a[TILE]
     cdef T b[TILE]
     cdef T buffer[TILE]
-    cdef uint16_t half[TILE]
     cdef const T* at_x
     cdef const T* at_dy
     cdef T* to
@@ -156,13 +131,14 @@ cdef void apply_columns(
         if job.storage != NATIVE:
             if T is float:
                 half_columns(job, <const uint16_t*> at_dy, <const uint16_t*> at_x,
-                             half_target(job, y, n, at, half), m, scales, shifts, row, a, b)
+                             <uint16_t*> to, m, scales, shifts, row, a, b)
         elif job.backward:
             row_unscale(at_dy, at_x, scales, to, m,
                         <T> row.hi, <T> row.lo, <T> row.r, <T> row.c1, <T> row.c2, a, b)
         else:
             row_scale(at_x, scales, shifts, to, m, <T> row.hi, <T> row.lo, <T> row.r)
-        put(job, buffer, half, y, n, at, m)
+        if job.buffered:
+            deliver(job, buffer, y, job.y_row, n, at, m)
     if job.backward:
         gather(a, m // job.S, job.S, 1, dgamma + c)
         gather(b, m // job.S, job.S, 1, dbeta + c)
