@@ -29,7 +29,6 @@ LIKELY = {
     "_kernels/activate.pxd": "activations",
     "_kernels/half.pxd": "half",
     "_kernels/pairs.pxd": "half accuracy bits",
-    "_kernels/strips.pxd": "half family_half",
     "_kernels/storage.pxi": "bits half family_half family_bits",
     "_kernels/small.pxi": "small layouts errors",
     "_kernels/running.pxi": "running statistics_layers",
@@ -546,20 +545,6 @@ MUTANTS = [
         "silu rounds the sigmoid to a subnormal before z is multiplied in",
         "(z if z >= 0 else z * e * unit)",
         "(z if z >= 0 else z * (e * unit))",
-    ),
-    Mutant(
-        "strips-end",
-        "_kernels/strips.pxd",
-        "half types: the end of a short run lacks its last value",
-        "memcpy(y, of_y, n * sizeof(uint16_t))",
-        "memcpy(y, of_y, (n - 1) * sizeof(uint16_t))",
-    ),
-    Mutant(
-        "strips-dots-tail",
-        "_kernels/strips.pxd",
-        "float16, columns: dots of the last columns take two rows for one",
-        "widen_rows(storage, dy + s * LANES, dy_stride, many, m, g)",
-        "widen_rows(storage, dy + s * LANES, 0, many, m, g)",
     ),
     Mutant(
         "half-round-up",
