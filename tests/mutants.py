@@ -68,8 +68,8 @@ MUTANTS = [
         "runs-sums-odd-tail",
         "_kernels/runs.pxd",
         "the last value of an odd tail is left out",
-        "for j in range(n - i):\n        rest[j]",
-        "for j in range((n - i) // 2 * 2):\n        rest[j]",
+        "for j in range(n - i):\n            rest[j]",
+        "for j in range((n - i) // 2 * 2):\n            rest[j]",
     ),
     Mutant(
         "runs-dropped-lane",
@@ -130,8 +130,8 @@ MUTANTS = [
         "runs-fill-of-dy",
         "_kernels/runs.pxd",
         "dots: what fills up the last lanes of dy adds to dbeta",
-        "lanes(dy, i * LANES, n, 0, rest_dy)",
-        "lanes(dy, i * LANES, n, hi, rest_dy)",
+        "lanes(dy, storage, i * LANES, n, 0, rest_dy)",
+        "lanes(dy, storage, i * LANES, n, hi, rest_dy)",
         "exact gradients accuracy",
     ),
     Mutant(
