@@ -150,7 +150,9 @@ cdef void apply_runs(
                 if job.stream:  # the next piece starts on a line
                     m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
                 m = min(m, t.s1 - s)
-                if job.paired:
+                if job.strips:
+                    apply_strips(x, dy, y, job, n, at, m, hi + i, a + i, k + i, b + i, z + i)
+                elif job.paired:
                     apply_pairs(x, dy, y, job, n, at, m, hi + i, a + i, k + i, b + i, z + i, 0)
                 elif job.staged:
                     apply_piece(x, dy, y, job, n, at, m, hi[i], a[i], k[i], b[i], z[i])
@@ -245,7 +247,9 @@ cdef void apply_rows(
         n = t.n0 + g * group
         while n < min(t.n0 + (g + 1) * group, t.n1):
             m = w * min(step, t.n1 - n)
-            if job.paired:
+            if job.strips:
+                apply_strips(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
+            elif job.paired:
                 apply_pairs(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z, half)
             elif job.staged:
                 apply_row(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
@@ -260,11 +264,11 @@ cdef void apply_pairs(
 ) noexcept nogil:
     """Values i..i + m of row n, of one channel where half is 0; fetch to deliver in one loop."""
     cdef uint16_t buffer[TILE]
-    cdef bint buffered = job.stream or <const void*> x == y or <const void*> dy == y
+    cdef bint in_place = <const void*> x == y or <const void*> dy == y
     cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
     cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
     cdef uint16_t* target = to
-    if buffered:
+    if in_place:
         target = &buffer[0]
     if T is float:
         if job.apply == SCALE and half == 0:
@@ -275,10 +279,33 @@ cdef void apply_pairs(
             unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, hi[0], a[0], k[0], b[0])
         else:
             col_unscale_pairs(half_at(dy, job.dy_row, n, i), at_x, target, m, half, hi, a, k, b)
-    if job.stream:
-        stream(to, buffer, m * sizeof(uint16_t))
-    elif buffered:
+    if in_place:
         memcpy(to, buffer, m * sizeof(uint16_t))
+
+
+cdef void apply_strips(
+    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
+) noexcept nogil:
+    """apply_pairs of float16."""
+    cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
+    cdef const uint16_t* at_dy = half_at(dy, job.dy_row, n, i)
+    cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
+    cdef bint run = job.S >= RUN_MIN
+    cdef Terms terms
+    if T is float:
+        terms.hi, terms.a, terms.k, terms.b = hi, a, k, b
+        if job.apply == SCALE:
+            terms.b = z
+        terms.low, terms.high = job.low, job.high
+        if job.apply == SCALE and run:
+            strips(SCALE_RUN, FLOAT16, at_x, at_x, to, m, &terms)
+        elif job.apply == SCALE:
+            strips(SCALE_COLUMNS, FLOAT16, at_x, at_x, to, m, &terms)
+        elif run:
+            strips(UNSCALE_RUN, FLOAT16, at_dy, at_x, to, m, &terms)
+        else:
+            strips(UNSCALE_COLUMNS, FLOAT16, at_dy, at_x, to, m, &terms)
 
 
 cdef inline void apply_plain_row(

@@ -50,9 +50,12 @@ from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
     col_sums, col_sums4, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale,
-    scale_add, sums, unscale)
+    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, dots_of, flush,
+    scale, scale_add, sums, sums_of, unscale)
 from cybn._kernels.stream cimport stream, stream_end
+from cybn._kernels.strips cimport (
+    SCALE_COLUMNS, SCALE_RUN, UNSCALE_COLUMNS, UNSCALE_RUN, Terms, col_dot_strips,
+    col_sum_strips, strips)
 
 cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
@@ -120,6 +123,8 @@ cdef struct Job:
     bint staged             # more than the plain loops is to be done
     bint paired_sums        # bfloat16 is widened and summed in one loop
     bint paired             # bfloat16 goes from x to y, or from dy and x to dx, in one loop
+    bint strip_sums         # float16 likewise
+    bint strips             # float16 likewise
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
 
@@ -250,8 +255,9 @@ cdef void plan(
     cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * job.item * tensors)
     cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * job.item
     cdef Py_ssize_t columns
-    cdef bint one_loop, plain
+    cdef bint plain, fused_sums, fused, one_loop
     job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
+    job.stream = job.stream and job.storage == NATIVE
     job.buffered = job.stream or job.storage != NATIVE
     job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
     job.gated = job.gated and job.share == NULL
@@ -263,12 +269,18 @@ cdef void plan(
         job.staged |= job.residual != NULL or job.activation != IDENTITY
     if job.storage != NATIVE:
         job.gated = False
-    plain = job.storage == BFLOAT16 and job.residual == NULL
-    job.paired_sums = plain and job.share == NULL and job.reduce != NO_SUMS
-    job.paired = plain and job.activation < LEAKY_RELU and not job.zeroed and job.apply != SCALE_DY
-    if job.reduce == DOTS and (job.activation != IDENTITY or job.share != NULL):
-        job.paired_sums = job.paired = False
-    one_loop = job.paired and (job.paired_sums or job.reduce == NO_SUMS)
+    fused_sums = job.storage != NATIVE and job.share == NULL and job.reduce != NO_SUMS
+    fused = job.storage != NATIVE and job.residual == NULL and job.activation < LEAKY_RELU
+    fused = fused and not job.zeroed and job.apply != SCALE_DY
+    if job.reduce == DOTS:
+        plain = job.residual == NULL and job.activation == IDENTITY and job.share == NULL
+        fused_sums = fused_sums and plain
+        fused = fused and plain
+    one_loop = fused and (fused_sums or job.reduce == NO_SUMS)
+    job.paired_sums = fused_sums and job.storage == BFLOAT16
+    job.paired = fused and job.storage == BFLOAT16
+    job.strip_sums = fused_sums and job.storage == FLOAT16
+    job.strips = fused and job.storage == FLOAT16
     columns = TILE // 2 if job.staged and not one_loop else TILE
     if job.N * job.C * job.S < SERIAL:
         threads = 1

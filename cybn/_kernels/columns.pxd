@@ -9,12 +9,14 @@
 # The mean comes as hi + lo, both of type T: subtracted one after the other, the first exactly
 # where it matters, so the error does not grow with |mean| / std (docs/math.md, 6.4).
 
+from cybn._kernels.half cimport NATIVE, Storage
 from cybn._kernels.runs cimport LANES, T, flush, lanes
 
 
 cdef inline void weighted_dots(
-    const T* restrict dy,       # IN  (n,), n <= PIECE
-    const T* restrict x,        # IN  (n,)
+    const T* restrict dy,       # IN  (n,) of `storage`, n <= PIECE
+    const T* restrict x,        # IN  (n,) of `storage`
+    Storage storage,            # a constant
     const T* restrict gamma,    # IN  (n,)
     Py_ssize_t n,
     T shift,
@@ -34,9 +36,9 @@ cdef inline void weighted_dots(
         a[j] = 0
         b[j] = 0
     for i in range((n + LANES - 1) // LANES):
-        at_x = lanes(x, i * LANES, n, shift, rest_x)
-        at_dy = lanes(dy, i * LANES, n, 0, rest_dy)
-        at_gamma = lanes(gamma, i * LANES, n, 0, rest_gamma)
+        at_x = lanes(x, storage, i * LANES, n, shift, rest_x)
+        at_dy = lanes(dy, storage, i * LANES, n, 0, rest_dy)
+        at_gamma = lanes(gamma, NATIVE, i * LANES, n, 0, rest_gamma)
         for j in range(LANES):
             dz = at_dy[j] * at_gamma[j]
             a[j] += dz

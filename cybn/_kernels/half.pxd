@@ -4,10 +4,86 @@
 # Widening is exact. Narrowing rounds to nearest, ties to even; beyond the largest finite value
 # it gives an infinity, subnormals are kept, a NaN becomes the quiet NaN. All of it is integer
 # arithmetic and selects on whole vectors, so it needs no instruction that only some CPUs have,
-# and gives the same bits on all of them.
+# and gives the same bits on all of them. Levels that have AVX2 and F16C convert sixteen at once, to
+# the same bits: F16C too keeps subnormals and rounds to nearest even, whatever MXCSR says, and of
+# a NaN only the sign is kept.
 
 from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memcpy
+
+cdef extern from * nogil:
+    """
+    #include <stddef.h>
+    #include <stdint.h>
+
+    #if defined(__F16C__) && defined(__AVX2__)
+    #include <immintrin.h>
+    #define CYBN_SIXTEENS(n) ((n) / 16)
+    #define CYBN_F16C 1
+
+    static inline float cybn_widen1(uint16_t h) { return _cvtsh_ss(h); }
+
+    static inline uint16_t cybn_narrow1(float f) {
+        uint16_t h = (uint16_t)_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+        return (h & 0x7FFF) > 0x7C00 ? h & 0xFE00 : h;
+    }
+
+    static inline __m256 cybn_widen8(__m128i h, int brain) {
+        if (brain)
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+        return _mm256_cvtph_ps(h);
+    }
+
+    static inline void cybn_widen16(const uint16_t *h, float *f, int brain) {
+        _mm256_storeu_ps(f, cybn_widen8(_mm_loadu_si128((const __m128i *)h), brain));
+        _mm256_storeu_ps(f + 8, cybn_widen8(_mm_loadu_si128((const __m128i *)h + 1), brain));
+    }
+
+    /* The upper halves are bfloat16, as in rounded() below. */
+    static inline __m256i cybn_rounded8(__m256 f) {
+        __m256i u = _mm256_castps_si256(f);
+        __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+        u = _mm256_add_epi32(u, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+        return _mm256_blendv_epi8(u, _mm256_set1_epi32(0x7FC00000), nan);
+    }
+
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
+        __m256 f0 = _mm256_loadu_ps(f), f1 = _mm256_loadu_ps(f + 8);
+        __m256i w, rest, nan;
+        if (brain) {
+            w = _mm256_packs_epi32(_mm256_srai_epi32(cybn_rounded8(f0), 16),
+                                   _mm256_srai_epi32(cybn_rounded8(f1), 16));
+            w = _mm256_permute4x64_epi64(w, 0xD8);      /* packing goes by halves of 128 bits */
+        } else {
+            w = _mm256_castsi128_si256(_mm256_cvtps_ph(f0, _MM_FROUND_TO_NEAREST_INT));
+            w = _mm256_inserti128_si256(w, _mm256_cvtps_ph(f1, _MM_FROUND_TO_NEAREST_INT), 1);
+            rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7FFF));
+            nan = _mm256_cmpgt_epi16(rest, _mm256_set1_epi16(0x7C00));  /* quiet: only the rest */
+            w = _mm256_andnot_si256(_mm256_and_si256(nan, _mm256_set1_epi16(0x01FF)), w);
+        }
+        _mm256_storeu_si256((__m256i *)h, w);
+    }
+    #else
+    #define CYBN_SIXTEENS(n) ((ptrdiff_t)0 * (n))
+    #define CYBN_F16C 0
+    static inline float cybn_widen1(uint16_t h) { return h; }
+    static inline uint16_t cybn_narrow1(float f) { return (uint16_t)f; }
+    static inline void cybn_widen16(const uint16_t *h, float *f, int b) {
+        (void)h; (void)f; (void)b;
+    }
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int b) {
+        (void)h; (void)f; (void)b;
+    }
+    #endif
+    """
+    bint F16C "CYBN_F16C"
+    float widen1 "cybn_widen1"(uint16_t h)
+    uint16_t narrow1 "cybn_narrow1"(float f)
+    void widen16 "cybn_widen16"(const uint16_t* h, float* f, bint brain)
+    void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain)
+    Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
+
 
 cdef enum Storage:
     NATIVE              # float or double: nothing to convert
@@ -32,7 +108,7 @@ cdef inline float from_float16(uint16_t h) noexcept nogil:
     cdef uint32_t sign = h & 0x8000, rest = h & 0x7FFF
     cdef uint32_t u = bits(number(rest << 13) * number(0x77800000))
     u |= 0x7F800000 if rest >= 0x7C00 else 0
-    return number(u | sign << 16)
+    return widen1(h) if F16C else number(u | sign << 16)
 
 
 cdef inline uint16_t to_float16(float f) noexcept nogil:
@@ -43,7 +119,7 @@ cdef inline uint16_t to_float16(float f) noexcept nogil:
     cdef uint32_t mid = (u - 0x38000000 + 0xFFF + (u >> 13 & 1)) >> 13
     cdef uint32_t high = 0x7E00 if u > 0x7F800000 else 0x7C00
     u = low if u < 0x38800000 else (mid if u < 0x47800000 else high)
-    return <uint16_t> (u | sign >> 16)
+    return narrow1(f) if F16C else <uint16_t> (u | sign >> 16)
 
 
 cdef inline uint32_t rounded(float f) noexcept nogil:
@@ -59,12 +135,14 @@ cdef inline void widen(
     Py_ssize_t n,
     Storage storage,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done = 16 * sixteens(n)
+    for i in range(done // 16):
+        widen16(h + 16 * i, f + 16 * i, storage == BFLOAT16)
     if storage == FLOAT16:
-        for i in range(n):
+        for i in range(done, n):
             f[i] = from_float16(h[i])
     else:
-        for i in range(n):
+        for i in range(done, n):
             f[i] = number(<uint32_t> h[i] << 16)
 
 
@@ -74,10 +152,12 @@ cdef inline void narrow(
     Py_ssize_t n,
     Storage storage,
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done = 16 * sixteens(n)
+    for i in range(done // 16):
+        narrow16(f + 16 * i, h + 16 * i, storage == BFLOAT16)
     if storage == FLOAT16:
-        for i in range(n):
+        for i in range(done, n):
             h[i] = to_float16(f[i])
     else:
-        for i in range(n):
+        for i in range(done, n):
             h[i] = <uint16_t> (rounded(f[i]) >> 16)

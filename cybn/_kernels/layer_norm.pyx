@@ -46,8 +46,10 @@ from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport TILE, gather, spread
 from cybn._kernels.runs cimport (
-    PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
+    PIECE, T, WIDE, across, dots_of, scale, sums_of, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
+from cybn._kernels.strips cimport (
+    SCALE_ROW, SCALE_RUN, UNSCALE_ROW, UNSCALE_RUN, Terms, strips)
 
 cdef enum:
     RUNS = 64               # shortest S for which runs beat columns, forward
@@ -231,8 +233,8 @@ cdef void run(
     cdef Py_ssize_t shares = min(job.slots, ceiling(job.D, STRIP))
     cdef int nt = threads if values >= SERIAL else 1
     cdef bint in_place = y == x or y == dy
-    job.stream = not in_place and touched > l3_bytes
-    job.buffered = job.stream or in_place or job.storage != NATIVE
+    job.stream = not in_place and touched > l3_bytes and job.storage == NATIVE
+    job.buffered = job.stream or in_place and job.storage == NATIVE
     if nt == 1:
         for i in range(tasks):
             own(x, dy, y, gamma, beta, job, i)

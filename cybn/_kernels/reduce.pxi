@@ -63,6 +63,13 @@ cdef void staged_piece(
     cdef T of_x[PIECE]
     cdef T of_g[PIECE]
     cdef const T* at_x
+    if job.strip_sums:
+        at_x = place(job, x, job.x_row, n, i)
+        if job.reduce == SUMS:
+            sums_of(at_x, FLOAT16, m, hi, acc)
+        else:
+            dots_of(place(job, dy, job.dy_row, n, i), at_x, FLOAT16, m, hi, 0, 0, False, acc)
+        return
     if T is float and job.paired_sums:
         if job.reduce == SUMS:
             sum_pairs(half_at(x, job.x_row, n, i), m, hi, acc)
@@ -177,10 +184,14 @@ cdef inline void reduce_some(
     elif T is float and job.paired_sums:
         col_dot_pairs(half_at(dy, job.dy_row, n, i), step * job.dy_row // 2,
                       half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, half, hi, a, b)
+    elif T is float and job.strip_sums and job.reduce == SUMS:
+        col_sum_strips(FLOAT16, half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w,
+                       hi, a, b)
+    elif T is float and job.strip_sums:
+        col_dot_strips(FLOAT16, half_at(dy, job.dy_row, n, i), step * job.dy_row // 2,
+                       half_at(x, job.x_row, n, i), step * job.x_row // 2, rows, w, hi, a, b)
     elif job.share != NULL and job.reduce == SUMS:
         masked_rows(x, job, n, rows, step, i, w, hi, a, b)
-    elif job.storage != NATIVE and job.reduce == SUMS:
-        staged_sums(x, job, n, rows, step, i, w, hi, a, b)
     elif job.staged and job.reduce == DOTS:
         staged_dots(x, dy, job, n, rows, step, i, w, hi, scale_a, scale_b, a, b)
     elif job.reduce == SUMS:
@@ -193,22 +204,6 @@ cdef inline void reduce_some(
     else:
         col_dots(dy + n * dy_row + i, step * dy_row, x + n * x_row + i, step * x_row,
                  rows, w, hi, hi, hi, False, a, b)
-
-
-cdef void staged_sums(
-    const T* x, const Job* job,
-    Py_ssize_t n, Py_ssize_t rows, Py_ssize_t step, Py_ssize_t i, Py_ssize_t w,
-    const T* hi, T* a, T* b,
-) noexcept nogil:
-    """col_sums of what is fetched four rows at a time: the same order, the same bits."""
-    cdef T of_x[4 * TILE]
-    cdef Py_ssize_t j, r = 0, many
-    while r < rows:
-        many = 4 if rows - r >= 4 else 1
-        for j in range(many):
-            fetch_x(job, x, n + (r + j) * step, i, w, of_x + j * w)
-        col_sums(of_x, w, many, w, hi, a, b)
-        r += many
 
 
 cdef void staged_dots(

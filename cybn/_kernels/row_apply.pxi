@@ -12,16 +12,51 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     return c
 
 
+cdef inline void half_run(
+    const Job* job, const uint16_t* dy, const uint16_t* x, uint16_t* y, Py_ssize_t m,
+    float hi, float a, float k, float b,
+) noexcept nogil:
+    """apply_runs of half types, of one channel."""
+    cdef Terms t
+    t.hi, t.a, t.k, t.b = &hi, &a, &k, &b
+    t.low, t.high = -INFINITY, INFINITY
+    if job.storage == FLOAT16 and job.backward:
+        strips(UNSCALE_RUN, FLOAT16, dy, x, y, m, &t)
+    elif job.storage == FLOAT16:
+        strips(SCALE_RUN, FLOAT16, dy, x, y, m, &t)
+    elif job.backward:
+        strips(UNSCALE_RUN, BFLOAT16, dy, x, y, m, &t)
+    else:
+        strips(SCALE_RUN, BFLOAT16, dy, x, y, m, &t)
+
+
+cdef inline void half_columns(
+    const Job* job, const uint16_t* dy, const uint16_t* x, uint16_t* y, Py_ssize_t m,
+    const float* gamma, const float* beta, const Row* row, float* dgamma, float* dbeta,
+) noexcept nogil:
+    """apply_columns of half types, of one row."""
+    cdef Terms t
+    cdef float hi = <float> row.hi
+    t.hi, t.a, t.b, t.dgamma, t.dbeta = &hi, gamma, beta, dgamma, dbeta
+    t.lo, t.r, t.c1, t.c2 = <float> row.lo, <float> row.r, <float> row.c1, <float> row.c2
+    if job.storage == FLOAT16 and job.backward:
+        strips(UNSCALE_ROW, FLOAT16, dy, x, y, m, &t)
+    elif job.storage == FLOAT16:
+        strips(SCALE_ROW, FLOAT16, dy, x, y, m, &t)
+    elif job.backward:
+        strips(UNSCALE_ROW, BFLOAT16, dy, x, y, m, &t)
+    else:
+        strips(SCALE_ROW, BFLOAT16, dy, x, y, m, &t)
+
+
 cdef void apply_runs(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
     const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t,
 ) noexcept nogil:
     """y or dx of tile t of row n of group g, which may begin and end within a channel."""
     cdef T buffer[PIECE]
-    cdef T of_x[PIECE]
-    cdef T of_dy[PIECE]
     cdef const T* at_x
-    cdef const T* at_dy = NULL
+    cdef const T* at_dy
     cdef T* to
     cdef Py_ssize_t at = g * job.D + t * job.tile, m, i, w
     cdef Py_ssize_t end = g * job.D + min(job.D, (t + 1) * job.tile)
@@ -32,9 +67,8 @@ cdef void apply_runs(
         if job.stream:  # the next piece starts on a line
             m -= (<size_t> (<char*> y + n * job.y_row + at * job.item) & 63) // job.item
         m = min(m, end - at)
-        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-        if job.backward:
-            at_dy = fetch(job, dy, job.dy_row, n, at, m, of_dy)
+        at_x = place(job, x, job.x_row, n, at)
+        at_dy = place(job, dy, job.dy_row, n, at)
         to = target(job, y, job.y_row, n, at, buffer)
         i = 0
         while i < m:
@@ -42,10 +76,15 @@ cdef void apply_runs(
             a = gamma[c] * row.r
             if job.backward:
                 b = -row.r * row.c1 - k * row.lo
+            else:
+                b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
+            if job.storage != NATIVE:
+                half_run(job, <const uint16_t*> at_dy + i, <const uint16_t*> at_x + i,
+                         <uint16_t*> to + i, w, <float> row.hi, <float> a, <float> k, <float> b)
+            elif job.backward:
                 unscale(at_dy + i, at_x + i, to + i, w,
                         <T> row.hi, <T> a, <T> k, <T> b, 0, False)
             else:
-                b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
                 scale(at_x + i, to + i, w,
                       <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
             i += w
@@ -68,9 +107,8 @@ cdef void apply_columns(
     cdef T a[TILE]
     cdef T b[TILE]
     cdef T buffer[TILE]
-    cdef T of_x[TILE]
-    cdef T of_dy[TILE]
     cdef const T* at_x
+    cdef const T* at_dy
     cdef T* to
     cdef const Row* row
     cdef Py_ssize_t n, j, at = s.g0 * job.D + t * job.tile
@@ -87,10 +125,15 @@ cdef void apply_columns(
         shifts = spread_tile(beta, job, s.g0, t, room_beta)
     for n in range(s.n0, s.n1):
         row = rows + n - s.n0
-        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
+        at_x = place(job, x, job.x_row, n, at)
+        at_dy = place(job, dy, job.dy_row, n, at)
         to = target(job, y, job.y_row, n, at, buffer)
-        if job.backward:
-            row_unscale(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, scales, to, m,
+        if job.storage != NATIVE:
+            if T is float:
+                half_columns(job, <const uint16_t*> at_dy, <const uint16_t*> at_x,
+                             <uint16_t*> to, m, scales, shifts, row, a, b)
+        elif job.backward:
+            row_unscale(at_dy, at_x, scales, to, m,
                         <T> row.hi, <T> row.lo, <T> row.r, <T> row.c1, <T> row.c2, a, b)
         else:
             row_scale(at_x, scales, shifts, to, m, <T> row.hi, <T> row.lo, <T> row.r)

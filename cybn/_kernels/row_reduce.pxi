@@ -21,7 +21,7 @@ cdef void reduce_row(
 ) noexcept nogil:
     """Sums of segment i of a row."""
     cdef double acc[2 * WIDE]
-    cdef T of_x[PIECE]
+    cdef const T* at
     cdef Py_ssize_t first = 0, last = ceiling(job.D, PIECE), k, j, m
     if job.cuts > 1:
         first, last = i * last // job.cuts, (i + 1) * last // job.cuts
@@ -29,7 +29,13 @@ cdef void reduce_row(
         acc[j] = 0
     for k in range(first, last):
         m = min(PIECE, job.D - k * PIECE)
-        sums(fetch(job, x, job.x_row, n, g * job.D + k * PIECE, m, of_x), m, shift, acc)
+        at = place(job, x, job.x_row, n, g * job.D + k * PIECE)
+        if job.storage == NATIVE:
+            sums_of(at, NATIVE, m, shift, acc)
+        elif job.storage == FLOAT16:
+            sums_of(at, FLOAT16, m, shift, acc)
+        else:
+            sums_of(at, BFLOAT16, m, shift, acc)
     out[0] = across(acc)
     out[1] = across(acc + WIDE)
 
@@ -40,9 +46,8 @@ cdef void reduce_run(
 ) noexcept nogil:
     """Dots of segment i of a row of runs: nearly equal parts of a channel, in whole pieces."""
     cdef double acc[2 * WIDE]
-    cdef T of_x[PIECE]
-    cdef T of_dy[PIECE]
     cdef const T* at_x
+    cdef const T* at_dy
     cdef Py_ssize_t at = g * job.D + i * job.S, end = at + job.S, j, m
     if job.cuts > 1:
         m = ceiling(ceiling(job.S, job.cuts), PIECE) * PIECE
@@ -53,8 +58,14 @@ cdef void reduce_run(
         acc[j] = 0
     while at < end:
         m = min(PIECE, end - at)
-        at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-        dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, m, shift, 0, 0, False, acc)
+        at_x = place(job, x, job.x_row, n, at)
+        at_dy = place(job, dy, job.dy_row, n, at)
+        if job.storage == NATIVE:
+            dots_of(at_dy, at_x, NATIVE, m, shift, 0, 0, False, acc)
+        elif job.storage == FLOAT16:
+            dots_of(at_dy, at_x, FLOAT16, m, shift, 0, 0, False, acc)
+        else:
+            dots_of(at_dy, at_x, BFLOAT16, m, shift, 0, 0, False, acc)
         at += m
     out[0] = across(acc)
     out[1] = across(acc + WIDE)
@@ -67,10 +78,9 @@ cdef void reduce_columns(
     """Dots of segment i of some rows, which share their gamma."""
     cdef double acc[BLOCK * 2 * WIDE]
     cdef T room[TILE]
-    cdef T of_x[TILE]
-    cdef T of_dy[TILE]
     cdef const T* weight
     cdef const T* at_x
+    cdef const T* at_dy
     cdef Py_ssize_t n, t, j, m, at
     cdef double* out
     for j in range((s.n1 - s.n0) * 2 * WIDE):
@@ -81,9 +91,15 @@ cdef void reduce_columns(
         at = s.g0 * job.D + t * job.tile
         for n in range(s.n0, s.n1):
             j = n - s.n0
-            at_x = fetch(job, x, job.x_row, n, at, m, of_x)
-            weighted_dots(fetch(job, dy, job.dy_row, n, at, m, of_dy), at_x, weight, m,
-                          shift[j], acc + j * 2 * WIDE)
+            at_x = place(job, x, job.x_row, n, at)
+            at_dy = place(job, dy, job.dy_row, n, at)
+            out = acc + j * 2 * WIDE
+            if job.storage == NATIVE:
+                weighted_dots(at_dy, at_x, NATIVE, weight, m, shift[j], out)
+            elif job.storage == FLOAT16:
+                weighted_dots(at_dy, at_x, FLOAT16, weight, m, shift[j], out)
+            else:
+                weighted_dots(at_dy, at_x, BFLOAT16, weight, m, shift[j], out)
     for n in range(s.n0, s.n1):
         out = job.sums + ((n * job.G + s.g0) * job.slots + i) * 2
         out[0] = across(acc + (n - s.n0) * 2 * WIDE)

@@ -22,6 +22,9 @@
 #    digits cancel later (docs/math.md, 6.2).
 
 from libc.math cimport INFINITY
+from libc.stdint cimport uint16_t
+
+from cybn._kernels.half cimport NATIVE, Storage, widen
 
 ctypedef fused T:
     float
@@ -36,20 +39,28 @@ cdef enum:
 
 
 cdef inline const T* lanes(
-    const T* x,                 # IN  (n,)
+    const T* x,                 # IN  (n,) of `storage`
+    Storage storage,            # a constant
     Py_ssize_t i,
     Py_ssize_t n,
     T fill,
     T* rest,                    # OUT (LANES,)
 ) noexcept nogil:
-    """LANES values from x[i] on, in place; what lies beyond the end is fill."""
+    """LANES values from x[i] on, in place or widened; what lies beyond the end is fill."""
     cdef Py_ssize_t j
     if i + LANES <= n:
-        return x + i
+        if storage == NATIVE:
+            return x + i
+        if T is float:
+            widen(<const uint16_t*> x + i, rest, LANES, storage)
+        return rest
     for j in range(LANES):
         rest[j] = fill
-    for j in range(n - i):
-        rest[j] = x[i + j]
+    if storage == NATIVE:
+        for j in range(n - i):
+            rest[j] = x[i + j]
+    elif T is float:
+        widen(<const uint16_t*> x + i, rest, n - i, storage)
     return rest
 
 
@@ -74,7 +85,14 @@ cdef inline double across(const double* restrict acc) noexcept nogil:
 
 
 cdef inline void sums(
-    const T* restrict x,        # IN  (n,), n <= PIECE
+    const T* restrict x, Py_ssize_t n, T shift, double* restrict acc
+) noexcept nogil:
+    sums_of(x, NATIVE, n, shift, acc)
+
+
+cdef inline void sums_of(
+    const T* restrict x,        # IN  (n,) of `storage`, n <= PIECE
+    Storage storage,            # a constant
     Py_ssize_t n,
     T shift,
     double* restrict acc,       # IO  (2, WIDE): sums of d and of d * d, d = x - shift
@@ -89,7 +107,7 @@ cdef inline void sums(
         a[j] = 0
         b[j] = 0
     for i in range((n + LANES - 1) // LANES):
-        at = lanes(x, i * LANES, n, shift, rest)
+        at = lanes(x, storage, i * LANES, n, shift, rest)
         for j in range(LANES):
             d = at[j] - shift
             a[j] += d
@@ -135,8 +153,16 @@ cdef inline void wide_sums(
 
 
 cdef inline void dots(
-    const T* restrict dy,       # IN  (n,), n <= PIECE
-    const T* restrict x,        # IN  (n,)
+    const T* restrict dy, const T* restrict x, Py_ssize_t n, T hi, T scale_a, T scale_b,
+    bint relu, double* restrict acc,
+) noexcept nogil:
+    dots_of(dy, x, NATIVE, n, hi, scale_a, scale_b, relu, acc)
+
+
+cdef inline void dots_of(
+    const T* restrict dy,       # IN  (n,) of `storage`, n <= PIECE
+    const T* restrict x,        # IN  (n,) of `storage`
+    Storage storage,            # a constant
     Py_ssize_t n,
     T hi,
     T scale_a,                  # z = (x - hi) * scale_a + scale_b
@@ -156,8 +182,8 @@ cdef inline void dots(
         a[j] = 0
         b[j] = 0
     for i in range((n + LANES - 1) // LANES):
-        at_x = lanes(x, i * LANES, n, hi, rest_x)
-        at_dy = lanes(dy, i * LANES, n, 0, rest_dy)
+        at_x = lanes(x, storage, i * LANES, n, hi, rest_x)
+        at_dy = lanes(dy, storage, i * LANES, n, 0, rest_dy)
         for j in range(LANES):
             d = at_x[j] - hi
             g = at_dy[j]

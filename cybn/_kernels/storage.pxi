@@ -4,7 +4,7 @@
 #   storage     what x, dy, y and dx are in memory
 #   item        bytes of an element there
 #   x_row       bytes from one row of x to the next
-#   stream      what is delivered goes past the caches
+#   stream      what is delivered goes past the caches; never half types
 #   buffered    y is computed in a buffer, and then delivered
 
 cdef inline const T* fetch(
@@ -26,6 +26,13 @@ cdef inline const uint16_t* half_at(
 ) noexcept nogil:
     """Where value i of row n of a half type lies."""
     return <const uint16_t*> (<const char*> base + n * pitch) + i
+
+
+cdef inline const T* place(
+    const Job* job, const T* base, Py_ssize_t pitch, Py_ssize_t n, Py_ssize_t i
+) noexcept nogil:
+    """Where value i of row n lies, in the type of storage."""
+    return <const T*> (<const char*> base + n * pitch + i * job.item)
 
 
 cdef inline double value(
@@ -51,14 +58,11 @@ cdef inline void deliver(
     Py_ssize_t n, Py_ssize_t i, Py_ssize_t m,
 ) noexcept nogil:
     """Bring what was computed in a buffer to where it belongs."""
-    cdef uint16_t half[TILE]
-    cdef const void* source = computed
     cdef void* to = <char*> base + n * pitch + i * job.item
     if job.storage != NATIVE:
         if T is float:
-            narrow(computed, &half[0] if job.stream else <uint16_t*> to, m, job.storage)
-        source = &half[0]
-    if job.stream:
-        stream(to, source, m * job.item)
-    elif job.storage == NATIVE:
-        memcpy(to, source, m * job.item)
+            narrow(computed, <uint16_t*> to, m, job.storage)
+    elif job.stream:
+        stream(to, computed, m * job.item)
+    else:
+        memcpy(to, computed, m * job.item)

@@ -12,7 +12,25 @@ cdef extern from * nogil:
     #include <string.h>
 
     #if defined(__SSE2__)
-    #include <emmintrin.h>
+    #include <immintrin.h>
+
+    static inline void cybn_stream_line(void *to, const void *from) {
+    #if defined(__AVX__)
+        __m256i a = _mm256_loadu_si256((const __m256i *)from);
+        __m256i b = _mm256_loadu_si256((const __m256i *)from + 1);
+        _mm256_stream_si256((__m256i *)to, a);
+        _mm256_stream_si256((__m256i *)to + 1, b);
+    #else
+        __m128i a = _mm_loadu_si128((const __m128i *)from);
+        __m128i b = _mm_loadu_si128((const __m128i *)from + 1);
+        __m128i c = _mm_loadu_si128((const __m128i *)from + 2);
+        __m128i d = _mm_loadu_si128((const __m128i *)from + 3);
+        _mm_stream_si128((__m128i *)to, a);
+        _mm_stream_si128((__m128i *)to + 1, b);
+        _mm_stream_si128((__m128i *)to + 2, c);
+        _mm_stream_si128((__m128i *)to + 3, d);
+    #endif
+    }
 
     /* Copy from L1 to memory: head and tail of the range plainly, whole lines past the caches. */
     static inline void cybn_stream(void *to, const void *from, size_t bytes) {
@@ -22,16 +40,8 @@ cdef extern from * nogil:
         if (head > bytes) head = bytes;
         memcpy(dst, src, head);
         dst += head; src += head; bytes -= head;
-        for (; bytes >= 64; bytes -= 64, dst += 64, src += 64) {
-            __m128i a = _mm_loadu_si128((const __m128i *)src);
-            __m128i b = _mm_loadu_si128((const __m128i *)src + 1);
-            __m128i c = _mm_loadu_si128((const __m128i *)src + 2);
-            __m128i d = _mm_loadu_si128((const __m128i *)src + 3);
-            _mm_stream_si128((__m128i *)dst, a);
-            _mm_stream_si128((__m128i *)dst + 1, b);
-            _mm_stream_si128((__m128i *)dst + 2, c);
-            _mm_stream_si128((__m128i *)dst + 3, d);
-        }
+        for (; bytes >= 64; bytes -= 64, dst += 64, src += 64)
+            cybn_stream_line(dst, src);
         memcpy(dst, src, bytes);
     }
 
