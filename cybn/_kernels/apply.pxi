@@ -291,7 +291,7 @@ cdef void apply_strips(
     cdef const uint16_t* at_x = half_at(x, job.x_row, n, i)
     cdef const uint16_t* at_dy = half_at(dy, job.dy_row, n, i)
     cdef uint16_t* to = <uint16_t*> half_at(y, job.y_row, n, i)
-    cdef bint run = job.S >= RUN_MIN
+    cdef bint run = job.apply_runs
     cdef Terms terms
     if T is float:
         terms.hi, terms.a, terms.k, terms.b = hi, a, k, b
