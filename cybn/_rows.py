@@ -60,6 +60,7 @@ class Form(NamedTuple):
     run: int  # S, neighbours that share a gamma and beta
     shape: tuple[int, ...]  # of gamma and beta
     channels_first: bool  # whether the channel axis has to be moved to axis 1
+    last: bool  # whether it was the last one, after positions
     values: int  # of gamma and beta
 
     @property
@@ -92,7 +93,7 @@ def _layer_form(shape: tuple[int, ...], axis: int) -> Form:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     lead = int(axis) + ndim if axis < 0 else int(axis)
     size = prod(shape[lead:])
-    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, size)
+    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, False, size)
 
 
 @lru_cache(maxsize=1024)
@@ -107,8 +108,8 @@ def _group_form(shape: tuple[int, ...], axis: int, num_groups: int) -> Form:
             f"x has shape {shape}: one value a group has no variance, and would be normalized "
             "to beta whatever it is. Give larger groups, or more positions"
         )
-    run = max(1, positions)
-    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, channels)
+    run, last = max(1, positions), axis == len(shape) - 1
+    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, last, channels)
 
 
 @lru_cache(maxsize=1024)
@@ -119,8 +120,8 @@ def _instance_form(shape: tuple[int, ...], axis: int) -> Form:
             f"x has shape {shape}: one position a channel has no variance, and would be "
             "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
         )
-    run = max(1, positions)
-    return Form(1, shape[0], channels, positions, run, (channels,), True, channels)
+    run, last = max(1, positions), axis == len(shape) - 1
+    return Form(1, shape[0], channels, positions, run, (channels,), True, last, channels)
 
 
 def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -152,10 +153,19 @@ def _computed(x: NDArray[Any]) -> np.dtype[Any]:
 
 
 @lru_cache(maxsize=1024)
-def _cuts(form: Form, backward: bool) -> tuple[int, int]:
+def _cuts(form: Form, backward: bool, last: bool) -> tuple[int, int]:
     """Return how many sums the kernel keeps a row, and in how many chunks it cuts N."""
-    cuts: tuple[int, int] = _COUNT(form.samples, form.groups, form.size, form.run, backward)
+    cuts: tuple[int, int] = _COUNT(
+        form.samples, form.groups, form.size, form.run, backward, last
+    )
     return cuts
+
+
+def _fold(x: NDArray[Any], form: Form) -> tuple[NDArray[Any], _layout.Plan]:
+    """Return `x`, with its channels on axis 1, or a copy of it, and how it falls into rows."""
+    if form.channels_first:
+        return _layout.fold_groups(x, form.groups, form.last)
+    return _layout.fold_rows(x, form.lead, form.groups)
 
 
 def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
@@ -231,14 +241,15 @@ def forward(
     """Fill y and return mean and M2 of the rows, each (N * G,)."""
     if x.size == 0:
         return np.zeros(form.rows), np.zeros(form.rows)
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    x, plan = _fold(x, form)
+    last = plan.channels_inside
     target = _layout.like_empty(y, x, plan)
-    slots, _ = _cuts(form, False)
+    slots, _ = _cuts(form, False, last)
     statistics = np.empty((2, form.rows))
     sums = np.empty(2 * form.rows * slots)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), *vectors, statistics, sums
-    _FORWARD[e](*arrays, form.run, eps, centred, _STORAGE[e], nt)
+    _FORWARD[e](*arrays, form.groups, form.run, last, eps, centred, _STORAGE[e], nt)
     if target is not y:
         np.copyto(y, target)
     mean, m2 = statistics
@@ -317,9 +328,10 @@ def _run_backward(
     nt: int,
 ) -> NDArray[np.float64]:
     """Fill dx and return dgamma and dbeta, (2, C)."""
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    x, plan = _fold(x, form)
+    last = plan.channels_inside
     target = _layout.like_empty(dx, x, plan)
-    slots, chunks = _cuts(form, True)
+    slots, chunks = _cuts(form, True, last)
     parts = np.empty((chunks, 2, gamma.size))
     e = storage(x.dtype)
     _BACKWARD[e](
@@ -330,7 +342,9 @@ def _run_backward(
         *(_layout.by_row(v, x, plan) for v in statistics),
         np.empty(2 * form.rows * slots),
         parts,
+        form.groups,
         form.run,
+        last,
         eps,
         centred,
         _STORAGE[e],

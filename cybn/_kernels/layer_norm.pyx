@@ -11,6 +11,9 @@
 #   group            G    C/G  positions
 #   instance         C    1    positions
 #
+# Channels-last, the same values lie as x[n, s, c]: a row is then K columns of its sample, and the
+# loops are those of batch normalization down columns (row_last.pxi).
+#
 #   pass             reads             writes      bytes an element (float32)
 #   reduce, forward  x                 -           4
 #   apply, forward   x                 y           8; 4 where x comes from cache
@@ -44,7 +47,9 @@ from libc.string cimport memcpy
 from cybn._kernels.check cimport check
 from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
-from cybn._kernels.rows cimport TILE, gather, spread
+from cybn._kernels.rows cimport (
+    FLUSH, TILE, col_dots, col_dots2, col_scale, col_sums, col_sums4, col_unscale, gather, repeat,
+    spread)
 from cybn._kernels.runs cimport (
     PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
@@ -60,10 +65,13 @@ cdef enum:
     STRIP = 16384           # values of a run, or of several, that a thread takes at once
     SERIAL = 65536          # values below which one thread is faster than two
     SAMPLES = 8             # values whose mean is the pivot
+    POSITIONS = 64          # of a cut of a sample channels-last, at least: 16 bytes a channel and cut
+    SUM_ROW = 64            # channels-last, columns that several positions are summed as
 
 cdef struct Job:
     bint backward
     bint centred            # RMS normalization is not: its mean is 0 by definition
+    bint last               # channels-last; slots are those of runs
     bint runs
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
@@ -73,7 +81,10 @@ cdef struct Job:
     Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
     Py_ssize_t slots        # sums of a row
     Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
-    Py_ssize_t tile         # values of a row that apply takes at once; whole channels of columns
+    Py_ssize_t apart        # rows of a sample that are summed each by itself: G; 1 channels-last
+    Py_ssize_t shared       # steps in which they are: slots; cuts channels-last
+    Py_ssize_t tile         # values of a row that apply takes at once; whole channels of columns;
+                            # channels-last, positions
     Py_ssize_t tiles        # of a row
     Py_ssize_t samples, groups  # of a block
     Py_ssize_t pivot[SAMPLES]   # places in a row of the values whose mean is the pivot
@@ -93,6 +104,9 @@ cdef struct Row:            # what apply has to know of a row
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
     double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
 
+cdef struct Line:           # of a channel: (x - hi) * a + b, or dy * a + (x - hi) * k + b
+    double a, k, b
+
 # What Python has to know of these numbers.
 SMALL = SERIAL
 
@@ -105,9 +119,11 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
-def count(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward):
+def count(
+    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
+):
     """Return how many slots a row has, and in how many chunks N is cut."""
-    cdef Job job = new_job(N, G, D, S, backward)
+    cdef Job job = new_job(N, G, D, S, backward, last)
     return job.slots, job.chunks
 
 
@@ -116,16 +132,21 @@ cdef inline Py_ssize_t ceiling(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef Job new_job(
-    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward
+    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
 ) noexcept nogil:
     """Cut the rows; of the shape alone, as the bits depend on it."""
     cdef Job job
     cdef Py_ssize_t i
     job.backward = backward
     job.N, job.G, job.K, job.S, job.D = N, G, D // S, S, D
-    job.runs = S >= (DOTS if backward else RUNS)
+    job.last = last
+    job.runs = last or S >= (DOTS if backward else RUNS)
     job.samples = job.groups = 1
-    if job.runs:
+    if last:
+        job.tile = max(POSITIONS, SEGMENT // (G * job.K))
+        job.groups = G
+        job.chunks = N * G * D // CHUNK
+    elif job.runs:
         job.tile = STRIP
         job.groups = max(1, min(BLOCK, CHUNK // D))
         job.chunks = N * G * D // CHUNK
@@ -135,11 +156,16 @@ cdef Job new_job(
         job.chunks = N * D // CHUNK
     job.chunks = max(1, min(CHUNKS, min(N, job.chunks)))
     job.spans = ceiling(G, job.groups)
-    job.tiles = ceiling(D, job.tile)
+    job.tiles = ceiling(S if last else D, job.tile)
     job.cuts = job.slots = ceiling(D, SEGMENT)
-    if job.runs and backward:
+    if last:
+        job.cuts = max(1, min(CHUNKS, min(S // POSITIONS, G * D // SEGMENT)))
+        job.slots = job.K * job.cuts
+    elif job.runs and backward:
         job.cuts = ceiling(S, SEGMENT)
         job.slots = job.K * job.cuts
+    job.apart = 1 if last else G
+    job.shared = job.cuts if last else job.slots
     for i in range(SAMPLES):
         job.pivot[i] = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
     return job
@@ -148,6 +174,7 @@ cdef Job new_job(
 include "storage.pxi"
 include "row_reduce.pxi"
 include "row_apply.pxi"
+include "row_last.pxi"
 
 
 # ---- who does what -----------------------------------------------------------------------
@@ -186,7 +213,7 @@ cdef void own(
     clear(job, &s, parts)
     while s.n0 < all.n1:
         s.n1 = min(s.n0 + job.samples, all.n1)
-        reduce(x, dy, gamma, job, &s, 0, job.slots)
+        reduce(x, dy, gamma, job, &s, 0, job.shared)
         finish(x, gamma, job, &s, parts)
         apply(x, dy, y, gamma, beta, job, &s, parts, 0, job.tiles)
         s.n0 = s.n1
@@ -195,12 +222,12 @@ cdef void own(
 cdef void share_reduce(
     const T* x, const T* dy, const T* gamma, const Job* job, Py_ssize_t shares, Py_ssize_t i
 ) noexcept nogil:
-    """Share i of the slots of all rows."""
-    cdef Py_ssize_t row = i // shares, k = i % shares
+    """Share i of the sums of all rows."""
+    cdef Py_ssize_t row = i // shares, k = i % shares, groups = job.G // job.apart
     cdef Span s
-    s.n0, s.g0 = row // job.G, row % job.G
-    s.n1, s.g1 = s.n0 + 1, s.g0 + 1
-    reduce(x, dy, gamma, job, &s, k * job.slots // shares, (k + 1) * job.slots // shares)
+    s.n0, s.g0 = row // job.apart, row % job.apart * groups
+    s.n1, s.g1 = s.n0 + 1, s.g0 + groups
+    reduce(x, dy, gamma, job, &s, k * job.shared // shares, (k + 1) * job.shared // shares)
 
 
 cdef void share_finish(const T* x, const T* gamma, const Job* job, Py_ssize_t i) noexcept nogil:
@@ -228,7 +255,8 @@ cdef void run(
     cdef Py_ssize_t values = job.N * job.G * job.D
     cdef Py_ssize_t touched = (3 if job.backward else 2) * values * job.item
     cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
-    cdef Py_ssize_t shares = min(job.slots, ceiling(job.D, STRIP))
+    cdef Py_ssize_t size = job.G // job.apart * job.D   # of what is summed by itself
+    cdef Py_ssize_t shares = min(job.shared, ceiling(size, STRIP))
     cdef int nt = threads if values >= SERIAL else 1
     cdef bint in_place = y == x or y == dy
     job.stream = not in_place and touched > l3_bytes
@@ -237,11 +265,11 @@ cdef void run(
         for i in range(tasks):
             own(x, dy, y, gamma, beta, job, i)
         return
-    if tasks >= 4 * nt or job.D <= CHUNK:
+    if tasks >= 4 * nt or size <= CHUNK:
         for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt):
             own(x, dy, y, gamma, beta, job, i)
         return
-    for i in prange(job.N * job.G * shares, schedule="dynamic", num_threads=nt):
+    for i in prange(job.N * job.apart * shares, schedule="dynamic", num_threads=nt):
         share_reduce(x, dy, gamma, job, shares, i)
     for i in prange(tasks, schedule="static", num_threads=nt):
         share_finish(x, gamma, job, i)
@@ -281,19 +309,21 @@ cdef inline void start(
 
 
 def forward(
-    const E[:, :, :] x,         # IN  (N, G, D), the last two axes dense
+    const E[:, :, :] x,         # IN  (N, G, D) or (N, S, C), the last two axes dense
     E[:, :, :] y,               # OUT (N, G, D), likewise; may be x
     const P[::1] gamma,         # IN  (C,)
     const P[::1] beta,          # IN  (C,)
     double[:, ::1] statistics,  # OUT (2, N * G): mean and m2
     double[::1] scratch,        # OUT (N * G * slots * 2,)
+    Py_ssize_t G,
     Py_ssize_t S,
+    bint last,                  # channels-last
     double eps,
     bint centred,
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, False)
+    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, False, last)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)
@@ -305,7 +335,7 @@ def forward(
 
 
 def backward(
-    const E[:, :, :] dy,        # IN  (N, G, D), the last two axes dense
+    const E[:, :, :] dy,        # IN  (N, G, D) or (N, S, C), the last two axes dense
     const E[:, :, :] x,         # IN  (N, G, D), likewise
     E[:, :, :] dx,              # OUT (N, G, D), likewise; may be dy or x
     const P[::1] gamma,         # IN  (C,)
@@ -313,13 +343,15 @@ def backward(
     const double[::1] m2,       # IN  (N * G,)
     double[::1] scratch,        # OUT (N * G * slots * 2,)
     double[:, :, ::1] parts,    # OUT (chunks, 2, C): to be added up, dgamma and dbeta
+    Py_ssize_t G,
     Py_ssize_t S,
+    bint last,                  # channels-last
     double eps,
     bint centred,
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, True)
+    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, True, last)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)

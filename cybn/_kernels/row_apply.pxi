@@ -12,6 +12,20 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     return c
 
 
+cdef inline Line of_channel(
+    const Job* job, const Row* row, const T* gamma, const T* beta, Py_ssize_t c
+) noexcept nogil:
+    """The coefficients of a channel of a row."""
+    cdef Line line
+    cdef double a = gamma[c] * row.r, k = -row.r * row.r * row.c2, b
+    if job.backward:
+        b = -row.r * row.c1 - k * row.lo
+    else:
+        b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
+    line.a, line.k, line.b = a, k, b
+    return line
+
+
 cdef void apply_runs(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
     const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t,
@@ -26,7 +40,7 @@ cdef void apply_runs(
     cdef Py_ssize_t at = g * job.D + t * job.tile, m, i, w
     cdef Py_ssize_t end = g * job.D + min(job.D, (t + 1) * job.tile)
     cdef Py_ssize_t c = at // job.S, left = (c + 1) * job.S - at
-    cdef double a, b, k = -row.r * row.r * row.c2
+    cdef Line line
     while at < end:
         m = PIECE
         if job.stream:  # the next piece starts on a line
@@ -39,15 +53,13 @@ cdef void apply_runs(
         i = 0
         while i < m:
             w = min(left, m - i)
-            a = gamma[c] * row.r
+            line = of_channel(job, row, gamma, beta, c)
             if job.backward:
-                b = -row.r * row.c1 - k * row.lo
                 unscale(at_dy + i, at_x + i, to + i, w,
-                        <T> row.hi, <T> a, <T> k, <T> b, 0, False)
+                        <T> row.hi, <T> line.a, <T> line.k, <T> line.b, 0, False)
             else:
-                b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
                 scale(at_x + i, to + i, w,
-                      <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
+                      <T> row.hi, <T> line.a, <T> line.b, <T> (-INFINITY), <T> INFINITY)
             i += w
             left -= w
             if left == 0:
@@ -106,9 +118,24 @@ cdef void apply(
     const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
 ) noexcept nogil:
     """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
+    cdef Py_ssize_t n
+    check(s.n1 <= job.N and t1 <= job.tiles)
+    if job.last:
+        for n in range(s.n0, s.n1):
+            apply_last(x, dy, y, gamma, beta, job, n, t0, t1)
+    else:
+        apply_rows(x, dy, y, gamma, beta, job, s, parts, t0, t1)
+    if job.stream:
+        stream_end()
+
+
+cdef void apply_rows(
+    const T* x, const T* dy, T* y, const T* gamma, const T* beta,
+    const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
+) noexcept nogil:
     cdef Row rows[BLOCK]
     cdef Py_ssize_t n, g, t, i = 0
-    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
+    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK)
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
             rows[i] = of_row(job, n * job.G + g, <T> 0)
@@ -120,5 +147,3 @@ cdef void apply(
     else:
         for t in range(t1 - 1, t0 - 1, -1):
             apply_columns(x, dy, y, gamma, beta, job, s, rows, t, parts, parts + job.G * job.K)
-    if job.stream:
-        stream_end()

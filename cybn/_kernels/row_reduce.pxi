@@ -12,7 +12,7 @@ cdef inline T find_pivot(
     if not job.centred:
         return 0
     for i in range(SAMPLES):
-        v[i] = value(job, x, n, g * job.D + job.pivot[i])
+        v[i] = value(job, x, n, place(job, g, job.pivot[i]))
     return <T> (0.125 * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
 
 
@@ -109,7 +109,11 @@ cdef void reduce(
     cdef T shift[BLOCK]
     cdef Py_ssize_t n, g, k, row
     cdef double* out
-    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and k1 <= job.slots)
+    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and k1 <= job.shared)
+    if job.last:
+        for n in range(s.n0, s.n1):
+            reduce_last(x, dy, job, n, k0, k1)
+        return
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
             row = n * job.G + g
@@ -141,8 +145,7 @@ cdef void sum_again(
         acc[j] = 0
     for i in range((job.D + PIECE - 1) // PIECE):
         m = min(PIECE, job.D - i * PIECE)
-        wide_sums(
-            fetch(job, x, job.x_row, n, g * job.D + i * PIECE, m, of_x), m, shift, acc)
+        wide_sums(stretch(job, x, n, g, i * PIECE, m, of_x), m, shift, acc)
     s1[0] = across(acc)
     s2[0] = across(acc + WIDE)
 
