@@ -45,19 +45,21 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from cybn._kernels.check cimport check
-from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
+from cybn._kernels.columns cimport (
+    row_scale, row_unscale, turned_dots, turned_sums, weighted_dots)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_dots2, col_scale, col_sums, col_sums4, col_unscale, gather, repeat,
     spread)
 from cybn._kernels.runs cimport (
-    PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
+    LANES, PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
 
 cdef enum:
     RUNS = 64               # shortest S for which runs beat columns, forward
     DOTS = 128              # the same, backward
-    BLOCK = 32              # most rows of a block
+    BLOCK = 32              # most rows of a block: LANES
+    SHORT = 32              # values of a row up to which rows are turned: LANES, as those of a lane
     FEWEST = 8              # rows of a block of long columns, if there are as many
     CHUNK = 32768           # values of a block of rows, and least of a chunk of N
     CHUNKS = 64             # most chunks of N, for about 1 KiB a channel
@@ -73,6 +75,7 @@ cdef struct Job:
     bint centred            # RMS normalization is not: its mean is 0 by definition
     bint last               # channels-last; slots are those of runs
     bint runs
+    bint turned             # columns of so few values that lanes are rows
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
     Storage storage         # of x, dy and y
@@ -92,6 +95,7 @@ cdef struct Job:
     Py_ssize_t spans        # of G: blocks of groups
     int threads
     double eps
+    double share            # of a value in the mean of a row
     const double* mean      # (N * G,)
     const double* m2        # (N * G,) sum of squares about the mean
     double* sums            # (N * G * slots, 2): of the row in its first slot, at the end
@@ -141,6 +145,8 @@ cdef Job new_job(
     job.N, job.G, job.K, job.S, job.D = N, G, D // S, S, D
     job.last = last
     job.runs = last or S >= (DOTS if backward else RUNS)
+    job.turned = not job.runs and D <= SHORT
+    job.share = 1.0 / D
     job.samples = job.groups = 1
     if last:
         job.tile = max(POSITIONS, SEGMENT // (G * job.K))
@@ -173,6 +179,7 @@ cdef Job new_job(
 
 include "storage.pxi"
 include "row_reduce.pxi"
+include "row_turned.pxi"
 include "row_apply.pxi"
 include "row_last.pxi"
 

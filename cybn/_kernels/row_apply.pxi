@@ -1,14 +1,14 @@
 # Apply: the coefficients of each row, and y or dx from them; of columns, dgamma and dbeta too.
 
-cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil:
-    """The coefficients of a row; `of_type` only says which T."""
+cdef inline Row of_row(const Job* job, Py_ssize_t row, double r, T of_type) noexcept nogil:
+    """The coefficients of a row, given its rstd; `of_type` only says which T."""
     cdef Row c
     cdef const double* total = job.sums + row * job.slots * 2
     c.hi = <T> job.mean[row]
     c.lo = job.mean[row] - c.hi
-    c.r = rstd(job, row)
-    c.c1 = total[0] / job.D if job.backward and job.centred else 0
-    c.c2 = total[1] / job.D if job.backward else 0
+    c.r = r
+    c.c1 = total[0] * job.share if job.backward and job.centred else 0
+    c.c2 = total[1] * r * job.share if job.backward else 0
     return c
 
 
@@ -134,12 +134,15 @@ cdef void apply_rows(
     const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
 ) noexcept nogil:
     cdef Row rows[BLOCK]
-    cdef Py_ssize_t n, g, t, i = 0
-    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK)
-    for n in range(s.n0, s.n1):
-        for g in range(s.g0, s.g1):
-            rows[i] = of_row(job, n * job.G + g, <T> 0)
-            i += 1
+    cdef double r[BLOCK]
+    cdef Py_ssize_t g, t, i, groups = s.g1 - s.g0, many = (s.n1 - s.n0) * groups
+    check(many <= BLOCK)
+    for i in range(many):
+        r[i] = job.m2[(s.n0 + i // groups) * job.G + s.g0 + i % groups]
+    for i in range(many):  # by themselves, so that roots and divisions are those of vectors
+        r[i] = 1 / sqrt(r[i] * job.share + job.eps)
+    for i in range(many):
+        rows[i] = of_row(job, (s.n0 + i // groups) * job.G + s.g0 + i % groups, r[i], <T> 0)
     if job.runs:
         for g in range(s.g1 - 1, s.g0 - 1, -1):
             for t in range(t1 - 1, t0 - 1, -1):

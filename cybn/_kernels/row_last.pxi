@@ -145,12 +145,13 @@ cdef void apply_channels(
     cdef T* to
     cdef Line line
     cdef Row row
-    cdef Py_ssize_t C = job.G * job.K, c, i, s, w, at
+    cdef Py_ssize_t C = job.G * job.K, c, g, i, s, w, at
     cdef Py_ssize_t step = max(1, min(TILE // C, (s1 - s0) // 32))
     cdef Py_ssize_t strip = ceiling(STRIP, m * step) * step
     for c in range(c0, c0 + m):
         if c == c0 or c % job.K == 0:
-            row = of_row(job, n * job.G + c // job.K, <T> 0)
+            g = n * job.G + c // job.K
+            row = of_row(job, g, rstd(job, g), <T> 0)
         line = of_channel(job, &row, gamma, beta, c)
         hi[c - c0] = <T> row.hi
         a[c - c0] = <T> line.a

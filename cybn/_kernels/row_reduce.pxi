@@ -114,6 +114,10 @@ cdef void reduce(
         for n in range(s.n0, s.n1):
             reduce_last(x, dy, job, n, k0, k1)
         return
+    if job.turned:
+        for g in range(s.g0, s.g1):
+            reduce_turned(x, dy, gamma, job, s, g)
+        return
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
             row = n * job.G + g
@@ -178,7 +182,7 @@ cdef void finish_forward(
 
 
 cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
-    return 1 / sqrt(job.m2[row] / job.D + job.eps)
+    return 1 / sqrt(job.m2[row] * job.share + job.eps)
 
 
 cdef void finish_backward(
@@ -186,7 +190,7 @@ cdef void finish_backward(
 ) noexcept nogil:
     """Add the slots up: to the sums of the row; of runs, to those of each channel before."""
     cdef Py_ssize_t row = n * job.G + g, C = job.G * job.K, c, i
-    cdef double mean = job.mean[row], r = rstd(job, row)
+    cdef double mean = job.mean[row], r = rstd(job, row) if job.runs else 0
     cdef double lo = mean - <T> mean
     cdef double* part = job.sums + row * job.slots * 2
     cdef double s1, s2, total1 = 0, total2 = 0
@@ -196,9 +200,9 @@ cdef void finish_backward(
             s1 += part[2 * i]
             s2 += part[2 * i + 1]
         part += 2 * job.cuts
-        s2 = (s2 - lo * s1) * r
+        s2 -= lo * s1
         if job.runs:
-            dgamma[c] += s2
+            dgamma[c] += s2 * r
             dgamma[C + c] += s1
             s1 *= gamma[c]
             s2 *= gamma[c]
