@@ -147,9 +147,7 @@ def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Pl
     return x, plan
 
 
-def fold_groups(
-    x: NDArray[Any], groups: int, last: bool
-) -> tuple[NDArray[Any], Plan]:
+def fold_groups(x: NDArray[Any], groups: int, last: bool) -> tuple[NDArray[Any], Plan]:
     """Return `x`, whose channels are axis 1, or a copy, and its plan: (N, groups, D) or (N, S, C).
 
     Each sample must be dense to be read in place: channels before positions, in C order, or

@@ -31,8 +31,10 @@ _TYPES = {
 _STORAGE: dict[str, int] = {"f": 0, "d": 0} | row_kernels.STORAGE
 _SERIAL: int = row_kernels.SMALL  # values below which one thread is used anyway
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (_F32, _F64)}
 
 _COUNT: Any
+_SMALL: Any
 _FORWARD: dict[str, Any]
 _BACKWARD: dict[str, Any]
 
@@ -41,8 +43,8 @@ _Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2 of 
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are storage."""
-    global _COUNT, _FORWARD, _BACKWARD
-    _COUNT = module.count
+    global _COUNT, _SMALL, _FORWARD, _BACKWARD
+    _COUNT, _SMALL = module.count, module.small
     _FORWARD = {e: module.forward[types] for e, types in _TYPES.items()}
     _BACKWARD = {e: module.backward[types] for e, types in _TYPES.items()}
 
@@ -142,7 +144,7 @@ def threads_for(x: NDArray[Any], num_threads: int | None) -> int:
 
 def rms_eps(x: NDArray[Any], eps: float | None) -> float:
     if eps is None:
-        return float(np.finfo(_computed(x)).eps)
+        return _EPS[_computed(x)]
     check_eps(eps)
     return eps
 
@@ -155,9 +157,7 @@ def _computed(x: NDArray[Any]) -> np.dtype[Any]:
 @lru_cache(maxsize=1024)
 def _cuts(form: Form, backward: bool, last: bool) -> tuple[int, int]:
     """Return how many sums the kernel keeps a row, and in how many chunks it cuts N."""
-    cuts: tuple[int, int] = _COUNT(
-        form.samples, form.groups, form.size, form.run, backward, last
-    )
+    cuts: tuple[int, int] = _COUNT(form.samples, form.groups, form.size, form.run, backward, last)
     return cuts
 
 
@@ -210,26 +210,54 @@ def _first(array: NDArray[Any], axis: int) -> NDArray[Any]:
     return array if axis == 1 else np.moveaxis(array, axis, 1)
 
 
-def normalize_channels(
+def normalize(
     x: NDArray[Any],
     form: Form,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,
     eps: float,
+    centred: bool,
     out: NDArray[Any] | None,
     num_threads: int | None,
-) -> tuple[NDArray[Any], Moments]:
-    """Do what group and instance normalization share."""
+) -> tuple[NDArray[Any], _Statistics]:
+    """Return y, and mean and M2 of the rows, each (N * G,); `axis` is that of the channels."""
+    if num_threads is None and x.size < _SERIAL and (axis == 1 or not form.channels_first):
+        small = _small(x, form, gamma, beta, eps, centred, out)
+        if small is not None:
+            return small
     check_eps(eps)
     vectors = vectors_of(x, form, gamma=gamma, beta=beta)
     nt = threads_for(x, num_threads)
     y = destination(out, x, (x, *vectors))
-    statistics = forward(_first(x, axis), _first(y, axis), form, vectors, eps, True, nt)
-    return y, moments_of(form, statistics)
+    first, target = (_first(a, axis) if form.channels_first else a for a in (x, y))
+    return y, _forward(first, target, form, vectors, eps, centred, nt)
 
 
-def forward(
+def _small(
+    x: NDArray[Any],
+    form: Form,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    centred: bool,
+    out: Any,
+) -> tuple[NDArray[Any], _Statistics] | None:
+    """Do a plain small call in one compiled step; None where it is not one."""
+    if type(eps) is not float or len(form.shape) != 1:
+        return None
+    rows = form.samples * form.groups
+    y = np.empty_like(x) if out is None else out
+    gamma = np.ones(form.values, x.dtype) if gamma is None else gamma
+    beta = np.zeros(form.values, x.dtype) if beta is None else beta
+    work = np.empty((4, rows))
+    cut = form.samples, form.groups, form.size, form.run
+    if not _SMALL(x, y, gamma, beta, work, *cut, eps, centred):
+        return None
+    return y, (work[0], work[1])
+
+
+def _forward(
     x: NDArray[Any],
     y: NDArray[Any],
     form: Form,

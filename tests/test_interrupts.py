@@ -224,6 +224,7 @@ PLACES = [
     (functional, "_SMALL_FORWARD"),
     (functional, "_SMALL_INFERENCE"),
     (_rows, "_FORWARD"),
+    (_rows, "_SMALL"),
     (_rows, "_BACKWARD"),
     (_statistics, "_KERNELS"),
     (np, "empty"),

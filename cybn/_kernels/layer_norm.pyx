@@ -46,11 +46,10 @@ from libc.string cimport memcpy
 
 from cybn._kernels.check cimport check
 from cybn._kernels.columns cimport (
-    row_scale, row_unscale, turned_dots, turned_sums, weighted_dots)
+    row_scale, row_unscale, turn_four, turned_dots, turned_sums, weighted_dots)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_dots2, col_scale, col_sums, col_sums4, col_unscale, gather, repeat,
-    spread)
+    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
     LANES, PIECE, T, WIDE, across, dots, scale, sums, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
@@ -59,7 +58,8 @@ cdef enum:
     RUNS = 64               # shortest S for which runs beat columns, forward
     DOTS = 128              # the same, backward
     BLOCK = 32              # most rows of a block: LANES
-    SHORT = 32              # values of a row up to which rows are turned: LANES, as those of a lane
+    FOUR = 4                # rows that are turned together
+    SHORT = 32              # values of a row up to which rows are turned: those of a lane
     FEWEST = 8              # rows of a block of long columns, if there are as many
     CHUNK = 32768           # values of a block of rows, and least of a chunk of N
     CHUNKS = 64             # most chunks of N, for about 1 KiB a channel
@@ -67,7 +67,7 @@ cdef enum:
     STRIP = 16384           # values of a run, or of several, that a thread takes at once
     SERIAL = 65536          # values below which one thread is faster than two
     SAMPLES = 8             # values whose mean is the pivot
-    POSITIONS = 64          # of a cut of a sample channels-last, at least: 16 bytes a channel and cut
+    POSITIONS = 64          # channels-last, of a cut, at least
     SUM_ROW = 64            # channels-last, columns that several positions are summed as
 
 cdef struct Job:
@@ -86,8 +86,8 @@ cdef struct Job:
     Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
     Py_ssize_t apart        # rows of a sample that are summed each by itself: G; 1 channels-last
     Py_ssize_t shared       # steps in which they are: slots; cuts channels-last
-    Py_ssize_t tile         # values of a row that apply takes at once; whole channels of columns;
-                            # channels-last, positions
+    Py_ssize_t tile         # values of a row that apply takes at once, whole channels of columns;
+    # positions channels-last
     Py_ssize_t tiles        # of a row
     Py_ssize_t samples, groups  # of a block
     Py_ssize_t pivot[SAMPLES]   # places in a row of the values whose mean is the pivot
@@ -366,3 +366,6 @@ def backward(
     job.mean, job.m2, job.sums, job.parts = &mean[0], &m2[0], &scratch[0], &parts[0, 0, 0]
     with nogil:
         start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &gamma[0], <const P*> NULL, &job, threads)
+
+
+include "row_small.pxi"

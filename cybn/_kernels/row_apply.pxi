@@ -135,14 +135,19 @@ cdef void apply_rows(
 ) noexcept nogil:
     cdef Row rows[BLOCK]
     cdef double r[BLOCK]
-    cdef Py_ssize_t g, t, i, groups = s.g1 - s.g0, many = (s.n1 - s.n0) * groups
-    check(many <= BLOCK)
-    for i in range(many):
-        r[i] = job.m2[(s.n0 + i // groups) * job.G + s.g0 + i % groups]
-    for i in range(many):  # by themselves, so that roots and divisions are those of vectors
+    cdef Py_ssize_t n, g, t, i = 0
+    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK)
+    for n in range(s.n0, s.n1):
+        for g in range(s.g0, s.g1):
+            r[i] = job.m2[n * job.G + g]
+            i += 1
+    for i in range((s.n1 - s.n0) * (s.g1 - s.g0)):  # by themselves: roots of vectors
         r[i] = 1 / sqrt(r[i] * job.share + job.eps)
-    for i in range(many):
-        rows[i] = of_row(job, (s.n0 + i // groups) * job.G + s.g0 + i % groups, r[i], <T> 0)
+    i = 0
+    for n in range(s.n0, s.n1):
+        for g in range(s.g0, s.g1):
+            rows[i] = of_row(job, n * job.G + g, r[i], <T> 0)
+            i += 1
     if job.runs:
         for g in range(s.g1 - 1, s.g0 - 1, -1):
             for t in range(t1 - 1, t0 - 1, -1):

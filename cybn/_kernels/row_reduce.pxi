@@ -194,7 +194,7 @@ cdef void finish_backward(
     cdef double lo = mean - <T> mean
     cdef double* part = job.sums + row * job.slots * 2
     cdef double s1, s2, total1 = 0, total2 = 0
-    for c in range(g * job.K, g * job.K + job.slots // job.cuts):
+    for c in range(g * job.K, g * job.K + (job.K if job.runs else 1)):
         s1 = s2 = 0
         for i in range(job.cuts):
             s1 += part[2 * i]
