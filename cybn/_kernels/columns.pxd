@@ -16,23 +16,6 @@ from cybn._kernels.runs cimport LANES, T, flush, lanes
 
 # Rows of few values are turned first, so that lanes are rows and no sum goes across a vector.
 
-cdef inline void turn_four(
-    const T* restrict x0,       # IN  (n,)
-    const T* restrict x1,
-    const T* restrict x2,
-    const T* restrict x3,
-    Py_ssize_t n,
-    Py_ssize_t apart,
-    T* restrict out,            # OUT (n, 4), rows `apart` values apart
-) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(n):
-        out[j * apart] = x0[j]
-        out[j * apart + 1] = x1[j]
-        out[j * apart + 2] = x2[j]
-        out[j * apart + 3] = x3[j]
-
-
 cdef inline void turned_sums(
     const T* restrict x,        # IN  (n, LANES), n <= LANES
     Py_ssize_t n,

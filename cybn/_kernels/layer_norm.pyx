@@ -46,7 +46,7 @@ from libc.string cimport memcpy
 
 from cybn._kernels.check cimport check
 from cybn._kernels.columns cimport (
-    row_scale, row_unscale, turn_four, turned_dots, turned_sums, weighted_dots)
+    row_scale, row_unscale, turned_dots, turned_sums, weighted_dots)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
 from cybn._kernels.rows cimport (
     FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
@@ -58,7 +58,6 @@ cdef enum:
     RUNS = 64               # shortest S for which runs beat columns, forward
     DOTS = 128              # the same, backward
     BLOCK = 32              # most rows of a block: LANES
-    FOUR = 4                # rows that are turned together
     SHORT = 32              # values of a row up to which rows are turned: those of a lane
     FEWEST = 8              # rows of a block of long columns, if there are as many
     CHUNK = 32768           # values of a block of rows, and least of a chunk of N

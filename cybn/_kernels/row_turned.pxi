@@ -4,16 +4,17 @@
 cdef void turn(
     const Job* job, const T* base, Py_ssize_t pitch, const Span* s, Py_ssize_t g, T* out
 ) noexcept nogil:
-    """Some rows of a group as (D, BLOCK); where these are fewer than BLOCK, the last fills up."""
-    cdef T scratch[FOUR * SHORT]
-    cdef const T* at[FOUR]
-    cdef Py_ssize_t q, i, k
-    for q in range(BLOCK // FOUR):
-        i = q * FOUR
-        for k in range(FOUR):
-            at[k] = fetch(job, base, pitch, min(s.n0 + i + k, s.n1 - 1), g * job.D, job.D,
-                          scratch + k * SHORT)
-        turn_four(at[0], at[1], at[2], at[3], job.D, BLOCK, out + i)
+    """Some rows of a group as (D, BLOCK); 0 where there are fewer rows than lanes."""
+    cdef T scratch[SHORT]
+    cdef const T* at
+    cdef Py_ssize_t i, j, rows = s.n1 - s.n0
+    if rows < BLOCK:
+        for i in range(job.D * BLOCK):
+            out[i] = 0
+    for i in range(rows):
+        at = fetch(job, base, pitch, s.n0 + i, g * job.D, job.D, scratch)
+        for j in range(job.D):
+            out[j * BLOCK + i] = at[j]
 
 
 cdef void find_pivots(const T* x, const Job* job, T* shift) noexcept nogil:
