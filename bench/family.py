@@ -55,6 +55,7 @@ LINES += [Line("instance", (16, 256, 14, 14))]
 LINES += [Line("layer", (2**20 // size, size)) for size in (16, 64, 128)]
 LINES += [
     Line("group", (8, 320, 32, 32), 32, last=True),
+    Line("group", (2, 512, 64, 64), 32, last=True),
     Line("instance", (8, 64, 64, 64), last=True),
 ]
 LINES += [

@@ -25,7 +25,7 @@ NARROW: int = kernels.NARROW
 
 
 class Plan(NamedTuple):
-    """How an array folds to (N, C, S)."""
+    """How an array folds to (N, C, S), or as `fold_rows` and `fold_groups` have it."""
 
     order: tuple[int, ...]  # axes as they lie in memory
     plain: bool  # order is 0, 1, 2, ...
@@ -37,6 +37,11 @@ class Plan(NamedTuple):
         """Return an array that fits this plan as (N, C, S), in place; half types as words."""
         nsc = (array if self.plain else array.transpose(self.order)).reshape(self.shape)
         return nsc.view(np.uint16) if nsc.itemsize == 2 else nsc
+
+    @property
+    def channels_inside(self) -> bool:
+        """Whether `fold_groups` found the channels of a position side by side."""
+        return self.order[-1] != len(self.order) - 1
 
     def rows(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return an array like one channel, with all its axes, as (N, S); a copy if need be."""
@@ -130,6 +135,32 @@ def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Pl
     return x, plan
 
 
+def fold_groups(x: NDArray[Any], groups: int, last: bool) -> tuple[NDArray[Any], Plan]:
+    """Return `x`, whose channels are axis 1, or a copy, and its plan: (N, groups, D) or (N, S, C).
+
+    Each sample must be dense to be read in place: channels before positions, in C order, or
+    positions in any order before channels. The copy is of the second kind where `last`, as the
+    caller had the channels last, else of the first. `x` is not empty.
+    """
+    plan = _row_plan(x.shape, x.strides, x.itemsize, 1, groups)
+    plan = plan or _last_plan(x.shape, x.strides, x.itemsize)
+    if plan is not None:
+        return x, plan
+    if not last:
+        return fold_rows(x, 1, groups)
+    x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    return fold_groups(x, groups, last)
+
+
+@lru_cache(maxsize=4096)
+def _last_plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Plan | None:
+    """Return how an array whose channels, axis 1, lie innermost folds in place, or None."""
+    order = 0, *sorted(range(2, len(shape)), key=lambda i: (-strides[i], i)), 1
+    if not _fits(shape, strides, itemsize, order, 1):
+        return None
+    return Plan(order, False, 1, (shape[0], prod(shape[2:]), shape[1]), 0)
+
+
 @lru_cache(maxsize=4096)
 def _row_plan(
     shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, lead: int, groups: int
@@ -145,7 +176,7 @@ def _row_plan(
 
 def by_row(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     """Return (N * G,) values, in the order of x's axes, in that of its rows in memory."""
-    if plan.plain:
+    if plan.plain or plan.split == 1:
         return values
     order = *plan.order[: plan.split], plan.split
     return values.reshape(*x.shape[: plan.split], -1).transpose(order).reshape(-1)
@@ -153,7 +184,7 @@ def by_row(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
 
 def by_axis(values: NDArray[Any], x: NDArray[Any], plan: Plan) -> NDArray[Any]:
     """Return what `by_row` was given: values in the order of x's axes."""
-    if plan.plain:
+    if plan.plain or plan.split == 1:
         return values
     outer = plan.order[: plan.split]
     order = *(outer.index(i) for i in range(plan.split)), plan.split

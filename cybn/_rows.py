@@ -31,8 +31,10 @@ _TYPES = {
 _STORAGE: dict[str, int] = {"f": 0, "d": 0} | row_kernels.STORAGE
 _SERIAL: int = row_kernels.SMALL  # values below which one thread is used anyway
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (_F32, _F64)}
 
 _COUNT: Any
+_SMALL: Any
 _FORWARD: dict[str, Any]
 _BACKWARD: dict[str, Any]
 
@@ -41,8 +43,8 @@ _Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2 of 
 
 def _bind(module: ModuleType) -> None:
     """Call the kernels of `module` from now on; keys are storage."""
-    global _COUNT, _FORWARD, _BACKWARD
-    _COUNT = module.count
+    global _COUNT, _SMALL, _FORWARD, _BACKWARD
+    _COUNT, _SMALL = module.count, module.small
     _FORWARD = {e: module.forward[types] for e, types in _TYPES.items()}
     _BACKWARD = {e: module.backward[types] for e, types in _TYPES.items()}
 
@@ -60,6 +62,7 @@ class Form(NamedTuple):
     run: int  # S, neighbours that share a gamma and beta
     shape: tuple[int, ...]  # of gamma and beta
     channels_first: bool  # whether the channel axis has to be moved to axis 1
+    last: bool  # whether it was the last one, after positions
     values: int  # of gamma and beta
 
     @property
@@ -92,7 +95,7 @@ def _layer_form(shape: tuple[int, ...], axis: int) -> Form:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     lead = int(axis) + ndim if axis < 0 else int(axis)
     size = prod(shape[lead:])
-    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, size)
+    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, False, size)
 
 
 @lru_cache(maxsize=1024)
@@ -107,8 +110,8 @@ def _group_form(shape: tuple[int, ...], axis: int, num_groups: int) -> Form:
             f"x has shape {shape}: one value a group has no variance, and would be normalized "
             "to beta whatever it is. Give larger groups, or more positions"
         )
-    run = max(1, positions)
-    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, channels)
+    run, last = max(1, positions), axis == len(shape) - 1
+    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, last, channels)
 
 
 @lru_cache(maxsize=1024)
@@ -119,8 +122,8 @@ def _instance_form(shape: tuple[int, ...], axis: int) -> Form:
             f"x has shape {shape}: one position a channel has no variance, and would be "
             "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
         )
-    run = max(1, positions)
-    return Form(1, shape[0], channels, positions, run, (channels,), True, channels)
+    run, last = max(1, positions), axis == len(shape) - 1
+    return Form(1, shape[0], channels, positions, run, (channels,), True, last, channels)
 
 
 def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -141,7 +144,7 @@ def threads_for(x: NDArray[Any], num_threads: int | None) -> int:
 
 def rms_eps(x: NDArray[Any], eps: float | None) -> float:
     if eps is None:
-        return float(np.finfo(_computed(x)).eps)
+        return _EPS[_computed(x)]
     check_eps(eps)
     return eps
 
@@ -152,10 +155,17 @@ def _computed(x: NDArray[Any]) -> np.dtype[Any]:
 
 
 @lru_cache(maxsize=1024)
-def _cuts(form: Form, backward: bool) -> tuple[int, int]:
+def _cuts(form: Form, backward: bool, last: bool) -> tuple[int, int]:
     """Return how many sums the kernel keeps a row, and in how many chunks it cuts N."""
-    cuts: tuple[int, int] = _COUNT(form.samples, form.groups, form.size, form.run, backward)
+    cuts: tuple[int, int] = _COUNT(form.samples, form.groups, form.size, form.run, backward, last)
     return cuts
+
+
+def _fold(x: NDArray[Any], form: Form) -> tuple[NDArray[Any], _layout.Plan]:
+    """Return `x`, with its channels on axis 1, or a copy of it, and how it falls into rows."""
+    if form.channels_first:
+        return _layout.fold_groups(x, form.groups, form.last)
+    return _layout.fold_rows(x, form.lead, form.groups)
 
 
 def vectors_of(x: NDArray[Any], form: Form, **given: ArrayLike | None) -> list[NDArray[Any]]:
@@ -200,26 +210,54 @@ def _first(array: NDArray[Any], axis: int) -> NDArray[Any]:
     return array if axis == 1 else np.moveaxis(array, axis, 1)
 
 
-def normalize_channels(
+def normalize(
     x: NDArray[Any],
     form: Form,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,
     eps: float,
+    centred: bool,
     out: NDArray[Any] | None,
     num_threads: int | None,
-) -> tuple[NDArray[Any], Moments]:
-    """Do what group and instance normalization share."""
+) -> tuple[NDArray[Any], _Statistics]:
+    """Return y, and mean and M2 of the rows, each (N * G,); `axis` is that of the channels."""
+    if num_threads is None and x.size < _SERIAL and (axis == 1 or not form.channels_first):
+        small = _small(x, form, gamma, beta, eps, centred, out)
+        if small is not None:
+            return small
     check_eps(eps)
     vectors = vectors_of(x, form, gamma=gamma, beta=beta)
     nt = threads_for(x, num_threads)
     y = destination(out, x, (x, *vectors))
-    statistics = forward(_first(x, axis), _first(y, axis), form, vectors, eps, True, nt)
-    return y, moments_of(form, statistics)
+    first, target = (_first(a, axis) if form.channels_first else a for a in (x, y))
+    return y, _forward(first, target, form, vectors, eps, centred, nt)
 
 
-def forward(
+def _small(
+    x: NDArray[Any],
+    form: Form,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    centred: bool,
+    out: Any,
+) -> tuple[NDArray[Any], _Statistics] | None:
+    """Do a plain small call in one compiled step; None where it is not one."""
+    if type(eps) is not float or len(form.shape) != 1:
+        return None
+    rows = form.samples * form.groups
+    y = np.empty_like(x) if out is None else out
+    gamma = np.ones(form.values, x.dtype) if gamma is None else gamma
+    beta = np.zeros(form.values, x.dtype) if beta is None else beta
+    work = np.empty((4, rows))
+    cut = form.samples, form.groups, form.size, form.run
+    if not _SMALL(x, y, gamma, beta, work, *cut, eps, centred):
+        return None
+    return y, (work[0], work[1])
+
+
+def _forward(
     x: NDArray[Any],
     y: NDArray[Any],
     form: Form,
@@ -231,14 +269,15 @@ def forward(
     """Fill y and return mean and M2 of the rows, each (N * G,)."""
     if x.size == 0:
         return np.zeros(form.rows), np.zeros(form.rows)
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    x, plan = _fold(x, form)
+    last = plan.channels_inside
     target = _layout.like_empty(y, x, plan)
-    slots, _ = _cuts(form, False)
+    slots, _ = _cuts(form, False, last)
     statistics = np.empty((2, form.rows))
     sums = np.empty(2 * form.rows * slots)
     e = storage(x.dtype)
     arrays = plan.view(x), plan.view(target), *vectors, statistics, sums
-    _FORWARD[e](*arrays, form.run, eps, centred, _STORAGE[e], nt)
+    _FORWARD[e](*arrays, form.groups, form.run, last, eps, centred, _STORAGE[e], nt)
     if target is not y:
         np.copyto(y, target)
     mean, m2 = statistics
@@ -317,9 +356,10 @@ def _run_backward(
     nt: int,
 ) -> NDArray[np.float64]:
     """Fill dx and return dgamma and dbeta, (2, C)."""
-    x, plan = _layout.fold_rows(x, form.lead, form.groups)
+    x, plan = _fold(x, form)
+    last = plan.channels_inside
     target = _layout.like_empty(dx, x, plan)
-    slots, chunks = _cuts(form, True)
+    slots, chunks = _cuts(form, True, last)
     parts = np.empty((chunks, 2, gamma.size))
     e = storage(x.dtype)
     _BACKWARD[e](
@@ -330,7 +370,9 @@ def _run_backward(
         *(_layout.by_row(v, x, plan) for v in statistics),
         np.empty(2 * form.rows * slots),
         parts,
+        form.groups,
         form.run,
+        last,
         eps,
         centred,
         _STORAGE[e],

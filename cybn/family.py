@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _rows
-from ._arguments import apart, check_eps, destination, gradient_pair, tensor
+from ._arguments import apart, gradient_pair, tensor
 from .moments import Moments
 
 __all__ = [
@@ -102,11 +102,8 @@ def layer_norm(
     apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.layer_form(x, axis)
-    check_eps(eps)
-    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=beta)
-    nt = _rows.threads_for(x, num_threads)
-    y = destination(out, x, (x, *vectors))
-    return y, _rows.moments_of(form, _rows.forward(x, y, form, vectors, eps, True, nt))
+    y, found = _rows.normalize(x, form, gamma, beta, -1, eps, True, out, num_threads)
+    return y, _rows.moments_of(form, found)
 
 
 def layer_norm_backward(
@@ -210,10 +207,7 @@ def rms_norm(
     x = tensor("x", x)
     form = _rows.layer_form(x, axis)
     eps = _rows.rms_eps(x, eps)
-    vectors = _rows.vectors_of(x, form, gamma=gamma, beta=None)
-    nt = _rows.threads_for(x, num_threads)
-    y = destination(out, x, (x, *vectors))
-    _, squares = _rows.forward(x, y, form, vectors, eps, False, nt)
+    y, (_, squares) = _rows.normalize(x, form, gamma, None, -1, eps, False, out, num_threads)
     return y, squares / max(1, form.size)
 
 
@@ -290,9 +284,8 @@ def group_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        Samples along axis 0. Read in place where each sample lies in memory in C order of
-        channels and positions; copied to that order first where not, so channels-last costs a
-        copy of the input, and one of the result.
+        Samples along axis 0. Read in place where each sample is dense, with its channels first,
+        or last (channels-last memory, whatever `axis` is); copied first where not.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded
         to the type that is computed in.
@@ -330,7 +323,8 @@ def group_norm(
     apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.group_form(x, axis, num_groups)
-    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+    y, found = _rows.normalize(x, form, gamma, beta, axis, eps, True, out, num_threads)
+    return y, _rows.moments_of(form, found)
 
 
 def group_norm_backward(
@@ -423,7 +417,8 @@ def instance_norm(
     apart(out, x, gamma, beta)
     x = tensor("x", x)
     form = _rows.instance_form(x, axis)
-    return _rows.normalize_channels(x, form, gamma, beta, axis, eps, out, num_threads)
+    y, found = _rows.normalize(x, form, gamma, beta, axis, eps, True, out, num_threads)
+    return y, _rows.moments_of(form, found)
 
 
 def instance_norm_backward(

@@ -68,6 +68,21 @@ class Case:
         groups = self.groups or moved.shape[1]
         return moved.reshape(len(moved), groups, prod(moved.shape[1:]) // groups)
 
+    def put(self, a, index, values):
+        """Set `values` at an index of the rows of an array."""
+        rows = self.rows(a)  # a copy where channels do not come first
+        rows[index] = values
+        moved = a if self.last_axes else np.moveaxis(a, self.axis, 1)
+        moved[...] = rows.reshape(moved.shape)
+
+    def sample(self):
+        """Return the place in a row of the first of the values whose mean is the pivot."""
+        size = self.rows(np.empty(self.shape, bool)).shape[2]
+        if self.axis == 1 or self.last_axes:
+            return size // 16
+        channels = self.shape[self.axis] // (self.groups or self.shape[self.axis])
+        return size // 16 % channels * (size // channels) + size // 16 // channels
+
     def along(self, v):
         """Return gamma or beta as (G, D)."""
         if self.last_axes:
@@ -106,7 +121,9 @@ def instance(*shape, axis=1):
 
 
 # Each way through the kernels: short rows, rows of several tiles, several blocks and chunks of
-# rows, rows of several segments; then columns spread over channels, runs, and runs in segments.
+# rows, rows of several segments; then columns spread over channels, runs, and runs in segments;
+# then channels-last: several positions or one as a row of the loops, several cuts, several blocks
+# of channels, with a group across their border.
 CASES = [
     layer(9, 7),
     layer(3000, 33),
@@ -128,6 +145,10 @@ CASES = [
     instance(2, 3, 25, 25),
     instance(1, 2, 131073),
     instance(3, 9, 8, 4, axis=-1),
+    instance(5, 70, 3, axis=-1),
+    instance(2, 63, 70, 30, axis=-1),
+    group(11, 1, 4000, 33, axis=-1),
+    group(3, 2, 9, 2058, axis=-1),
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -21,6 +21,7 @@ from family_cases import (
 
 SHORT = [layer(9, 70), layer(67, 1025), group(3, 4, 12, 7, 7), group(2, 3, 6, 515)]
 SHORT += [instance(3, 5, 11), instance(2, 3, 600)]
+SHORT += [group(3, 4, 7, 7, 12, axis=-1), instance(2, 37, 70, axis=-1)]
 every_short = pytest.mark.parametrize("case", SHORT, ids=str)
 
 
@@ -63,8 +64,7 @@ def test_offset(case, dtype, power, rng, figure):
 def test_an_outlier_among_the_samples(case, dtype, rng):
     """The pivot is then far from the mean, and the row is summed again."""
     x, _, gamma, beta = case.data(rng, dtype)
-    size = case.rows(x).shape[2]
-    case.rows(x)[:, :, size // 16] = 1e6
+    case.put(x, np.s_[:, :, case.sample()], 1e6)
     y, _ = case.forward(x, gamma, beta)
     assert worst(case.rows(y), *forward_bound(case, x, gamma, beta)) <= 1
 
@@ -93,7 +93,8 @@ def test_exact_statistics(case, dtype, rng, figure):
     half = rng.integers(1, 5, (n, g, d // 2))
     k[:, :, 0 : 2 * (d // 2) : 2], k[:, :, 1 : 2 * (d // 2) : 2] = half, -half
     p = 2.0 ** (np.arange(n * g).reshape(n, g, 1) % 7 - 3)
-    x = (p * (1 + k / 16)).astype(dtype).reshape(case.shape)
+    x = np.empty(case.shape, dtype)
+    case.put(x, ..., p * (1 + k / 16))
     m2 = ((p / 16) ** 2 * (k * k).sum(2, keepdims=True)).ravel()
     for threads in (1, 3, 16):
         _, m = case.forward(x, num_threads=threads)
@@ -147,7 +148,7 @@ def test_near_the_largest_float32(rng, level):
     """Squares leave the range of float32; statistics and y do not."""
     for case in SHORT:
         x = np.where(rng.random(case.shape) < 0.5, -7e37, 7e37).astype(np.float32)
-        case.rows(x)[:, :, :2] = [7e37, -7e37]
+        case.put(x, np.s_[:, :, :2], [7e37, -7e37])
         y, m = case.forward(x)
         var = case.rows(x).astype(np.longdouble).var(2).ravel()
         assert (np.abs(m.var() - var) <= 2.0**-20 * var).all()
@@ -169,11 +170,7 @@ def test_poison_stays_in_its_row(case, dtype, rng):
     for place, poison in zip(places, (np.nan, -np.inf, np.nan), strict=True):
         for target in (x, dy):
             bad = target.copy()
-            rows = case.rows(bad)  # a copy where channels do not come first
-            rows[place] = poison
-            if not case.last_axes:
-                moved = np.moveaxis(bad, case.axis, 1)
-                moved[...] = rows.reshape(moved.shape)
+            case.put(bad, place, poison)
             pair = (bad, dy) if target is x else (x, bad)
             got = case.everything(*pair, gamma, beta)
             for name in ("y", "dx") if target is x else ("dx",):

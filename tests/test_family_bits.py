@@ -10,6 +10,7 @@ from cybn import _runtime
 
 LARGE = [layer(300, 1024), rms(40, 8192), layer(3, 200000), group(4, 3, 16, 128, 128)]
 LARGE += [group(1, 2, 200, 400), instance(2, 5, 256, 200)]
+LARGE += [group(4, 1, 64, 64, 96, axis=-1), instance(3, 100, 30, 32, axis=-1)]
 THREADS = (1, 2, 3, 4, 7, 16)
 
 
@@ -28,7 +29,7 @@ def differing(got, first):
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_threads_and_levels(case, dtype, rng, restore, figure):
     data = case.data(rng, dtype, offset=3.0)
-    case.rows(data[0])[0, 0, :1] += 1e6  # a row that may be summed again
+    case.put(data[0], (0, 0, case.sample()), 1e6)  # a row that may be summed again
     bind(LEVELS[-1])
     first = case.everything(*data, num_threads=1)
     for level in LEVELS:

@@ -15,6 +15,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 LARGE = [layer(300, 1024), rms(3, 200000), group(4, 3, 16, 128, 128), instance(2, 5, 256, 200)]
+LARGE += [group(4, 1, 64, 64, 96, axis=-1), instance(3, 100, 30, 32, axis=-1)]
 
 
 def data(case, rng, dtype, offset=1.0):
@@ -39,7 +40,7 @@ def differing(got, wanted):
 def test_equals_float32_rounded(case, dtype, rng):
     """At every level, with any number of threads, streamed past the caches or not."""
     arrays = data(case, rng, dtype)
-    case.rows(arrays[0])[0, 0, :1] = 6e4  # a row that may be summed again
+    case.put(arrays[0], (0, 0, case.sample()), 6e4)  # a row that may be summed again
     wanted = expected(case, *arrays, num_threads=1)
     try:
         for level in LEVELS:
@@ -105,12 +106,13 @@ def test_layouts(case, dtype, rng):
 
 @every_half
 def test_poison_stays_in_its_row(dtype, rng):
-    for case in (layer(9, 70), group(3, 4, 12, 7, 7), instance(2, 3, 600)):
+    last = group(3, 4, 7, 7, 12, axis=-1)
+    for case in (layer(9, 70), group(3, 4, 12, 7, 7), instance(2, 3, 600), last):
         x, _, gamma, beta = data(case, rng, dtype)
         clean = case.rows(case.forward(x, gamma, beta)[0])
         for poison in (np.nan, np.inf):
             bad = x.copy()
-            case.rows(bad)[0, 0, 0] = poison
+            case.put(bad, (0, 0, 0), poison)
             y = case.rows(case.forward(bad, gamma, beta)[0])
             assert np.isnan(y[0, 0].astype(np.float32)).any()
             assert same_bits(y[1:], clean[1:])

@@ -72,6 +72,30 @@ def test_around_each_threshold_of_positions(s, rng):
     check(instance(1, 3, s), rng)
 
 
+@pytest.mark.row(14)
+def test_every_number_of_channels_last(rng):
+    for c in range(1, 71):
+        check(instance(2, 35, c, axis=-1), rng)
+        check(group(c, 2, 3, 2 * c, axis=-1), rng)
+
+
+@pytest.mark.row(16)
+@pytest.mark.parametrize("channels", [1, 3, 31, 32, 33, 64, 1023, 1024, 1025, 2049])
+def test_around_each_threshold_of_positions_channels_last(channels, rng):
+    step = max(1, 64 // channels)
+    for s in (32 * step - 1, 32 * step, 32 * step + 1):
+        check(group(1, 1, s, channels, axis=-1), rng)
+        check(instance(1, s, channels, axis=-1), rng)
+
+
+@pytest.mark.row(16)
+@pytest.mark.parametrize(("s", "channels"), [(128, 1024), (1024, 128)])
+def test_around_each_cut_of_positions(s, channels, rng):
+    """From 128 positions, and 131072 values, on a sample has two cuts."""
+    for off in (-1, 0, 1):
+        check(group(4, 1, s + off, channels, axis=-1), rng)
+
+
 @pytest.mark.row(16)
 @pytest.mark.parametrize("s", [2, 3, 7, 63, 64, 65, 127, 128, 129])
 def test_columns_of_many_channels(s, rng):
@@ -233,6 +257,53 @@ def test_the_output_lies_as_the_input(case, rng):
         y, statistics = case.forward(moved)
         assert y.strides == moved.strides
         assert case.backward(dy, moved, statistics)[0].strides == moved.strides
+
+
+@pytest.mark.row(17)
+@every_dtype
+@pytest.mark.parametrize(
+    "case", [group(2, 5, 6, 4, 3), instance(5, 6, 4, 150), instance(2, 3, 4, 5, 6)], ids=str
+)
+def test_channels_last_memory_is_not_copied(case, dtype, rng, monkeypatch):
+    """Whatever the axis, and whatever the order of the positions: the same but for their order."""
+    data = case.data(rng, dtype)
+    first, copy = case.everything(*data), np.ascontiguousarray
+
+    def of_small(a, *given):
+        assert a.size < data[0].size
+        return copy(a, *given)
+
+    monkeypatch.setattr(np, "ascontiguousarray", of_small)
+    last = Case(case.member, (*case.shape[:1], *case.shape[2:], case.shape[1]), -1, case.groups)
+    inner = range(2, len(case.shape))
+    results = {}
+    for order in ((0, *inner, 1), (0, *reversed(inner), 1)):
+        back = np.argsort(order)
+        x, dy = (a.transpose(order).copy().transpose(back) for a in data[:2])
+        got = case.everything(x, dy, *data[2:])
+        assert got["y"].strides == got["dx"].strides == x.strides
+        for name, value in first.items():
+            assert np.allclose(got[name], value, rtol=1e-5, atol=1e-5), name
+        results[order[1]] = got
+    x, dy = (np.moveaxis(a, 1, -1).copy() for a in data[:2])
+    got = last.everything(x, dy, *data[2:])
+    for name, value in results[2].items():
+        wanted = np.moveaxis(value, 1, -1) if value.ndim > 1 else value
+        assert same_bits(got[name].ravel(), wanted.ravel()), name
+
+
+@pytest.mark.row(17)
+def test_channels_last_samples_with_gaps(rng):
+    """Batches sliced along N are read in place, those sliced along C copied, to the same bits."""
+    case = group(2, 3, 5, 7, 6, axis=-1)
+    x, dy, *parameters = case.data(rng, np.float32)
+    first = case.everything(x, dy, *parameters)
+    for axis in (0, 3):
+        room = np.full((2, *(n * (1 + (i == axis)) for i, n in enumerate(x.shape))), np.nan)
+        pair = room.astype(np.float32)[(slice(None),) * (axis + 1) + (slice(None, None, 2),)]
+        pair[...] = x, dy
+        got = case.everything(*pair, *parameters)
+        assert all(same_bits(got[name].ravel(), first[name].ravel()) for name in first)
 
 
 def test_dense_samples_in_any_order_are_not_copied(rng, monkeypatch):

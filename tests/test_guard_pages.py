@@ -186,6 +186,7 @@ ROWS = [
     *(group(3, 2, c, 7) for c in range(3, 160, 3)),
     *(instance(2, 3, s) for s in (*range(2, 67), *range(505, 577), *range(1017, 1032))),
     *(instance(2, s, 3, axis=-1) for s in range(2, 67)),
+    *(group(2, 2, 5, c, axis=-1) for c in (*range(2, 134, 2), *range(1018, 1032, 2))),
 ]
 
 

@@ -275,6 +275,7 @@ PLACES = [
     (_runtime.kernels, "empty"),
     (_runtime.kernels, "empty_like"),
     (_rows, "_FORWARD"),
+    (_rows, "_SMALL"),
     (_rows, "_BACKWARD"),
     (_statistics, "_KERNELS"),
     (np, "empty"),

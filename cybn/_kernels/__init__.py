@@ -12,10 +12,15 @@ runs.pxd           loops over long stretches of one channel
 rows.pxd           loops over rows of neighbouring channels: short S, and channels-last
 layer_norm.pyx     the family: layer, RMS, group and instance normalization
 row_reduce.pxi     its sums over rows, and what becomes of them
+row_turned.pxi     its sums over short rows, many at once
 row_apply.pxi      its coefficients, and y or dx from them
+row_last.pxi       its channels-last
 columns.pxd        its loops where gamma and beta change from element to element
 stream.pxd         stores that go past the caches
-plain.pxi          small calls, from their checks to the result: the one door to Python objects
+strips.pxd         loops of half types, from memory to memory
+plain.pxi          plain calls, from their checks to the result: a door to Python objects
+row_small.pxi      the same for small forwards of the family
+buffers.pxi        what that looks at arrays with
 running.pxi        moving running statistics
 check.pxd          assertions, in debug builds alone
 host.pyx           OpenMP, CPU features, and the kind of build

@@ -11,6 +11,9 @@
 #   group            G    C/G  positions
 #   instance         C    1    positions
 #
+# Channels-last, the same values lie as x[n, s, c]: a row is then K columns of its sample, and the
+# loops are those of batch normalization down columns (row_last.pxi).
+#
 #   pass             reads             writes      bytes an element (float32)
 #   reduce, forward  x                 -           4
 #   apply, forward   x                 y           8; 4 where x comes from cache
@@ -42,11 +45,13 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from cybn._kernels.check cimport check
-from cybn._kernels.columns cimport row_scale, row_unscale, weighted_dots
+from cybn._kernels.columns cimport (
+    row_scale, row_unscale, turned_dots, turned_sums, weighted_dots)
 from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
-from cybn._kernels.rows cimport TILE, gather, spread
+from cybn._kernels.rows cimport (
+    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
 from cybn._kernels.runs cimport (
-    PIECE, T, WIDE, across, dots_of, scale, sums_of, unscale, wide_sums)
+    LANES, PIECE, T, WIDE, across, dots_of, scale, sums_of, unscale, wide_sums)
 from cybn._kernels.stream cimport stream, stream_end
 from cybn._kernels.strips cimport (
     SCALE_ROW, SCALE_RUN, UNSCALE_ROW, UNSCALE_RUN, Terms, strips)
@@ -54,7 +59,8 @@ from cybn._kernels.strips cimport (
 cdef enum:
     RUNS = 64               # shortest S for which runs beat columns, forward
     DOTS = 128              # the same, backward
-    BLOCK = 32              # most rows of a block
+    BLOCK = 32              # most rows of a block: LANES
+    SHORT = 32              # values of a row up to which rows are turned: those of a lane
     FEWEST = 8              # rows of a block of long columns, if there are as many
     CHUNK = 32768           # values of a block of rows, and least of a chunk of N
     CHUNKS = 64             # most chunks of N, for about 1 KiB a channel
@@ -62,11 +68,15 @@ cdef enum:
     STRIP = 16384           # values of a run, or of several, that a thread takes at once
     SERIAL = 65536          # values below which one thread is faster than two
     SAMPLES = 8             # values whose mean is the pivot
+    POSITIONS = 64          # channels-last, of a cut, at least
+    SUM_ROW = 64            # channels-last, columns that several positions are summed as
 
 cdef struct Job:
     bint backward
     bint centred            # RMS normalization is not: its mean is 0 by definition
+    bint last               # channels-last; slots are those of runs
     bint runs
+    bint turned             # columns of so few values that lanes are rows
     bint stream             # y goes past the caches
     bint buffered           # y is computed in L1 before it goes anywhere
     Storage storage         # of x, dy and y
@@ -75,7 +85,10 @@ cdef struct Job:
     Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
     Py_ssize_t slots        # sums of a row
     Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
-    Py_ssize_t tile         # values of a row that apply takes at once; whole channels of columns
+    Py_ssize_t apart        # rows of a sample that are summed each by itself: G; 1 channels-last
+    Py_ssize_t shared       # steps in which they are: slots; cuts channels-last
+    Py_ssize_t tile         # values of a row that apply takes at once, whole channels of columns;
+    # positions channels-last
     Py_ssize_t tiles        # of a row
     Py_ssize_t samples, groups  # of a block
     Py_ssize_t pivot[SAMPLES]   # places in a row of the values whose mean is the pivot
@@ -83,6 +96,7 @@ cdef struct Job:
     Py_ssize_t spans        # of G: blocks of groups
     int threads
     double eps
+    double share            # of a value in the mean of a row
     const double* mean      # (N * G,)
     const double* m2        # (N * G,) sum of squares about the mean
     double* sums            # (N * G * slots, 2): of the row in its first slot, at the end
@@ -94,6 +108,9 @@ cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
 cdef struct Row:            # what apply has to know of a row
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
     double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
+
+cdef struct Line:           # of a channel: (x - hi) * a + b, or dy * a + (x - hi) * k + b
+    double a, k, b
 
 # What Python has to know of these numbers.
 SMALL = SERIAL
@@ -107,9 +124,11 @@ def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     l3_bytes = l3
 
 
-def count(Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward):
+def count(
+    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
+):
     """Return how many slots a row has, and in how many chunks N is cut."""
-    cdef Job job = new_job(N, G, D, S, backward)
+    cdef Job job = new_job(N, G, D, S, backward, last)
     return job.slots, job.chunks
 
 
@@ -118,16 +137,23 @@ cdef inline Py_ssize_t ceiling(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef Job new_job(
-    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward
+    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
 ) noexcept nogil:
     """Cut the rows; of the shape alone, as the bits depend on it."""
     cdef Job job
     cdef Py_ssize_t i
     job.backward = backward
     job.N, job.G, job.K, job.S, job.D = N, G, D // S, S, D
-    job.runs = S >= (DOTS if backward else RUNS)
+    job.last = last
+    job.runs = last or S >= (DOTS if backward else RUNS)
+    job.turned = not job.runs and D <= SHORT
+    job.share = 1.0 / D
     job.samples = job.groups = 1
-    if job.runs:
+    if last:
+        job.tile = max(POSITIONS, SEGMENT // (G * job.K))
+        job.groups = G
+        job.chunks = N * G * D // CHUNK
+    elif job.runs:
         job.tile = STRIP
         job.groups = max(1, min(BLOCK, CHUNK // D))
         job.chunks = N * G * D // CHUNK
@@ -137,11 +163,16 @@ cdef Job new_job(
         job.chunks = N * D // CHUNK
     job.chunks = max(1, min(CHUNKS, min(N, job.chunks)))
     job.spans = ceiling(G, job.groups)
-    job.tiles = ceiling(D, job.tile)
+    job.tiles = ceiling(S if last else D, job.tile)
     job.cuts = job.slots = ceiling(D, SEGMENT)
-    if job.runs and backward:
+    if last:
+        job.cuts = max(1, min(CHUNKS, min(S // POSITIONS, G * D // SEGMENT)))
+        job.slots = job.K * job.cuts
+    elif job.runs and backward:
         job.cuts = ceiling(S, SEGMENT)
         job.slots = job.K * job.cuts
+    job.apart = 1 if last else G
+    job.shared = job.cuts if last else job.slots
     for i in range(SAMPLES):
         job.pivot[i] = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
     return job
@@ -149,7 +180,9 @@ cdef Job new_job(
 
 include "storage.pxi"
 include "row_reduce.pxi"
+include "row_turned.pxi"
 include "row_apply.pxi"
+include "row_last.pxi"
 
 
 # ---- who does what -----------------------------------------------------------------------
@@ -188,7 +221,7 @@ cdef void own(
     clear(job, &s, parts)
     while s.n0 < all.n1:
         s.n1 = min(s.n0 + job.samples, all.n1)
-        reduce(x, dy, gamma, job, &s, 0, job.slots)
+        reduce(x, dy, gamma, job, &s, 0, job.shared)
         finish(x, gamma, job, &s, parts)
         apply(x, dy, y, gamma, beta, job, &s, parts, 0, job.tiles)
         s.n0 = s.n1
@@ -197,12 +230,12 @@ cdef void own(
 cdef void share_reduce(
     const T* x, const T* dy, const T* gamma, const Job* job, Py_ssize_t shares, Py_ssize_t i
 ) noexcept nogil:
-    """Share i of the slots of all rows."""
-    cdef Py_ssize_t row = i // shares, k = i % shares
+    """Share i of the sums of all rows."""
+    cdef Py_ssize_t row = i // shares, k = i % shares, groups = job.G // job.apart
     cdef Span s
-    s.n0, s.g0 = row // job.G, row % job.G
-    s.n1, s.g1 = s.n0 + 1, s.g0 + 1
-    reduce(x, dy, gamma, job, &s, k * job.slots // shares, (k + 1) * job.slots // shares)
+    s.n0, s.g0 = row // job.apart, row % job.apart * groups
+    s.n1, s.g1 = s.n0 + 1, s.g0 + groups
+    reduce(x, dy, gamma, job, &s, k * job.shared // shares, (k + 1) * job.shared // shares)
 
 
 cdef void share_finish(const T* x, const T* gamma, const Job* job, Py_ssize_t i) noexcept nogil:
@@ -230,7 +263,8 @@ cdef void run(
     cdef Py_ssize_t values = job.N * job.G * job.D
     cdef Py_ssize_t touched = (3 if job.backward else 2) * values * job.item
     cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
-    cdef Py_ssize_t shares = min(job.slots, ceiling(job.D, STRIP))
+    cdef Py_ssize_t size = job.G // job.apart * job.D   # of what is summed by itself
+    cdef Py_ssize_t shares = min(job.shared, ceiling(size, STRIP))
     cdef int nt = threads if values >= SERIAL else 1
     cdef bint in_place = y == x or y == dy
     job.stream = not in_place and touched > l3_bytes and job.storage == NATIVE
@@ -239,11 +273,11 @@ cdef void run(
         for i in range(tasks):
             own(x, dy, y, gamma, beta, job, i)
         return
-    if tasks >= 4 * nt or job.D <= CHUNK:
+    if tasks >= 4 * nt or size <= CHUNK:
         for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt):
             own(x, dy, y, gamma, beta, job, i)
         return
-    for i in prange(job.N * job.G * shares, schedule="dynamic", num_threads=nt):
+    for i in prange(job.N * job.apart * shares, schedule="dynamic", num_threads=nt):
         share_reduce(x, dy, gamma, job, shares, i)
     for i in prange(tasks, schedule="static", num_threads=nt):
         share_finish(x, gamma, job, i)
@@ -283,19 +317,21 @@ cdef inline void start(
 
 
 def forward(
-    const E[:, :, :] x,         # IN  (N, G, D), the last two axes dense
+    const E[:, :, :] x,         # IN  (N, G, D) or (N, S, C), the last two axes dense
     E[:, :, :] y,               # OUT (N, G, D), likewise; may be x
     const P[::1] gamma,         # IN  (C,)
     const P[::1] beta,          # IN  (C,)
     double[:, ::1] statistics,  # OUT (2, N * G): mean and m2
     double[::1] scratch,        # OUT (N * G * slots * 2,)
+    Py_ssize_t G,
     Py_ssize_t S,
+    bint last,                  # channels-last
     double eps,
     bint centred,
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, False)
+    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, False, last)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)
@@ -307,7 +343,7 @@ def forward(
 
 
 def backward(
-    const E[:, :, :] dy,        # IN  (N, G, D), the last two axes dense
+    const E[:, :, :] dy,        # IN  (N, G, D) or (N, S, C), the last two axes dense
     const E[:, :, :] x,         # IN  (N, G, D), likewise
     E[:, :, :] dx,              # OUT (N, G, D), likewise; may be dy or x
     const P[::1] gamma,         # IN  (C,)
@@ -315,13 +351,15 @@ def backward(
     const double[::1] m2,       # IN  (N * G,)
     double[::1] scratch,        # OUT (N * G * slots * 2,)
     double[:, :, ::1] parts,    # OUT (chunks, 2, C): to be added up, dgamma and dbeta
+    Py_ssize_t G,
     Py_ssize_t S,
+    bint last,                  # channels-last
     double eps,
     bint centred,
     Storage storage,
     int threads,
 ):
-    cdef Job job = new_job(x.shape[0], x.shape[1], x.shape[2], S, True)
+    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, True, last)
     job.centred = centred
     job.eps = eps
     set_storage(&job, x, storage)
@@ -329,3 +367,6 @@ def backward(
     job.mean, job.m2, job.sums, job.parts = &mean[0], &m2[0], &scratch[0], &parts[0, 0, 0]
     with nogil:
         start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &gamma[0], <const P*> NULL, &job, threads)
+
+
+include "row_small.pxi"

@@ -1,14 +1,14 @@
 # Apply: the coefficients of each row, and y or dx from them; of columns, dgamma and dbeta too.
 
-cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil:
-    """The coefficients of a row; `of_type` only says which T."""
+cdef inline Row of_row(const Job* job, Py_ssize_t row, double r, T of_type) noexcept nogil:
+    """The coefficients of a row, given its rstd; `of_type` only says which T."""
     cdef Row c
     cdef const double* total = job.sums + row * job.slots * 2
     c.hi = <T> job.mean[row]
     c.lo = job.mean[row] - c.hi
-    c.r = rstd(job, row)
-    c.c1 = total[0] / job.D if job.backward and job.centred else 0
-    c.c2 = total[1] / job.D if job.backward else 0
+    c.r = r
+    c.c1 = total[0] * job.share if job.backward and job.centred else 0
+    c.c2 = total[1] * r * job.share if job.backward else 0
     return c
 
 
@@ -49,6 +49,20 @@ cdef inline void half_columns(
         strips(SCALE_ROW, BFLOAT16, dy, x, y, m, &t)
 
 
+cdef inline Line of_channel(
+    const Job* job, const Row* row, const T* gamma, const T* beta, Py_ssize_t c
+) noexcept nogil:
+    """The coefficients of a channel of a row."""
+    cdef Line line
+    cdef double a = gamma[c] * row.r, k = -row.r * row.r * row.c2, b
+    if job.backward:
+        b = -row.r * row.c1 - k * row.lo
+    else:
+        b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
+    line.a, line.k, line.b = a, k, b
+    return line
+
+
 cdef void apply_runs(
     const T* x, const T* dy, T* y, const T* gamma, const T* beta,
     const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t,
@@ -61,7 +75,7 @@ cdef void apply_runs(
     cdef Py_ssize_t at = g * job.D + t * job.tile, m, i, w
     cdef Py_ssize_t end = g * job.D + min(job.D, (t + 1) * job.tile)
     cdef Py_ssize_t c = at // job.S, left = (c + 1) * job.S - at
-    cdef double a, b, k = -row.r * row.r * row.c2
+    cdef Line line
     while at < end:
         m = PIECE
         if job.stream:  # the next piece starts on a line
@@ -73,20 +87,17 @@ cdef void apply_runs(
         i = 0
         while i < m:
             w = min(left, m - i)
-            a = gamma[c] * row.r
-            if job.backward:
-                b = -row.r * row.c1 - k * row.lo
-            else:
-                b = beta[c] - a * row.lo if row.lo != 0 else beta[c]
+            line = of_channel(job, row, gamma, beta, c)
             if job.storage != NATIVE:
                 half_run(job, <const uint16_t*> at_dy + i, <const uint16_t*> at_x + i,
-                         <uint16_t*> to + i, w, <float> row.hi, <float> a, <float> k, <float> b)
+                         <uint16_t*> to + i, w, <float> row.hi,
+                         <float> line.a, <float> line.k, <float> line.b)
             elif job.backward:
                 unscale(at_dy + i, at_x + i, to + i, w,
-                        <T> row.hi, <T> a, <T> k, <T> b, 0, False)
+                        <T> row.hi, <T> line.a, <T> line.k, <T> line.b, 0, False)
             else:
                 scale(at_x + i, to + i, w,
-                      <T> row.hi, <T> a, <T> b, <T> (-INFINITY), <T> INFINITY)
+                      <T> row.hi, <T> line.a, <T> line.b, <T> (-INFINITY), <T> INFINITY)
             i += w
             left -= w
             if left == 0:
@@ -149,12 +160,35 @@ cdef void apply(
     const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
 ) noexcept nogil:
     """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
+    cdef Py_ssize_t n
+    check(s.n1 <= job.N and t1 <= job.tiles)
+    if job.last:
+        for n in range(s.n0, s.n1):
+            apply_last(x, dy, y, gamma, beta, job, n, t0, t1)
+    else:
+        apply_rows(x, dy, y, gamma, beta, job, s, parts, t0, t1)
+    if job.stream:
+        stream_end()
+
+
+cdef void apply_rows(
+    const T* x, const T* dy, T* y, const T* gamma, const T* beta,
+    const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1,
+) noexcept nogil:
     cdef Row rows[BLOCK]
+    cdef double r[BLOCK]
     cdef Py_ssize_t n, g, t, i = 0
-    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK and s.n1 <= job.N and t1 <= job.tiles)
+    check((s.n1 - s.n0) * (s.g1 - s.g0) <= BLOCK)
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
-            rows[i] = of_row(job, n * job.G + g, <T> 0)
+            r[i] = job.m2[n * job.G + g]
+            i += 1
+    for i in range((s.n1 - s.n0) * (s.g1 - s.g0)):  # by themselves: roots of vectors
+        r[i] = 1 / sqrt(r[i] * job.share + job.eps)
+    i = 0
+    for n in range(s.n0, s.n1):
+        for g in range(s.g0, s.g1):
+            rows[i] = of_row(job, n * job.G + g, r[i], <T> 0)
             i += 1
     if job.runs:
         for g in range(s.g1 - 1, s.g0 - 1, -1):
@@ -163,5 +197,3 @@ cdef void apply(
     else:
         for t in range(t1 - 1, t0 - 1, -1):
             apply_columns(x, dy, y, gamma, beta, job, s, rows, t, parts, parts + job.G * job.K)
-    if job.stream:
-        stream_end()

@@ -12,7 +12,7 @@ cdef inline T find_pivot(
     if not job.centred:
         return 0
     for i in range(SAMPLES):
-        v[i] = value(job, x, n, g * job.D + job.pivot[i])
+        v[i] = value(job, x, n, in_sample(job, g, job.pivot[i]))
     return <T> (0.125 * (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))))
 
 
@@ -125,7 +125,15 @@ cdef void reduce(
     cdef T shift[BLOCK]
     cdef Py_ssize_t n, g, k, row
     cdef double* out
-    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and k1 <= job.slots)
+    check(s.n1 - s.n0 <= BLOCK and s.n1 <= job.N and k1 <= job.shared)
+    if job.last:
+        for n in range(s.n0, s.n1):
+            reduce_last(x, dy, job, n, k0, k1)
+        return
+    if job.turned:
+        for g in range(s.g0, s.g1):
+            reduce_turned(x, dy, gamma, job, s, g)
+        return
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
             row = n * job.G + g
@@ -157,8 +165,7 @@ cdef void sum_again(
         acc[j] = 0
     for i in range((job.D + PIECE - 1) // PIECE):
         m = min(PIECE, job.D - i * PIECE)
-        wide_sums(
-            fetch(job, x, job.x_row, n, g * job.D + i * PIECE, m, of_x), m, shift, acc)
+        wide_sums(stretch(job, x, n, g, i * PIECE, m, of_x), m, shift, acc)
     s1[0] = across(acc)
     s2[0] = across(acc + WIDE)
 
@@ -191,7 +198,7 @@ cdef void finish_forward(
 
 
 cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
-    return 1 / sqrt(job.m2[row] / job.D + job.eps)
+    return 1 / sqrt(job.m2[row] * job.share + job.eps)
 
 
 cdef void finish_backward(
@@ -199,19 +206,19 @@ cdef void finish_backward(
 ) noexcept nogil:
     """Add the slots up: to the sums of the row; of runs, to those of each channel before."""
     cdef Py_ssize_t row = n * job.G + g, C = job.G * job.K, c, i
-    cdef double mean = job.mean[row], r = rstd(job, row)
+    cdef double mean = job.mean[row], r = rstd(job, row) if job.runs else 0
     cdef double lo = mean - <T> mean
     cdef double* part = job.sums + row * job.slots * 2
     cdef double s1, s2, total1 = 0, total2 = 0
-    for c in range(g * job.K, g * job.K + job.slots // job.cuts):
+    for c in range(g * job.K, g * job.K + (job.K if job.runs else 1)):
         s1 = s2 = 0
         for i in range(job.cuts):
             s1 += part[2 * i]
             s2 += part[2 * i + 1]
         part += 2 * job.cuts
-        s2 = (s2 - lo * s1) * r
+        s2 -= lo * s1
         if job.runs:
-            dgamma[c] += s2
+            dgamma[c] += s2 * r
             dgamma[C + c] += s1
             s1 *= gamma[c]
             s2 *= gamma[c]
