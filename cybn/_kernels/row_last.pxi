@@ -169,7 +169,9 @@ cdef void apply_channels(
             w = m * min(step, s1 - s)
             at = s * C + c0
             at_x = fetch(job, x, job.x_row, n, at, w, of_x)
-            to = buffer if computed else target(job, y, job.y_row, n, at, buffer)
+            to = target(job, y, job.y_row, n, at, buffer)
+            if computed:
+                to = &buffer[0]
             if job.backward:
                 col_unscale(fetch(job, dy, job.dy_row, n, at, w, of_dy), at_x, to, w,
                             hi, a, k, b, k, False)
