@@ -98,11 +98,11 @@ cdef void coefficients(
 cdef void apply_tile(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t
 ) noexcept nogil:
-    cdef T hi[TILE]
-    cdef T a[TILE]
-    cdef T k[TILE]
-    cdef T b[TILE]
-    cdef T z[TILE]
+    cdef T hi[BROAD]
+    cdef T a[BROAD]
+    cdef T k[BROAD]
+    cdef T b[BROAD]
+    cdef T z[BROAD]
     cdef Job kept
     cdef Py_ssize_t m = t.c1 - t.c0
     # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
@@ -222,11 +222,13 @@ cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
     T* hi, T* a, T* k, T* b, T* z,
 ) noexcept nogil:
-    cdef Py_ssize_t g, n, m, w = (t.c1 - t.c0) * job.S
+    cdef Py_ssize_t g, n, m, end, apart, w = (t.c1 - t.c0) * job.S
     cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
     cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
     cdef Py_ssize_t half = (w * step + 1) // 2
     cdef T scratch[TILE]
+    cdef bint pairs = job.S == 1 and y != x and y != dy and job.residual == NULL
+    pairs = pairs and not job.staged and not job.buffered and job.apply != SCALE_DY
     if step > 1:
         repeat(hi, w, step)
         repeat(a, w, step)
@@ -243,7 +245,15 @@ cdef void apply_rows(
             unzip(b, w * step, half, scratch)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
-        while n < min(t.n0 + (g + 1) * group, t.n1):
+        end = min(n + group, t.n1)
+        if pairs:
+            apart = (end - n) // (2 * step) * step
+            while n < t.n0 + g * group + apart:
+                apply_two_rows(x, dy, y, job, n, n + apart, t.c0 * job.S, w * step,
+                               hi, a, k, b, z)
+                n += step
+            n += apart
+        while n < end:
             m = w * min(step, t.n1 - n)
             if job.paired:
                 apply_pairs(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z, half)
@@ -286,9 +296,9 @@ cdef inline void apply_plain_row(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_row without stages, whose calls would take 5 % of it in cache."""
-    cdef T buffer[TILE]
+    cdef T buffer[BROAD]
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
-    check(n < job.N and m <= TILE)
+    check(n < job.N and m <= BROAD)
     x += n * (job.x_row // sizeof(T)) + i
     dy += n * (job.dy_row // sizeof(T)) + i
     if job.apply == SCALE and job.residual != NULL:
@@ -303,6 +313,29 @@ cdef inline void apply_plain_row(
         col_unscale(dy, x, to, m, hi, a, k, b, k, False)
     if job.stream:
         stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T))
+
+
+cdef inline void apply_two_rows(
+    const T* x, const T* dy, T* y, const Job* job,
+    Py_ssize_t n0, Py_ssize_t n1, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
+) noexcept nogil:
+    """apply_plain_row of rows n0 and n1 at once: their coefficients are loaded once for both."""
+    cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
+    cdef Py_ssize_t y_row = job.y_row // sizeof(T)
+    check(n0 < n1 < job.N and m <= BROAD)
+    x += i
+    dy += i
+    y += i
+    if job.apply == SCALE:
+        col_scale2(x + n0 * x_row, x + n1 * x_row, y + n0 * y_row, y + n1 * y_row, m,
+                   hi, a, z, <T> job.low, <T> job.high)
+    elif job.gated:
+        col_unscale2(dy + n0 * dy_row, dy + n1 * dy_row, x + n0 * x_row, x + n1 * x_row,
+                     y + n0 * y_row, y + n1 * y_row, m, hi, a, k, b, z, True)
+    else:
+        col_unscale2(dy + n0 * dy_row, dy + n1 * dy_row, x + n0 * x_row, x + n1 * x_row,
+                     y + n0 * y_row, y + n1 * y_row, m, hi, a, k, b, k, False)
 
 
 cdef void apply_row(

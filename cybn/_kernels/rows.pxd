@@ -21,6 +21,7 @@ from cybn._kernels.runs cimport T, WIDE, across, clamp, gate, unbounded
 
 cdef enum:
     TILE = 1024     # columns of a tile
+    BROAD = 2048    # the same, of plain float32 channels-last
     FLUSH = 32      # rows between two flushes to float64
 
 
@@ -186,6 +187,30 @@ cdef inline void col_scale(
             y[j] = clamp((x[j] - hi[j]) * a[j] + b[j], low, high)
 
 
+cdef inline void col_scale2(
+    const T* restrict x0,
+    const T* restrict x1,
+    T* restrict y0,
+    T* restrict y1,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict b,
+    T low,
+    T high,
+) noexcept nogil:
+    """col_scale of two rows, where y is not x."""
+    cdef Py_ssize_t j
+    if unbounded(low, high):
+        for j in range(w):
+            y0[j] = (x0[j] - hi[j]) * a[j] + b[j]
+            y1[j] = (x1[j] - hi[j]) * a[j] + b[j]
+    else:
+        for j in range(w):
+            y0[j] = clamp((x0[j] - hi[j]) * a[j] + b[j], low, high)
+            y1[j] = clamp((x1[j] - hi[j]) * a[j] + b[j], low, high)
+
+
 cdef inline void col_scale_add(
     const T* x,
     const T* r,
@@ -222,6 +247,33 @@ cdef inline void col_unscale(
         d = x[j] - hi[j]
         g = gate(dy[j], d * a[j] + scale_b[j]) if relu else dy[j]
         dx[j] = g * a[j] + d * k[j] + b[j]
+
+
+cdef inline void col_unscale2(
+    const T* restrict dy0,
+    const T* restrict dy1,
+    const T* restrict x0,
+    const T* restrict x1,
+    T* restrict dx0,
+    T* restrict dx1,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict k,
+    const T* restrict b,
+    const T* restrict scale_b,
+    bint relu,
+) noexcept nogil:
+    """col_unscale of two rows, where dx is neither dy nor x."""
+    cdef Py_ssize_t j
+    cdef T d0, d1, g0, g1
+    for j in range(w):
+        d0 = x0[j] - hi[j]
+        d1 = x1[j] - hi[j]
+        g0 = gate(dy0[j], d0 * a[j] + scale_b[j]) if relu else dy0[j]
+        g1 = gate(dy1[j], d1 * a[j] + scale_b[j]) if relu else dy1[j]
+        dx0[j] = g0 * a[j] + d0 * k[j] + b[j]
+        dx1[j] = g1 * a[j] + d1 * k[j] + b[j]
 
 
 cdef inline void spread(
@@ -271,7 +323,7 @@ cdef inline void gather(
     double* restrict out,       # IO  (m,) sums of the channels
 ) noexcept nogil:
     """Add the columns of each channel to its float64 sum."""
-    cdef double part[TILE]
+    cdef double part[BROAD]
     cdef Py_ssize_t c, i
     if s == 1:
         # The rows by themselves first: beside one huge value each would be rounded off.
