@@ -62,6 +62,7 @@ cdef enum:
     # that sets the order of sums, rows of up to half of SUM_ROW must be dense (_layout.NARROW).
     SUM_ROW = 64
     APPLY_ROW = 256
+    PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
     VECTOR = 64             # channels whose coefficients are computed together
     SERIAL = 65536          # elements below which one thread is faster than two
 
@@ -188,16 +189,12 @@ cdef void share_reduce(
     reduce_tile(x, dy, job, &t, i // job.blocks)
 
 
-cdef void share_pivot(const T* x, const Job* job, Py_ssize_t block) noexcept nogil:
-    cdef Tile t
-    t = tile(job, block, 1, 1, 0)
-    find_pivot(x, job, t.c0, t.c1)
+cdef void share_pivot(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
+    find_pivot(x, job, part * PART, min((part + 1) * PART, job.C))
 
 
-cdef void share_finish(const T* x, const Job* job, Py_ssize_t block) noexcept nogil:
-    cdef Tile t
-    t = tile(job, block, 1, 1, 0)
-    finish_block(x, job, t.c0, t.c1)
+cdef void share_finish(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
+    finish_block(x, job, part * PART, min((part + 1) * PART, job.C))
 
 
 cdef void share_apply(
@@ -277,7 +274,7 @@ cdef void plan(
 cdef void run(
     const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
 ) noexcept nogil:
-    cdef Py_ssize_t i, tasks
+    cdef Py_ssize_t i, tasks, parts = (job.C + PART - 1) // PART
     cdef int nt
     plan(x, dy, y, job, chunks, threads)
     nt = job.threads
@@ -290,13 +287,13 @@ cdef void run(
             own_block(x, dy, y, job, i)
         return
     if job.reduce == SUMS:
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
             share_pivot(x, job, i)
     if job.reduce != NO_SUMS:
         tasks = job.blocks * job.chunk_rows * job.chunk_cols
         for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
             share_reduce(x, dy, job, i)
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
             share_finish(x, job, i)
     if job.apply != NO_WRITE:
         tasks = job.blocks * job.apply_rows * job.apply_cols
