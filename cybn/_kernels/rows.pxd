@@ -325,6 +325,11 @@ cdef inline void gather(
     """Add the columns of each channel to its float64 sum."""
     cdef double part[BROAD]
     cdef Py_ssize_t c, i
+    if s == 1 and rows == 1:
+        for c in range(m):
+            out[c] += v[c]
+            v[c] = 0
+        return
     if s == 1:
         # The rows by themselves first: beside one huge value each would be rounded off.
         for c in range(m):
