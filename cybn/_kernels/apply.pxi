@@ -222,13 +222,13 @@ cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
     T* hi, T* a, T* k, T* b, T* z,
 ) noexcept nogil:
-    cdef Py_ssize_t g, n, m, end, apart, w = (t.c1 - t.c0) * job.S
+    cdef Py_ssize_t g, n, m, s, end, apart, w = (t.c1 - t.c0) * job.S
     cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
     cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
     cdef Py_ssize_t half = (w * step + 1) // 2
     cdef T scratch[TILE]
     cdef bint pairs = job.S == 1 and y != x and y != dy and job.residual == NULL
-    pairs = pairs and not job.staged and not job.buffered and job.apply != SCALE_DY
+    pairs = pairs and not job.staged and job.apply != SCALE_DY
     if step > 1:
         repeat(hi, w, step)
         repeat(a, w, step)
@@ -246,11 +246,18 @@ cdef void apply_rows(
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
         end = min(n + group, t.n1)
-        if pairs:
+        if job.stream and pairs and w > TILE:
+            while n + 2 <= end:
+                s = 0
+                while s < w:
+                    apply_two_rows(x, dy, y, job, n, n + 1, t.c0 + s, min(TILE // 2, w - s),
+                                   hi + s, a + s, k + s, b + s, z + s)
+                    s += TILE // 2
+                n += 2
+        elif pairs and not job.stream:
             apart = (end - n) // (2 * step) * step
             while n < t.n0 + g * group + apart:
-                apply_two_rows(x, dy, y, job, n, n + apart, t.c0 * job.S, w * step,
-                               hi, a, k, b, z)
+                apply_two_rows(x, dy, y, job, n, n + apart, t.c0, w * step, hi, a, k, b, z)
                 n += step
             n += apart
         while n < end:
@@ -321,21 +328,23 @@ cdef inline void apply_two_rows(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_plain_row of rows n0 and n1 at once: their coefficients are loaded once for both."""
-    cdef Py_ssize_t x_row = job.x_row // sizeof(T), dy_row = job.dy_row // sizeof(T)
-    cdef Py_ssize_t y_row = job.y_row // sizeof(T)
-    check(n0 < n1 < job.N and m <= BROAD)
-    x += i
-    dy += i
-    y += i
+    cdef T buffer[TILE]
+    cdef T* y0 = target(job, y, job.y_row, n0, i, buffer)
+    cdef T* y1 = target(job, y, job.y_row, n1, i, buffer + TILE // 2)
+    cdef const T* x0 = x + n0 * (job.x_row // sizeof(T)) + i
+    cdef const T* x1 = x + n1 * (job.x_row // sizeof(T)) + i
+    cdef const T* dy0 = dy + n0 * (job.dy_row // sizeof(T)) + i
+    cdef const T* dy1 = dy + n1 * (job.dy_row // sizeof(T)) + i
+    check(n0 < n1 < job.N and m <= (TILE // 2 if job.buffered else BROAD))
     if job.apply == SCALE:
-        col_scale2(x + n0 * x_row, x + n1 * x_row, y + n0 * y_row, y + n1 * y_row, m,
-                   hi, a, z, <T> job.low, <T> job.high)
+        col_scale2(x0, x1, y0, y1, m, hi, a, z, <T> job.low, <T> job.high)
     elif job.gated:
-        col_unscale2(dy + n0 * dy_row, dy + n1 * dy_row, x + n0 * x_row, x + n1 * x_row,
-                     y + n0 * y_row, y + n1 * y_row, m, hi, a, k, b, z, True)
+        col_unscale2(dy0, dy1, x0, x1, y0, y1, m, hi, a, k, b, z, True)
     else:
-        col_unscale2(dy + n0 * dy_row, dy + n1 * dy_row, x + n0 * x_row, x + n1 * x_row,
-                     y + n0 * y_row, y + n1 * y_row, m, hi, a, k, b, k, False)
+        col_unscale2(dy0, dy1, x0, x1, y0, y1, m, hi, a, k, b, k, False)
+    if job.stream:
+        deliver(job, y0, y, job.y_row, n0, i, m)
+        deliver(job, y1, y, job.y_row, n1, i, m)
 
 
 cdef void apply_row(
