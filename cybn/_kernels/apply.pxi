@@ -98,11 +98,16 @@ cdef void coefficients(
 cdef void apply_tile(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t
 ) noexcept nogil:
-    cdef T hi[BROAD]
-    cdef T a[BROAD]
-    cdef T k[BROAD]
-    cdef T b[BROAD]
-    cdef T z[BROAD]
+    cdef T hi_array[BROAD + ROOM]
+    cdef T* hi = on_line(&hi_array[0])
+    cdef T a_array[BROAD + ROOM]
+    cdef T* a = on_line(&a_array[0])
+    cdef T k_array[BROAD + ROOM]
+    cdef T* k = on_line(&k_array[0])
+    cdef T b_array[BROAD + ROOM]
+    cdef T* b = on_line(&b_array[0])
+    cdef T z_array[BROAD + ROOM]
+    cdef T* z = on_line(&z_array[0])
     cdef Job kept
     cdef Py_ssize_t m = t.c1 - t.c0
     # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
@@ -303,7 +308,8 @@ cdef inline void apply_plain_row(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_row without stages, whose calls would take 5 % of it in cache."""
-    cdef T buffer[BROAD]
+    cdef T array[BROAD + ROOM]
+    cdef T* buffer = on_line(&array[0])
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
     check(n < job.N and m <= BROAD)
     x += n * (job.x_row // sizeof(T)) + i
@@ -328,7 +334,8 @@ cdef inline void apply_two_rows(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_plain_row of rows n0 and n1 at once: their coefficients are loaded once for both."""
-    cdef T buffer[TILE]
+    cdef T array[TILE + ROOM]
+    cdef T* buffer = on_line(&array[0])
     cdef T* y0 = target(job, y, job.y_row, n0, i, buffer)
     cdef T* y1 = target(job, y, job.y_row, n1, i, buffer + TILE // 2)
     cdef const T* x0 = x + n0 * (job.x_row // sizeof(T)) + i

@@ -47,8 +47,9 @@ from cybn._kernels.pairs cimport (
     col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
     sum_pairs, unscale_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
-    BROAD, FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale2,
-    col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, repeat, spread)
+    BROAD, FLUSH, ROOM, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale2,
+    col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, on_line,
+    repeat, spread)
 from cybn._kernels.runs cimport (
     LANES, PIECE, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale, scale_add,
     sums, unscale)

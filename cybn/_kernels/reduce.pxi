@@ -109,11 +109,16 @@ cdef void reduce_rows(
     double* out1,
     double* out2,
 ) noexcept nogil:
-    cdef T hi[BROAD]
-    cdef T scale_a[BROAD]
-    cdef T scale_b[BROAD]
-    cdef T a[BROAD]
-    cdef T b[BROAD]
+    cdef T hi_array[BROAD + ROOM]
+    cdef T* hi = on_line(&hi_array[0])
+    cdef T scale_a_array[BROAD + ROOM]
+    cdef T* scale_a = on_line(&scale_a_array[0])
+    cdef T scale_b_array[BROAD + ROOM]
+    cdef T* scale_b = on_line(&scale_b_array[0])
+    cdef T a_array[BROAD + ROOM]
+    cdef T* a = on_line(&a_array[0])
+    cdef T b_array[BROAD + ROOM]
+    cdef T* b = on_line(&b_array[0])
     cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, end = w - m
     cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
     cdef Py_ssize_t half = (w * step + 1) // 2

@@ -22,7 +22,17 @@ from cybn._kernels.runs cimport T, WIDE, across, clamp, gate, unbounded
 cdef enum:
     TILE = 1024     # columns of a tile
     BROAD = 2048    # the same, of plain float32 channels-last
+    ROOM = 16       # values more that an array has, to begin on a line
     FLUSH = 32      # rows between two flushes to float64
+
+
+cdef inline T* on_line(T* array) noexcept nogil:
+    """Where the first cache line of an array begins that has ROOM to spare.
+
+    gcc aligns arrays on the stack to 16 bytes; vectors of 32 that cross lines took 1.3 to 1.5
+    times as long in cache.
+    """
+    return <T*> ((<size_t> array + 63) & ~(<size_t> 63))
 
 
 cdef inline void col_sums(
