@@ -47,8 +47,8 @@ from cybn._kernels.pairs cimport (
     col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
     sum_pairs, unscale_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
-    BROAD, FLUSH, ROOM, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale2,
-    col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, on_line,
+    BROAD, FLUSH, ROOM, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale,
+    col_scale2, col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, on_line,
     repeat, spread)
 from cybn._kernels.runs cimport (
     LANES, PIECE, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, flush, scale, scale_add,
@@ -241,7 +241,7 @@ cdef void plan(
     one_loop = job.paired and (job.paired_sums or job.reduce == NO_SUMS)
     columns = TILE // 2 if job.staged and not one_loop else TILE
     if job.S == 1 and not job.staged and job.item == 4 and chunks >= 4 * threads:
-        columns = BROAD  # a row in one piece: in two it took 1.2 to 1.6 times as long
+        columns = BROAD
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)
