@@ -157,7 +157,7 @@ def test_streamed_small_shapes(rng, dtype, set_caches):
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(5, 9, 7), (33, 40, 1), (3, 5, 1071)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (33, 40, 1), (513, 1100, 1), (3, 5, 1071)], ids=str)
 def test_streamed_training_in_and_beside_place(rng, shape, dtype, set_caches):
     """Training at every alignment of out, with gaps between its rows, and with `out is x`."""
     n, c, s = shape

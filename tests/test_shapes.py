@@ -13,7 +13,7 @@ from cybn import _runtime, functional
 
 # As written in the sources of the kernels.
 RUN_MIN, RUN_APPLY, RUN_TO_ROWS = 256, 96, 32
-PIECE, TILE, LANES, FLUSH = 1024, 1024, 32, 32
+PIECE, TILE, BROAD, LANES, FLUSH = 1024, 1024, 2048, 32, 32
 CHUNK, SERIAL, BLOCK, VECTOR, MOST_CHUNKS, GROUP = 65536, 32768, 32, 64, 64, 16384
 SUM_ROW, NARROW, APPLY_ROW = 64, 32, 256
 
@@ -148,6 +148,8 @@ THRESHOLDS = {
     "piece": [(2, 3, s) for s in around(PIECE, 2 * PIECE)],
     "lanes": [(2, 3, s) for s in around(RUN_MIN + LANES, PIECE + LANES, 2 * PIECE + LANES)],
     "tile of columns": [(6, c, 1) for c in around(TILE, 2 * TILE)],
+    "broad tile of columns": [(260, c, 1) for c in around(BROAD)],
+    "far rows of a sweep": [(n, c, 1) for n in (9, 135, 259) for c in (7, 40, TILE + 1)],
     "tile of short runs": [
         (9, c, s) for s in (2, 7, 100, RUN_MIN - 1) for c in around(TILE // s, 2 * (TILE // s))
     ],

@@ -98,11 +98,16 @@ cdef void coefficients(
 cdef void apply_tile(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t
 ) noexcept nogil:
-    cdef T hi[TILE]
-    cdef T a[TILE]
-    cdef T k[TILE]
-    cdef T b[TILE]
-    cdef T z[TILE]
+    cdef T hi_array[BROAD + ROOM]
+    cdef T* hi = on_line(&hi_array[0])
+    cdef T a_array[BROAD + ROOM]
+    cdef T* a = on_line(&a_array[0])
+    cdef T k_array[BROAD + ROOM]
+    cdef T* k = on_line(&k_array[0])
+    cdef T b_array[BROAD + ROOM]
+    cdef T* b = on_line(&b_array[0])
+    cdef T z_array[BROAD + ROOM]
+    cdef T* z = on_line(&z_array[0])
     cdef Job kept
     cdef Py_ssize_t m = t.c1 - t.c0
     # Rows have a coefficient a column. Computed at the end of its array, it is spread from there.
@@ -224,11 +229,13 @@ cdef void apply_rows(
     const T* x, const T* dy, T* y, const Job* job, const Tile* t,
     T* hi, T* a, T* k, T* b, T* z,
 ) noexcept nogil:
-    cdef Py_ssize_t g, n, m, w = (t.c1 - t.c0) * job.S
+    cdef Py_ssize_t g, n, m, s, end, apart, w = (t.c1 - t.c0) * job.S
     cdef Py_ssize_t step = rows_at_once(job, w, t.n1 - t.n0)
     cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
     cdef Py_ssize_t half = (w * step + 1) // 2
     cdef T scratch[TILE]
+    cdef bint pairs = job.S == 1 and y != x and y != dy and job.residual == NULL
+    pairs = pairs and not job.staged and job.apply != SCALE_DY
     if step > 1:
         repeat(hi, w, step)
         repeat(a, w, step)
@@ -245,7 +252,22 @@ cdef void apply_rows(
             unzip(b, w * step, half, scratch)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
-        while n < min(t.n0 + (g + 1) * group, t.n1):
+        end = min(n + group, t.n1)
+        if job.stream and pairs and w > TILE:
+            while n + 2 <= end:
+                s = 0
+                while s < w:
+                    apply_two_rows(x, dy, y, job, n, n + 1, t.c0 + s, min(TILE // 2, w - s),
+                                   hi + s, a + s, k + s, b + s, z + s)
+                    s += TILE // 2
+                n += 2
+        elif pairs and not job.stream:
+            apart = (end - n) // (2 * step) * step
+            while n < t.n0 + g * group + apart:
+                apply_two_rows(x, dy, y, job, n, n + apart, t.c0, w * step, hi, a, k, b, z)
+                n += step
+            n += apart
+        while n < end:
             m = w * min(step, t.n1 - n)
             if job.strips:
                 apply_strips(x, dy, y, job, n, t.c0 * job.S, m, hi, a, k, b, z)
@@ -313,9 +335,10 @@ cdef inline void apply_plain_row(
     const T* hi, const T* a, const T* k, const T* b, const T* z,
 ) noexcept nogil:
     """apply_row without stages, whose calls would take 5 % of it in cache."""
-    cdef T buffer[TILE]
+    cdef T array[BROAD + ROOM]
+    cdef T* buffer = on_line(&array[0])
     cdef T* to = target(job, y, job.y_row, n, i, buffer)
-    check(n < job.N and m <= TILE)
+    check(n < job.N and m <= BROAD)
     x += n * (job.x_row // sizeof(T)) + i
     dy += n * (job.dy_row // sizeof(T)) + i
     if job.apply == SCALE and job.residual != NULL:
@@ -330,6 +353,32 @@ cdef inline void apply_plain_row(
         col_unscale(dy, x, to, m, hi, a, k, b, k, False)
     if job.stream:
         stream(<char*> y + n * job.y_row + i * sizeof(T), buffer, m * sizeof(T))
+
+
+cdef inline void apply_two_rows(
+    const T* x, const T* dy, T* y, const Job* job,
+    Py_ssize_t n0, Py_ssize_t n1, Py_ssize_t i, Py_ssize_t m,
+    const T* hi, const T* a, const T* k, const T* b, const T* z,
+) noexcept nogil:
+    """apply_plain_row of rows n0 and n1 at once: their coefficients are loaded once for both."""
+    cdef T array[TILE + ROOM]
+    cdef T* buffer = on_line(&array[0])
+    cdef T* y0 = target(job, y, job.y_row, n0, i, buffer)
+    cdef T* y1 = target(job, y, job.y_row, n1, i, buffer + TILE // 2)
+    cdef const T* x0 = x + n0 * (job.x_row // sizeof(T)) + i
+    cdef const T* x1 = x + n1 * (job.x_row // sizeof(T)) + i
+    cdef const T* dy0 = dy + n0 * (job.dy_row // sizeof(T)) + i
+    cdef const T* dy1 = dy + n1 * (job.dy_row // sizeof(T)) + i
+    check(n0 < n1 < job.N and m <= (TILE // 2 if job.buffered else BROAD))
+    if job.apply == SCALE:
+        col_scale2(x0, x1, y0, y1, m, hi, a, z, <T> job.low, <T> job.high)
+    elif job.gated:
+        col_unscale2(dy0, dy1, x0, x1, y0, y1, m, hi, a, k, b, z, True)
+    else:
+        col_unscale2(dy0, dy1, x0, x1, y0, y1, m, hi, a, k, b, k, False)
+    if job.stream:
+        deliver(job, y0, y, job.y_row, n0, i, m)
+        deliver(job, y1, y, job.y_row, n1, i, m)
 
 
 cdef void apply_row(

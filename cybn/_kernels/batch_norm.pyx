@@ -47,8 +47,9 @@ from cybn._kernels.pairs cimport (
     col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
     sum_pairs, unscale_pairs, unzip, zip_up)
 from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale, col_scale_add,
-    col_sums, col_sums4, col_unscale, gather, repeat, spread)
+    BROAD, FLUSH, ROOM, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale,
+    col_scale2, col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, on_line,
+    repeat, spread)
 from cybn._kernels.runs cimport (
     LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, dots_of, flush,
     scale, scale_add, sums, sums_of, unscale)
@@ -68,6 +69,7 @@ cdef enum:
     CHUNK = 65536           # values that one chunk of a channel has, about
     RUN_TO_ROWS = 32        # N below S / RUN_TO_ROWS is few rows
     MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
+    PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
     VECTOR = 64             # channels whose coefficients are computed together
     SERIAL = 65536          # elements below which one thread is faster than two
 
@@ -218,16 +220,12 @@ cdef void share_reduce(
     reduce_tile(x, dy, job, &t, i // job.blocks)
 
 
-cdef void share_pivot(const T* x, const Job* job, Py_ssize_t block) noexcept nogil:
-    cdef Tile t
-    t = tile(job, block, 1, 1, 0)
-    find_pivot(x, job, t.c0, t.c1)
+cdef void share_pivot(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
+    find_pivot(x, job, part * PART, min((part + 1) * PART, job.C))
 
 
-cdef void share_finish(const T* x, const Job* job, Py_ssize_t block) noexcept nogil:
-    cdef Tile t
-    t = tile(job, block, 1, 1, 0)
-    finish_block(x, job, t.c0, t.c1)
+cdef void share_finish(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
+    finish_block(x, job, part * PART, min((part + 1) * PART, job.C))
 
 
 cdef void share_apply(
@@ -245,6 +243,12 @@ cdef inline bint by_runs(const Job* job) noexcept nogil:
     the shape alone, as the bits depend on it.
     """
     return job.S >= RUN_MIN or job.N * RUN_TO_ROWS <= job.S
+
+
+cdef inline Py_ssize_t even_block(Py_ssize_t C, Py_ssize_t most) noexcept nogil:
+    """Channels a block, at most `most`, so that blocks are about equal and of whole lines."""
+    cdef Py_ssize_t blocks = (C + most - 1) // most
+    return min(most, ((C + blocks - 1) // blocks + 15) // 16 * 16)
 
 
 cdef void plan(
@@ -282,6 +286,8 @@ cdef void plan(
     job.strip_sums = fused_sums and job.storage == FLOAT16
     job.strips = fused and job.storage == FLOAT16
     columns = TILE // 2 if job.staged and not one_loop else TILE
+    if job.S == 1 and not job.staged and job.item == 4 and chunks >= 4 * threads:
+        columns = BROAD
     if job.N * job.C * job.S < SERIAL:
         threads = 1
     job.chunk_rows = min(job.N, chunks)
@@ -296,6 +302,8 @@ cdef void plan(
         job.block = min(max(fit, 64 // job.S), columns // job.S)
     else:
         job.block = columns // job.S
+    if job.S == 1 and job.C > job.block:  # blocks of about one size, of whole cache lines
+        job.block = even_block(job.C, job.block)
     if job.owned:
         job.block = max(1, min(job.block, (job.C + threads - 1) // threads))
     if rows_in_sum(job) > 1:  # several rows as one: only whole rows will do
@@ -310,13 +318,13 @@ cdef void plan(
         job.apply_cols = job.chunk_cols
     job.threads = threads
     check(job.chunk_rows * job.chunk_cols == chunks)  # as there is room for
-    check(job.block <= BLOCK if job.apply_runs else job.block * job.S <= TILE)
+    check(job.block <= BLOCK if job.apply_runs else job.block * job.S <= BROAD)
 
 
 cdef void run(
     const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
 ) noexcept nogil:
-    cdef Py_ssize_t i, tasks
+    cdef Py_ssize_t i, tasks, parts = (job.C + PART - 1) // PART
     cdef int nt
     plan(x, dy, y, job, chunks, threads)
     nt = job.threads
@@ -329,13 +337,13 @@ cdef void run(
             own_block(x, dy, y, job, i)
         return
     if job.reduce == SUMS:
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
             share_pivot(x, job, i)
     if job.reduce != NO_SUMS:
         tasks = job.blocks * job.chunk_rows * job.chunk_cols
         for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
             share_reduce(x, dy, job, i)
-        for i in prange(job.blocks, schedule="static", num_threads=nt, use_threads_if=nt > 1):
+        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
             share_finish(x, job, i)
     if job.apply != NO_WRITE:
         tasks = job.blocks * job.apply_rows * job.apply_cols

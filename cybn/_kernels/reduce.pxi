@@ -116,14 +116,25 @@ cdef void reduce_rows(
     double* out1,
     double* out2,
 ) noexcept nogil:
-    cdef T hi[TILE]
-    cdef T scale_a[TILE]
-    cdef T scale_b[TILE]
-    cdef T a[TILE]
-    cdef T b[TILE]
+    cdef T hi_array[BROAD + ROOM]
+    cdef T* hi = on_line(&hi_array[0])
+    cdef T scale_a_array[BROAD + ROOM]
+    cdef T* scale_a = on_line(&scale_a_array[0])
+    cdef T scale_b_array[BROAD + ROOM]
+    cdef T* scale_b = on_line(&scale_b_array[0])
+    cdef T a_array[BROAD + ROOM]
+    cdef T* a = on_line(&a_array[0])
+    cdef T b_array[BROAD + ROOM]
+    cdef T* b = on_line(&b_array[0])
     cdef Py_ssize_t c, i, m = t.c1 - t.c0, w = m * job.S, end = w - m
     cdef Py_ssize_t step = rows_in_sum(job), rows = (t.n1 - t.n0) // step
     cdef Py_ssize_t half = (w * step + 1) // 2
+    # Channels-last, the rows of a sweep lie far apart, as streams that memory can follow: from
+    # memory 1.4 to 2.5 times as fast as neighbouring rows.
+    cdef Py_ssize_t together = FLUSH if job.S > 1 else 4 if job.reduce == SUMS else 2
+    cdef Py_ssize_t sweeps = rows // together
+    cdef Py_ssize_t apart = sweeps if job.S == 1 else 1
+    cdef Py_ssize_t ahead = 1 if job.S == 1 else FLUSH
     if job.reduce == DOTS and job.activation != IDENTITY:
         scale_coefficients(job, t.c0, t.c1, hi + end, scale_a + end, scale_b + end)
         spread(scale_a + end, m, job.S, scale_a)
@@ -141,12 +152,13 @@ cdef void reduce_rows(
     for i in range(w * step):
         a[i] = 0
         b[i] = 0
-    for i in range(rows // FLUSH):
-        reduce_some(x, dy, job, t.n0 + i * FLUSH * step, FLUSH, step, t.c0 * job.S, w * step,
-                    half, hi, scale_a, scale_b, a, b)
-        gather_sums(job, a, b, m, step, out1 + t.c0, out2 + t.c0)
-    i = t.n0 + (rows - rows % FLUSH) * step
-    reduce_some(x, dy, job, i, rows % FLUSH, step, t.c0 * job.S, w * step,
+    for i in range(sweeps):
+        reduce_some(x, dy, job, t.n0 + i * ahead * step, together, apart * step, t.c0 * job.S,
+                    w * step, half, hi, scale_a, scale_b, a, b)
+        if (i + 1) * together % FLUSH == 0:
+            gather_sums(job, a, b, m, step, out1 + t.c0, out2 + t.c0)
+    i = t.n0 + sweeps * together * step
+    reduce_some(x, dy, job, i, rows - sweeps * together, step, t.c0 * job.S, w * step,
                 half, hi, scale_a, scale_b, a, b)
     i = t.n0 + rows * step
     reduce_some(x, dy, job, i, 1, 1, t.c0 * job.S, w * (t.n1 - i),

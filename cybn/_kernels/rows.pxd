@@ -12,16 +12,30 @@
 #   col_unscale   dy, x          dx       12
 #
 # a. TILE. Three or four vectors of w values (shift and two sums; then hi, a, k, b) have to sit in
-#    L1 beside the rows. 512 columns took 12 % more time than 1024, 2048 the same.
+#    L1 beside the rows. 512 columns took 12 % more time than 1024, 2048 the same. Channels-last,
+#    a row of up to BROAD float32 stays in one piece: split, it took 1.2 to 1.6 times as long.
 # b. Four rows a sweep: the two sums are loaded and stored once for four rows. Eight gained
 #    nothing, and rows whose stride is a multiple of 4096 bytes share one set of an 8-way L1.
+#    Channels-last, those rows lie far apart: four long streams, which memory follows; from there
+#    four neighbouring rows took 1.4 to 2.5 times as long.
 # c. FLUSH. The column sums in T collect at most FLUSH rows, then go to float64.
 
 from cybn._kernels.runs cimport T, WIDE, across, clamp, gate, unbounded
 
 cdef enum:
     TILE = 1024     # columns of a tile
+    BROAD = 2048    # the same, of plain float32 channels-last
+    ROOM = 16       # values more that an array has, to begin on a line
     FLUSH = 32      # rows between two flushes to float64
+
+
+cdef inline T* on_line(T* array) noexcept nogil:
+    """Where the first cache line of an array begins that has ROOM to spare.
+
+    gcc aligns arrays on the stack to 16 bytes; vectors of 32 that cross lines took 1.3 to 1.5
+    times as long in cache.
+    """
+    return <T*> ((<size_t> array + 63) & ~(<size_t> 63))
 
 
 cdef inline void col_sums(
@@ -186,6 +200,30 @@ cdef inline void col_scale(
             y[j] = clamp((x[j] - hi[j]) * a[j] + b[j], low, high)
 
 
+cdef inline void col_scale2(
+    const T* restrict x0,
+    const T* restrict x1,
+    T* restrict y0,
+    T* restrict y1,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict b,
+    T low,
+    T high,
+) noexcept nogil:
+    """col_scale of two rows, where y is not x."""
+    cdef Py_ssize_t j
+    if unbounded(low, high):
+        for j in range(w):
+            y0[j] = (x0[j] - hi[j]) * a[j] + b[j]
+            y1[j] = (x1[j] - hi[j]) * a[j] + b[j]
+    else:
+        for j in range(w):
+            y0[j] = clamp((x0[j] - hi[j]) * a[j] + b[j], low, high)
+            y1[j] = clamp((x1[j] - hi[j]) * a[j] + b[j], low, high)
+
+
 cdef inline void col_scale_add(
     const T* x,
     const T* r,
@@ -222,6 +260,33 @@ cdef inline void col_unscale(
         d = x[j] - hi[j]
         g = gate(dy[j], d * a[j] + scale_b[j]) if relu else dy[j]
         dx[j] = g * a[j] + d * k[j] + b[j]
+
+
+cdef inline void col_unscale2(
+    const T* restrict dy0,
+    const T* restrict dy1,
+    const T* restrict x0,
+    const T* restrict x1,
+    T* restrict dx0,
+    T* restrict dx1,
+    Py_ssize_t w,
+    const T* restrict hi,
+    const T* restrict a,
+    const T* restrict k,
+    const T* restrict b,
+    const T* restrict scale_b,
+    bint relu,
+) noexcept nogil:
+    """col_unscale of two rows, where dx is neither dy nor x."""
+    cdef Py_ssize_t j
+    cdef T d0, d1, g0, g1
+    for j in range(w):
+        d0 = x0[j] - hi[j]
+        d1 = x1[j] - hi[j]
+        g0 = gate(dy0[j], d0 * a[j] + scale_b[j]) if relu else dy0[j]
+        g1 = gate(dy1[j], d1 * a[j] + scale_b[j]) if relu else dy1[j]
+        dx0[j] = g0 * a[j] + d0 * k[j] + b[j]
+        dx1[j] = g1 * a[j] + d1 * k[j] + b[j]
 
 
 cdef inline void spread(
@@ -273,8 +338,13 @@ cdef inline void gather(
     double* restrict out,       # IO  (m,) sums of the channels
 ) noexcept nogil:
     """Add the columns of each channel to its float64 sum."""
-    cdef double part[TILE]
+    cdef double part[BROAD]
     cdef Py_ssize_t c, i
+    if s == 1 and rows == 1:
+        for c in range(m):
+            out[c] += v[c]
+            v[c] = 0
+        return
     if s == 1:
         # The rows by themselves first: beside one huge value each would be rounded off.
         for c in range(m):
