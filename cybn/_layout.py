@@ -139,17 +139,26 @@ def fold_groups(x: NDArray[Any], groups: int, last: bool) -> tuple[NDArray[Any],
     """Return `x`, whose channels are axis 1, or a copy, and its plan: (N, groups, D) or (N, S, C).
 
     Each sample must be dense to be read in place: channels before positions, in C order, or
-    positions in any order before channels. The copy is of the second kind where `last`, as the
-    caller had the channels last, else of the first. `x` is not empty.
+    positions in any order before channels. The copy keeps the order of the axes in memory, if it is
+    one of those; else it is of the second kind where `last`, as the caller had the channels last,
+    or of the first. `x` is not empty.
     """
-    plan = _row_plan(x.shape, x.strides, x.itemsize, 1, groups)
-    plan = plan or _last_plan(x.shape, x.strides, x.itemsize)
+    plan = _group_plan(x, groups)
+    if plan is None:
+        x = x.copy(order="K")
+        plan = _group_plan(x, groups)
     if plan is not None:
         return x, plan
     if not last:
         return fold_rows(x, 1, groups)
     x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     return fold_groups(x, groups, last)
+
+
+def _group_plan(x: NDArray[Any], groups: int) -> Plan | None:
+    """Return how `x` folds in place into rows of groups, or with its channels last, or None."""
+    plan = _row_plan(x.shape, x.strides, x.itemsize, 1, groups)
+    return plan or _last_plan(x.shape, x.strides, x.itemsize)
 
 
 @lru_cache(maxsize=4096)
