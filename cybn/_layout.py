@@ -65,8 +65,12 @@ def _fits(
     itemsize: int,
     order: tuple[int, ...],
     split: int,
+    rows: bool = False,
 ) -> bool:
-    """Whether an array of these strides folds in place: `split` axes of `order` into N."""
+    """Whether an array of these strides folds in place: `split` axes of `order` into N.
+
+    Where `rows`, they are rows of the family, and gaps between narrow ones do no harm.
+    """
     sizes = tuple(shape[i] for i in order)
     steps = tuple(strides[i] for i in order)
     row = _dense(sizes[split:], steps[split:], itemsize)
@@ -76,7 +80,7 @@ def _fits(
     if not outer:
         return True
     pitch = steps[outer[-1]]
-    if prod(sizes[split + 1 :]) == 1 and row <= NARROW * itemsize and pitch != row:
+    if not rows and prod(sizes[split + 1 :]) == 1 and row <= NARROW * itemsize and pitch != row:
         return False
     return (
         pitch >= row
@@ -135,24 +139,24 @@ def fold_rows(x: NDArray[Any], lead: int, groups: int) -> tuple[NDArray[Any], Pl
     return x, plan
 
 
-def fold_groups(x: NDArray[Any], groups: int, last: bool) -> tuple[NDArray[Any], Plan]:
+def fold_groups(x: NDArray[Any], groups: int, axis: int) -> tuple[NDArray[Any], Plan]:
     """Return `x`, whose channels are axis 1, or a copy, and its plan: (N, groups, D) or (N, S, C).
 
     Each sample must be dense to be read in place: channels before positions, in C order, or
-    positions in any order before channels. The copy keeps the order of the axes in memory, if it is
-    one of those; else it is of the second kind where `last`, as the caller had the channels last,
-    or of the first. `x` is not empty.
+    positions in any order before channels. `axis` is where the caller had the channels: the copy
+    keeps the order of those axes in memory, if it is one of the two; else it is of the second kind
+    where the channels were last, of the first where not. `x` is not empty.
     """
     plan = _group_plan(x, groups)
     if plan is None:
-        x = x.copy(order="K")
+        x = np.moveaxis(np.moveaxis(x, 1, axis).copy(order="K"), axis, 1)
         plan = _group_plan(x, groups)
     if plan is not None:
         return x, plan
-    if not last:
+    if axis not in (-1, x.ndim - 1):
         return fold_rows(x, 1, groups)
     x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
-    return fold_groups(x, groups, last)
+    return fold_groups(x, groups, axis)
 
 
 def _group_plan(x: NDArray[Any], groups: int) -> Plan | None:
@@ -177,7 +181,7 @@ def _row_plan(
     """Return how an array of these strides folds into rows in place, or None."""
     outer = sorted(range(lead), key=lambda i: (-strides[i], i))
     order = (*outer, *range(lead, len(shape)))
-    if not _fits(shape, strides, itemsize, order, lead):
+    if not _fits(shape, strides, itemsize, order, lead, rows=True):
         return None
     nsc = prod(shape[:lead]), groups, prod(shape[lead:]) // groups
     return Plan(order, order == tuple(range(len(order))), lead, nsc, 0)

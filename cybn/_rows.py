@@ -62,7 +62,7 @@ class Form(NamedTuple):
     run: int  # S, neighbours that share a gamma and beta
     shape: tuple[int, ...]  # of gamma and beta
     channels_first: bool  # whether the channel axis has to be moved to axis 1
-    last: bool  # whether it was the last one, after positions
+    axis: int  # which one it was, if not 1
     values: int  # of gamma and beta
 
     @property
@@ -95,7 +95,7 @@ def _layer_form(shape: tuple[int, ...], axis: int) -> Form:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
     lead = int(axis) + ndim if axis < 0 else int(axis)
     size = prod(shape[lead:])
-    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, False, size)
+    return Form(lead, prod(shape[:lead]), 1, size, 1, shape[lead:], False, 1, size)
 
 
 @lru_cache(maxsize=1024)
@@ -110,8 +110,8 @@ def _group_form(shape: tuple[int, ...], axis: int, num_groups: int) -> Form:
             f"x has shape {shape}: one value a group has no variance, and would be normalized "
             "to beta whatever it is. Give larger groups, or more positions"
         )
-    run, last = max(1, positions), axis == len(shape) - 1
-    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, last, channels)
+    run = max(1, positions)
+    return Form(1, shape[0], int(num_groups), count, run, (channels,), True, axis, channels)
 
 
 @lru_cache(maxsize=1024)
@@ -122,8 +122,8 @@ def _instance_form(shape: tuple[int, ...], axis: int) -> Form:
             f"x has shape {shape}: one position a channel has no variance, and would be "
             "normalized to beta whatever it is. Give more positions, such as (N, C, L) with L > 1"
         )
-    run, last = max(1, positions), axis == len(shape) - 1
-    return Form(1, shape[0], channels, positions, run, (channels,), True, last, channels)
+    run = max(1, positions)
+    return Form(1, shape[0], channels, positions, run, (channels,), True, axis, channels)
 
 
 def _sample_channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -164,7 +164,7 @@ def _cuts(form: Form, backward: bool, last: bool) -> tuple[int, int]:
 def _fold(x: NDArray[Any], form: Form) -> tuple[NDArray[Any], _layout.Plan]:
     """Return `x`, with its channels on axis 1, or a copy of it, and how it falls into rows."""
     if form.channels_first:
-        return _layout.fold_groups(x, form.groups, form.last)
+        return _layout.fold_groups(x, form.groups, form.axis)
     return _layout.fold_rows(x, form.lead, form.groups)
 
 

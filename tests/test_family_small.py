@@ -1,4 +1,4 @@
-"""Small forwards of the family are done in one compiled step; nobody may notice, but for the time."""
+"""Small forwards of the family are done in one compiled step; nobody may notice but by the time."""
 
 import numpy as np
 import pytest
