@@ -61,7 +61,7 @@ KINDS = {
             "misaligned(1)",
         ],
         [
-            *("test_sanitizers.py", "test_memory.py", "test_small.py", "test_running.py"),
+            *("test_sanitizers.py", "test_memory.py", "test_plain.py", "test_running.py"),
             *("test_masks.py", "test_guard_pages.py"),
             "test_half.py::test_odd_sizes",
             "test_half.py::test_rounding_to_nearest_even",

@@ -15,7 +15,7 @@ row_reduce.pxi     its sums over rows, and what becomes of them
 row_apply.pxi      its coefficients, and y or dx from them
 columns.pxd        its loops where gamma and beta change from element to element
 stream.pxd         stores that go past the caches
-plain.pxi          small calls, from their checks to the result: the one door to Python objects
+plain.pxi          plain calls, from their checks to the result: the one door to Python objects
 running.pxi        moving running statistics
 check.pxd          assertions, in debug builds alone
 host.pyx           OpenMP, CPU features, and the kind of build
