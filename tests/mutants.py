@@ -903,8 +903,8 @@ MUTANTS = [
         "functional-ddof",
         "functional.py",
         "the running variance is unbiased whatever was asked for",
-        "batch.m2, batch.count - ddof, weight)",
-        "batch.m2, batch.count - 1, weight)",
+        "batch.m2, batch.count - ddof, weight",
+        "batch.m2, batch.count - 1, weight",
         "running statistics_conventions",
     ),
     Mutant(

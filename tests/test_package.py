@@ -42,7 +42,9 @@ DOORS = {
     "_selection": {"_arguments"},
     "_statistics": {"_layout", "_arguments", "_runtime", "_selection"},
     "moments": {"_arguments", "_chunks", "_runtime", "_selection", "_statistics"},
-    "functional": {"moments", "_layout", "_arguments", "_runtime", "_selection", "_statistics"},
+    "functional": {
+        *("moments", "_layout", "_arguments", "_memory", "_runtime", "_selection", "_statistics"),
+    },
     "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
     "family": {"_rows", "moments", "_arguments", "_runtime"},
     "layers": {"family", "functional", "moments", "_arguments", "_runtime"},
