@@ -607,8 +607,8 @@ MUTANTS = [
         "plain-one-value",
         "_kernels/plain.pxi",
         "a plain call takes the variance of one value",
-        "    if job.M < 2 or job.eps == 0:",
-        "    if job.M < 1 or job.eps == 0:",
+        "    if out is None or job.M < 2 or job.eps == 0:",
+        "    if out is None or job.M < 1 or job.eps == 0:",
         "shapes errors plain",
     ),
     Mutant(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cybn
-from cybn import functional
+from cybn import _memory, _runtime, functional
 
 SHAPES = [(2, 1), (32, 16), (60, 100), (5, 3, 1), (4, 1, 9), (3, 5, 7), (2, 4, 8, 8), (1, 2, 600)]
 STEPS = ["_PLAIN_FORWARD", "_PLAIN_INFERENCE", "_PLAIN_BACKWARD"]
@@ -255,3 +255,25 @@ def test_a_layer_that_normalizes_in_its_own_way_does_so(rng):
 
     x = rng.standard_normal((6, 5)).astype(np.float32)
     assert Doubled(5)(x).tobytes() == (2 * cybn.BatchNorm(5)(x)).tobytes()
+
+
+def test_x_may_be_reshaped_while_the_result_is_made(rng):
+    """By another thread: a large result is made in Python.
+
+    NumPy frees the shape of such a rank; whoever reads it then is found by the sanitizers.
+    """
+    x = rng.standard_normal((2, 4, *[1] * 14, 16384)).astype(np.float32)
+    turned = 4, 2, *[1] * 14, 16384
+    want, moments = cybn.batch_norm(x.copy().reshape(turned))
+
+    def reshape(like):
+        x.shape = turned
+        return _memory.empty_like(like)
+
+    _runtime.kernels.connect(reshape, _runtime.thread_count)
+    try:
+        y, found = cybn.batch_norm(x)
+    finally:
+        _runtime.kernels.connect(_memory.empty_like, _runtime.thread_count)
+    assert y.tobytes() == want.tobytes()
+    assert found == moments
