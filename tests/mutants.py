@@ -609,8 +609,8 @@ MUTANTS = [
         "plain-one-value",
         "_kernels/plain.pxi",
         "a plain call takes the variance of one value",
-        "    if job.M < 2 or job.eps == 0:",
-        "    if job.M < 1 or job.eps == 0:",
+        "    if out is None or job.M < 2 or job.eps == 0:",
+        "    if out is None or job.M < 1 or job.eps == 0:",
         "shapes errors plain",
     ),
     Mutant(
@@ -934,8 +934,8 @@ MUTANTS = [
         "functional-ddof",
         "functional.py",
         "the running variance is unbiased whatever was asked for",
-        "batch.m2, batch.count - ddof, weight)",
-        "batch.m2, batch.count - 1, weight)",
+        "batch.m2, batch.count - ddof, weight",
+        "batch.m2, batch.count - 1, weight",
         "running statistics_conventions",
     ),
     Mutant(

@@ -1,10 +1,10 @@
-"""Small calls are done in one compiled step; nobody may notice, but for the time."""
+"""Plain calls are done in one compiled step; nobody may notice, but for the time."""
 
 import numpy as np
 import pytest
 
 import cybn
-from cybn import functional
+from cybn import _memory, _runtime, functional
 
 SHAPES = [(2, 1), (32, 16), (60, 100), (5, 3, 1), (4, 1, 9), (3, 5, 7), (2, 4, 8, 8), (1, 2, 600)]
 STEPS = ["_PLAIN_FORWARD", "_PLAIN_INFERENCE", "_PLAIN_BACKWARD"]
@@ -12,7 +12,7 @@ STEPS = ["_PLAIN_FORWARD", "_PLAIN_INFERENCE", "_PLAIN_BACKWARD"]
 
 @pytest.fixture
 def both_ways(monkeypatch):
-    """Return a function that calls another twice: as it is, and with small calls switched off."""
+    """Return a function that calls another twice: as it is, and with those steps switched off."""
 
     def call(function, *arguments, **options):
         taken = []
@@ -92,6 +92,19 @@ def test_same_bits_with_activations(rng, activation, both_ways):
     same(quick, long)
     same(*both_ways(cybn.batch_norm_backward, dy, x, quick[1], **options))
     same(*both_ways(cybn.batch_norm_inference_backward, dy, x, mean, var, **options))
+
+
+@pytest.mark.parametrize("beta", [np.float32, np.float64])
+@pytest.mark.parametrize("gamma", [np.float32, np.float64])
+def test_gradients_have_the_dtype_of_gamma(rng, gamma, beta, both_ways):
+    """Also beside a beta of another width."""
+    x = rng.standard_normal((6, 5)).astype(np.float32)
+    options = {"gamma": np.ones(5, gamma), "beta": np.zeros(5, beta)}
+    _, moments = cybn.batch_norm(x, **options)
+    quick, long = both_ways(cybn.batch_norm_backward, x, x, moments, **options)
+    same(quick, long)
+    assert quick[1].dtype == quick[2].dtype == gamma
+    same(*both_ways(cybn.batch_norm_inference_backward, x, x, *np.ones((2, 5)), **options))
 
 
 def test_out_may_be_an_input(rng, both_ways):
@@ -174,7 +187,6 @@ ACT = (0, 0.0)
 def test_refused_with_nothing_written(name):
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     x, mean, var, gamma, beta, out, axis = not_plain(x, v)[name]
-    out = np.empty_like(x) if out is None else out
     out[...] = 7
     more = gamma, beta, axis, 1e-5, ACT, out, None
     assert functional._PLAIN_INFERENCE(x, mean, var, *more) is None
@@ -242,3 +254,36 @@ def test_layers_take_the_short_way(rng, both_ways):
             long = forward(train)
         for a, b in zip(quick, long, strict=True):
             assert a.tobytes() == b.tobytes()
+
+
+def test_a_layer_that_normalizes_in_its_own_way_does_so(rng):
+    class Doubled(cybn.BatchNorm):
+        @staticmethod
+        def _normalize(*arguments, **options):
+            y, moments = cybn.batch_norm(*arguments, **options)
+            return 2 * y, moments
+
+    x = rng.standard_normal((6, 5)).astype(np.float32)
+    assert Doubled(5)(x).tobytes() == (2 * cybn.BatchNorm(5)(x)).tobytes()
+
+
+def test_x_may_be_reshaped_while_the_result_is_made(rng):
+    """By another thread: a large result is made in Python.
+
+    NumPy frees the shape of such a rank; whoever reads it then is found by the sanitizers.
+    """
+    x = rng.standard_normal((2, 4, *[1] * 14, 16384)).astype(np.float32)
+    turned = 4, 2, *[1] * 14, 16384
+    want, moments = cybn.batch_norm(x.copy().reshape(turned))
+
+    def reshape(like):
+        x.shape = turned
+        return _memory.empty_like(like)
+
+    _runtime.kernels.connect(reshape, _runtime.thread_count)
+    try:
+        y, found = cybn.batch_norm(x)
+    finally:
+        _runtime.kernels.connect(_memory.empty_like, _runtime.thread_count)
+    assert y.tobytes() == want.tobytes()
+    assert found == moments

@@ -185,3 +185,36 @@ def test_nan_stays_in_its_channel(batches):
     assert np.isnan([bn.running_mean[1], bn.running_var[1]]).all()
     for got, want in [(bn.running_mean, clean.running_mean), (bn.running_var, clean.running_var)]:
         np.testing.assert_array_equal(np.delete(got, 1), np.delete(want, 1))
+
+
+def unaligned(array):
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    moved = np.ndarray(array.shape, array.dtype, memory, 1)
+    moved[...] = array
+    return moved
+
+
+class Mapped(np.ndarray):
+    """As `numpy.memmap`, which is a subclass too."""
+
+
+@pytest.mark.parametrize(
+    "moved", [unaligned, lambda a: a.view(Mapped), lambda a: a.astype(a.dtype.newbyteorder())]
+)
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+def test_running_statistics_in_memory_of_any_kind(batches, moved, momentum):
+    """Unpickling may put them into unaligned memory, or map them from a file."""
+    bn, other = cybn.BatchNorm(C, momentum=momentum), cybn.BatchNorm(C, momentum=momentum)
+    for x in batches[:3]:
+        bn(x)
+        other(x)
+        mean, var, tracked = other._running
+        other._running = other._running._replace(mean=moved(mean), var=moved(var))
+        assert bn.num_batches_tracked == tracked
+    bn(batches[3])
+    other(batches[3])
+    for a, b in zip(bn._running, other._running, strict=True):
+        assert type(a) is type(b)
+        np.testing.assert_array_equal(a, b)
+    assert other.running_mean.flags.aligned
+    assert other.running_mean.dtype.isnative

@@ -157,8 +157,17 @@ cdef bint vector_of(Vector* vector, object array, Py_ssize_t channels, const Vie
     return (channels == 1 or v.strides[0] == v.item) and apart(&v, out)
 
 
-cdef object new_like(object x, const View* at_x):
-    return empty_like(x) if at_x.values < SERIAL else large_like(x)
+cdef object result(Job* job, View* at_x, View* at_y, object x, object axis, object out):
+    """Return where the result goes, `out` or a new array, and take it; None where it will not do.
+
+    A large array is made in Python, where another thread may come between and reshape x, whose
+    shape then lies elsewhere: so x is taken again.
+    """
+    if out is None:
+        out = empty_like(x) if at_x.values < SERIAL else large_like(x)
+        if not tensor(job, at_x, x, axis):
+            return None
+    return out if result_of(at_y, out, at_x) else None
 
 
 cdef int threads_for(const View* x, object num_threads) except -1:
@@ -204,9 +213,8 @@ def plain_inference(x, mean, var, gamma, beta, axis, eps, tuple act, out, num_th
         return None
     if mean is None or var is None:
         return None
+    out = result(&job, &at_x, &at_y, x, axis, out)
     if out is None:
-        out = new_like(x, &at_x)
-    if not result_of(&at_y, out, &at_x):
         return None
     if not (vector_of(&job.mean, mean, job.C, &at_y) and vector_of(&job.var, var, job.C, &at_y)
             and vector_of(&job.gamma, gamma, job.C, &at_y)
@@ -226,11 +234,10 @@ def plain_forward(x, gamma, beta, axis, eps, tuple act, out, num_threads):
     cdef double* sums
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
         return None
-    if job.M < 2 or job.eps == 0:
+    out = result(&job, &at_x, &at_y, x, axis, out)
+    if out is None or job.M < 2 or job.eps == 0:
         return None
-    if out is None:
-        out = new_like(x, &at_x)
-    if not (result_of(&at_y, out, &at_x) and vector_of(&job.gamma, gamma, job.C, &at_y)
+    if not (vector_of(&job.gamma, gamma, job.C, &at_y)
             and vector_of(&job.beta, beta, job.C, &at_y)):
         return None
     work = empty((2, job.C))
@@ -259,11 +266,12 @@ def plain_backward(
     cdef double* sums
     if not (options(&job, eps, act, num_threads) and tensor(&job, &at_x, x, axis)):
         return None
-    if mean is None or var is None or (through_statistics and (job.M < 2 or job.eps == 0)):
+    if mean is None or var is None:
         return None
-    if out is None:
-        out = new_like(x, &at_x)
-    if not (look(dy, &at_dy) and alike(&at_dy, &at_x) and result_of(&at_dx, out, &at_x)
+    out = result(&job, &at_x, &at_dx, x, axis, out)
+    if out is None or (through_statistics and (job.M < 2 or job.eps == 0)):
+        return None
+    if not (look(dy, &at_dy) and alike(&at_dy, &at_x)
             and (at_dx.data == at_dy.data or apart(&at_dx, &at_dy))):
         return None
     if not (vector_of(&job.mean, mean, job.C, &at_dx) and vector_of(&job.var, var, job.C, &at_dx)

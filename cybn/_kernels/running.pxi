@@ -13,13 +13,16 @@ cdef void move(
 def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
     """Move running statistics towards those of a batch, in float64, rounded once.
 
-    All are plain and (C,); `batch_mean` and `batch_m2` are float64, the others of one type.
-    `batch_m2` / `degrees` is the variance that is kept. Returns the new mean and variance.
+    All are (C,); `batch_mean` and `batch_m2` are float64, the others of one type. `batch_m2` /
+    `degrees` is the variance that is kept. Returns the new mean and variance; None where `mean`
+    or `var` is no plain array.
     """
     cdef Vector old_mean, old_var, of_mean, of_m2
     cdef View v
-    if var is None or batch_mean is None or batch_m2 is None or not look(mean, &v) or v.ndim != 1:
-        raise TypeError("running statistics must be plain vectors")
+    if not (look(var, &v) and look(mean, &v)):
+        return None
+    if batch_mean is None or batch_m2 is None or v.ndim != 1:
+        raise TypeError("running statistics must be vectors")
     moved = empty((2, v.values), mean.dtype)
     cdef Py_ssize_t channels = v.values
     cdef bint wide = v.item == sizeof(double)
