@@ -645,9 +645,7 @@ def _backward(
     """Check what both backwards share and call the kernel."""
     vectors, p = parameters(x.shape[axis], gamma=through.gamma, beta=through.beta)
     gamma, beta = vectors
-    dtype = _parameter_type(x)
-    if through.gamma is not None:  # as it was given: beside a float64 beta it has been widened
-        dtype = tensor("gamma", through.gamma, half=False).dtype
+    dtype = _gradient_type(through.gamma, x)
     nt = thread_count(num_threads)
     residual = None if through.residual is None else companion("residual", through.residual, x)
     mean, var = through.mean, through.var
@@ -713,9 +711,10 @@ def _check_invertible(
         )
 
 
-def _parameter_type(x: NDArray[Any]) -> np.dtype[Any]:
-    """Return the dtype of dgamma and dbeta where there is no gamma."""
-    return x.dtype if x.itemsize > 2 else np.dtype(np.float32)
+def _gradient_type(gamma: ArrayLike | None, x: NDArray[Any]) -> np.dtype[Any]:
+    """Return the dtype of dgamma and dbeta: that of gamma as it was given, or of what x is in."""
+    given = x if gamma is None else _arguments.array("gamma", gamma)
+    return np.dtype(np.float64 if given.itemsize == 8 else np.float32)
 
 
 def _no_channels(x: NDArray[Any], axis: int) -> Moments:
