@@ -247,8 +247,8 @@ MUTANTS = [
         "reduce-no-flush",
         "_kernels/reduce.pxi",
         "column sums stay in the type of x for a whole chunk",
-        "        gather_sums(job, a, b, m, step, out1 + t.c0, out2 + t.c0)\n    i = t.n0 +",
-        "    i = t.n0 +",
+        "if (i + 1) * together % FLUSH == 0:",
+        "if (i + 1) * together % FLUSH == FLUSH:",
         "accuracy exact",
     ),
     Mutant(
