@@ -912,7 +912,7 @@ MUTANTS = [
         "training may write over a part of the residual",
         "y = destination(out, x, (x, r, *vectors))\n    if x.size == 0:\n        return y, _no",
         "y = destination(out, x, (x, *vectors))\n    if x.size == 0:\n        return y, _no",
-        "activations layouts",
+        "activations layouts overlap",
     ),
     Mutant(
         "functional-two-outs",

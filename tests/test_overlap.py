@@ -211,3 +211,25 @@ def test_mask_and_weights_may_lie_in_out():
     assert y is room
     assert same_bits(y, right)
     assert again == m
+
+
+class Speaks:
+    """What is no array, but lends its memory to one."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "gamma", "beta"])
+def test_memory_that_is_lent_is_looked_at_too(name):
+    memory = np.ones(30)
+    given = {"x": np.arange(24.0).reshape(4, 6), "residual": np.ones((4, 6))}
+    given |= {"gamma": np.ones(6), "beta": np.ones(6)}
+    shape = given[name].shape
+    given[name] = Speaks(memory[: given[name].size].reshape(shape))
+    with pytest.raises(ValueError, match="out overlaps"):
+        cybn.batch_norm(**given, out=memory[3:27].reshape(4, 6))
+    assert (memory == 1).all()
