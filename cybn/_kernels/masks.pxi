@@ -160,7 +160,7 @@ cdef void masked_rows(
     cdef const T* at[4]
     cdef const T* share
     cdef Py_ssize_t r, j, k, found = 0
-    cdef bint whole = job.S == 1 and step == 1 and w <= job.C and not job.weighted
+    cdef bint whole = job.S == 1 and w <= job.C and not job.weighted
     if w == 0:
         return
     for k in range(rows):
