@@ -430,7 +430,7 @@ MUTANTS = [
         "masks-share-of-first-row",
         "_kernels/masks.pxi",
         "several rows taken as one count as the first of them does",
-        "job.S == 1 and step == 1 and w <= job.C and not job.weighted",
+        "job.S == 1 and w <= job.C and not job.weighted",
         "job.S == 1 and not job.weighted",
     ),
     Mutant(
