@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import ref
 
 from ..moments import Moments
@@ -68,11 +68,11 @@ class Trial(Generic[_Given]):
     def __enter__(self) -> _Given:
         if self._begun:
             raise RuntimeError("this context was entered before; make another one")
-        layer: Any = self._given
+        layer = cast("_Given", self._given)
         self._given = None
         _trials.set((*_running(), self))
         self._begun = True
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     def over(self) -> bool:
         """Whether the block of the trial has been left."""
