@@ -2,7 +2,7 @@
 
 A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
 fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
-table; `python tests/matrix.py FILE...` prints it, and fails if a row failed or was never run.
+table; `python tests/tools/matrix.py FILE...` prints it, and fails if a row failed or was never run.
 `pytest --row=23` runs the tests of that row alone.
 """
 

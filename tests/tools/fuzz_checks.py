@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import family_cases
 import numpy as np
 from bounds import REPEATED, ULP32, ULP64
-from conftest import bind
 from fuzz_bounds import Bounds, rows, stored, wrong
 from fuzz_cases import DTYPES, FAMILY, LEVELS, Case, values
+from levels import bind
 
 import cybn
 from cybn import reference

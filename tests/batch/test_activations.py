@@ -237,7 +237,7 @@ def test_same_bits_on_any_number_of_threads(rng, level):
 
 @pytest.mark.row(24)
 def test_levels_give_the_same_bits(rng):
-    from conftest import LEVELS
+    from levels import LEVELS
 
     from cybn import _runtime, functional
 

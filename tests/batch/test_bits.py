@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, lay, normal_case, same_bits
-from conftest import LEVELS
 from family_cases import group, layer
+from levels import LEVELS
 
 import cybn
 from cybn import _runtime, functional

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from bounds import ULP32, column, forward_bound
 from cases import AXES, DTYPES, backward_bound, exact_fill, lay, normal_case
-from conftest import LEVELS
+from levels import LEVELS
 
 import cybn
 from cybn import _runtime, functional

@@ -13,7 +13,7 @@ import pytest
 import cybn
 from cybn import _runtime
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("sanitize.py")
 
 pytestmark = pytest.mark.row(33)

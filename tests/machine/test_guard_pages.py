@@ -255,7 +255,7 @@ print("touched what is its own", flush=True)
 @pytest.mark.parametrize("access", ["ctypes.memset(address, 0, 1)", "ctypes.string_at(address, 1)"])
 @pytest.mark.parametrize(("side", "offset"), [("end", "x.nbytes"), ("start", "-1")])
 def test_the_fence_holds(side, offset, access):
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "tools")
     code = TOUCH.format(tests=tests, side=side, offset=offset, access=access, shape=(3, 7))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "touched what is its own\n", done.stderr

@@ -8,6 +8,7 @@ from bounds import worst
 from cases import same_bits
 from family_cases import (
     CASES,
+    LAYOUTS,
     Case,
     backward_bound,
     every_case,
@@ -15,6 +16,7 @@ from family_cases import (
     forward_bound,
     group,
     instance,
+    laid_out,
     layer,
     rms,
 )
@@ -182,37 +184,6 @@ def test_parameters_of_the_other_type(case, rng):
 
 
 # ---- layouts -----------------------------------------------------------------------------
-
-
-def laid_out(a):
-    """Yield views equal to `a` that lie otherwise in memory."""
-    yield "Fortran order", np.asfortranarray(a)
-    order = np.roll(np.arange(a.ndim), 1)
-    yield "axes turned", np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
-    yield (
-        "reversed",
-        np.ascontiguousarray(np.flip(a)).reshape(a.shape)[(slice(None, None, -1),) * a.ndim],
-    )
-    for axis in range(a.ndim):
-        shape = list(a.shape)
-        shape[axis] *= 2
-        room = np.full(shape, np.nan, a.dtype)
-        part = room[(slice(None),) * axis + (slice(None, None, 2),)]
-        part[...] = a
-        yield f"step 2 along axis {axis}", part
-    if a.ndim > 2:
-        turned = np.ascontiguousarray(a.swapaxes(0, 1)).swapaxes(0, 1)
-        yield "first axes swapped", turned
-    room = np.zeros(a.nbytes + 1, np.uint8)
-    off = room[1:].view(a.dtype).reshape(a.shape)
-    off[...] = a
-    yield "unaligned", off
-    yield "byte-swapped", a.astype(a.dtype.newbyteorder())
-    yield "read-only", np.broadcast_to(a, a.shape)
-
-
-LAYOUTS = [layer(6, 5, 40), layer(6, 5, 8, 3, axis=-2), rms(6, 5, 40), group(2, 5, 6, 4, 3)]
-LAYOUTS += [group(2, 5, 4, 3, 6, axis=-1), instance(5, 6, 4, 150), instance(5, 4, 6, axis=-1)]
 
 
 @pytest.mark.row(17)

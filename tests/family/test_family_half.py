@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 from bounds import worst
 from cases import same_bits
-from conftest import LEVELS, bind
-from family_cases import CASES, every_case, forward_bound, group, instance, layer, rms
-from test_family_shapes import LAYOUTS, laid_out
+from family_cases import (
+    CASES,
+    LAYOUTS,
+    every_case,
+    forward_bound,
+    group,
+    instance,
+    laid_out,
+    layer,
+    rms,
+)
+from levels import LEVELS, bind
 
 import cybn
 from cybn import _runtime

@@ -1,4 +1,4 @@
-"""Fuzz cybn against its reference: `python tests/fuzz.py --cases 300000 --seed 1`.
+"""Fuzz cybn against its reference: `python tests/tools/fuzz.py --cases 300000 --seed 1`.
 
 Case k of a seed is always the same one, so `--only K` runs it again. With `--log FILE` the count
 is kept, and a run that was stopped goes on where it was. Prints cases, failures and the seed.
@@ -8,13 +8,15 @@ import argparse
 import json
 import random
 import secrets
+import sys
 import time
 import traceback
 from pathlib import Path
 
-from conftest import bind
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from fuzz_cases import draw
 from fuzz_checks import check
+from levels import bind
 
 from cybn import _runtime
 

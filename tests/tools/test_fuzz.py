@@ -1,6 +1,6 @@
 """Any function on any shape, layout, values, flags, threads, level and out: against the reference.
 
-`fuzz_cases` draws a case, `fuzz_checks` runs it, and `python tests/fuzz.py` runs as many as asked.
+`fuzz_cases` draws a case, `fuzz_checks` runs it, `python tests/tools/fuzz.py` runs many of them.
 """
 
 import random
@@ -9,11 +9,11 @@ from collections import Counter
 
 import fuzz
 import pytest
-from conftest import bind
 from fuzz_cases import ACTIVATIONS, BATCH, DTYPES, FAMILY, KINDS, LEVELS, THREADS, draw
 from fuzz_checks import check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from levels import bind
 
 from cybn import _runtime
 
@@ -42,7 +42,9 @@ def run(cases, figure):
     figure(37, "cases", ran, how="sum")
     figure(37, "failures", len(failures), how="sum")
     figure(37, "last seed", str(seed), how="last")
-    assert not failures, f"repeat one: python tests/fuzz.py --seed {seed} --only {failures[0][0]}"
+    assert not failures, (
+        f"repeat one: python tests/tools/fuzz.py --seed {seed} --only {failures[0][0]}"
+    )
     assert ran == cases
 
 

@@ -14,7 +14,7 @@ from cybn.bench.markdown import check_page, write_page
 from cybn.bench.results import Results, merge
 from cybn.bench.tables import BLOCKS
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

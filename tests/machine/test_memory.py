@@ -141,7 +141,7 @@ thread.join()
 def test_a_small_stack_is_enough():
     """256 KiB do, for the calling thread with all of Python, and for those of OpenMP."""
     size = 256 << 10
-    code = STACK.format(tests=str(Path(__file__).parent), size=size)
+    code = STACK.format(tests=str(Path(__file__).parents[1] / "helpers"), size=size)
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env=os.environ | {"OMP_STACKSIZE": f"{size}B", "OMP_NUM_THREADS": "2"},

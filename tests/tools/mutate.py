@@ -1,11 +1,11 @@
 """Mutation testing: plant one fault at a time and see whether the tests find it.
 
-    python tests/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
+    python tests/tools/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
 
 Each fault of `mutants.py` is planted in a copy of the source tree and put to the tests: first the
 test that found it last time, then the files that are most likely to, then all others.
-tests/mutation.json keeps which test found which fault; what it holds is not done again unless asked
-for. A fault that no test finds survives, and the exit code is 1.
+tests/tools/mutation.json keeps which test found which fault; what it holds is not done again unless
+asked for. A fault that no test finds survives, and the exit code is 1.
 
 a. Kernels are built once, with all of their faults in: each waits in an `if` for its number in the
    variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are built at one
@@ -32,7 +32,8 @@ from typing import NamedTuple
 from mutants import LIKELY, MUTANTS
 from schemata import switched
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
 RESULTS = Path(__file__).with_name("mutation.json")
 MISSING = "a test that is not there"
 LIMIT = 1800  # seconds for the tests of one fault: a hang has been found, too
@@ -128,15 +129,21 @@ def planted(mutant, folder):
 # ---- testing -----------------------------------------------------------------------------
 
 
+def file_of(name):
+    """Return the test file of that name, without test_, in whichever folder it lies."""
+    (file,) = TESTS.glob(f"*/test_{name}.py")
+    return file
+
+
 def stages(mutant, known=None):
     """Return what to give pytest, one list after the other, until a test fails."""
-    everything = sorted(file.name for file in Path(__file__).parent.glob("test_*.py"))
+    everything = sorted(str(file.relative_to(ROOT)) for file in TESTS.glob("*/test_*.py"))
     named = mutant.tests or LIKELY[mutant.file]
-    likely = [f"test_{name}.py" for name in named.split()]
+    likely = [str(file_of(name).relative_to(ROOT)) for name in named.split()]
     others = [name for name in everything if name not in likely and not PEERS.search(name)]
     known = re.sub("^(crash|hang) in ", "", known or "")
     first = [[known]] if known.startswith("tests/") and "::" in known else []
-    return [*first, *([f"tests/{name}" for name in names] for names in (likely, others))]
+    return [*first, likely, others]
 
 
 def run_pytest(suite, tree, fault, tests, log):
@@ -202,9 +209,9 @@ def verdict(code, tests, output):
 
 def place(output, tests):
     """Return the test that the traceback of a dying interpreter leads to."""
-    found = re.search(r'File ".*/(test_\w+\.py)", line \d+ in (test_\w+)', output)
+    found = re.search(r'File ".*/(tests/\w+/test_\w+\.py)", line \d+ in (test_\w+)', output)
     if found:
-        return f"tests/{found[1]}::{found[2]}"
+        return f"{found[1]}::{found[2]}"
     return tests[0] if len(tests) == 1 else "an unknown test"
 
 

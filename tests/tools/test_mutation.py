@@ -1,6 +1,6 @@
 """Mutation testing: planted faults are still there to plant, and tests still find them.
 
-The full run is `python tests/mutate.py`; its outcome is tests/mutation.json.
+The full run is `python tests/tools/mutate.py`; its outcome is tests/tools/mutation.json.
 """
 
 import re
@@ -15,6 +15,7 @@ from mutate import (
     RESULTS,
     ROOT,
     check_sound,
+    file_of,
     in_kernel,
     load,
     outcome_of,
@@ -44,7 +45,7 @@ def test_can_be_planted(mutant):
     assert text.count(mutant.old) == 1
     assert mutant.new != mutant.old
     for name in (mutant.tests or LIKELY[mutant.file]).split():
-        assert Path(__file__).with_name(f"test_{name}.py").exists()
+        assert file_of(name).exists()
 
 
 def test_names_are_different():
@@ -53,7 +54,7 @@ def test_names_are_different():
 
 def test_the_last_full_run_found_enough(figure):
     results = load(RESULTS)
-    assert set(results) == {m.name for m in MUTANTS}, "run python tests/mutate.py"
+    assert set(results) == {m.name for m in MUTANTS}, "run python tests/tools/mutate.py"
     killed = sum(by is not None for by in results.values())
     figure(36, "killed of planted, last full run", f"{killed} of {len(results)}", how="last")
     assert killed >= LEAST * len(results)

@@ -1,13 +1,17 @@
-"""The figures of what docs/statistics.md promises, printed: python tests/statistics_figures.py.
+"""The figures of what docs/statistics.md promises: python tests/tools/statistics_figures.py.
 
 The tests hold the same comparisons to their bounds; this prints how near they come. Keras is
 compared on the backend of KERAS_BACKEND: masks on numpy, renormalization on torch.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
-from test_masks import FAMILIES, KINDS, batch, gathered, selection
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from mask_cases import FAMILIES, KINDS, batch, gathered, selection
 
 import cybn
 

@@ -1,8 +1,8 @@
 """Build cybn with checks compiled in, and run the tests on that build.
 
-python tests/sanitize.py address    AddressSanitizer, UndefinedBehaviorSanitizer, Cython's checks
-python tests/sanitize.py debug      Cython's bounds, None and initialization checks; assertions
-python tests/sanitize.py thread     ThreadSanitizer, on the parallel kernels
+python tests/tools/sanitize.py address  sanitizers of addresses and undefined behaviour; as debug
+python tests/tools/sanitize.py debug    Cython's bounds, None and initialization checks; assertions
+python tests/tools/sanitize.py thread   ThreadSanitizer, on the parallel kernels
 
 Each builds into a temporary folder, checks on planted faults that it would see any, and runs a
 chosen part of the suite; with --whole, all of it that does not need foreign packages. A report
@@ -24,12 +24,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "tests" / "sanitizers"
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+SOURCES = Path(__file__).with_name("sanitizers")
 ADDR_NO_RANDOMIZE = 0x0040000  # of Linux's personality()
 
 # Their packages bring compiled code that is not ours, and hundreds of MB of it.
-FOREIGN = ["torch", "keras", "peers", "onnx", "interop", "pages"]
+FOREIGN = ["*torch*", "*keras*", "*peers*", "*onnx*", "*interop*", "pages"]
 PTHREAD_OMP = "pthread_omp.so"
 NOT = "not pytorch and not fence_holds"  # a sanitizer has the last word where a page is protected
 FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # threads share work by shape
@@ -63,32 +64,35 @@ KINDS = {
             "misaligned(1)",
         ],
         [
-            *("test_sanitizers.py", "test_memory.py", "test_plain.py", "test_running.py"),
-            *("test_masks.py", "test_guard_pages.py", "test_family_small.py"),
-            "test_half.py::test_odd_sizes",
-            "test_half.py::test_rounding_to_nearest_even",
-            "test_activations.py::test_rules",
-            "test_activations.py::test_out_may_be_the_residual_or_x",
-            "test_family_shapes.py::test_every_size_of_row",
-            "test_family_shapes.py::test_every_number_of_positions",
-            "test_family_half.py::test_in_place",
+            *("tools/test_sanitizers.py", "machine/test_memory.py", "machine/test_guard_pages.py"),
+            *("batch/test_plain.py", "batch/test_masks.py", "layers/test_running.py"),
+            "family/test_family_small.py",
+            "batch/test_half.py::test_odd_sizes",
+            "batch/test_half.py::test_rounding_to_nearest_even",
+            "batch/test_activations.py::test_rules",
+            "batch/test_activations.py::test_out_may_be_the_residual_or_x",
+            "family/test_family_shapes.py::test_every_size_of_row",
+            "family/test_family_shapes.py::test_every_number_of_positions",
+            "family/test_family_half.py::test_in_place",
         ],
     ),
-    "debug": Kind({"CYBN_DEBUG": "1"}, [], {}, [], ["test_sanitizers.py", "test_shapes.py"]),
+    "debug": Kind(
+        {"CYBN_DEBUG": "1"}, [], {}, [], ["tools/test_sanitizers.py", "batch/test_shapes.py"]
+    ),
     "thread": Kind(
         {"CYBN_SANITIZE": "thread"},
         ["libtsan.so"],
         {"TSAN_OPTIONS": "exitcode=66:halt_on_error=1:ignore_noninstrumented_modules=1"},
         ["racing_sum()"],
         [
-            "test_threads.py",
-            "test_bits.py::test_streamed_training_in_and_beside_place",
-            "test_half.py::test_equals_float32_rounded",
-            "test_masks.py::test_the_same_bits_on_any_number_of_threads",
-            "test_activations.py::test_same_bits_on_any_number_of_threads",
-            "test_guard_pages.py::test_several_threads",
-            "test_family_bits.py::test_threads_and_levels",
-            "test_family_half.py::test_in_place",
+            "machine/test_threads.py",
+            "batch/test_bits.py::test_streamed_training_in_and_beside_place",
+            "batch/test_half.py::test_equals_float32_rounded",
+            "batch/test_masks.py::test_the_same_bits_on_any_number_of_threads",
+            "batch/test_activations.py::test_same_bits_on_any_number_of_threads",
+            "machine/test_guard_pages.py::test_several_threads",
+            "family/test_family_bits.py::test_threads_and_levels",
+            "family/test_family_half.py::test_in_place",
         ],
         FEW_HALVES,
     ),
@@ -148,7 +152,7 @@ def environment_of(kind, folder):
         threads = str(folder / PTHREAD_OMP)
         compile_c("pthread_omp.c", threads, kind, "-pthread")
         libraries.append(threads)
-    path = os.pathsep.join([str(folder), str(ROOT / "tests")])
+    path = os.pathsep.join([str(folder), *(str(TESTS / own) for own in ("helpers", "tools"))])
     return environment | kind.options | {"PYTHONPATH": path, "LD_PRELOAD": " ".join(libraries)}
 
 
@@ -208,11 +212,10 @@ def check_faults(kind, python, folder, environment):
 
 
 def chosen(kind, whole):
-    tests = ROOT / "tests"
     if not whole:
-        return [str(tests / name) for name in kind.tests]
-    foreign = [f"--ignore-glob={tests}/test_*{word}*.py" for word in FOREIGN]
-    return [str(tests), *foreign]
+        return [str(TESTS / name) for name in kind.tests]
+    foreign = [f"--ignore-glob={TESTS}/*/test_{name}.py" for name in FOREIGN]
+    return [str(TESTS), *foreign]
 
 
 if __name__ == "__main__":

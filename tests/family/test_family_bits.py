@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from cases import same_bits
-from conftest import LEVELS, bind
 from family_cases import CASES, every_case, every_dtype, group, instance, layer, rms
+from levels import LEVELS, bind
 
 from cybn import _runtime
 

@@ -1,0 +1,15 @@
+"""The instruction levels that the build has and the CPU runs, and how a test calls one of them."""
+
+from functools import lru_cache
+
+from cybn import _rows, _runtime, functional
+
+LEVELS = _runtime.usable_levels()
+
+kernels_at = lru_cache(_runtime.kernels_at)
+
+
+def bind(level):
+    """Call the kernels of one instruction level from now on."""
+    functional._bind(kernels_at(level, "batch_norm"))
+    _rows._bind(kernels_at(level, "layer_norm"))
