@@ -40,10 +40,20 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
 
-# Checks watch the source, which is the same at every level: one is enough, and half the time.
+# What is inline in a .pxd file is part of a hot loop, with constants that decide what is left of it.
+INLINE = ("CYTHON_INLINE", "inline __attribute__((always_inline, unused))")
+
+# Checks watch the source, which is the same at every level: one is enough, and a third of the time.
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64") and BUILD == "release":
-    LEVELS["x86_64_v3"] = ["-march=x86-64-v3"]
+    LEVELS["x86-64-v3"] = ["-march=x86-64-v3"]
+    LEVELS["x86-64-v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+# CYBN_LEVELS=x86-64-v3 builds that level alone: a third of the time, for work on a kernel.
+if wanted := os.environ.get("CYBN_LEVELS"):
+    if unknown := set(wanted.split(",")) - set(LEVELS):
+        sys.exit(f"CYBN_LEVELS has {', '.join(unknown)}; it takes {', '.join(LEVELS)}")
+    LEVELS = {level: LEVELS[level] for level in wanted.split(",")}
 
 # One wheel for every Python from 3.11 on; free-threaded builds have no limited API.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -115,12 +125,12 @@ def extensions():
     if failure("int main(void) { return 0; }", ["-Werror", CLEARING]) is None:
         common.append(CLEARING)
 
-    def extension(name, source, flags):
+    def extension(name, source, flags, macros=()):
         return Extension(
-            f"cybn._kernels.{name}",
-            [f"cybn/_kernels/{source}.pyx"],
+            f"cybn.{name}",
+            [f"cybn/{source}.pyx"],
             include_dirs=[numpy.get_include()],  # for the places of an array's fields alone
-            define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
+            define_macros=[("Py_LIMITED_API", "0x030b0000")] * ABI3 + list(macros),
             py_limited_api=ABI3,
             extra_compile_args=common + flags,
             extra_link_args=linking + openmp,
@@ -130,16 +140,21 @@ def extensions():
         folder = f"{FOLDER}/{folder}"
         return cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
 
-    host = extension("host", "host", [])
-    host.define_macros.append(("CYBN_BUILD", f'"{BUILD}"'))
-    yield from translated([host], "host")
+    host = extension("_kernels.host", "_kernels/host", [], [("CYBN_BUILD", f'"{BUILD}"')])
+    plain = extension("_kernels.plain", "_kernels/plain", [])
+    calls = extension("_dispatch.calls", "_dispatch/calls", [])
+    yield from translated([host, plain, calls], "shared")
     for level, flags in LEVELS.items():
         why = failure("int main(void) { return 0; }", flags)
         if why is not None:
             warn(f"The compiler knows no {level}: built without that level.", why)
             continue
-        modules = [extension(f"{kernel}_{level}", kernel, flags) for kernel in KERNELS]
-        yield from translated(modules, level)
+        folder = level.replace("-", "_")
+        modules = [
+            extension(f"_kernels.{kernel}_{folder}", f"_kernels/{kernel}", flags, [INLINE])
+            for kernel in KERNELS
+        ]
+        yield from translated(modules, folder)
 
 
 setup(

@@ -44,7 +44,7 @@ from .layers import (
     Renorm,
     RMSNorm,
 )
-from .moments import Moments
+from ._moments import Moments
 from .population import population_statistics
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from math import isfinite
+from math import isfinite, prod
 from operator import index
 from typing import Any
 
@@ -21,8 +21,9 @@ _MOST_AXES = 64  # of an array: lists nested deeper are none
 
 _OPTIONAL = ("gamma", "beta")
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
-_PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: _F32, 8: _F64}
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (F32, F64)}
+_PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: F32, 8: F64}
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -71,7 +72,7 @@ def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:
     if type(value) is not np.ndarray:
         value = array(name, value)
     dtype = value.dtype
-    if dtype is not _F32 and dtype is not _F64:
+    if dtype is not F32 and dtype is not F64:
         value = _converted(name, value, half)
     if not value.flags.aligned:
         value = value.copy(order="K")
@@ -148,9 +149,16 @@ def check_eps(eps: float, least: float | None = None) -> None:
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:
     """Return `axis` counted from the front; `x` must have at least 2 axes."""
-    ndim = x.ndim
+    return channel_axis_of(x.shape, axis)
+
+
+def channel_axis_of(shape: tuple[int, ...], axis: int) -> int:
+    """Return `axis` counted from the front, of an x of this shape."""
+    ndim = len(shape)
     if ndim < 2:
-        raise ValueError(f"x has shape {x.shape}; it must have at least 2 axes, such as (N, C)")
+        raise ValueError(f"x has shape {shape}; it must have at least 2 axes, such as (N, C)")
+    if isinstance(axis, bool):
+        raise TypeError(f"axis is {axis}; it must be an int")
     axis = integer("axis", axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}; x has {ndim} axes, so it must be in {-ndim}..{ndim - 1}")
@@ -200,14 +208,50 @@ def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str
                     f"{name} has shape {value.shape}; it must have shape ({channels},), "
                     "one value a channel"
                 )
-            if value.dtype is _F64:
+            if value.dtype is F64:
                 char = "d"
         arrays.append(value)
-    dtype = _F32 if char == "f" else _F64
+    dtype = F32 if char == "f" else F64
     for i, value in enumerate(arrays):
         if value is not None and (value.dtype is not dtype or value.strides != (dtype.itemsize,)):
             arrays[i] = np.ascontiguousarray(value, dtype)
     return arrays, char
+
+
+def check_destination(name: str, out: Any, x: NDArray[Any]) -> None:
+    """Refuse an `out` that a result like `x` cannot be written to."""
+    if not isinstance(out, np.ndarray) or is_masked(out):
+        raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
+    if out.shape != x.shape:
+        raise ValueError(f"{name} has shape {out.shape}; it must have the shape of x, {x.shape}")
+    if out.dtype != x.dtype:
+        raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only; give an array that may be written to")
+    if shares_places(out):
+        raise ValueError(
+            f"{name} has strides {out.strides}, with several of its values at one place in memory; "
+            "give an array whose values lie apart, such as np.empty_like(x)"
+        )
+
+
+def shares_places(array: NDArray[Any]) -> bool:
+    """Whether two values of an array may lie at one place in memory."""
+    span = array.itemsize
+    for stride, size in sorted((abs(t), n) for t, n in zip(array.strides, array.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                break
+            span += stride * (size - 1)
+    else:
+        return False
+    if array.size > _MOST_WORK:
+        return True  # nobody means such strides; finding out would take longer than a copy
+    offsets = np.zeros(1, np.intp)
+    for stride, size in zip(array.strides, array.shape, strict=True):
+        offsets = np.add.outer(offsets, np.arange(size) * stride).ravel()
+    offsets.sort()
+    return bool((np.diff(offsets) < array.itemsize).any())
 
 
 def destination(
@@ -220,14 +264,7 @@ def destination(
     """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
     if out is None:
         return empty_like(x)
-    if not isinstance(out, np.ndarray) or is_masked(out):
-        raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
-    if out.shape != x.shape:
-        raise ValueError(f"{name} has shape {out.shape}; it must have the shape of x, {x.shape}")
-    if out.dtype != x.dtype:
-        raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
-    if not out.flags.writeable:
-        raise ValueError(f"{name} is read-only; give an array that may be written to")
+    check_destination(name, out, x)
     apart(out, *inputs, name=name, may_be_input=may_be_input)
     return out
 
@@ -267,3 +304,52 @@ def _overlap(out: NDArray[Any], array: NDArray[Any], unless_same: bool) -> bool:
         return not same and np.shares_memory(out, array, _MOST_WORK)
     except TooHardError:
         return True
+
+
+def check_batch(shape: tuple[int, ...], axis: int, positions: Any, least: int) -> None:
+    """Refuse a batch of which fewer than `least` values a channel count."""
+    size = prod(shape)
+    if positions is not None and positions.number < least and size:
+        raise ValueError(
+            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values "
+            f"a channel; at least {least} must count, as one value has no variance. Train with "
+            "more values a channel, or normalize with running statistics: eval() on a layer that "
+            "has them, or batch_norm_inference"
+        )
+    count = size // shape[axis] if shape[axis] else least
+    if count == 0:
+        raise ValueError(f"x has shape {shape}: it has no values to take statistics of")
+    if count < least:
+        raise ValueError(
+            f"x has shape {shape}: one value a channel has no variance, and would be "
+            "normalized to beta whatever it is. Train with more values a channel, or normalize "
+            "with running statistics: eval() on a layer that has them, or batch_norm_inference"
+        )
+
+
+def check_count(count: Any, need: Any, size: int) -> None:
+    """Refuse moments that are not those of x: of another count."""
+    if size and (isinstance(count, np.ndarray) or count != need):
+        raise ValueError(
+            f"moments has count {count}; a channel of x has {need} values. "
+            "Give the Moments that batch_norm returned for this x, and the same mask, weights "
+            "and lengths"
+        )
+
+
+def check_invertible(
+    gamma: NDArray[Any] | None, activation: str | None, slope: float, residual: Any
+) -> None:
+    """Refuse to compute gradients from y where y does not tell what xhat was."""
+    if residual is not None:
+        raise ValueError("residual is given; from_output works without one")
+    if activation is not None and not (activation == "leaky_relu" and slope > 0):
+        raise ValueError(
+            "from_output needs an activation with an inverse: None, or leaky_relu with a positive "
+            "slope. Keep x, and give that"
+        )
+    if gamma is not None and not np.all(gamma):
+        raise ValueError(
+            f"gamma is 0 in channel {np.flatnonzero(gamma == 0)[0]}: y does not tell what x was. "
+            "Keep x, and give that"
+        )

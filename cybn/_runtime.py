@@ -51,7 +51,7 @@ def compiled_levels() -> list[str]:
 
 def supported_levels() -> list[str]:
     """Return the levels this CPU runs, lowest first."""
-    return ["baseline", "x86-64-v3"] if host.has_v3() else ["baseline"]
+    return ["baseline"] + ["x86-64-v3"] * host.has_v3() + ["x86-64-v4"] * host.has_v4()
 
 
 def usable_levels() -> list[str]:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import array, tensor
 
-__all__ = ["SCALE_THEM", "Positions", "Selection", "choose", "select"]
+__all__ = ["SCALE_THEM", "Positions", "Selection", "choose", "select", "shares_of"]
 
 
 SCALE_THEM = "scale them all, which changes no result but the count"
@@ -101,6 +101,30 @@ def choose(
     if not isfinite(sum_of):
         raise ValueError(f"weights sum to {sum_of}; {SCALE_THEM}")
     return Positions(shares, int(np.count_nonzero(shares)), sum_of)
+
+
+def shares_of(
+    positions: Positions, order: tuple[int, ...], n: int, s: int, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[np.intp], float, bool]:
+    """Return what the kernels have to know of the positions that count.
+
+    How often each does, (N, S) of `dtype`, for axes that lie in memory in this order; the places of
+    eight that count; the sum; whether they are weights.
+    """
+    given = positions.shares.transpose(order).reshape(n, s)
+    with np.errstate(all="ignore"):
+        shares: NDArray[Any] = np.array(given, dtype, order="C")
+    weighted = given.dtype != np.bool_
+    if weighted and not np.array_equal((shares > 0) & np.isfinite(shares), given > 0):
+        raise ValueError(
+            f"weights lie in {given[given > 0].min()}..{given.max()}, which {shares.dtype} cannot "
+            f"hold; {SCALE_THEM}"
+        )
+    found = np.flatnonzero(shares)
+    if not found.size:  # then there are no statistics to take
+        found = np.zeros(1, np.intp)
+    eighths = np.arange(8) * found.size // 8 + found.size // 16
+    return shares, found[eighths], float(shares.sum(dtype=np.float64)), weighted
 
 
 def _fitting(shape: tuple[int, ...], axis: int) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _rows
-from ._arguments import apart, gradient_pair, tensor
-from .moments import Moments
+from . import _dispatch
+from ._arguments import integer_from, tensor
+from ._dispatch.forms import Form
+from ._moments import Moments
 
 __all__ = [
     "group_norm",
@@ -99,11 +100,10 @@ def layer_norm(
     (array([[-1.,  1.],
            [ 0.,  0.]]), array([2., 2.]))
     """
-    apart(out, x, gamma, beta)
-    x = tensor("x", x)
-    form = _rows.layer_form(x, axis)
-    y, found = _rows.normalize(x, form, gamma, beta, -1, eps, True, out, num_threads)
-    return y, _rows.moments_of(form, found)
+    y, mean, m2, form = _dispatch.normalize_rows(
+        x, axis, None, gamma, beta, eps, True, out, num_threads
+    )
+    return y, Moments._of_frozen(form.size, mean, m2)
 
 
 def layer_norm_backward(
@@ -148,10 +148,11 @@ def layer_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
     """
-    apart(out, dy, x, gamma)
-    dy, x = gradient_pair(dy, x)
-    form = _rows.layer_form(x, axis)
-    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    gradients = _dispatch.normalize_rows_backward(
+        dy, x, axis, None, _rows_of, moments, gamma, eps, True, out, num_threads
+    )
+    return gradients
 
 
 # ---- RMS normalization -------------------------------------------------------------------
@@ -203,11 +204,9 @@ def rms_norm(
     >>> y.round(6), mean_square
     (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
     """
-    apart(out, x, gamma)
-    x = tensor("x", x)
-    form = _rows.layer_form(x, axis)
-    eps = _rows.rms_eps(x, eps)
-    y, (_, squares) = _rows.normalize(x, form, gamma, None, -1, eps, False, out, num_threads)
+    y, _, squares, form = _dispatch.normalize_rows(
+        x, axis, None, gamma, None, eps, False, out, num_threads
+    )
     return y, squares / max(1, form.size)
 
 
@@ -245,19 +244,8 @@ def rms_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward`.
     """
-    apart(out, dy, x, mean_square, gamma)
-    dy, x = gradient_pair(dy, x)
-    form = _rows.layer_form(x, axis)
-    eps = _rows.rms_eps(x, eps)
-    squares = tensor("mean_square", mean_square, half=False).astype(np.float64, copy=False)
-    if squares.shape != (form.rows,):
-        raise ValueError(
-            f"mean_square has shape {squares.shape}; it must have shape ({form.rows},), "
-            "one value a sample: give what rms_norm returned for this x"
-        )
-    statistics = np.zeros(form.rows), squares * form.size
-    dx, dgamma, _ = _rows.gradients(
-        dy, x, form, statistics, gamma, None, eps, False, out, num_threads
+    dx, dgamma, _ = _dispatch.normalize_rows_backward(
+        dy, x, axis, None, _squares_of, mean_square, gamma, eps, False, out, num_threads
     )
     return dx, dgamma
 
@@ -320,11 +308,10 @@ def group_norm(
     >>> y.round(6), m.mean
     (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
     """
-    apart(out, x, gamma, beta)
-    x = tensor("x", x)
-    form = _rows.group_form(x, axis, num_groups)
-    y, found = _rows.normalize(x, form, gamma, beta, axis, eps, True, out, num_threads)
-    return y, _rows.moments_of(form, found)
+    y, mean, m2, form = _dispatch.normalize_rows(
+        x, axis, integer_from("num_groups", num_groups), gamma, beta, eps, True, out, num_threads
+    )
+    return y, Moments._of_frozen(form.size, mean, m2)
 
 
 def group_norm_backward(
@@ -360,10 +347,11 @@ def group_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
     """
-    apart(out, dy, x, gamma)
-    dy, x = gradient_pair(dy, x)
-    form = _rows.group_form(x, axis, num_groups)
-    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    gradients = _dispatch.normalize_rows_backward(
+        dy, x, axis, integer_from("num_groups", num_groups), _rows_of, moments, gamma, eps, True, out, num_threads
+    )
+    return gradients
 
 
 # ---- instance normalization --------------------------------------------------------------
@@ -414,11 +402,10 @@ def instance_norm(
     (array([[[-1.,  1.],
             [-1.,  1.]]]), array([2., 7.]))
     """
-    apart(out, x, gamma, beta)
-    x = tensor("x", x)
-    form = _rows.instance_form(x, axis)
-    y, found = _rows.normalize(x, form, gamma, beta, axis, eps, True, out, num_threads)
-    return y, _rows.moments_of(form, found)
+    y, mean, m2, form = _dispatch.normalize_rows(
+        x, axis, 0, gamma, beta, eps, True, out, num_threads
+    )
+    return y, Moments._of_frozen(form.size, mean, m2)
 
 
 def instance_norm_backward(
@@ -453,7 +440,39 @@ def instance_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
     """
-    apart(out, dy, x, gamma)
-    dy, x = gradient_pair(dy, x)
-    form = _rows.instance_form(x, axis)
-    return _rows.backward(dy, x, form, moments, gamma, axis, eps, out, num_threads)
+    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    gradients = _dispatch.normalize_rows_backward(
+        dy, x, axis, 0, _rows_of, moments, gamma, eps, True, out, num_threads
+    )
+    return gradients
+
+
+# ---- shared ------------------------------------------------------------------------------
+
+
+def _rows_of(form: Form, moments: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and M2 of the rows of x; an error where these are not its moments."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments is of type {type(moments).__name__}; it must be the Moments that the "
+            "forward returned for x"
+        )
+    if (len(moments), moments.count) != (form.rows, form.size):
+        raise ValueError(
+            f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
+            f"{form.size}. Give the Moments that the forward returned for this x"
+        )
+    return moments.mean, moments.m2
+
+
+def _squares_of(
+    form: Form, mean_square: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and sum of squares of the rows of x; an error where these are not its own."""
+    squares = tensor("mean_square", mean_square, half=False).astype(np.float64, copy=False)
+    if squares.shape != (form.rows,):
+        raise ValueError(
+            f"mean_square has shape {squares.shape}; it must have shape ({form.rows},), "
+            "one value a sample: give what rms_norm returned for this x"
+        )
+    return np.zeros(form.rows), squares * form.size

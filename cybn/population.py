@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .layers import BatchNorm
 from .layers._trials import Trial
-from .moments import Moments, Progress
+from ._moments import Moments, Progress
 
 __all__ = ["population_statistics"]
 

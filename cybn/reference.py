@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .moments import Moments
+from ._moments import Moments
 
 __all__ = [
     "batch_norm",

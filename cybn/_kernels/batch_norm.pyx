@@ -6,580 +6,748 @@
 #
 #   operation            reduce            finish             apply
 #   statistics           sums of x         mean, m2           -
-#   forward              sums of x         mean, m2           y  = f((x - hi) * a + b + residual)
-#   inference            -                 -                  y  = f((x - hi) * a + b + residual)
+#   forward              sums of x         mean, m2           y  = f((x - hi) * a + z + residual)
+#   inference            -                 -                  y  = f((x - hi) * a + z + residual)
 #   backward             dots of g, x      dbeta, dgamma      dx = g * a + (x - hi) * k + b
 #   inference_backward   dots of g, x      dbeta, dgamma      dx = g * a
 #
-# f is the activation, z what it is given, and g = dy f'(z), with z computed again from x.
+# f is the activation, and g = dy f'(what f was given).
 #
-# a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory,
-#    8 where the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. A residual
-#    adds 4 forward; backward, reduce reads it and writes its gradient, which apply then reads in
-#    place of dy: 28 or 20. Half types: half of all of that.
-# b. Owned. A thread owns a block of channels and takes it through all three steps. One
-#    parallel region, no barrier, and the second look comes from the core's own cache: the
-#    block is sized so that it fits L2, and apply walks N backwards, over the lines touched last.
-# c. Shared. With fewer channels than threads could own, or channels-last, each step is a
-#    parallel loop over tiles of (chunk of N and S) x (block of channels).
-# d. The same bits. A channel's sums are taken chunk by chunk and merged in chunk order. Chunks
-#    depend on (N, C, S) alone. Blocks and schedules follow the machine: they move whole
-#    channels about, never the order inside one.
-# e. Pivot. Sums are centred on the mean of SAMPLES values spread over the channel. Where that
-#    turns out too far from the mean, or squares left the range of T, finish sums that channel
-#    again in float64 (docs/math.md, 6.2).
-# f. Composition. Half types, activations and residuals are stages on pieces in L1 (stages.pxi);
-#    no loop is written twice for any of them. Jobs with stages take narrower tiles of rows.
-# g. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into b: the
-#    error of y does not grow with |mean| / std.
+# a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory, 8 where
+#    the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. Half types: half.
+# b. Owned. A thread owns a block of channels and takes it through all three steps, in one parallel
+#    region without a barrier. Apply walks N backwards, over the lines touched last.
+# c. Shared. With fewer channels than threads could own, or channels-last, each step is a parallel
+#    loop over tiles of (chunk of N and S) x (block of channels), in one region.
+# d. The same bits. A channel's sums are taken chunk by chunk and merged in chunk order. Chunks depend
+#    on (N, C, S) alone. Blocks and schedules follow the machine: they move whole channels about,
+#    never the order inside one.
+# e. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into z: the error
+#    of y does not grow with |mean| / std (docs/math.md, 6.4).
 
-from cython.parallel cimport prange
+from cpython.pycapsule cimport PyCapsule_New
+from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, sqrt
-from libc.stdint cimport uint16_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from cybn._kernels.activate cimport (
-    IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation, activate, add, chain,
-    invert)
+from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
 from cybn._kernels.check cimport check
-from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
-from cybn._kernels.pairs cimport (
-    col_dot_pairs, col_scale_pairs, col_sum_pairs, col_unscale_pairs, dot_pairs, scale_pairs,
-    sum_pairs, unscale_pairs, unzip, zip_up)
-from cybn._kernels.rows cimport (
-    BROAD, FLUSH, ROOM, TILE, col_dots, col_dots2, col_dots2_add, col_dots_add, col_scale,
-    col_scale2, col_scale_add, col_sums, col_sums4, col_unscale, col_unscale2, gather, on_line,
-    repeat, spread)
-from cybn._kernels.runs cimport (
-    LANES, PIECE, RUN_APPLY, RUN_MIN, T, WIDE, across, add_lanes, dots, dots_add, dots_of, flush,
-    scale, scale_add, sums, sums_of, unscale)
-from cybn._kernels.stream cimport stream, stream_end
-from cybn._kernels.strips cimport (
-    SCALE_COLUMNS, SCALE_RUN, UNSCALE_COLUMNS, UNSCALE_RUN, Terms, col_dot_strips,
-    col_sum_strips, strips)
+from cybn._kernels.lanes cimport (
+    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear, gather,
+    on_line, spread, stream_end)
+from cybn._kernels.loops cimport (
+    A, B, COEFFICIENTS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, dot_columns,
+    dot_run, lanes_of, scale, sum_columns, sum_run, unscale)
+from cybn._kernels.problem cimport (
+    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
+    SCALE, SCALE_DY, STAGED, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem, Route, Rows,
+    Tiling, Vector, ceiling, route_of, tiling_of)
+from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
+from cybn._kernels.statistics cimport add_wide, pivot_of, sample_of, settle, settled
 
 cdef enum:
-    SAMPLES = 8             # values whose mean is the pivot
-    BLOCK = 32              # most channels of a block of runs
-    GROUP = 16384           # elements that apply walks upwards, between its steps downwards
-    # Columns up to which several channels-last rows are taken as one, where they are dense. As
-    # that sets the order of sums, rows of up to half of SUM_ROW must be dense (_layout.NARROW).
-    SUM_ROW = 64
-    APPLY_ROW = 256
-    CHUNK = 65536           # values that one chunk of a channel has, about
-    RUN_TO_ROWS = 32        # N below S / RUN_TO_ROWS is few rows
-    MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
     PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
     VECTOR = 64             # channels whose coefficients are computed together
-    SERIAL = 65536          # elements below which one thread is faster than two
+    GROUP = 16384           # elements that apply walks upwards, between its steps downwards
 
-cdef enum Reduce:
-    NO_SUMS
-    SUMS                    # of x and x * x
-    DOTS                    # of dy and dy * x
-
-cdef enum Apply:
-    NO_WRITE
-    SCALE                   # x to y
-    SCALE_DY                # dy to dx, statistics fixed
-    UNSCALE                 # dy and x to dx, through the statistics
-
-cdef struct Vector:         # (C,) of either float type, or absent
-    const void* data
-    bint wide               # float64
-
-cdef struct Job:
-    Reduce reduce
-    Apply apply
-    Storage storage         # of x, dy, y, residual and dresidual
-    Py_ssize_t item         # bytes of an element of those
-    Activation activation
-    double slope            # of leaky_relu
-    double low, high        # what relu and relu6 clamp to; else infinite
-    bint inverse            # x is y, which was written over it; mean is beta
-    Py_ssize_t N, C, S
-    Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
-    const void* residual
-    Py_ssize_t residual_row
-    void* dresidual
-    Py_ssize_t dresidual_row
-    Vector mean, var        # var is m2 where count is the number of values
-    Vector gamma, beta
-    double M                # values a channel, or the sum of their shares
-    double count, eps       # count: what var is to be divided by
-    const void* share       # (N, S) of T: how often each value counts; NULL: each once
-    const Py_ssize_t* places    # (SAMPLES,) values that count, as n * S + s
-    bint weighted           # shares are not just 0 and 1
-    bint zeroed             # what does not count is 0 in y or dx
-    double* sums            # (2 * chunks, C): of chunk k in rows 2k, 2k + 1; results in 0 and 1
-    double* pivot           # (C,)
-    Py_ssize_t chunk_rows, chunk_cols   # chunks of N, and of S
-    Py_ssize_t apply_rows, apply_cols   # the same for apply, shared
-    Py_ssize_t block, blocks            # channels a block, number of blocks
-    int threads
-    bint owned
-    bint runs               # the loops of reduce are those of runs, not of rows
-    bint apply_runs         # the same for apply
-    bint gated              # the plain loops of backward go through relu
-    bint added              # the plain loops of reduce add a residual and go through relu
-    bint staged             # more than the plain loops is to be done
-    bint paired_sums        # bfloat16 is widened and summed in one loop
-    bint paired             # bfloat16 goes from x to y, or from dy and x to dx, in one loop
-    bint strip_sums         # float16 likewise
-    bint strips             # float16 likewise
-    bint stream             # y goes past the caches
-    bint buffered           # y is computed in L1 before it goes anywhere
-
-cdef struct Tile:           # channels c0..c1 of rows n0..n1, columns s0..s1
+cdef struct Tile:           # channels c0..c1 of rows n0..n1, positions s0..s1
     Py_ssize_t c0, c1, n0, n1, s0, s1
 
-# What Python has to know of these numbers.
-SMALL = SERIAL
-NARROW = SUM_ROW // 2
+cdef struct Job:
+    const Problem* p
+    Tiling t
+    Route r
+
+cdef Caches caches
+caches.l2, caches.l3 = 512 << 10, 32 << 20
 
 
-cdef inline Py_ssize_t chunks_of(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
-    """In how many chunks a channel is summed: of the shape alone, as the bits depend on it.
-
-    Channels-last (S = 1) is cut by rows for the sake of all C channels at once; else a channel is
-    cut by rows of N, and where N has too few of those, along S as well.
-    """
-    cdef Py_ssize_t chunks, rows
-    if s == 1:
-        return max(1, min(MOST_CHUNKS, min(n * c // CHUNK, n // 64)))
-    chunks = max(1, min(MOST_CHUNKS, n * s // CHUNK))
-    rows = min(n, chunks)
-    return rows * max(1, chunks // rows)
-
-
-def count_chunks(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s):
-    """In how many chunks each channel of (n, c, s) is summed."""
-    return chunks_of(n, c, s)
-
-
-cdef Py_ssize_t l2_bytes = 512 << 10
-cdef Py_ssize_t l3_bytes = 32 << 20
-
-
-def set_caches(Py_ssize_t l2, Py_ssize_t l3):
-    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
-    global l2_bytes, l3_bytes
-    l2_bytes = l2
-    l3_bytes = l3
-
-
-include "storage.pxi"
-include "masks.pxi"
-include "stages.pxi"
-include "reduce.pxi"
-include "apply.pxi"
-
-
-# ---- who does what -----------------------------------------------------------------------
-
-cdef inline Tile tile(
+cdef inline Tile tile_of(
     const Job* job, Py_ssize_t block, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t i
 ) noexcept nogil:
     """Tile i of rows x cols of a block of channels."""
     cdef Tile t
     cdef Py_ssize_t row = i // cols, col = i % cols
-    t.c0 = block * job.block
-    t.c1 = min(t.c0 + job.block, job.C)
-    t.n0 = row * job.N // rows
-    t.n1 = (row + 1) * job.N // rows
-    t.s0 = col * job.S // cols
-    t.s1 = (col + 1) * job.S // cols
-    check(0 <= t.c0 < t.c1 <= job.C and t.n0 < t.n1 <= job.N and t.s0 < t.s1 <= job.S)
+    t.c0 = block * job.t.block
+    t.c1 = min(t.c0 + job.t.block, job.p.C)
+    t.n0 = row * job.p.N // rows
+    t.n1 = (row + 1) * job.p.N // rows
+    t.s0 = col * job.p.S // cols
+    t.s1 = (col + 1) * job.p.S // cols
+    check(0 <= t.c0 < t.c1 <= job.p.C and t.n0 < t.n1 <= job.p.N and t.s0 < t.s1 <= job.p.S)
     return t
 
 
-cdef void own_block(
-    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t block
+# ---- coefficients: a value a channel -----------------------------------------------------
+
+cdef inline void load(
+    const Vector* v, Py_ssize_t c, Py_ssize_t n, double absent, double* restrict out
 ) noexcept nogil:
+    """Widen v[c:c + n] into out."""
+    cdef Py_ssize_t i
+    if v.data == NULL:
+        for i in range(n):
+            out[i] = absent
+    elif v.wide:
+        for i in range(n):
+            out[i] = (<const double*> v.data)[c + i]
+    else:
+        for i in range(n):
+            out[i] = (<const float*> v.data)[c + i]
+
+
+cdef inline void load_xhat_scale(
+    const Problem* p, Py_ssize_t c, Py_ssize_t n, double* restrict r
+) noexcept nogil:
+    """What x - mean is multiplied by to give xhat; what z - beta is, where x was written over."""
+    cdef Py_ssize_t i
+    if p.inverse:
+        load(&p.gamma, c, n, 1, r)
+        for i in range(n):
+            r[i] = 1 / r[i]
+    else:
+        load(&p.var, c, n, 0, r)
+        for i in range(n):
+            r[i] = 1 / sqrt(r[i] / p.count + p.eps)
+
+
+cdef inline void scale_terms(
+    const Problem* p, Py_ssize_t c, Py_ssize_t n,
+    T* restrict co,             # OUT HI, A and Z of channels c..c + n
+) noexcept nogil:
+    """(x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + z."""
+    cdef double mean[VECTOR]
+    cdef double r[VECTOR]
+    cdef double beta[VECTOR]
+    cdef double gamma[VECTOR]
+    cdef Py_ssize_t i
+    load(&p.mean, c, n, 0, mean)
+    load(&p.var, c, n, 0, r)
+    load(&p.gamma, c, n, 1, gamma)
+    load(&p.beta, c, n, 0, beta)
+    for i in range(n):
+        r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
+        co[HI + i] = <T> mean[i]
+        co[A + i] = <T> r[i]
+        mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
+        co[Z + i] = <T> (beta[i] - r[i] * mean[i] if mean[i] != 0 else beta[i])
+
+
+cdef inline void unscale_terms(
+    const Problem* p, Py_ssize_t c, Py_ssize_t n,
+    T* restrict co,             # OUT HI, A, K and B of channels c..c + n
+) noexcept nogil:
+    """r gamma (g - dbeta / M - xhat dgamma / M), as g * a + (x - hi) * k + b."""
+    cdef double mean[VECTOR]
+    cdef double r[VECTOR]
+    cdef double gamma[VECTOR]
+    cdef double xhat[VECTOR]
+    cdef double slope
+    cdef Py_ssize_t i
+    load(&p.mean, c, n, 0, mean)
+    load(&p.var, c, n, 0, r)
+    load(&p.gamma, c, n, 1, gamma)
+    load_xhat_scale(p, c, n, xhat)
+    for i in range(n):
+        r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
+        slope = -r[i] * xhat[i] * p.sums[p.C + c + i] / p.M
+        co[HI + i] = <T> mean[i]
+        co[A + i] = <T> r[i]
+        co[K + i] = <T> slope
+        co[B + i] = <T> (-r[i] * p.sums[c + i] / p.M - slope * (mean[i] - <T> mean[i]))
+
+
+cdef void coefficients(
+    const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, T* co
+) noexcept nogil:
+    """What the loops of a pass need of channels c0..c0 + m: the first sums, the second writes."""
+    cdef const Problem* p = job.p
+    cdef const double* shift = p.sums + 2 * p.chunks * p.C
+    cdef Py_ssize_t v, n, i
+    for v in range(ceiling(m, VECTOR)):
+        n = min(VECTOR, m - v * VECTOR)
+        if first and p.reduce == SUMS:
+            for i in range(n):
+                co[HI + i] = <T> shift[c0 + i]
+        else:
+            if not first and p.apply == UNSCALE:
+                unscale_terms(p, c0, n, co)
+            if first or p.apply != UNSCALE or p.activation != IDENTITY:
+                scale_terms(p, c0, n, co)
+            if p.apply == SCALE_DY:     # dx as scale has y, of dy: (dy - 0) * a + 0
+                for i in range(n):
+                    co[K + HI + i] = 0
+                    co[K + A + i] = co[A + i]
+                    co[K + Z + i] = 0
+        co += n
+        c0 += n
+
+
+cdef void columns_of(
+    const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t times, T* co
+) noexcept nogil:
+    """The coefficients of m * S columns, `times` times: computed at the end, spread from there."""
+    cdef Py_ssize_t slot, end = m * job.p.S - m
+    coefficients(job, first, c0, m, co + end)
+    for slot in range(6):
+        spread(co + slot * ROOM, m, job.p.S, times)
+
+
+cdef void kinks(const Problem* p, T* kink) noexcept nogil:
+    """Where a piecewise-linear activation bends, and its slopes beyond."""
+    kink[0] = -3 if p.activation == HARDSWISH else 0
+    kink[1] = 3 if p.activation == HARDSWISH else (6 if p.activation == RELU6 else INFINITY)
+    kink[2] = <T> p.slope if p.activation == LEAKY_RELU else 0
+    kink[3] = 0 if p.activation == RELU6 else 1
+
+
+# ---- reduce ------------------------------------------------------------------------------
+
+cdef Piece first_piece(
+    const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
+) noexcept nogil:
+    """Values i..i + m of row n for the loops of the first pass, by stages."""
+    cdef const Problem* p = job.p
+    cdef Piece piece
+    cdef const T* w
+    if p.reduce == DOTS:
+        return inputs(p, &job.r, True, n, i, m, co, step, room)
+    w = shares(p, step == 0, n, i, m, room + 2 * STAGED)
+    counted(fetch(&p.x, p, job.r.way, n, i, m, room), w, co + HI, step, room, m)
+    if p.weighted:
+        weigh(room, w, co + HI, step, room + STAGED, m)
+    piece.x, piece.g, piece.w = room, room + STAGED, w
+    return piece
+
+
+cdef void reduce_by_run(
+    const Job* job, const Tile* t, T of_type, double* out1, double* out2
+) noexcept nogil:
+    """Sums of channels c0..c1: run after run, to eight lanes of float64 a channel."""
+    cdef T co[COEFFICIENTS]
+    cdef T room[6 * STAGED]
+    cdef T kink[4]
+    cdef double acc[BLOCK * 2 * WIDE]
+    cdef const Problem* p = job.p
+    cdef Py_ssize_t c, n, i, j, m, length = t.s1 - t.s0
+    cdef bint sums = p.reduce == SUMS and not p.weighted
+    cdef bint staged = job.r.reduce_from == STAGED_PIECES
+    cdef Py_ssize_t most = STAGED if staged else length
+    cdef Way way = PLAIN if staged else job.r.way
+    cdef Bend bend = STRAIGHT if staged else job.r.bend
+    cdef const char* x
+    cdef const char* dy
+    cdef Piece piece
+    check(t.c1 - t.c0 <= BLOCK)
+    clear(acc, (t.c1 - t.c0) * 2 * WIDE)
+    coefficients(job, True, t.c0, t.c1 - t.c0, co)
+    kinks(p, kink)
+    for n in range(t.n0, t.n1):
+        for c in range(t.c1 - t.c0):
+            for j in range(ceiling(length, most)):
+                i = (t.c0 + c) * p.S + t.s0 + j * most
+                m = min(most, length - j * most)
+                if staged:
+                    piece = first_piece(job, n, i, m, co + c, 0, room)
+                    x, dy = <const char*> piece.x, <const char*> piece.g
+                else:
+                    x, dy = place(&p.x, p, n, i), place(&p.dy, p, n, i)
+                if sums:
+                    sum_run(way, x, m, co[c], acc + c * 2 * WIDE)
+                else:
+                    dot_run(way, bend, dy, x, m, co + c, kink, acc + c * 2 * WIDE)
+    for c in range(t.c1 - t.c0):
+        out1[t.c0 + c] = across(acc + c * 2 * WIDE)
+        out2[t.c0 + c] = across(acc + c * 2 * WIDE + WIDE)
+
+
+cdef void add_lines(
+    const Job* job, Way way, Bend bend,
+    const Lines* dy,            # IN  (sweeps, 2, w); not looked at by sums
+    const Lines* x,             # IN  (sweeps, 4 or 2, w)
+    Py_ssize_t sweeps,
+    Py_ssize_t w,
+    const T* co, const T* kink,
+    T* a,                       # IO  (w,) sums
+    T* b,                       # IO  (w,)
+) noexcept nogil:
+    """Add rows to the sums of their columns, with what is to be done as constants."""
+    if sums_alone(job.p):
+        if way == FLOAT16:
+            sum_columns(FLOAT16, x, sweeps, w, co, a, b)
+        elif way == BFLOAT16:
+            sum_columns(BFLOAT16, x, sweeps, w, co, a, b)
+        else:
+            sum_columns(PLAIN, x, sweeps, w, co, a, b)
+    elif way == FLOAT16:
+        dot_columns(FLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
+    elif way == BFLOAT16:
+        dot_columns(BFLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
+    elif bend == RECTIFIED:
+        dot_columns(PLAIN, RECTIFIED, dy, x, sweeps, w, co, kink, a, b)
+    elif bend == STEPS:
+        dot_columns(PLAIN, STEPS, dy, x, sweeps, w, co, kink, a, b)
+    elif bend == RAMP:
+        dot_columns(PLAIN, RAMP, dy, x, sweeps, w, co, kink, a, b)
+    else:
+        dot_columns(PLAIN, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
+
+
+cdef inline bint sums_alone(const Problem* p) noexcept nogil:
+    """Whether reduce needs no loop of dots: those of weights are dots of w * (x - hi) and x."""
+    return p.reduce == SUMS and not p.weighted
+
+
+cdef void add_staged(
+    const Job* job,
+    Py_ssize_t n,               # the first row
+    Py_ssize_t rows,            # at most those of a sweep; the others add nothing
+    Py_ssize_t apart,           # rows between them
+    Py_ssize_t i,               # the first column
+    Py_ssize_t w,
+    const T* co, const T* kink, T* a, T* b,
+    T* room,                    # OUT (14, STAGED)
+) noexcept nogil:
+    """Add the rows of a sweep that is not read in place: each is filled, then they are added up."""
+    cdef const Problem* p = job.p
+    cdef Piece piece
+    cdef T* of_x
+    cdef T* of_g
+    cdef Lines x
+    cdef Lines g
+    cdef Py_ssize_t k, together = 4 if sums_alone(p) else 2, most = max(w, lanes_of(co[0]))
+    x.pitch = g.pitch = 0
+    for k in range(together):
+        of_x, of_g = room + (6 + k) * STAGED, room + (10 + k) * STAGED
+        x.at[k], g.at[k] = <const char*> of_x, <const char*> of_g
+        memcpy(of_x, co + HI, most * sizeof(T))     # what there is no row for adds nothing
+        clear(of_g, most)
+        if k >= rows:
+            continue
+        if job.r.reduce_from == STAGED_PIECES:
+            piece = first_piece(job, n + k * apart, i, w, co, 1, room)
+        else:
+            piece.x = fetch(&p.x, p, job.r.way, n + k * apart, i, w, room)
+            piece.g = piece.x
+            if p.reduce == DOTS:
+                piece.g = fetch(&p.dy, p, job.r.way, n + k * apart, i, w, room + STAGED)
+        memcpy(of_x, piece.x, w * sizeof(T))
+        memcpy(of_g, piece.g, w * sizeof(T))
+    add_lines(job, PLAIN, STRAIGHT if job.r.reduce_from == STAGED_PIECES else job.r.bend, &g, &x, 1,
+              most, co, kink, a, b)
+
+
+cdef void add_rows(
+    const Job* job,
+    Py_ssize_t n,               # the first row
+    Py_ssize_t rows,            # of each sweep: four for sums, two for dots, or fewer at the end
+    Py_ssize_t apart,           # rows between those of a sweep
+    Py_ssize_t ahead,           # rows between sweeps
+    Py_ssize_t sweeps,
+    Py_ssize_t i,               # the first column
+    Py_ssize_t w,
+    const T* co, const T* kink, T* a, T* b, T* room,
+) noexcept nogil:
+    """Add some rows to the sums of columns i..i + w."""
+    cdef const Problem* p = job.p
+    cdef Lines x
+    cdef Lines dy
+    cdef Py_ssize_t s = 0, k, j
+    cdef bint whole = rows == (4 if sums_alone(p) else 2) and w >= lanes_of(co[0])
+    if not whole or job.r.reduce_from == STAGED_PIECES:
+        for s in range(sweeps):
+            for k in range(ceiling(w, STAGED)):
+                j = k * STAGED
+                add_staged(job, n + s * ahead, rows, apart, i + j, min(STAGED, w - j), co + j, kink,
+                           a + j, b + j, room)
+        return
+    x.pitch, dy.pitch = ahead * p.x.pitch, ahead * p.dy.pitch
+    while s < sweeps:
+        for k in range(rows):
+            x.at[k] = place(&p.x, p, n + k * apart, i)
+            dy.at[k] = place(&p.dy, p, n + k * apart, i)
+        k = min(job.t.sweeps, sweeps - s)
+        add_lines(job, job.r.way, job.r.bend, &dy, &x, k, w, co, kink, a, b)
+        s += k
+        n += k * ahead
+
+
+cdef void reduce_by_column(
+    const Job* job, const Tile* t, T of_type, double* out1, double* out2
+) noexcept nogil:
+    """Sums of channels c0..c1 down columns, to float64 every FLUSH rows.
+
+    Channels-last, the rows of a sweep lie far apart: a few long streams, which memory follows
+    better than neighbouring rows. Rows of few channels are summed several as one.
+    """
+    cdef T array[COEFFICIENTS]
+    cdef T sums_a[ROOM + 64]
+    cdef T sums_b[ROOM + 64]
+    cdef T room[14 * STAGED]
+    cdef T kink[4]
+    cdef const Problem* p = job.p
+    cdef Py_ssize_t m = t.c1 - t.c0, step = job.t.sum_rows, w = m * p.S * step, i = t.c0 * p.S
+    cdef Py_ssize_t rows = (t.n1 - t.n0) // step, left = t.n1 - t.n0 - rows * step, done = 0, k
+    cdef Py_ssize_t together = 4 if sums_alone(p) else 2
+    cdef Py_ssize_t sweeps = rows // together
+    cdef Py_ssize_t apart = sweeps if p.S == 1 else 1, ahead = 1 if p.S == 1 else together
+    cdef const char* beside = place(&p.x, p, t.n0, i)
+    cdef T* co = on_line(&array[0], beside)
+    cdef T* a = on_line(&sums_a[0], beside)
+    cdef T* b = on_line(&sums_b[0], beside)
+    columns_of(job, True, t.c0, m, step, co)
+    kinks(p, kink)
+    clear(a, max(w, LANES))
+    clear(b, max(w, LANES))
+    clear(out1 + t.c0, m)
+    clear(out2 + t.c0, m)
+    while done < sweeps:
+        k = min(FLUSH // together, sweeps - done)
+        add_rows(job, t.n0 + done * ahead * step, together, apart * step, ahead * step, k, i, w, co,
+                 kink, a, b, room)
+        done += k
+        if k == FLUSH // together:
+            gather(a, m, p.S, step, out1 + t.c0)
+            gather(b, m, p.S, step, out2 + t.c0)
+    done *= together
+    if done < rows:
+        add_rows(job, t.n0 + done * step, rows - done, step, 0, 1, i, w, co, kink, a, b, room)
+    if left:
+        add_rows(job, t.n0 + rows * step, 1, 0, 0, 1, i, w // step * left, co, kink, a, b, room)
+    gather(a, m, p.S, step, out1 + t.c0)
+    gather(b, m, p.S, step, out2 + t.c0)
+
+
+cdef void reduce_tile(const Job* job, const Tile* t, Py_ssize_t chunk, T of_type) noexcept nogil:
+    """The sums of one chunk of a block."""
+    cdef double* out = job.p.sums + 2 * chunk * job.p.C
+    if job.r.reduce_by == BY_RUN:
+        reduce_by_run(job, t, of_type, out, out + job.p.C)
+    else:
+        reduce_by_column(job, t, of_type, out, out + job.p.C)
+
+
+cdef void find_pivots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
+    cdef const Problem* p = job.p
+    cdef double* pivot = p.sums + 2 * p.chunks * p.C
+    cdef double v[SAMPLES]
+    cdef T room[1]
+    cdef Py_ssize_t c, i, at
+    for c in range(c0, c1):
+        for i in range(SAMPLES):
+            at = sample_of(i, p.N * p.S) if p.share == NULL else p.places[i]
+            v[i] = fetch(&p.x, p, job.r.way, at // p.S, c * p.S + at % p.S, 1, room)[0]
+        pivot[c] = pivot_of(v, of_type)
+
+
+# ---- finish ------------------------------------------------------------------------------
+
+cdef struct Channel:            # whose values are to be summed again
+    const Job* job
+    Py_ssize_t c
+
+
+cdef void look(
+    const Channel* channel, double shift, double down, T of_type, double* sums
+) noexcept nogil:
+    """Sums of a channel in float64."""
+    cdef const Job* job = channel.job
+    cdef const Problem* p = job.p
+    cdef double lanes[2 * WIDE]
+    cdef T room[STAGED]
+    cdef const T* x
+    cdef const T* share = NULL
+    cdef Py_ssize_t n, s, m
+    clear(lanes, 2 * WIDE)
+    for n in range(p.N):
+        for s in range(ceiling(p.S, STAGED)):
+            m = min(STAGED, p.S - s * STAGED)
+            x = fetch(&p.x, p, job.r.way, n, channel.c * p.S + s * STAGED, m, room)
+            if p.share != NULL:
+                share = <const T*> p.share + n * p.S + s * STAGED
+            add_wide(x, share, m, shift, down, lanes)
+    sums[0] = across(lanes)
+    sums[1] = across(lanes + WIDE)
+
+
+cdef void look_float(
+    const void* channel, double shift, double down, double* sums
+) noexcept nogil:
+    look(<const Channel*> channel, shift, down, <float> 0, sums)
+
+
+cdef void look_double(
+    const void* channel, double shift, double down, double* sums
+) noexcept nogil:
+    look(<const Channel*> channel, shift, down, <double> 0, sums)
+
+
+cdef void finish_sums(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
+    """Turn the sums about the pivot into mean and m2."""
+    cdef const Problem* p = job.p
+    cdef double* out1 = p.sums
+    cdef double* out2 = p.sums + p.C
+    cdef double* pivot = p.sums + 2 * p.chunks * p.C
+    cdef Channel channel
+    cdef double s1, s2
+    cdef Py_ssize_t c
+    channel.job = job
+    for c in range(c0, c1):
+        s1, s2 = out1[c], out2[c]
+        if settled(s1, s2, p.M, of_type):
+            out1[c] = pivot[c] + s1 / p.M
+            out2[c] = s2 - s1 * (s1 / p.M)
+        else:
+            channel.c = c
+            settle(look_float if T is float else look_double, &channel, p.M, True, &pivot[c], &s2)
+            out1[c] = pivot[c]
+            out2[c] = s2
+
+
+cdef void finish_dots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
+    """Turn the sums about hi into dbeta and dgamma."""
+    cdef const Problem* p = job.p
+    cdef double* dbeta = p.sums
+    cdef double* dgamma = p.sums + p.C
+    cdef double r[VECTOR]
+    cdef double mean[VECTOR]
+    cdef Py_ssize_t c, i, n, v
+    for v in range(ceiling(c1 - c0, VECTOR)):
+        c = c0 + v * VECTOR
+        n = min(VECTOR, c1 - c)
+        load_xhat_scale(p, c, n, r)
+        load(&p.mean, c, n, 0, mean)
+        for i in range(n):
+            dgamma[c + i] = (dgamma[c + i] - (mean[i] - <T> mean[i]) * dbeta[c + i]) * r[i]
+
+
+cdef void finish(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
+    """Merge the chunks of channels c0..c1, in order, and make of them what reduce is for."""
+    cdef const Problem* p = job.p
+    cdef Py_ssize_t k, c
+    cdef double* part
+    for k in range(1, p.chunks):
+        part = p.sums + 2 * k * p.C
+        for c in range(c0, c1):
+            p.sums[c] += part[c]
+            p.sums[p.C + c] += part[p.C + c]
+    if p.reduce == SUMS:
+        finish_sums(job, c0, c1, of_type)
+    else:
+        finish_dots(job, c0, c1, of_type)
+
+
+# ---- apply -------------------------------------------------------------------------------
+
+cdef inline const Rows* gradients(const Job* job) noexcept nogil:
+    """Where the gradient before the activation is, if the first pass left it."""
+    if job.r.gradient == IN_DRESIDUAL:
+        return &job.p.dresidual
+    return &job.p.y if job.r.gradient == IN_DX else &job.p.dy
+
+
+cdef inline const char* padded(const char* row, Py_ssize_t bytes, char* room) noexcept nogil:
+    """A row that is shorter than a strip, where there is room for one."""
+    memcpy(room, row, bytes)
+    return room
+
+
+cdef inline void apply_rows(
+    const Job* job, Py_ssize_t step,
+    Py_ssize_t n0,
+    Py_ssize_t n1,              # another row, or the same
+    Py_ssize_t i, Py_ssize_t w, const T* co, const T* kink,
+) noexcept nogil:
+    """y or dx of values i..i + w of rows n0 and n1, of a run of n0, straight from memory."""
+    cdef const Problem* p = job.p
+    cdef const Rows* sources[3]
+    cdef Lines lines[3]
+    cdef char* y0 = place(&p.y, p, n0, i)
+    cdef char* y1 = place(&p.y, p, n1, i)
+    cdef char rooms[8][STRIP]
+    cdef Py_ssize_t k, bytes = w * p.item, most = max(w, lanes_of(co[0]))
+    cdef Way way = job.r.way
+    sources = [&p.x, gradients(job), &p.residual]
+    for k in range(3):
+        if sources[k].at == NULL:
+            continue
+        lines[k].at[0], lines[k].at[1] = place(sources[k], p, n0, i), place(sources[k], p, n1, i)
+        if w < most:
+            lines[k].at[0] = padded(lines[k].at[0], bytes, rooms[2 * k])
+            lines[k].at[1] = padded(lines[k].at[1], bytes, rooms[2 * k + 1])
+    if w < most:
+        y0, y1 = rooms[6], rooms[7]
+        way = PLAIN if way == STREAM else way
+    if way == STREAM and n0 != n1 and (n1 - n0) * p.y.pitch % LINE:
+        way = PLAIN             # lines of the two rows begin at different columns
+    if p.apply == UNSCALE:
+        unscale(way, step, job.r.bend, &lines[1], &lines[0], y0, y1, most, co, kink)
+    else:
+        scale(way, step, &lines[0 if p.apply == SCALE else 1],
+              &lines[2] if p.residual.at != NULL and p.apply == SCALE else NULL, y0, y1, most,
+              co if p.apply == SCALE else co + K, job.r.clamped and p.apply == SCALE,
+              <T> job.r.low, <T> job.r.high)
+    if w < most:
+        memcpy(place(&p.y, p, n1, i), y1 if step else y0, bytes)
+        memcpy(place(&p.y, p, n0, i), y0, bytes)
+
+
+cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    """y or dx of channels c0..c1, run after run, the last rows first."""
+    cdef T co[COEFFICIENTS]
+    cdef T room[6 * STAGED]
+    cdef T kink[4]
+    cdef Py_ssize_t n, c, i, j, length = t.s1 - t.s0
+    coefficients(job, False, t.c0, t.c1 - t.c0, co)
+    kinks(job.p, kink)
+    for n in range(t.n1 - 1, t.n0 - 1, -1):
+        for c in range(t.c1 - t.c0):
+            i = (t.c0 + c) * job.p.S + t.s0
+            if job.r.apply_from == STAGED_PIECES:
+                for j in range(ceiling(length, STAGED)):
+                    apply_piece(job.p, &job.r, n, i + j * STAGED, min(STAGED, length - j * STAGED),
+                                co + c, 0, room)
+            else:
+                apply_rows(job, 0, n, n, i, length, co + c, kink)
+
+
+cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows) noexcept nogil:
+    """Rows that can be written as one: where each starts at the end of the one before."""
+    cdef const Problem* p = job.p
+    cdef Py_ssize_t row = w * p.item
+    if row != p.x.pitch or row != p.y.pitch or (p.dy.at != NULL and row != p.dy.pitch):
+        return 1
+    if p.residual.at != NULL and row != p.residual.pitch:
+        return 1
+    if p.dresidual.at != NULL and row != p.dresidual.pitch:
+        return 1
+    return max(1, min(APPLY_ROW // w, rows))
+
+
+cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    """y or dx of channels c0..c1, row after row: groups of rows down, and up in each of them."""
+    cdef T array[COEFFICIENTS]
+    cdef T room[6 * STAGED]
+    cdef T kink[4]
+    cdef Py_ssize_t m = t.c1 - t.c0, w = m * job.p.S, i = t.c0 * job.p.S, g, n, end
+    cdef Py_ssize_t step = rows_as_one(job, w, t.n1 - t.n0)
+    cdef Py_ssize_t group = max(2, GROUP // (w * step)) * step
+    cdef bint two, staged = job.r.apply_from == STAGED_PIECES
+    cdef T* co = on_line(&array[0], place(&job.p.y, job.p, t.n0, i))
+    columns_of(job, False, t.c0, m, step, co)
+    kinks(job.p, kink)
+    for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
+        n = t.n0 + g * group
+        end = min(n + group, t.n1)
+        while n < end:
+            if staged:
+                apply_piece(job.p, &job.r, n, i, w * min(step, end - n), co, 1, room)
+                n += step
+            else:
+                two = n + 2 * step <= end
+                apply_rows(job, 1, n, n + step if two else n, i, w * min(step, end - n), co, kink)
+                n += 2 * step if two else step
+
+
+cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    if job.r.apply_by == BY_RUN:
+        apply_by_run(job, t, of_type)
+    else:
+        apply_by_column(job, t, of_type)
+    if job.r.way == STREAM:
+        stream_end()
+
+
+# ---- who does what -----------------------------------------------------------------------
+
+cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
     """All three steps for one block of channels."""
-    cdef Tile t
+    cdef Tile t = tile_of(job, block, 1, 1, 0)
     cdef Py_ssize_t k
-    t = tile(job, block, 1, 1, 0)
-    if job.reduce != NO_SUMS:
-        if job.reduce == SUMS:
-            find_pivot(x, job, t.c0, t.c1)
-        for k in range(job.chunk_rows * job.chunk_cols):
-            t = tile(job, block, job.chunk_rows, job.chunk_cols, k)
-            reduce_tile(x, dy, job, &t, k)
-        finish_block(x, job, t.c0, t.c1)
-    if job.apply != NO_WRITE:
-        t = tile(job, block, 1, 1, 0)
-        apply_tile(x, dy, y, job, &t)
+    if job.p.reduce != NO_SUMS:
+        if job.p.reduce == SUMS:
+            find_pivots(job, t.c0, t.c1, of_type)
+        for k in range(job.p.chunks):
+            t = tile_of(job, block, job.t.chunk_rows, job.t.chunk_cols, k)
+            reduce_tile(job, &t, k, of_type)
+        finish(job, t.c0, t.c1, of_type)
+    if job.p.apply != NO_WRITE:
+        t = tile_of(job, block, 1, 1, 0)
+        apply_tile(job, &t, of_type)
 
 
-cdef void share_reduce(
-    const T* x, const T* dy, const Job* job, Py_ssize_t i
-) noexcept nogil:
+cdef void shared_tile(const Job* job, bint first, Py_ssize_t i, T of_type) noexcept nogil:
+    """Tile i of the first pass, or of the second."""
+    cdef Py_ssize_t blocks = job.t.blocks
     cdef Tile t
-    t = tile(job, i % job.blocks, job.chunk_rows, job.chunk_cols, i // job.blocks)
-    reduce_tile(x, dy, job, &t, i // job.blocks)
-
-
-cdef void share_pivot(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
-    find_pivot(x, job, part * PART, min((part + 1) * PART, job.C))
-
-
-cdef void share_finish(const T* x, const Job* job, Py_ssize_t part) noexcept nogil:
-    finish_block(x, job, part * PART, min((part + 1) * PART, job.C))
-
-
-cdef void share_apply(
-    const T* x, const T* dy, T* y, const Job* job, Py_ssize_t i
-) noexcept nogil:
-    cdef Tile t
-    t = tile(job, i % job.blocks, job.apply_rows, job.apply_cols, i // job.blocks)
-    apply_tile(x, dy, y, job, &t)
-
-
-cdef inline bint by_runs(const Job* job) noexcept nogil:
-    """Whether a channel's values are taken as runs, each by itself, or in rows with others.
-
-    Rows want sums and coefficients a column: with few of them that costs more than it saves. Of
-    the shape alone, as the bits depend on it.
-    """
-    return job.S >= RUN_MIN or job.N * RUN_TO_ROWS <= job.S
-
-
-cdef inline Py_ssize_t even_block(Py_ssize_t C, Py_ssize_t most) noexcept nogil:
-    """Channels a block, at most `most`, so that blocks are about equal and of whole lines."""
-    cdef Py_ssize_t blocks = (C + most - 1) // most
-    return min(most, ((C + blocks - 1) // blocks + 15) // 16 * 16)
-
-
-cdef void plan(
-    const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
-) noexcept nogil:
-    """Cut the work into chunks, which decide the bits, and blocks, which do not."""
-    cdef Py_ssize_t tensors = 2 if job.reduce == DOTS else 1
-    cdef Py_ssize_t fit = 2 * l2_bytes // (job.N * job.S * job.item * tensors)
-    cdef Py_ssize_t touched = (tensors + 1) * job.N * job.C * job.S * job.item
-    cdef Py_ssize_t columns
-    cdef bint plain, fused_sums, fused, one_loop
-    job.stream = touched > l3_bytes and y != x and y != dy and y != job.residual
-    job.stream = job.stream and job.storage == NATIVE
-    job.buffered = job.stream or job.storage != NATIVE
-    job.gated = job.apply == UNSCALE and job.activation == RELU and job.residual == NULL
-    job.gated = job.gated and job.share == NULL
-    job.added = job.residual != NULL and job.activation == RELU and job.reduce == DOTS
-    job.added = job.added and job.share == NULL and job.storage == NATIVE
-    job.staged = job.storage != NATIVE or job.activation >= LEAKY_RELU or job.share != NULL
-    job.buffered |= y == job.residual and job.staged
-    if job.reduce == DOTS and not job.gated and not job.added:
-        job.staged |= job.residual != NULL or job.activation != IDENTITY
-    if job.storage != NATIVE:
-        job.gated = False
-    fused_sums = job.storage != NATIVE and job.share == NULL and job.reduce != NO_SUMS
-    fused = job.storage != NATIVE and job.residual == NULL and job.activation < LEAKY_RELU
-    fused = fused and not job.zeroed and job.apply != SCALE_DY
-    if job.reduce == DOTS:
-        plain = job.residual == NULL and job.activation == IDENTITY and job.share == NULL
-        fused_sums = fused_sums and plain
-        fused = fused and plain
-    one_loop = fused and (fused_sums or job.reduce == NO_SUMS)
-    job.paired_sums = fused_sums and job.storage == BFLOAT16
-    job.paired = fused and job.storage == BFLOAT16
-    job.strip_sums = fused_sums and job.storage == FLOAT16
-    job.strips = fused and job.storage == FLOAT16
-    columns = TILE // 2 if job.staged and not one_loop else TILE
-    if job.S == 1 and not job.staged and job.item == 4 and chunks >= 4 * threads:
-        columns = BROAD
-    if job.N * job.C * job.S < SERIAL:
-        threads = 1
-    job.chunk_rows = min(job.N, chunks)
-    job.chunk_cols = chunks // job.chunk_rows
-    job.owned = chunks == 1 or (job.S > 1 and (threads == 1 or job.C >= 4 * threads))
-    job.runs = by_runs(job)
-    job.apply_runs = job.runs or (
-        job.reduce == NO_SUMS and job.S >= RUN_APPLY and job.share == NULL)
-    if job.apply_runs:
-        job.block = max(1, min(fit, BLOCK))
-    elif job.owned:
-        job.block = min(max(fit, 64 // job.S), columns // job.S)
+    if first:
+        t = tile_of(job, i % blocks, job.t.chunk_rows, job.t.chunk_cols, i // blocks)
+        reduce_tile(job, &t, i // blocks, of_type)
     else:
-        job.block = columns // job.S
-    if job.S == 1 and job.C > job.block:  # blocks of about one size, of whole cache lines
-        job.block = even_block(job.C, job.block)
-    if job.owned:
-        job.block = max(1, min(job.block, (job.C + threads - 1) // threads))
-    if rows_in_sum(job) > 1:  # several rows as one: only whole rows will do
-        job.block = job.C
-    job.block = max(1, min(job.block, job.C))
-    job.blocks = (job.C + job.block - 1) // job.block
-    if job.S == 1:
-        job.apply_rows = max(1, min(job.N // 64, 4 * threads))
-        job.apply_cols = 1
+        t = tile_of(job, i % blocks, job.t.apply_rows, job.t.apply_cols, i // blocks)
+        apply_tile(job, &t, of_type)
+
+
+cdef void shared_part(const Job* job, bint pivots, Py_ssize_t i, T of_type) noexcept nogil:
+    """Part i of what is done a channel: pivots, or finish."""
+    cdef Py_ssize_t c0 = i * PART, c1 = min(c0 + PART, job.p.C)
+    if pivots:
+        find_pivots(job, c0, c1, of_type)
     else:
-        job.apply_rows = job.chunk_rows
-        job.apply_cols = job.chunk_cols
-    job.threads = threads
-    check(job.chunk_rows * job.chunk_cols == chunks)  # as there is room for
-    check(job.block <= BLOCK if job.apply_runs else job.block * job.S <= BROAD)
+        finish(job, c0, c1, of_type)
 
 
-cdef void run(
-    const T* x, const T* dy, T* y, Job* job, Py_ssize_t chunks, int threads
-) noexcept nogil:
-    cdef Py_ssize_t i, tasks, parts = (job.C + PART - 1) // PART
-    cdef int nt
-    plan(x, dy, y, job, chunks, threads)
-    nt = job.threads
-    if job.owned and nt == 1:
-        for i in range(job.blocks):
-            own_block(x, dy, y, job, i)
-        return
-    if job.owned:
-        for i in prange(job.blocks, schedule="dynamic", num_threads=nt):
-            own_block(x, dy, y, job, i)
-        return
-    if job.reduce == SUMS:
-        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
-            share_pivot(x, job, i)
-    if job.reduce != NO_SUMS:
-        tasks = job.blocks * job.chunk_rows * job.chunk_cols
-        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
-            share_reduce(x, dy, job, i)
-        for i in prange(parts, schedule="static", num_threads=nt, use_threads_if=nt > 1):
-            share_finish(x, job, i)
-    if job.apply != NO_WRITE:
-        tasks = job.blocks * job.apply_rows * job.apply_cols
-        for i in prange(tasks, schedule="dynamic", num_threads=nt, use_threads_if=nt > 1):
-            share_apply(x, dy, y, job, tasks - 1 - i)
+cdef void share(const Job* job, T of_type) noexcept nogil:
+    """Each step by all threads, in one region; each loop waits for the one before."""
+    cdef Py_ssize_t i, parts = ceiling(job.p.C, PART), tasks = job.t.blocks * job.p.chunks
+    cdef Py_ssize_t writes = job.t.blocks * job.t.apply_rows * job.t.apply_cols
+    cdef int nt = job.t.threads
+    with parallel(num_threads=nt, use_threads_if=nt > 1):
+        if job.p.reduce == SUMS:
+            for i in prange(parts, schedule="static"):
+                shared_part(job, True, i, of_type)
+        if job.p.reduce != NO_SUMS:
+            for i in prange(tasks, schedule="dynamic"):
+                shared_tile(job, True, i, of_type)
+            for i in prange(parts, schedule="static"):
+                shared_part(job, False, i, of_type)
+        if job.p.apply != NO_WRITE:
+            for i in prange(writes, schedule="dynamic"):
+                shared_tile(job, False, writes - 1 - i, of_type)
 
 
-# ---- entries -----------------------------------------------------------------------------
-
-ctypedef fused E:           # an element in storage: float32, float64, or a half type
-    float
-    double
-    uint16_t
-
-ctypedef fused P:           # the parameters' type
-    float
-    double
-
-# The numbers of what Python names; absent names are 0.
-ACTIVATIONS = {
-    "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "sigmoid": SIGMOID, "tanh": TANH,
-    "silu": SILU}
-STORAGE = {"e": FLOAT16, "E": BFLOAT16}     # by dtype.char
-
-
-cdef inline Vector vector(const P* data) noexcept nogil:
-    cdef Vector v
-    v.data = data
-    v.wide = P is double
-    return v
-
-
-cdef inline Vector optional(const P[::1] values):
-    cdef Vector v
-    if values is None:
-        v.data = NULL
-        v.wide = False
-        return v
-    return vector(&values[0])
-
-
-cdef inline Job new_job(Reduce reduce, Apply apply, double eps) noexcept:
+cdef void run(const Problem* p, T of_type) noexcept nogil:
     cdef Job job
-    memset(&job, 0, sizeof(job))
-    job.reduce = reduce
-    job.apply = apply
-    job.mean.wide = job.var.wide = job.gamma.wide = job.beta.wide = True
-    job.count = 1
-    job.eps = eps
-    set_activation(&job, IDENTITY, 0)
-    return job
-
-
-cdef inline void set_activation(Job* job, int activation, double slope) noexcept:
-    job.activation = <Activation> activation
-    job.slope = slope
-    job.low = 0 if activation == RELU or activation == RELU6 else -INFINITY
-    job.high = 6 if activation == RELU6 else INFINITY
-
-
-cdef inline Job job_on(
-    const E[:, :, :] x, Storage storage, Reduce reduce, Apply apply, double eps
-):
-    cdef Job job = new_job(reduce, apply, eps)
-    job.storage = storage
-    job.item = sizeof(E)
-    job.N, job.C, job.S = x.shape[0], x.shape[1], x.shape[2]
-    job.x_row = x.strides[0]
-    job.M = <double> job.N * <double> job.S
-    return job
-
-
-cdef inline void use_work(Job* job, double[:, ::1] work):
-    job.sums = &work[0, 0]
-    job.pivot = &work[work.shape[0] - 1, 0]
-
-
-cdef inline void set_share(
-    Job* job, const unsigned char[::1] share, const Py_ssize_t[::1] places, double total,
-    bint weighted, bint zeroed,
-):
-    if share is not None:
-        job.share = &share[0]
-        job.places = &places[0]
-        job.M = total
-        job.weighted = weighted
-        job.zeroed = zeroed
-
-
-cdef inline void start(
-    const E* x, const E* dy, E* y, Job* job, Py_ssize_t chunks, int threads
-) noexcept nogil:
-    """Run in float64 for float64, in float32 for all that is narrower.
-
-    Where there is no dy, x stands in for it: the loops move along both before they know.
-    """
-    if E is double:
-        run(x, dy, y, job, chunks, threads)
+    cdef Py_ssize_t i
+    job.p = p
+    job.t = tiling_of(p, &caches)
+    job.r = route_of(p, &job.t, &caches)
+    check(job.t.chunk_rows * job.t.chunk_cols == p.chunks)
+    if not job.t.owned:
+        share(&job, of_type)
+    elif job.t.threads == 1:
+        for i in range(job.t.blocks):
+            own_block(&job, i, of_type)
     else:
-        run(<const float*> x, <const float*> dy, <float*> y, job, chunks, threads)
+        for i in prange(job.t.blocks, schedule="dynamic", num_threads=job.t.threads):
+            own_block(&job, i, of_type)
 
 
-def statistics(
-    const E[:, :, :] x,         # IN  (N, C, S)
-    double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
-    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
-    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
-    double total,                       # the sum of the shares
-    bint weighted,
-    bint zeroed,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = job_on(x, storage, SUMS, NO_WRITE, 0)
-    use_work(&job, work)
-    set_share(&job, share, places, total, weighted, zeroed)
-    with nogil:
-        start(&x[0, 0, 0], &x[0, 0, 0], <E*> NULL, &job, work.shape[0] // 2, threads)
+# ---- what the dispatch calls -------------------------------------------------------------
+
+cdef void run_problem(const Problem* p) noexcept nogil:
+    """Compute in float64 for float64, in float32 for all that is narrower."""
+    if p.storage == FLOAT64:
+        run(p, <double> 0)
+    else:
+        run(p, <float> 0)
 
 
-def forward(
-    const E[:, :, :] x,         # IN  (N, C, S)
-    E[:, :, :] y,               # OUT (N, C, S), may be x
-    const E[:, :, :] residual,  # IN  (N, C, S) or None, may be y
-    const P[::1] gamma,         # IN  (C,) or None
-    const P[::1] beta,          # IN  (C,) or None
-    double[:, ::1] work,        # OUT (2 * chunks + 1, C): mean and m2 in rows 0 and 1
-    double eps,
-    int activation,
-    double slope,
-    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
-    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
-    double total,                       # the sum of the shares
-    bint weighted,
-    bint zeroed,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = job_on(x, storage, SUMS, SCALE, eps)
-    job.y_row = y.strides[0]
-    job.gamma = optional(gamma)
-    job.beta = optional(beta)
-    set_share(&job, share, places, total, weighted, zeroed)
-    job.count = job.M
-    use_work(&job, work)
-    job.mean.data = job.sums
-    job.var.data = job.sums + job.C
-    set_activation(&job, activation, slope)
-    set_residual(&job, residual)
-    with nogil:
-        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &job, work.shape[0] // 2, threads)
+def set_caches(Py_ssize_t l2, Py_ssize_t l3):
+    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
+    caches.l2, caches.l3 = l2, l3
 
 
-cdef inline void set_residual(Job* job, const E[:, :, :] residual):
-    if residual is not None:
-        job.residual = &residual[0, 0, 0]
-        job.residual_row = residual.strides[0]
-
-
-def inference(
-    const E[:, :, :] x,         # IN  (N, C, S)
-    E[:, :, :] y,               # OUT (N, C, S), may be x
-    const E[:, :, :] residual,  # IN  (N, C, S) or None, may be y
-    const P[::1] mean,          # IN  (C,)
-    const P[::1] var,           # IN  (C,)
-    const P[::1] gamma,         # IN  (C,) or None
-    const P[::1] beta,          # IN  (C,) or None
-    Py_ssize_t chunks,
-    double eps,
-    int activation,
-    double slope,
-    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
-    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
-    double total,                       # the sum of the shares
-    bint weighted,
-    bint zeroed,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = job_on(x, storage, NO_SUMS, SCALE, eps)
-    job.y_row = y.strides[0]
-    job.mean = vector(&mean[0])
-    job.var = vector(&var[0])
-    job.gamma = optional(gamma)
-    job.beta = optional(beta)
-    set_activation(&job, activation, slope)
-    set_residual(&job, residual)
-    set_share(&job, share, places, total, weighted, zeroed)
-    with nogil:
-        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &job, chunks, threads)
-
-
-def backward(
-    const E[:, :, :] dy,        # IN  (N, C, S)
-    const E[:, :, :] x,         # IN  (N, C, S); y where inverse
-    E[:, :, :] dx,              # OUT (N, C, S), may be dy or x
-    const E[:, :, :] residual,  # IN  (N, C, S) or None
-    E[:, :, :] dresidual,       # OUT (N, C, S), None where residual is
-    const double[::1] mean,     # IN  (C,); beta where inverse
-    const double[::1] var,      # IN  (C,) m2 where the statistics are those of x
-    const P[::1] gamma,         # IN  (C,) or None
-    const P[::1] beta,          # IN  (C,) or None
-    double[:, ::1] work,        # OUT (2 * chunks + 1, C): dbeta and dgamma in rows 0 and 1
-    double eps,
-    bint through_statistics,
-    bint inverse,
-    int activation,
-    double slope,
-    const unsigned char[::1] share,     # IN  bytes of (N, S) of T, or None
-    const Py_ssize_t[::1] places,       # IN  (SAMPLES,) where share is not None
-    double total,                       # the sum of the shares
-    bint weighted,
-    bint zeroed,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = job_on(x, storage, DOTS, UNSCALE if through_statistics else SCALE_DY, eps)
-    job.dy_row = dy.strides[0]
-    job.y_row = dx.strides[0]
-    job.mean = vector(&mean[0])
-    job.var = vector(&var[0])
-    job.gamma = optional(gamma)
-    job.beta = optional(beta)
-    set_share(&job, share, places, total, weighted, zeroed)
-    if through_statistics:
-        job.count = job.M
-    use_work(&job, work)
-    job.inverse = inverse
-    set_activation(&job, activation, slope)
-    set_residual(&job, residual)
-    if dresidual is not None:
-        job.dresidual = &dresidual[0, 0, 0]
-        job.dresidual_row = dresidual.strides[0]
-    with nogil:
-        start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, work.shape[0] // 2, threads)
-
-
-include "plain.pxi"
-include "running.pxi"
+cdef Kernels kernels
+kernels.batch_norm = run_problem
+KERNELS = PyCapsule_New(&kernels, "cybn.kernels", NULL)

@@ -85,10 +85,7 @@ cdef extern from * nogil:
     Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
 
 
-cdef enum Storage:
-    NATIVE              # float or double: nothing to convert
-    FLOAT16             # 1 sign, 5 exponent, 10 mantissa bits
-    BFLOAT16            # the upper half of a float32
+
 
 
 cdef inline uint32_t bits(float f) noexcept nogil:
@@ -133,12 +130,12 @@ cdef inline void widen(
     const uint16_t* restrict h,     # IN  (n,)
     float* restrict f,              # OUT (n,)
     Py_ssize_t n,
-    Storage storage,
+    bint brain,
 ) noexcept nogil:
     cdef Py_ssize_t i, done = 16 * sixteens(n)
     for i in range(done // 16):
-        widen16(h + 16 * i, f + 16 * i, storage == BFLOAT16)
-    if storage == FLOAT16:
+        widen16(h + 16 * i, f + 16 * i, brain)
+    if not brain:
         for i in range(done, n):
             f[i] = from_float16(h[i])
     else:
@@ -150,12 +147,12 @@ cdef inline void narrow(
     const float* restrict f,        # IN  (n,)
     uint16_t* restrict h,           # OUT (n,)
     Py_ssize_t n,
-    Storage storage,
+    bint brain,
 ) noexcept nogil:
     cdef Py_ssize_t i, done = 16 * sixteens(n)
     for i in range(done // 16):
-        narrow16(f + 16 * i, h + 16 * i, storage == BFLOAT16)
-    if storage == FLOAT16:
+        narrow16(f + 16 * i, h + 16 * i, brain)
+    if not brain:
         for i in range(done, n):
             h[i] = to_float16(f[i])
     else:

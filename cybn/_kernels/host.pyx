@@ -25,8 +25,16 @@ cdef extern from * nogil:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
             && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     }
+
+    /* All that x86-64-v4 adds to v3. The builtins ask the operating system about its state, too. */
+    static int cybn_has_v4(void) {
+        return cybn_has_v3() && __builtin_cpu_supports("avx512f")
+            && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd")
+            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
     #else
     static int cybn_has_v3(void) { return 0; }
+    static int cybn_has_v4(void) { return 0; }
     #endif
 
     #ifndef CYBN_BUILD
@@ -38,6 +46,7 @@ cdef extern from * nogil:
     int omp_get_max_threads()
     int omp_get_thread_limit()
     int cybn_has_v3()
+    int cybn_has_v4()
 
 
 def build():
@@ -61,3 +70,8 @@ def max_threads():
 def has_v3():
     """Whether this CPU and its operating system run x86-64-v3 code."""
     return bool(cybn_has_v3())
+
+
+def has_v4():
+    """Whether this CPU and its operating system run x86-64-v4 code."""
+    return bool(cybn_has_v4())

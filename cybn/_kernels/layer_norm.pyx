@@ -1,372 +1,804 @@
 # cython: language_level=3
 # cython: cdivision=True
-# Layer, RMS, group and instance normalization: statistics of rows that lie in one piece.
+# Layer, RMS, group and instance normalization: statistics of rows.
 #
 # N = samples, G = groups of a sample, K = channels of a group, S = positions of a channel.
-# A row is the D = K * S neighbouring values x[n, g, :], which share one mean and variance; its
-# gamma and beta are those of channels g * K to (g + 1) * K, each for S neighbours.
+# A row is the D = K * S values of a group of a sample, which share one mean and variance; its gamma
+# and beta are those of channels g * K to (g + 1) * K.
 #
 #   member           G    K    S
 #   layer, RMS       1    D    1
 #   group            G    C/G  positions
 #   instance         C    1    positions
 #
-# Channels-last, the same values lie as x[n, s, c]: a row is then K columns of its sample, and the
-# loops are those of batch normalization down columns (row_last.pxi).
+#   loops    when                                  gamma and beta
+#   TURNED   D <= SHORT                            a value each, rows turned in L1
+#   ALONG    S below ROW_RUNS, backward ROW_DOTS   a value each
+#   RUNS     longer S                              one for a run
+#   DOWN     channels-last                         one a column, as in batch normalization
 #
-#   pass             reads             writes      bytes an element (float32)
-#   reduce, forward  x                 -           4
-#   apply, forward   x                 y           8; 4 where x comes from cache
-#   reduce, backward dy, x             -           8
-#   apply, backward  dy, x             dx          12; 4 where dy and x come from cache
-#
-# a. Two forms. From S = RUNS or DOTS on, a channel's stretch is a run, with coefficients in
-#    registers (runs.pxd). Shorter ones are columns: gamma and beta are vectors along the row, and
-#    a tile of columns is taken through a block of rows, so that they are loaded and spread once.
-# b. Blocks. The passes follow each other block by block, so the second look comes from L2. A block
-#    of runs is neighbouring groups of one sample, which lie in one piece; a block of columns is
-#    one group of several samples, which share gamma and beta.
-# c. Slots. A row is summed in segments, each of which leaves its sums in a slot; they are added in
-#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and,
-#    weighted with gamma, the two sums of the row.
-# d. dgamma and dbeta are added up in float64 per chunk of N; those of columns in lanes of T first,
-#    which collect the rows of one block. The caller adds the chunks in order.
+# a. Blocks. The passes follow each other block by block, so the second look comes from L2. A block of
+#    runs is neighbouring groups of one sample; other blocks are one group of several samples, which
+#    share gamma and beta.
+# b. Slots. A row is summed in segments, each of which leaves its sums in a slot; they are added in
+#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and, weighted
+#    with gamma, the two sums of the row.
+# c. dgamma and dbeta are added up in float64 per chunk of N, and the chunks by the dispatch, in order.
 #    Owned: a thread takes a chunk of N of some groups through all passes. Shared: with few and long
-#    rows, each pass is a parallel loop over slots or tiles. Both do the same sums in the same
-#    order: bits depend on the shape alone.
-# e. Results go to a buffer in L1 first where they are to be streamed past the caches, or written
-#    over an input: so the loops know that nothing overlaps, and stay vectors.
-# f. Half types are storage: widened piece by piece as they are read, rounded once as they are
-#    written (storage.pxi). All else is that of float32, gamma and beta too.
+#    rows, each pass is a parallel loop. Both do the same sums in the same order: bits depend on the
+#    shape alone.
 
+from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
-from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
+from cybn._kernels.by_row cimport (
+    C1_OF_ROW, C2_OF_ROW, HI_OF_ROW, LO_OF_ROW, R_OF_ROW, ROW_TERMS, row_dots, row_scale, row_unscale,
+    turned_dots, turned_sums)
 from cybn._kernels.check cimport check
-from cybn._kernels.columns cimport (
-    row_scale, row_unscale, turned_dots, turned_sums, weighted_dots)
-from cybn._kernels.half cimport BFLOAT16, FLOAT16, NATIVE, Storage, narrow, widen
-from cybn._kernels.rows cimport (
-    FLUSH, TILE, col_dots, col_scale, col_sums, col_unscale, gather, repeat, spread)
-from cybn._kernels.runs cimport (
-    LANES, PIECE, T, WIDE, across, dots_of, scale, sums_of, unscale, wide_sums)
-from cybn._kernels.stream cimport stream, stream_end
-from cybn._kernels.strips cimport (
-    SCALE_ROW, SCALE_RUN, UNSCALE_ROW, UNSCALE_RUN, Terms, strips)
-
-cdef enum:
-    RUNS = 64               # shortest S for which runs beat columns, forward
-    DOTS = 128              # the same, backward
-    BLOCK = 32              # most rows of a block: LANES
-    SHORT = 32              # values of a row up to which rows are turned: those of a lane
-    FEWEST = 8              # rows of a block of long columns, if there are as many
-    CHUNK = 32768           # values of a block of rows, and least of a chunk of N
-    CHUNKS = 64             # most chunks of N, for about 1 KiB a channel
-    SEGMENT = 65536         # values of a segment, about
-    STRIP = 16384           # values of a run, or of several, that a thread takes at once
-    SERIAL = 65536          # values below which one thread is faster than two
-    SAMPLES = 8             # values whose mean is the pivot
-    POSITIONS = 64          # channels-last, of a cut, at least
-    SUM_ROW = 64            # channels-last, columns that several positions are summed as
+from cybn._kernels.lanes cimport (
+    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    gather, item_of, read, spread, stream_end)
+from cybn._kernels.loops cimport (
+    A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, lanes_of, scale,
+    sum_columns, sum_run, unscale)
+from cybn._kernels.problem cimport (
+    ALONG, BRAIN, DOWN, FLOAT64, HALF, POSITIONS, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SEGMENT, SERIAL,
+    SHORT, STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
+    ceiling, row_tiling)
+from cybn._kernels.statistics cimport add_wide, pivot_of, sample_of, settle, settled
 
 cdef struct Job:
-    bint backward
-    bint centred            # RMS normalization is not: its mean is 0 by definition
-    bint last               # channels-last; slots are those of runs
-    bint runs
-    bint turned             # columns of so few values that lanes are rows
-    bint stream             # y goes past the caches
-    bint buffered           # y is computed in L1 before it goes anywhere
-    Storage storage         # of x, dy and y
-    Py_ssize_t item         # bytes of an element of those
-    Py_ssize_t N, G, K, S, D
-    Py_ssize_t x_row, dy_row, y_row     # bytes from one n to the next
-    Py_ssize_t slots        # sums of a row
-    Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
-    Py_ssize_t apart        # rows of a sample that are summed each by itself: G; 1 channels-last
-    Py_ssize_t shared       # steps in which they are: slots; cuts channels-last
-    Py_ssize_t tile         # values of a row that apply takes at once, whole channels of columns;
-    # positions channels-last
-    Py_ssize_t tiles        # of a row
-    Py_ssize_t samples, groups  # of a block
-    Py_ssize_t pivot[SAMPLES]   # places in a row of the values whose mean is the pivot
-    Py_ssize_t chunks       # of N
-    Py_ssize_t spans        # of G: blocks of groups
-    int threads
-    double eps
-    double share            # of a value in the mean of a row
-    const double* mean      # (N * G,)
-    const double* m2        # (N * G,) sum of squares about the mean
-    double* sums            # (N * G * slots, 2): of the row in its first slot, at the end
-    double* parts           # (chunks, 2, G * K) sums for dgamma and dbeta
+    const RowProblem* p
+    RowTiling t
+    Way way
 
 cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
     Py_ssize_t n0, n1, g0, g1
 
-cdef struct Row:            # what apply has to know of a row
+cdef struct Row:            # what the second pass has to know of a row
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
     double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
 
-cdef struct Line:           # of a channel: (x - hi) * a + b, or dy * a + (x - hi) * k + b
-    double a, k, b
-
-# What Python has to know of these numbers.
-SMALL = SERIAL
-
-cdef Py_ssize_t l3_bytes = 32 << 20
+cdef Caches caches
+caches.l2, caches.l3 = 512 << 10, 32 << 20
 
 
-def set_caches(Py_ssize_t l2, Py_ssize_t l3):
-    """Set the bytes of the last level of cache. Speed depends on it, results do not."""
-    global l3_bytes
-    l3_bytes = l3
-
-
-def count(
-    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
-):
-    """Return how many slots a row has, and in how many chunks N is cut."""
-    cdef Job job = new_job(N, G, D, S, backward, last)
-    return job.slots, job.chunks
-
-
-cdef inline Py_ssize_t ceiling(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-cdef Job new_job(
-    Py_ssize_t N, Py_ssize_t G, Py_ssize_t D, Py_ssize_t S, bint backward, bint last
+cdef inline char* place(
+    const Rows* rows, const Job* job, Py_ssize_t n, Py_ssize_t i
 ) noexcept nogil:
-    """Cut the rows; of the shape alone, as the bits depend on it."""
-    cdef Job job
+    """Where value i of sample n lies."""
+    return rows.at + n * rows.pitch + i * job.p.item
+
+
+cdef inline Py_ssize_t in_sample(const Job* job, Py_ssize_t g, Py_ssize_t i) noexcept nogil:
+    """Where in its sample value i of a row lies; channels-last, these go position by position."""
+    cdef const RowProblem* p = job.p
+    if p.last:
+        return i // p.K * p.G * p.K + g * p.K + i % p.K
+    return g * p.D + i
+
+
+cdef inline T value(const Job* job, Py_ssize_t n, Py_ssize_t i, T of_type) noexcept nogil:
+    """Value i of sample n of x."""
+    cdef T room[1]
+    return read(job.way, place(&job.p.x, job, n, i), 1, room)[0]
+
+
+cdef inline T find_pivot(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) noexcept nogil:
+    """What a row is summed about; 0 where it is not centred."""
+    cdef double v[SAMPLES]
     cdef Py_ssize_t i
-    job.backward = backward
-    job.N, job.G, job.K, job.S, job.D = N, G, D // S, S, D
-    job.last = last
-    job.runs = last or S >= (DOTS if backward else RUNS)
-    job.turned = not job.runs and D <= SHORT
-    job.share = 1.0 / D
-    job.samples = job.groups = 1
-    if last:
-        job.tile = max(POSITIONS, SEGMENT // (G * job.K))
-        job.groups = G
-        job.chunks = N * G * D // CHUNK
-    elif job.runs:
-        job.tile = STRIP
-        job.groups = max(1, min(BLOCK, CHUNK // D))
-        job.chunks = N * G * D // CHUNK
-    else:
-        job.tile = TILE // S * S
-        job.samples = max(FEWEST, min(BLOCK, CHUNK // D))
-        job.chunks = N * D // CHUNK
-    job.chunks = max(1, min(CHUNKS, min(N, job.chunks)))
-    job.spans = ceiling(G, job.groups)
-    job.tiles = ceiling(S if last else D, job.tile)
-    job.cuts = job.slots = ceiling(D, SEGMENT)
-    if last:
-        job.cuts = max(1, min(CHUNKS, min(S // POSITIONS, G * D // SEGMENT)))
-        job.slots = job.K * job.cuts
-    elif job.runs and backward:
-        job.cuts = ceiling(S, SEGMENT)
-        job.slots = job.K * job.cuts
-    job.apart = 1 if last else G
-    job.shared = job.cuts if last else job.slots
+    if not job.p.centred:
+        return 0
     for i in range(SAMPLES):
-        job.pivot[i] = (D // SAMPLES) * i + (D % SAMPLES) * i // SAMPLES + D // (2 * SAMPLES)
-    return job
+        v[i] = value(job, n, in_sample(job, g, sample_of(i, job.p.D)), of_type)
+    return pivot_of(v, of_type)
 
 
-include "storage.pxi"
-include "row_reduce.pxi"
-include "row_turned.pxi"
-include "row_apply.pxi"
-include "row_last.pxi"
+# ---- reduce ------------------------------------------------------------------------------
+
+cdef void add_run(
+    const Job* job, const char* dy, const char* x, Py_ssize_t n, T shift, double* out
+) noexcept nogil:
+    """Sums of a stretch of a row, or of a run its dots, about a shift."""
+    cdef double acc[2 * WIDE]
+    clear(acc, 2 * WIDE)
+    if job.p.backward:
+        dot_run(job.way, STRAIGHT, dy, x, n, &shift, &shift, acc)
+    else:
+        sum_run(job.way, x, n, shift, acc)
+    out[0] = across(acc)
+    out[1] = across(acc + WIDE)
+
+
+cdef void reduce_row(
+    const Job* job, Py_ssize_t n, Py_ssize_t g, T shift, Py_ssize_t i, double* out
+) noexcept nogil:
+    """Segment i of a row: in whole pieces; of runs and backward, nearly equal parts of a channel."""
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t pieces = ceiling(p.D, PIECE), at = 0, end = p.D, m
+    if p.backward:
+        m = ceiling(ceiling(p.S, job.t.cuts), PIECE) * PIECE
+        at = i // job.t.cuts * p.S + i % job.t.cuts * m
+        end = min(at + m, (i // job.t.cuts + 1) * p.S)
+    elif job.t.cuts > 1:
+        at = i * pieces // job.t.cuts * PIECE
+        end = min(p.D, (i + 1) * pieces // job.t.cuts * PIECE)
+    at += g * p.D
+    end += g * p.D
+    add_run(job, place(&p.dy, job, n, at), place(&p.x, job, n, at), max(0, end - at), shift, out)
+
+
+cdef inline const T* spread_tile(
+    const Job* job, const T* v, Py_ssize_t g, Py_ssize_t t, T* room
+) noexcept nogil:
+    """The values of tile t, one a column: in place where that is one a channel, else in room."""
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t at = t * job.t.tile, m = min(job.t.tile, p.D - at) // p.S
+    if p.S == 1:
+        return v + g * p.D + at
+    memcpy(room + m * p.S - m, v + g * p.K + at // p.S, m * sizeof(T))
+    spread(room, m, p.S, 1)
+    return room
+
+
+cdef void reduce_along(
+    const Job* job, const Span* s, const T* shift, Py_ssize_t i
+) noexcept nogil:
+    """Dots of segment i of some rows, which share their gamma."""
+    cdef double acc[ROW_BLOCK * 2 * WIDE]
+    cdef T room[TILE]
+    cdef const RowProblem* p = job.p
+    cdef const T* gamma
+    cdef const char* x
+    cdef const char* dy
+    cdef Py_ssize_t n, t, m, at, rows = s.n1 - s.n0
+    cdef double* out
+    clear(acc, rows * 2 * WIDE)
+    for t in range(i * job.t.tiles // job.t.cuts, (i + 1) * job.t.tiles // job.t.cuts):
+        m = min(job.t.tile, p.D - t * job.t.tile)
+        gamma = spread_tile(job, <const T*> p.gamma, s.g0, t, room)
+        at = s.g0 * p.D + t * job.t.tile
+        for n in range(rows):
+            x, dy = place(&p.x, job, s.n0 + n, at), place(&p.dy, job, s.n0 + n, at)
+            if job.way == FLOAT16:
+                row_dots(FLOAT16, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
+            elif job.way == BFLOAT16:
+                row_dots(BFLOAT16, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
+            else:
+                row_dots(PLAIN, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
+    for n in range(rows):
+        out = p.sums + (((s.n0 + n) * p.G + s.g0) * job.t.slots + i) * 2
+        out[0] = across(acc + n * 2 * WIDE)
+        out[1] = across(acc + n * 2 * WIDE + WIDE)
+
+
+cdef void turn(
+    const Job* job, const Rows* rows, const Span* s, Py_ssize_t g, T* out
+) noexcept nogil:
+    """Some rows of a group as (D, ROW_BLOCK); 0 where there are fewer rows than lanes."""
+    cdef T room[SHORT]
+    cdef const T* at
+    cdef Py_ssize_t i, j
+    if s.n1 - s.n0 < ROW_BLOCK:
+        clear(out, job.p.D * ROW_BLOCK)
+    for i in range(s.n1 - s.n0):
+        at = read(job.way, place(rows, job, s.n0 + i, g * job.p.D), job.p.D, room)
+        for j in range(job.p.D):
+            out[j * ROW_BLOCK + i] = at[j]
+
+
+cdef void find_pivots(const Job* job, const T* x, T* shift) noexcept nogil:
+    """find_pivot of turned rows."""
+    cdef double v[SAMPLES]
+    cdef Py_ssize_t i, j
+    for j in range(ROW_BLOCK):
+        for i in range(SAMPLES):
+            v[i] = x[sample_of(i, job.p.D) * ROW_BLOCK + j]
+        shift[j] = pivot_of(v, shift[0])
+
+
+cdef void reduce_turned(
+    const Job* job, const Span* s, Py_ssize_t g, T of_type
+) noexcept nogil:
+    """Fill the one slot of some rows of a group."""
+    cdef T of_x[SHORT * ROW_BLOCK]
+    cdef T of_dy[SHORT * ROW_BLOCK]
+    cdef T room[SHORT]
+    cdef T shift[ROW_BLOCK]
+    cdef T a[ROW_BLOCK]
+    cdef T b[ROW_BLOCK]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t i, row
+    check(s.n1 - s.n0 <= ROW_BLOCK and p.D <= SHORT and job.t.slots == 1 and ROW_BLOCK == LANES)
+    turn(job, &p.x, s, g, of_x)
+    clear(shift, ROW_BLOCK)
+    if p.backward:
+        for i in range(s.n1 - s.n0):
+            shift[i] = <T> p.mean[(s.n0 + i) * p.G + g]
+        turn(job, &p.dy, s, g, of_dy)
+        turned_dots(of_dy, of_x, spread_tile(job, <const T*> p.gamma, g, 0, room), p.D, shift, a, b)
+    else:
+        if p.centred:
+            find_pivots(job, of_x, shift)
+        turned_sums(of_x, p.D, shift, a, b)
+    for i in range(s.n1 - s.n0):
+        row = (s.n0 + i) * p.G + g
+        if not p.backward:
+            p.mean[row] = shift[i]
+        p.sums[2 * row] = a[i]
+        p.sums[2 * row + 1] = b[i]
+
+
+cdef void reduce(
+    const Job* job, const Span* s, Py_ssize_t k0, Py_ssize_t k1, T of_type
+) noexcept nogil:
+    """Fill slots k0..k1 of each row. Forward, sums are about a pivot, which is left in mean."""
+    cdef const RowProblem* p = job.p
+    cdef T shift[ROW_BLOCK]
+    cdef Py_ssize_t n, g, k, row
+    if job.t.loops == DOWN:
+        for n in range(s.n0, s.n1):
+            reduce_down(job, n, k0, k1, of_type)
+        return
+    if job.t.loops == TURNED:
+        for g in range(s.g0, s.g1):
+            reduce_turned(job, s, g, of_type)
+        return
+    for n in range(s.n0, s.n1):
+        for g in range(s.g0, s.g1):
+            row = n * p.G + g
+            if not p.backward:
+                shift[0] = find_pivot(job, n, g, of_type)
+                if k0 == 0:
+                    p.mean[row] = shift[0]
+            else:
+                shift[n - s.n0 if job.t.loops == ALONG else 0] = <T> p.mean[row]
+            if not p.backward or job.t.loops == RUNS:
+                for k in range(k0, k1):
+                    reduce_row(job, n, g, shift[0], k, p.sums + (row * job.t.slots + k) * 2)
+    if p.backward and job.t.loops == ALONG:
+        for k in range(k0, k1):
+            reduce_along(job, s, shift, k)
+
+
+# ---- reduce, channels-last: down the columns of a sample ---------------------------------
+
+cdef inline Py_ssize_t positions_as_one(const Job* job) noexcept nogil:
+    """Positions that are summed as one row of columns, so that vectors stay full."""
+    cdef Py_ssize_t C = job.p.G * job.p.K
+    return SUM_ROW // C if 2 * C <= SUM_ROW else 1
+
+
+cdef void load_shifts(
+    const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, bint keep, T* hi
+) noexcept nogil:
+    """What columns c0.. are summed about: mean, or forward the pivot, kept as mean where asked."""
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t c, row
+    cdef T shift = 0
+    for c in range(c0, c0 + m):
+        row = n * p.G + c // p.K
+        if c == c0 or c % p.K == 0:
+            shift = <T> p.mean[row] if p.backward else find_pivot(job, n, c // p.K, shift)
+            if keep and not p.backward:
+                p.mean[row] = shift
+        hi[c - c0] = shift
+
+
+cdef void add_lines(
+    const Job* job, Way way, const Lines* dy, const Lines* x, Py_ssize_t sweeps, Py_ssize_t w,
+    const T* co, T* a, T* b,
+) noexcept nogil:
+    """Add rows to the sums of their columns."""
+    if job.p.backward:
+        if way == FLOAT16:
+            dot_columns(FLOAT16, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
+        elif way == BFLOAT16:
+            dot_columns(BFLOAT16, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
+        else:
+            dot_columns(PLAIN, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
+    elif way == FLOAT16:
+        sum_columns(FLOAT16, x, sweeps, w, co, a, b)
+    elif way == BFLOAT16:
+        sum_columns(BFLOAT16, x, sweeps, w, co, a, b)
+    else:
+        sum_columns(PLAIN, x, sweeps, w, co, a, b)
+
+
+cdef void add_positions(
+    const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t pitch, Py_ssize_t rows, Py_ssize_t w,
+    const T* co, T* a, T* b,
+) noexcept nogil:
+    """Add rows of w columns, `pitch` values apart, from value i of sample n on.
+
+    Those that do not fill a sweep, and rows shorter than a strip, are copied; the rest of a copy
+    adds nothing.
+    """
+    cdef T copies[4 * TILE]
+    cdef T of_dy[2 * TILE]
+    cdef const RowProblem* p = job.p
+    cdef Lines x
+    cdef Lines dy
+    cdef Py_ssize_t together = 2 if p.backward else 4, full = max(w, lanes_of(co[0])), k, j
+    cdef Py_ssize_t sweeps = rows // together if full == w else 0, r = sweeps * together
+    cdef const T* at
+    cdef T room[TILE]
+    for k in range(together):
+        x.at[k] = place(&p.x, job, n, i + k * pitch)
+        dy.at[k] = place(&p.dy, job, n, i + k * pitch) if p.backward else NULL
+    x.pitch = dy.pitch = together * pitch * p.item
+    if sweeps:
+        add_lines(job, job.way, &dy, &x, sweeps, w, co, a, b)
+    while r < rows:
+        for k in range(together):
+            memcpy(&copies[k * TILE], co, full * sizeof(T))
+            if p.backward:
+                clear(&of_dy[k * TILE], full)
+                dy.at[k] = <const char*> &of_dy[k * TILE]
+            x.at[k] = <const char*> &copies[k * TILE]
+            if r + k >= rows:
+                continue
+            j = i + (r + k) * pitch
+            at = read(job.way, place(&p.x, job, n, j), w, room)
+            memcpy(&copies[k * TILE], at, w * sizeof(T))
+            if p.backward:
+                at = read(job.way, place(&p.dy, job, n, j), w, room)
+                memcpy(&of_dy[k * TILE], at, w * sizeof(T))
+        add_lines(job, PLAIN, &dy, &x, 1, full, co, a, b)
+        r += together
+
+
+cdef void reduce_channels(
+    const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t k, const T* co
+) noexcept nogil:
+    """Sums of m channels over cut k of the positions."""
+    cdef T a[TILE]
+    cdef T b[TILE]
+    cdef double sum_a[TILE]
+    cdef double sum_b[TILE]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t C = p.G * p.K, step = positions_as_one(job), rows, c
+    cdef Py_ssize_t s = k * p.S // job.t.cuts, end = (k + 1) * p.S // job.t.cuts
+    cdef double* out = p.sums + ((n * C + c0) * job.t.cuts + k) * 2
+    clear(a, max(m * step, LANES))
+    clear(b, max(m * step, LANES))
+    clear(sum_a, m)
+    clear(sum_b, m)
+    while s < end:
+        rows = min(FLUSH, (end - s) // step)
+        if rows > 0:
+            add_positions(job, n, s * C + c0, step * C, rows, m * step, co, a, b)
+        else:                   # what is left is less than a row
+            rows = 1
+            add_positions(job, n, s * C + c0, 0, 1, m * (end - s), co, a, b)
+        gather(a, m, 1, step, sum_a)
+        gather(b, m, 1, step, sum_b)
+        s += rows * step
+    for c in range(m):
+        out[c * job.t.cuts * 2] = sum_a[c]
+        out[c * job.t.cuts * 2 + 1] = sum_b[c]
+
+
+cdef void reduce_down(
+    const Job* job, Py_ssize_t n, Py_ssize_t k0, Py_ssize_t k1, T of_type
+) noexcept nogil:
+    """Fill slots k0..k1 of each channel of a sample."""
+    cdef T co[COEFFICIENTS]
+    cdef Py_ssize_t C = job.p.G * job.p.K, i, k, m
+    for i in range(ceiling(C, TILE)):
+        m = min(TILE, C - i * TILE)
+        load_shifts(job, n, i * TILE, m, k0 == 0, co)
+        spread(co, m, 1, positions_as_one(job))
+        clear(co + m * positions_as_one(job), LANES)
+        for k in range(k0, k1):
+            reduce_channels(job, n, i * TILE, m, k, co)
+
+
+# ---- finish ------------------------------------------------------------------------------
+
+cdef struct Place:              # a row whose values are to be summed again
+    const Job* job
+    Py_ssize_t n, g
+
+
+cdef void look(
+    const Place* row, double shift, double down, T of_type, double* sums
+) noexcept nogil:
+    """Sums of a row in float64."""
+    cdef double lanes[2 * WIDE]
+    cdef T room[PIECE]
+    cdef const Job* job = row.job
+    cdef const T* x
+    cdef Py_ssize_t i, j, m
+    clear(lanes, 2 * WIDE)
+    for i in range(ceiling(job.p.D, PIECE)):
+        m = min(PIECE, job.p.D - i * PIECE)
+        if job.p.last:
+            for j in range(m):
+                room[j] = value(job, row.n, in_sample(job, row.g, i * PIECE + j), of_type)
+            x = room
+        else:
+            x = read(job.way, place(&job.p.x, job, row.n, row.g * job.p.D + i * PIECE), m, room)
+        add_wide(x, <const T*> NULL, m, shift, down, lanes)
+    sums[0] = across(lanes)
+    sums[1] = across(lanes + WIDE)
+
+
+cdef void look_float(const void* row, double shift, double down, double* sums) noexcept nogil:
+    look(<const Place*> row, shift, down, <float> 0, sums)
+
+
+cdef void look_double(const void* row, double shift, double down, double* sums) noexcept nogil:
+    look(<const Place*> row, shift, down, <double> 0, sums)
+
+
+cdef void finish_forward(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) noexcept nogil:
+    """Turn the sums about the pivot into mean and m2 (docs/math.md, 6.2)."""
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t row = n * p.G + g, i
+    cdef double s1 = 0, s2 = 0
+    cdef const double* part = p.sums + row * job.t.slots * 2
+    cdef Place at
+    for i in range(job.t.slots):
+        s1 += part[2 * i]
+        s2 += part[2 * i + 1]
+    s1 = s1 if p.centred else 0
+    if settled(s1, s2, p.D, of_type):
+        p.mean[row] += s1 / p.D
+        p.m2[row] = s2 - s1 * (s1 / p.D)
+    else:
+        at.job, at.n, at.g = job, n, g
+        settle(look_float if T is float else look_double, &at, p.D, p.centred, &p.mean[row],
+               &p.m2[row])
+
+
+cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
+    return 1 / sqrt(job.p.m2[row] / job.p.D + job.p.eps)
+
+
+cdef void finish_backward(
+    const Job* job, Py_ssize_t n, Py_ssize_t g, double* dgamma, T of_type
+) noexcept nogil:
+    """Add the slots up: to the sums of the row; of runs, to those of each channel before."""
+    cdef const RowProblem* p = job.p
+    cdef const T* gamma = <const T*> p.gamma
+    cdef bint by_channel = job.t.loops == RUNS or job.t.loops == DOWN
+    cdef Py_ssize_t row = n * p.G + g, C = p.G * p.K, c, i
+    cdef double mean = p.mean[row], r = rstd(job, row) if by_channel else 0
+    cdef double lo = mean - <T> mean
+    cdef double* part = p.sums + row * job.t.slots * 2
+    cdef double s1, s2, total1 = 0, total2 = 0
+    for c in range(g * p.K, g * p.K + (p.K if by_channel else 1)):
+        s1 = s2 = 0
+        for i in range(job.t.cuts):
+            s1 += part[2 * i]
+            s2 += part[2 * i + 1]
+        part += 2 * job.t.cuts
+        s2 -= lo * s1
+        if by_channel:
+            dgamma[c] += s2 * r
+            dgamma[C + c] += s1
+            s1 *= gamma[c]
+            s2 *= gamma[c]
+        total1 += s1
+        total2 += s2
+    part = p.sums + row * job.t.slots * 2
+    part[0] = total1
+    part[1] = total2
+
+
+cdef void finish(const Job* job, const Span* s, double* parts, T of_type) noexcept nogil:
+    cdef Py_ssize_t n, g
+    for n in range(s.n0, s.n1):
+        for g in range(s.g0, s.g1):
+            if job.p.backward:
+                finish_backward(job, n, g, parts, of_type)
+            else:
+                finish_forward(job, n, g, of_type)
+
+
+# ---- apply -------------------------------------------------------------------------------
+
+cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil:
+    """What the second pass has to know of a row."""
+    cdef const RowProblem* p = job.p
+    cdef const double* total = p.sums + row * job.t.slots * 2
+    cdef Row c
+    c.r = rstd(job, row)
+    c.hi = <T> p.mean[row]
+    c.lo = p.mean[row] - c.hi
+    c.c1 = total[0] / p.D if p.backward and p.centred else 0
+    c.c2 = total[1] * c.r / p.D if p.backward else 0
+    return c
+
+
+cdef inline void of_channel(
+    const Job* job, const Row* row, Py_ssize_t c,
+    T* co,                      # OUT HI, A, Z, K and B of a channel
+) noexcept nogil:
+    """(x - hi) * a + z, or dy * a + (x - hi) * k + b."""
+    cdef double a = (<const T*> job.p.gamma)[c] * row.r, k = -row.r * row.r * row.c2, beta
+    co[HI] = <T> row.hi
+    co[A] = <T> a
+    if job.p.backward:
+        co[K] = <T> k
+        co[B] = <T> (-row.r * row.c1 - k * row.lo)
+    else:
+        beta = (<const T*> job.p.beta)[c]
+        co[Z] = <T> (beta - a * row.lo if row.lo != 0 else beta)
+
+
+cdef inline void apply_lines(
+    const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i0, Py_ssize_t i1, Py_ssize_t w,
+    const T* co,
+) noexcept nogil:
+    """y or dx of w values of sample n from values i0 and i1 on; of a run, from i0."""
+    cdef const RowProblem* p = job.p
+    cdef char rooms[6][STRIP]
+    cdef Lines x
+    cdef Lines dy
+    cdef char* y0 = place(&p.y, job, n, i0)
+    cdef char* y1 = place(&p.y, job, n, i1)
+    cdef Py_ssize_t most = max(w, lanes_of(co[0])), bytes = w * p.item
+    cdef Way way = job.way
+    x.at[0], x.at[1] = place(&p.x, job, n, i0), place(&p.x, job, n, i1)
+    dy.at[0], dy.at[1] = x.at[0], x.at[1]
+    if p.backward:
+        dy.at[0], dy.at[1] = place(&p.dy, job, n, i0), place(&p.dy, job, n, i1)
+    if w < most:                # shorter than a strip: by way of copies
+        memcpy(rooms[0], x.at[0], bytes)
+        memcpy(rooms[1], x.at[1], bytes)
+        memcpy(rooms[2], dy.at[0], bytes)
+        memcpy(rooms[3], dy.at[1], bytes)
+        x.at[0], x.at[1], dy.at[0], dy.at[1] = rooms[0], rooms[1], rooms[2], rooms[3]
+        y0, y1 = rooms[4], rooms[5]
+    if way == STREAM and (w < most or (i1 - i0) * p.item % LINE):
+        way = PLAIN
+    if p.backward:
+        unscale(way, step, STRAIGHT, &dy, &x, y0, y1, most, co, co)
+    else:
+        scale(way, step, &x, NULL, y0, y1, most, co, False, <T> (-INFINITY), <T> INFINITY)
+    if w < most:
+        memcpy(place(&p.y, job, n, i1), y1 if step else y0, bytes)
+        memcpy(place(&p.y, job, n, i0), y0, bytes)
+
+
+cdef void apply_runs(
+    const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t, T of_type
+) noexcept nogil:
+    """y or dx of tile t of row n of group g, which may begin and end within a channel."""
+    cdef T co[COEFFICIENTS]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t at = g * p.D + t * job.t.tile, w
+    cdef Py_ssize_t end = g * p.D + min(p.D, (t + 1) * job.t.tile)
+    while at < end:
+        w = min(p.S - at % p.S, end - at)
+        of_channel(job, row, at // p.S, co)
+        apply_lines(job, 0, n, at, at, w, co)
+        at += w
+
+
+cdef void apply_along(
+    const Job* job, const Span* s, const Row* rows, Py_ssize_t t, double* dgamma, double* dbeta,
+    T of_type,
+) noexcept nogil:
+    """y, or dx and the sums for dgamma and dbeta, of tile t of some rows."""
+    cdef T room[2 * TILE]
+    cdef T a[TILE]
+    cdef T b[TILE]
+    cdef T terms[ROW_TERMS]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t at = s.g0 * p.D + t * job.t.tile, m = min(job.t.tile, p.D - t * job.t.tile), n
+    cdef Py_ssize_t c = s.g0 * p.K + t * job.t.tile // p.S
+    cdef const T* gamma = spread_tile(job, <const T*> p.gamma, s.g0, t, room)
+    cdef const T* beta = NULL
+    cdef const char* x
+    cdef const char* dy
+    cdef char* y
+    cdef bint stream = job.way == STREAM
+    if p.backward:
+        clear(a, m)
+        clear(b, m)
+    else:
+        beta = spread_tile(job, <const T*> p.beta, s.g0, t, room + TILE)
+    for n in range(s.n0, s.n1):
+        terms[HI_OF_ROW], terms[LO_OF_ROW] = <T> rows[n - s.n0].hi, <T> rows[n - s.n0].lo
+        terms[R_OF_ROW] = <T> rows[n - s.n0].r
+        terms[C1_OF_ROW], terms[C2_OF_ROW] = <T> rows[n - s.n0].c1, <T> rows[n - s.n0].c2
+        x, y = place(&p.x, job, n, at), place(&p.y, job, n, at)
+        if not p.backward:
+            if job.way == FLOAT16:
+                row_scale(FLOAT16, False, x, gamma, beta, y, m, terms)
+            elif job.way == BFLOAT16:
+                row_scale(BFLOAT16, False, x, gamma, beta, y, m, terms)
+            else:
+                row_scale(PLAIN, stream, x, gamma, beta, y, m, terms)
+            continue
+        dy = place(&p.dy, job, n, at)
+        if job.way == FLOAT16:
+            row_unscale(FLOAT16, False, dy, x, gamma, y, m, terms, a, b)
+        elif job.way == BFLOAT16:
+            row_unscale(BFLOAT16, False, dy, x, gamma, y, m, terms, a, b)
+        else:
+            row_unscale(PLAIN, stream, dy, x, gamma, y, m, terms, a, b)
+    if p.backward:
+        gather(a, m // p.S, p.S, 1, dgamma + c)
+        gather(b, m // p.S, p.S, 1, dbeta + c)
+
+
+cdef void apply_channels(
+    const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t s0, Py_ssize_t s1, T of_type
+) noexcept nogil:
+    """y or dx of m channels of positions s0..s1: down in stretches, up in each of them."""
+    cdef T co[COEFFICIENTS]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t C = p.G * p.K, c, i, s, slot, two
+    cdef Py_ssize_t step = max(1, min(TILE // C, (s1 - s0) // 32)), end
+    cdef Py_ssize_t stretch = ceiling(STRETCH_OF_RUNS, m * step) * step
+    cdef Row row
+    for c in range(c0, c0 + m):
+        if c == c0 or c % p.K == 0:
+            row = of_row(job, n * p.G + c // p.K, <T> 0)
+        of_channel(job, &row, c, co + c - c0)
+    for slot in range(5):
+        spread(co + slot * ROOM, m, 1, step)
+    for i in range(ceiling(s1 - s0, stretch) - 1, -1, -1):
+        s = s0 + i * stretch
+        end = min(s + stretch, s1)
+        while s < end:
+            two = step if s + 2 * step <= end else 0
+            apply_lines(job, 1, n, s * C + c0, (s + two) * C + c0, m * min(step, end - s), co)
+            s += step + two
+
+
+cdef void apply(
+    const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1, T of_type
+) noexcept nogil:
+    """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
+    cdef const RowProblem* p = job.p
+    cdef Row rows[ROW_BLOCK]
+    cdef Py_ssize_t n, g, t, i, C = p.G * p.K
+    if job.t.loops == DOWN:
+        for n in range(s.n0, s.n1):
+            for i in range(ceiling(C, TILE)):
+                apply_channels(job, n, i * TILE, min(TILE, C - i * TILE), t0 * job.t.tile,
+                               min(t1 * job.t.tile, p.S), of_type)
+    else:
+        i = 0
+        for n in range(s.n0, s.n1):
+            for g in range(s.g0, s.g1):
+                rows[i] = of_row(job, n * p.G + g, of_type)
+                i += 1
+        for g in range(s.g1 - 1, s.g0 - 1, -1):
+            for t in range(t1 - 1, t0 - 1, -1):
+                if job.t.loops == RUNS:
+                    apply_runs(job, s.n0, g, &rows[g - s.g0], t, of_type)
+                else:
+                    apply_along(job, s, rows, t, parts, parts + C, of_type)
+    if job.way == STREAM:
+        stream_end()
 
 
 # ---- who does what -----------------------------------------------------------------------
 
 cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
     """Span i: a chunk of N of some groups."""
-    cdef Py_ssize_t chunk = i // job.spans
+    cdef Py_ssize_t chunk = i // job.t.spans
     cdef Span s
-    s.n0 = chunk * job.N // job.chunks
-    s.n1 = (chunk + 1) * job.N // job.chunks
-    s.g0 = i % job.spans * job.groups
-    s.g1 = min(s.g0 + job.groups, job.G)
+    s.n0 = chunk * job.p.N // job.t.chunks
+    s.n1 = (chunk + 1) * job.p.N // job.t.chunks
+    s.g0 = i % job.t.spans * job.t.groups
+    s.g1 = min(s.g0 + job.t.groups, job.p.G)
     return s
 
 
 cdef inline double* parts_of(const Job* job, Py_ssize_t i) noexcept nogil:
     """Sums for dgamma of the chunk of span i, (C,); those for dbeta follow."""
-    return job.parts + i // job.spans * 2 * job.G * job.K
+    return job.p.parts + i // job.t.spans * 2 * job.p.G * job.p.K
 
 
-cdef void clear(const Job* job, const Span* s, double* parts) noexcept nogil:
+cdef void clear_parts(const Job* job, const Span* s, double* parts) noexcept nogil:
     """Zero the sums for dgamma and dbeta of some groups."""
-    cdef Py_ssize_t c, C = job.G * job.K
-    if job.backward:
-        for c in range(s.g0 * job.K, s.g1 * job.K):
-            parts[c] = 0
-            parts[C + c] = 0
+    cdef Py_ssize_t first = s.g0 * job.p.K, m = (s.g1 - s.g0) * job.p.K
+    if job.p.backward:
+        clear(parts + first, m)
+        clear(parts + job.p.G * job.p.K + first, m)
 
 
-cdef void own(
-    const T* x, const T* dy, T* y, const T* gamma, const T* beta, const Job* job, Py_ssize_t i
-) noexcept nogil:
+cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     """All passes over a span, block by block."""
     cdef Span all = span_of(job, i), s = all
     cdef double* parts = parts_of(job, i)
-    clear(job, &s, parts)
+    clear_parts(job, &s, parts)
     while s.n0 < all.n1:
-        s.n1 = min(s.n0 + job.samples, all.n1)
-        reduce(x, dy, gamma, job, &s, 0, job.shared)
-        finish(x, gamma, job, &s, parts)
-        apply(x, dy, y, gamma, beta, job, &s, parts, 0, job.tiles)
+        s.n1 = min(s.n0 + job.t.samples, all.n1)
+        reduce(job, &s, 0, job.t.shared, of_type)
+        finish(job, &s, parts, of_type)
+        apply(job, &s, parts, 0, job.t.tiles, of_type)
         s.n0 = s.n1
 
 
-cdef void share_reduce(
-    const T* x, const T* dy, const T* gamma, const Job* job, Py_ssize_t shares, Py_ssize_t i
-) noexcept nogil:
-    """Share i of the sums of all rows."""
-    cdef Py_ssize_t row = i // shares, k = i % shares, groups = job.G // job.apart
+cdef void share_reduce(const Job* job, Py_ssize_t parts, Py_ssize_t i, T of_type) noexcept nogil:
+    """Part i of the sums of all rows."""
+    cdef Py_ssize_t row = i // parts, k = i % parts, groups = job.p.G // job.t.apart
     cdef Span s
-    s.n0, s.g0 = row // job.apart, row % job.apart * groups
+    s.n0, s.g0 = row // job.t.apart, row % job.t.apart * groups
     s.n1, s.g1 = s.n0 + 1, s.g0 + groups
-    reduce(x, dy, gamma, job, &s, k * job.shared // shares, (k + 1) * job.shared // shares)
+    reduce(job, &s, k * job.t.shared // parts, (k + 1) * job.t.shared // parts, of_type)
 
 
-cdef void share_finish(const T* x, const T* gamma, const Job* job, Py_ssize_t i) noexcept nogil:
+cdef void share_finish(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     cdef Span s = span_of(job, i)
-    clear(job, &s, parts_of(job, i))
-    finish(x, gamma, job, &s, parts_of(job, i))
+    clear_parts(job, &s, parts_of(job, i))
+    finish(job, &s, parts_of(job, i), of_type)
 
 
-cdef void share_apply(
-    const T* x, const T* dy, T* y, const T* gamma, const T* beta, const Job* job, Py_ssize_t i
-) noexcept nogil:
+cdef void share_apply(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     """One tile of all rows of a span."""
-    cdef Py_ssize_t t = i % job.tiles
-    cdef Span all = span_of(job, i // job.tiles), s = all
+    cdef Py_ssize_t t = i % job.t.tiles
+    cdef Span all = span_of(job, i // job.t.tiles), s = all
     while s.n0 < all.n1:
-        s.n1 = min(s.n0 + job.samples, all.n1)
-        apply(x, dy, y, gamma, beta, job, &s, parts_of(job, i // job.tiles), t, t + 1)
+        s.n1 = min(s.n0 + job.t.samples, all.n1)
+        apply(job, &s, parts_of(job, i // job.t.tiles), t, t + 1, of_type)
         s.n0 = s.n1
 
 
-cdef void run(
-    const T* x, const T* dy, T* y, const T* gamma, const T* beta, Job* job, int threads
-) noexcept nogil:
-    cdef Py_ssize_t i, tasks = job.chunks * job.spans
-    cdef Py_ssize_t values = job.N * job.G * job.D
-    cdef Py_ssize_t touched = (3 if job.backward else 2) * values * job.item
-    cdef Py_ssize_t grain = max(1, SERIAL // 4 * tasks // values)
-    cdef Py_ssize_t size = job.G // job.apart * job.D   # of what is summed by itself
-    cdef Py_ssize_t shares = min(job.shared, ceiling(size, STRIP))
-    cdef int nt = threads if values >= SERIAL else 1
-    cdef bint in_place = y == x or y == dy
-    job.stream = not in_place and touched > l3_bytes and job.storage == NATIVE
-    job.buffered = job.stream or in_place and job.storage == NATIVE
+cdef inline Way way_of(const RowProblem* p) noexcept nogil:
+    cdef Py_ssize_t touched = (3 if p.backward else 2) * p.N * p.G * p.D * p.item
+    if p.storage == HALF:
+        return FLOAT16
+    if p.storage == BRAIN:
+        return BFLOAT16
+    if p.y.at == p.x.at or p.y.at == p.dy.at:
+        return PLAIN
+    return STREAM if touched > min(caches.l3, 4 * caches.l2) else PLAIN
+
+
+cdef void run(const RowProblem* p, T of_type) noexcept nogil:
+    cdef Job job
+    cdef Py_ssize_t i, tasks, grain, size, parts, values = p.N * p.G * p.D
+    cdef int nt = p.threads if values >= SERIAL else 1
+    job.p = p
+    job.t = row_tiling(p)
+    job.way = way_of(p)
+    tasks = job.t.chunks * job.t.spans
+    grain = max(1, SERIAL // 4 * tasks // values)
+    size = p.G // job.t.apart * p.D     # of what is summed by itself
+    parts = min(job.t.shared, ceiling(size, STRETCH_OF_RUNS))
     if nt == 1:
         for i in range(tasks):
-            own(x, dy, y, gamma, beta, job, i)
+            own(&job, i, of_type)
         return
-    if tasks >= 4 * nt or size <= CHUNK:
+    if tasks >= 4 * nt or size <= ROW_CHUNK:
         for i in prange(tasks, schedule="dynamic", chunksize=grain, num_threads=nt):
-            own(x, dy, y, gamma, beta, job, i)
+            own(&job, i, of_type)
         return
-    for i in prange(job.N * job.apart * shares, schedule="dynamic", num_threads=nt):
-        share_reduce(x, dy, gamma, job, shares, i)
+    for i in prange(p.N * job.t.apart * parts, schedule="dynamic", num_threads=nt):
+        share_reduce(&job, parts, i, of_type)
     for i in prange(tasks, schedule="static", num_threads=nt):
-        share_finish(x, gamma, job, i)
-    for i in prange(tasks * job.tiles, schedule="dynamic", num_threads=nt):
-        share_apply(x, dy, y, gamma, beta, job, tasks * job.tiles - 1 - i)
+        share_finish(&job, i, of_type)
+    for i in prange(tasks * job.t.tiles, schedule="dynamic", num_threads=nt):
+        share_apply(&job, tasks * job.t.tiles - 1 - i, of_type)
 
 
-# ---- entries -----------------------------------------------------------------------------
+# ---- what the dispatch calls -------------------------------------------------------------
 
-ctypedef fused E:           # an element in storage: float32, float64, or a half type
-    float
-    double
-    uint16_t
-
-ctypedef fused P:           # what is computed in: float64 for float64, float32 for the others
-    float
-    double
-
-STORAGE = {"e": FLOAT16, "E": BFLOAT16}     # by dtype.char
-
-
-cdef inline void set_storage(Job* job, const E[:, :, :] x, Storage storage):
-    job.storage = storage
-    job.item = sizeof(E)
-    job.x_row = x.strides[0]
-
-
-cdef inline void start(
-    const E* x, const E* dy, E* y, const P* gamma, const P* beta, Job* job, int threads
-) noexcept nogil:
-    """Run in the type of gamma and beta, which E decides."""
-    if E is double:
-        run(x, dy, y, <const double*> gamma, <const double*> beta, job, threads)
+cdef void run_problem(const RowProblem* p) noexcept nogil:
+    """Compute in float64 for float64, in float32 for all that is narrower."""
+    if p.storage == FLOAT64:
+        run(p, <double> 0)
     else:
-        run(<const float*> x, <const float*> dy, <float*> y,
-            <const float*> gamma, <const float*> beta, job, threads)
+        run(p, <float> 0)
 
 
-def forward(
-    const E[:, :, :] x,         # IN  (N, G, D) or (N, S, C), the last two axes dense
-    E[:, :, :] y,               # OUT (N, G, D), likewise; may be x
-    const P[::1] gamma,         # IN  (C,)
-    const P[::1] beta,          # IN  (C,)
-    double[:, ::1] statistics,  # OUT (2, N * G): mean and m2
-    double[::1] scratch,        # OUT (N * G * slots * 2,)
-    Py_ssize_t G,
-    Py_ssize_t S,
-    bint last,                  # channels-last
-    double eps,
-    bint centred,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, False, last)
-    job.centred = centred
-    job.eps = eps
-    set_storage(&job, x, storage)
-    job.y_row, job.dy_row = y.strides[0], 0
-    job.mean, job.m2, job.sums = &statistics[0, 0], &statistics[1, 0], &scratch[0]
-    job.parts = NULL
-    with nogil:
-        start(&x[0, 0, 0], &x[0, 0, 0], &y[0, 0, 0], &gamma[0], &beta[0], &job, threads)
+def set_caches(Py_ssize_t l2, Py_ssize_t l3):
+    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
+    caches.l2, caches.l3 = l2, l3
 
 
-def backward(
-    const E[:, :, :] dy,        # IN  (N, G, D) or (N, S, C), the last two axes dense
-    const E[:, :, :] x,         # IN  (N, G, D), likewise
-    E[:, :, :] dx,              # OUT (N, G, D), likewise; may be dy or x
-    const P[::1] gamma,         # IN  (C,)
-    const double[::1] mean,     # IN  (N * G,)
-    const double[::1] m2,       # IN  (N * G,)
-    double[::1] scratch,        # OUT (N * G * slots * 2,)
-    double[:, :, ::1] parts,    # OUT (chunks, 2, C): to be added up, dgamma and dbeta
-    Py_ssize_t G,
-    Py_ssize_t S,
-    bint last,                  # channels-last
-    double eps,
-    bint centred,
-    Storage storage,
-    int threads,
-):
-    cdef Job job = new_job(x.shape[0], G, x.shape[1] * x.shape[2] // G, S, True, last)
-    job.centred = centred
-    job.eps = eps
-    set_storage(&job, x, storage)
-    job.dy_row, job.y_row = dy.strides[0], dx.strides[0]
-    job.mean, job.m2, job.sums, job.parts = &mean[0], &m2[0], &scratch[0], &parts[0, 0, 0]
-    with nogil:
-        start(&x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &gamma[0], <const P*> NULL, &job, threads)
-
-
-include "row_small.pxi"
+cdef Kernels kernels
+kernels.rows = run_problem
+KERNELS = PyCapsule_New(&kernels, "cybn.kernels", NULL)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..moments import Moments
+from .._moments import Moments
 from ._memory import empty_like
 
 __all__ = ["Options", "batch_norm"]

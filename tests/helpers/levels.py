@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from cybn import _rows, _runtime, functional
+from cybn import _dispatch, _runtime
 
 LEVELS = _runtime.usable_levels()
 
@@ -11,5 +11,4 @@ kernels_at = lru_cache(_runtime.kernels_at)
 
 def bind(level):
     """Call the kernels of one instruction level from now on."""
-    functional._bind(kernels_at(level, "batch_norm"))
-    _rows._bind(kernels_at(level, "layer_norm"))
+    _dispatch.use(kernels_at(level, "batch_norm").KERNELS, kernels_at(level, "layer_norm").KERNELS)

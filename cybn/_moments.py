@@ -8,14 +8,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import _dispatch
 from ._arguments import array as as_plain
 from ._arguments import channel_axis, check_mapping, tensor
 from ._chunks import Chunks
 from ._runtime import thread_count
 from ._selection import SCALE_THEM, Selection, select
-from ._statistics import Count, Statistics, measure, measure_selected
 
 __all__ = ["Moments", "Progress"]
+
+Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
+Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
 
 _MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several may be
 
@@ -319,8 +322,6 @@ class Moments:
         for index in pieces if progress is None else progress(pieces):
             piece = tensor("x", x[index]).astype(np.float64, copy=False)
             count, mean, m2 = _measure(piece, axis, index, selection, threads)
-            if not _is_finite(count):
-                raise ValueError(f"weights sum to {count}; {SCALE_THEM}")
             total = total.merge(Moments._adopt(count, mean, m2))
         return total
 
@@ -480,9 +481,38 @@ def _measure(
     selection: Selection | None,
     threads: int,
 ) -> Statistics:
+    """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
     if selection is None:
-        return measure(piece, axis, threads)
-    return measure_selected(piece, axis, *selection.at(index), threads)
+        return _dispatch.statistics(piece, axis, None, None, None, threads)
+    mask, weights = selection.at(index)
+    channels = piece.shape[axis]
+    if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
+        return _measure_selected(piece, axis, mask, weights, threads)
+    counts, means, squares = [], [], []
+    for c in range(channels):
+        one = tuple(slice(c, c + 1) if i == axis else slice(None) for i in range(piece.ndim))
+        parts = (v if v is None or v.shape[axis] == 1 else v[one] for v in (mask, weights))
+        count, mean, m2 = _measure_selected(piece[one], axis, *parts, threads)
+        counts.append(count)
+        means.append(mean)
+        squares.append(m2)
+    kind = np.int64 if weights is None else np.float64
+    return np.array(counts, kind), np.concatenate(means), np.concatenate(squares)
+
+
+def _measure_selected(
+    piece: NDArray[Any],
+    axis: int,
+    mask: NDArray[np.bool_] | None,
+    weights: NDArray[np.float64] | None,
+    threads: int,
+) -> Statistics:
+    """Return count, mean and M2 of a piece whose mask and weights are the same in all channels."""
+    counts = mask if weights is None else weights > 0 if mask is None else mask & (weights > 0)
+    if not np.any(counts):
+        none = np.zeros(piece.shape[axis])
+        return 0 if weights is None else 0.0, none, none.copy()
+    return _dispatch.statistics(piece, axis, mask, weights, None, threads)
 
 
 def _restore(

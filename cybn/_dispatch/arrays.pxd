@@ -1,0 +1,187 @@
+# cython: cdivision=True
+# NumPy's arrays as the dispatch sees them: through the fields of the array, whose places are fixed.
+#
+# Asking an array for its shape from Python takes as long as normalizing a thousand values. A View is
+# a copy of the fields, so nothing that another thread does to the array's shape can move it away.
+
+cdef extern from *:
+    """
+    #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+    #include <numpy/ndarraytypes.h>
+    """
+    ctypedef struct PyArrayObject
+    enum:
+        NPY_BOOL
+        NPY_FLOAT
+        NPY_DOUBLE
+        NPY_HALF
+        NPY_ARRAY_ALIGNED
+        NPY_ARRAY_WRITEABLE
+    int PyArray_TYPE(const PyArrayObject*) noexcept
+    int PyArray_FLAGS(const PyArrayObject*) noexcept
+    bint PyArray_ISNOTSWAPPED(const PyArrayObject*) noexcept
+    int PyArray_NDIM(const PyArrayObject*) noexcept
+    Py_ssize_t* PyArray_DIMS(const PyArrayObject*) noexcept
+    Py_ssize_t* PyArray_STRIDES(const PyArrayObject*) noexcept
+    void* PyArray_DATA(const PyArrayObject*) noexcept
+    void PyArray_CLEARFLAGS(PyArrayObject*, int) noexcept
+
+from cybn._kernels.problem cimport BRAIN, FLOAT32, FLOAT64, HALF, Rows, Storage
+
+cdef enum:
+    MOST_AXES = 64          # of a NumPy array
+    NARROW = 32             # channels up to which rows channels-last must be dense: half of SUM_ROW
+
+cdef struct View:
+    char* data
+    Storage storage
+    int ndim
+    int flags
+    Py_ssize_t item, size   # bytes of a value, number of values
+    Py_ssize_t shape[MOST_AXES]
+    Py_ssize_t strides[MOST_AXES]
+
+cdef struct Fold:           # how an array of any rank becomes (N, C, S) in place
+    int order[MOST_AXES]    # axes as they lie in memory
+    int split               # how many of them fold into N
+    Py_ssize_t N, C, S
+    Py_ssize_t pitch        # bytes from one n to the next
+
+
+cdef inline bint view_of(object array, View* v, int bfloat16) noexcept:
+    """Look at an aligned array of native floats; False where it is none.
+
+    `bfloat16` is the number of that type, or -1 while no such array was seen.
+    """
+    cdef const PyArrayObject* a = <const PyArrayObject*> array
+    cdef int i, kind = PyArray_TYPE(a)
+    v.flags = PyArray_FLAGS(a)
+    if not v.flags & NPY_ARRAY_ALIGNED or not PyArray_ISNOTSWAPPED(a):
+        return False
+    if kind == NPY_FLOAT:
+        v.storage, v.item = FLOAT32, 4
+    elif kind == NPY_DOUBLE:
+        v.storage, v.item = FLOAT64, 8
+    elif kind == NPY_HALF:
+        v.storage, v.item = HALF, 2
+    elif kind == bfloat16:
+        v.storage, v.item = BRAIN, 2
+    else:
+        return False
+    v.data = <char*> PyArray_DATA(a)
+    v.ndim = PyArray_NDIM(a)
+    v.size = 1
+    for i in range(v.ndim):
+        v.shape[i] = PyArray_DIMS(a)[i]
+        v.strides[i] = PyArray_STRIDES(a)[i]
+        v.size *= v.shape[i]
+    return True
+
+
+cdef inline void extent(const View* v, char** low, char** high) noexcept:
+    """The bytes that an array lies within."""
+    cdef int i
+    low[0] = v.data
+    high[0] = v.data + v.item if v.size else v.data
+    for i in range(v.ndim):
+        if v.size and v.strides[i] > 0:
+            high[0] += (v.shape[i] - 1) * v.strides[i]
+        elif v.size:
+            low[0] += (v.shape[i] - 1) * v.strides[i]
+
+
+cdef inline bint apart(const View* a, const View* b) noexcept:
+    """Whether two arrays lie in memory one behind the other."""
+    cdef char* a0
+    cdef char* a1
+    cdef char* b0
+    cdef char* b1
+    extent(a, &a0, &a1)
+    extent(b, &b0, &b1)
+    return a1 <= b0 or b1 <= a0
+
+
+cdef inline bint same_shape(const View* a, const View* b) noexcept:
+    cdef int i
+    if a.ndim != b.ndim:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i]:
+            return False
+    return True
+
+
+cdef inline bint same_place(const View* a, const View* b) noexcept:
+    """Whether two arrays of one shape and type are the same values in memory."""
+    cdef int i
+    if a.data != b.data:
+        return False
+    for i in range(a.ndim):
+        if a.strides[i] != b.strides[i] and a.shape[i] != 1:
+            return False
+    return True
+
+
+# ---- (N, C, S) ---------------------------------------------------------------------------
+
+cdef inline Py_ssize_t dense(
+    const View* v, const int* order, int first, int last, Py_ssize_t span
+) noexcept:
+    """Bytes that axes order[first:last] take if they lie densely around `span`; -1 if not."""
+    cdef int k
+    for k in range(last - 1, first - 1, -1):
+        if v.shape[order[k]] != 1:
+            if v.strides[order[k]] != span:
+                return -1
+            span *= v.shape[order[k]]
+    return span
+
+
+cdef inline bint lies(
+    const View* v, const Fold* f, bint gaps, Py_ssize_t* pitch
+) noexcept:
+    """Whether an array folds in place as `f` says; `gaps` may be between rows of any width."""
+    cdef int k, last = -1
+    cdef Py_ssize_t row = dense(v, f.order, f.split, v.ndim, v.item)
+    if row < 0:
+        return False
+    for k in range(f.split):
+        if v.shape[f.order[k]] != 1:
+            last = f.order[k]
+    if last < 0:
+        pitch[0] = row
+        return True
+    pitch[0] = v.strides[last]
+    if not gaps and f.S == 1 and row <= NARROW * v.item and pitch[0] != row:
+        return False
+    return (pitch[0] >= row and pitch[0] % v.item == 0
+            and dense(v, f.order, 0, f.split, pitch[0]) >= 0)
+
+
+cdef inline void by_stride(const View* v, int first, int last, int* order) noexcept:
+    """Sort axes first..last into order[first:last], those with the longest steps first."""
+    cdef int i, k
+    for i in range(first, last):
+        k = i
+        while k > first and v.strides[order[k - 1]] < v.strides[i]:
+            order[k] = order[k - 1]
+            k -= 1
+        order[k] = i
+
+
+cdef inline bint fold(const View* v, int axis, Fold* f) noexcept:
+    """How an array that is not empty folds to (N, C, S) in place; False where it does not."""
+    cdef int k
+    by_stride(v, 0, v.ndim, f.order)
+    f.N = f.S = 1
+    f.C = v.shape[axis]
+    f.split = 0
+    if f.C == 1:                # one channel is one run
+        f.S = v.size
+        return lies(v, f, False, &f.pitch)
+    while f.order[f.split] != axis:
+        f.N *= v.shape[f.order[f.split]]
+        f.split += 1
+    for k in range(f.split + 1, v.ndim):
+        f.S *= v.shape[f.order[k]]
+    return lies(v, f, False, &f.pitch)

@@ -1,0 +1,213 @@
+# cython: cdivision=True
+# Strips of lanes: the shape of every hot loop.
+#
+# A strip is 128 bytes of values of T: two cache lines, 32 float32 or 16 float64. Loops go strip by
+# strip, and inside over a constant number of lanes. Compilers turn that into vectors of any width,
+# keep what a strip computes in registers, and give the same bits at every instruction level,
+# because the order of all operations is in the source.
+#
+# What memory holds need not be what is computed with. The way says what a strip is read from and
+# written to; it is a constant in every loop, so a loop is written once and compiled for each way.
+#
+#   way        x, dy, residual are           y, dx are
+#   PLAIN      read in place                 written in place
+#   STREAM     read in place                 written past the caches, in whole lines
+#   FLOAT16    widened as they are read      rounded as they are written
+#   BFLOAT16   widened as they are read      rounded as they are written
+
+from libc.stdint cimport uint16_t
+from libc.string cimport memcpy
+
+from cybn._kernels.half cimport narrow, widen
+
+ctypedef fused T:           # what is computed with
+    float
+    double
+
+cdef enum:
+    STRIP = 128             # bytes of T
+    LANES = 32              # values of a strip, at most
+    LINE = 64               # bytes of a cache line
+    PIECE = 1024            # values of a run between two flushes to float64, and of a stage
+    FLUSH = 32              # values that a lane collects between two flushes
+    WIDE = 8                # lanes of the float64 sums of a run
+
+cdef enum Way:
+    PLAIN
+    STREAM
+    FLOAT16
+    BFLOAT16
+
+cdef extern from * nogil:
+    """
+    #include <stddef.h>
+    #include <stdint.h>
+    #include <string.h>
+    #if defined(__SSE2__)
+    #include <immintrin.h>
+    #endif
+
+    /* Write a strip past the caches; `to` begins on a cache line. A plain store first reads the
+       line that it writes to; whole lines written like this save that, and leave x in the caches
+       for the second look at it. */
+    static inline void cybn_stream_strip(const void *from, void *to) {
+    #if defined(__AVX512F__)
+        for (int i = 0; i < 2; i++)
+            _mm512_stream_si512((__m512i *)to + i, _mm512_loadu_si512((const __m512i *)from + i));
+    #elif defined(__AVX__)
+        for (int i = 0; i < 4; i++)
+            _mm256_stream_si256((__m256i *)to + i, _mm256_loadu_si256((const __m256i *)from + i));
+    #elif defined(__SSE2__)
+        for (int i = 0; i < 8; i++)
+            _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
+    #else
+        memcpy(to, from, 128);
+    #endif
+    }
+
+    /* Make such stores visible to other threads before whatever comes next. */
+    static inline void cybn_stream_end(void) {
+    #if defined(__SSE2__)
+        _mm_sfence();
+    #endif
+    }
+    """
+    void stream_strip "cybn_stream_strip"(const void* source, void* to)
+    void stream_end "cybn_stream_end"()
+
+
+cdef inline Py_ssize_t item_of(Way way, T of_type) noexcept nogil:
+    """Bytes of a value in memory; `of_type` only says which T."""
+    return <Py_ssize_t> sizeof(T) if way <= STREAM else 2
+
+
+cdef inline const T* read(
+    Way way,
+    const char* x,          # IN  (m,) in memory
+    Py_ssize_t m,
+    T* room,                # OUT (m,) used where values are widened
+) noexcept nogil:
+    """Values as T: where they lie, or widened into room."""
+    if T is float and way >= FLOAT16:
+        widen(<const uint16_t*> x, room, m, way == BFLOAT16)
+        return room
+    return <const T*> x
+
+
+cdef inline void write(
+    Way way,
+    const T* v,             # IN  (m,)
+    char* y,                # OUT (m,) in memory; begins on a line where STREAM writes a strip
+    Py_ssize_t m,
+) noexcept nogil:
+    cdef Py_ssize_t j
+    if T is float and way >= FLOAT16:
+        narrow(v, <uint16_t*> y, m, way == BFLOAT16)
+    elif way == STREAM and m * <Py_ssize_t> sizeof(T) == STRIP:
+        stream_strip(v, y)
+    else:
+        for j in range(m):
+            (<T*> y)[j] = v[j]
+
+
+cdef inline Py_ssize_t before_line(const char* y, Py_ssize_t n, T of_type) noexcept nogil:
+    """Values of n before the first that begins on a cache line."""
+    return min(n, <Py_ssize_t> (-<size_t> y & (LINE - 1)) // <Py_ssize_t> sizeof(T))
+
+
+cdef inline T* on_line(T* room, const char* beside) noexcept nogil:
+    """Where to begin in room, so that a line begins there where one begins in `beside`.
+
+    Takes up to a line and a half. Vectors that cross lines cost twice in L1, at 64 bytes most.
+    """
+    cdef size_t start = (<size_t> room + LINE - 1) & ~<size_t> (LINE - 1)
+    return <T*> (start + (<size_t> beside & (LINE - 1)) // sizeof(T) * sizeof(T))
+
+
+cdef inline void clear(T* v, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        v[j] = 0
+
+
+# ---- from lanes of T to sums in float64 --------------------------------------------------
+
+cdef inline void flush(
+    const T* restrict lanes,        # IN  (STRIP bytes,)
+    double* restrict wide,          # IO  (WIDE,)
+) noexcept nogil:
+    """Fold the lanes of a run into those of float64, in two steps that become vectors."""
+    cdef T folded[WIDE]
+    cdef Py_ssize_t j
+    for j in range(WIDE):
+        if T is float:
+            folded[j] = (lanes[j] + lanes[j + 8]) + (lanes[j + 16] + lanes[j + 24])
+        else:
+            folded[j] = lanes[j] + lanes[j + 8]
+    for j in range(WIDE):
+        wide[j] += folded[j]
+
+
+cdef inline double across(const double* wide) noexcept nogil:
+    """Sum of WIDE float64 lanes."""
+    return ((wide[0] + wide[4]) + (wide[1] + wide[5])) + ((wide[2] + wide[6]) + (wide[3] + wide[7]))
+
+
+cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
+    """Sum of n values in float64."""
+    cdef double wide[WIDE]
+    cdef Py_ssize_t i, j, full = n // WIDE
+    for j in range(WIDE):
+        wide[j] = 0
+    for i in range(full):
+        for j in range(WIDE):
+            wide[j] += v[i * WIDE + j]
+    for j in range(n - full * WIDE):
+        wide[j] += v[full * WIDE + j]
+    return across(wide)
+
+
+cdef inline void gather(
+    T* restrict v,              # IO  (rows, m, s) sums of columns; zeroed
+    Py_ssize_t m,
+    Py_ssize_t s,
+    Py_ssize_t rows,            # 1 unless s is 1
+    double* restrict out,       # IO  (m,) sums of channels
+) noexcept nogil:
+    """Add the columns of each channel to its float64 sum."""
+    cdef Py_ssize_t c, i
+    cdef double sum_of
+    if s > 1:
+        for c in range(m):
+            out[c] += total(v + c * s, s)
+    elif rows == 1:
+        for c in range(m):
+            out[c] += v[c]
+    else:
+        # The rows by themselves first: beside one huge value each would be rounded off.
+        for c in range(m):
+            sum_of = v[c]
+            for i in range(1, rows):
+                sum_of += v[i * m + c]
+            out[c] += sum_of
+    clear(v, rows * m * s)
+
+
+# ---- from a value a channel to a value a column ------------------------------------------
+
+cdef inline void spread(
+    T* v,                       # IO  (times, m, s); its last m of m * s values are given
+    Py_ssize_t m,
+    Py_ssize_t s,
+    Py_ssize_t times,
+) noexcept nogil:
+    """Give each of m values to s columns, and repeat the row."""
+    cdef Py_ssize_t c, j
+    cdef T value
+    if s > 1:
+        for c in range(m):
+            value = v[m * s - m + c]
+            for j in range(s):
+                v[c * s + j] = value
+    for j in range(m * s, times * m * s):
+        v[j] = v[j - m * s]

@@ -1,0 +1,546 @@
+# cython: cdivision=True
+# The four formulas of batch normalization, each written once.
+#
+#   loop      reads            writes    bytes an element (float32)
+#   sums      x                -         4     a += d        b += d * d
+#   dots      dy, x            -         8     a += g        b += g * d
+#   scale     x, residual      y         8     y  = d * a + z + residual, clamped
+#   unscale   dy, x            dx       12     dx = g * a + d * k + b
+#
+# d = x - hi. g is dy, or dy times the slope of a piecewise-linear activation at d * a + z.
+#
+# a. Coefficients. `step` is 0 for a run, whose values have one channel and so one hi, a, k, b, z, and
+#    1 for columns, which have one each. It is a constant, so both forms come from one loop.
+# b. Rows. Column sums are loaded and stored once for four rows (sums) or two (dots), coefficients
+#    once for two rows. A run is a table of one strip a row.
+# c. Order. A lane of a run, and a column, collect at most FLUSH values before they go to float64:
+#    rounding in float32 cannot build up over a long channel.
+# d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds to
+#    that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
+#    reads nothing beyond a row. Rows shorter than a strip are copied to one.
+
+from libc.string cimport memcpy
+
+from cybn._kernels.lanes cimport (
+    BFLOAT16, FLOAT16, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of,
+    read, write)
+
+cdef enum Bend:             # the activations whose slope costs a comparison or two
+    STRAIGHT                # none
+    RECTIFIED               # relu
+    STEPS                   # two other slopes outside low..high: relu6, leaky_relu
+    RAMP                    # hardswish
+
+cdef enum:
+    ROOM = 2176             # values between the arrays of coefficients: columns, and two lines
+
+cdef enum:                  # where each kind of coefficient begins
+    HI = 0                  # the mean rounded to T, or another shift near it
+    A = ROOM                # gamma / sqrt(var + eps)
+    Z = 2 * ROOM            # what d * a becomes z with
+    K = 3 * ROOM            # dx: slope in x
+    B = 4 * ROOM            # dx: constant
+    COEFFICIENTS = 6 * ROOM + 64
+
+cdef struct Lines:          # rows of memory that a loop goes through together
+    const char* at[4]
+    Py_ssize_t pitch        # bytes to the same rows of the next sweep
+
+
+cdef inline T clamp(T z, T low, T high) noexcept nogil:
+    """z within low..high; NaN and -0.0 stay what they are."""
+    z = low if low > z else z
+    return high if high < z else z
+
+
+cdef inline T bent(
+    Bend bend,
+    T dy,
+    T z,
+    const T* kink,              # IN  (4,) low, high, slope from low down, slope from high up
+) noexcept nogil:
+    """dy times the slope at z; 0 where the slope is 0, whatever dy is."""
+    cdef T s, one = 1
+    if bend == STRAIGHT:
+        return dy
+    if bend == RECTIFIED:
+        return 0 if z <= 0 else dy
+    s = one if bend == STEPS else (z + <T> 1.5) * <T> (1.0 / 3)
+    s = kink[2] if z <= kink[0] else s
+    s = kink[3] if z >= kink[1] else s
+    return 0 if s == 0 else dy * s
+
+
+cdef inline Py_ssize_t lanes_of(T of_type) noexcept nogil:
+    """Values of a strip."""
+    return STRIP // <Py_ssize_t> sizeof(T)
+
+
+# ---- sums --------------------------------------------------------------------------------
+
+cdef inline void sum_strip(
+    Way way, Py_ssize_t step,
+    const Lines* x,             # IN  (sweeps, 4, lanes), from byte `start` on
+    Py_ssize_t start,
+    Py_ssize_t sweeps,
+    const T* hi,                # IN  (lanes,), or one
+    T* restrict a,              # IO  (lanes,)
+    T* restrict b,              # IO  (lanes,)
+) noexcept nogil:
+    cdef T va[LANES]
+    cdef T vb[LANES]
+    cdef T room[4 * LANES]
+    cdef T d0, d1, d2, d3
+    cdef const T* x0
+    cdef const T* x1
+    cdef const T* x2
+    cdef const T* x3
+    cdef Py_ssize_t i, j, lanes = lanes_of(a[0])
+    for j in range(lanes):
+        va[j] = a[j]
+        vb[j] = b[j]
+    for i in range(sweeps):
+        x0 = read(way, x.at[0] + start, lanes, room)
+        x1 = read(way, x.at[1] + start, lanes, room + LANES)
+        x2 = read(way, x.at[2] + start, lanes, room + 2 * LANES)
+        x3 = read(way, x.at[3] + start, lanes, room + 3 * LANES)
+        for j in range(lanes):
+            d0 = x0[j] - hi[j * step]
+            d1 = x1[j] - hi[j * step]
+            d2 = x2[j] - hi[j * step]
+            d3 = x3[j] - hi[j * step]
+            va[j] += (d0 + d1) + (d2 + d3)
+            vb[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        start += x.pitch
+    for j in range(lanes):
+        a[j] = va[j]
+        b[j] = vb[j]
+
+
+cdef inline void sum_columns(
+    Way way,                    # a constant; STREAM is PLAIN here
+    const Lines* x,             # IN  (sweeps, 4, w)
+    Py_ssize_t sweeps,
+    Py_ssize_t w,               # at least a strip
+    const T* hi,                # IN  (w,)
+    T* a,                       # IO  (w,) sums of d = x - hi
+    T* b,                       # IO  (w,) sums of d * d
+) noexcept nogil:
+    cdef T last_a[LANES]
+    cdef T last_b[LANES]
+    cdef T* to_a = &last_a[0]
+    cdef T* to_b = &last_b[0]
+    cdef Py_ssize_t lanes = lanes_of(a[0]), item = item_of(way, a[0])
+    cdef Py_ssize_t full = w // lanes, rest = w - full * lanes, i, at = w - lanes
+    if rest:
+        memcpy(last_a, a + at, STRIP)
+        memcpy(last_b, b + at, STRIP)
+    for i in range(0 if rest else 1, full + 1):
+        if i:
+            at = (i - 1) * lanes
+            to_a = a + at
+            to_b = b + at
+        sum_strip(way, 1, x, at * item, sweeps, hi + at, to_a, to_b)
+    if rest:
+        memcpy(a + w - rest, &last_a[lanes - rest], rest * sizeof(T))
+        memcpy(b + w - rest, &last_b[lanes - rest], rest * sizeof(T))
+
+
+cdef inline Way end_of_run(
+    Way way, const char* x, Py_ssize_t n, Py_ssize_t whole, T fill, T* room
+) noexcept nogil:
+    """Copy the last n values of a run to a whole number of values, the others fill; say how."""
+    cdef T widened[LANES]
+    cdef const T* at
+    cdef Py_ssize_t i, j, m
+    for i in range(0, (n + LANES - 1) // LANES):
+        m = min(LANES, n - i * LANES)
+        at = read(way, x + i * LANES * item_of(way, fill), m, widened)
+        for j in range(m):
+            room[i * LANES + j] = at[j]
+    for j in range(n, whole):
+        room[j] = fill
+    return PLAIN
+
+
+cdef inline void sum_run(
+    Way way,
+    const char* x,              # IN  (n,)
+    Py_ssize_t n,
+    T hi,
+    double* acc,                # IO  (2, WIDE) sums of d = x - hi, and of d * d
+) noexcept nogil:
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef T end[4 * LANES]
+    cdef Lines lines
+    cdef Py_ssize_t sweep = 4 * lanes_of(hi), most = 8 * sweep, left = most, m, k, strip
+    clear(a, lanes_of(hi))
+    clear(b, lanes_of(hi))
+    while n > 0:
+        m = min(n // sweep * sweep, left)
+        if m == 0:
+            way = end_of_run(way, x, n, sweep, hi, end)
+            x = <const char*> &end[0]
+            m = n = sweep
+        strip = sweep // 4 * item_of(way, hi)
+        for k in range(4):
+            lines.at[k] = x + k * strip
+        lines.pitch = 4 * strip
+        if way == FLOAT16:
+            sum_strip(FLOAT16, 0, &lines, 0, m // sweep, &hi, a, b)
+        elif way == BFLOAT16:
+            sum_strip(BFLOAT16, 0, &lines, 0, m // sweep, &hi, a, b)
+        else:
+            sum_strip(PLAIN, 0, &lines, 0, m // sweep, &hi, a, b)
+        x += m // sweep * 4 * strip
+        n -= m
+        left -= m
+        if left <= 0 and n > 0:
+            flush(a, acc)
+            flush(b, acc + WIDE)
+            clear(a, lanes_of(hi))
+            clear(b, lanes_of(hi))
+            left = most
+    flush(a, acc)
+    flush(b, acc + WIDE)
+
+
+# ---- dots --------------------------------------------------------------------------------
+
+cdef inline void dot_strip(
+    Way way, Py_ssize_t step, Bend bend,
+    const Lines* dy,            # IN  (sweeps, 2, lanes), from byte `start` on
+    const Lines* x,             # IN  (sweeps, 2, lanes)
+    Py_ssize_t start,
+    Py_ssize_t sweeps,
+    const T* co,                # IN  HI, A and Z of columns, or of one
+    const T* kink,              # IN  (4,)
+    T* restrict a,              # IO  (lanes,)
+    T* restrict b,              # IO  (lanes,)
+) noexcept nogil:
+    cdef T va[LANES]
+    cdef T vb[LANES]
+    cdef T room[4 * LANES]
+    cdef T d0, d1, g0, g1
+    cdef const T* x0
+    cdef const T* x1
+    cdef const T* dy0
+    cdef const T* dy1
+    cdef Py_ssize_t i, j, lanes = lanes_of(a[0])
+    for j in range(lanes):
+        va[j] = a[j]
+        vb[j] = b[j]
+    for i in range(sweeps):
+        dy0 = read(way, dy.at[0] + start + i * dy.pitch, lanes, room)
+        dy1 = read(way, dy.at[1] + start + i * dy.pitch, lanes, room + LANES)
+        x0 = read(way, x.at[0] + start + i * x.pitch, lanes, room + 2 * LANES)
+        x1 = read(way, x.at[1] + start + i * x.pitch, lanes, room + 3 * LANES)
+        for j in range(lanes):
+            d0 = x0[j] - co[HI + j * step]
+            d1 = x1[j] - co[HI + j * step]
+            g0 = bent(bend, dy0[j], d0 * co[A + j * step] + co[Z + j * step], kink)
+            g1 = bent(bend, dy1[j], d1 * co[A + j * step] + co[Z + j * step], kink)
+            va[j] += g0 + g1
+            vb[j] += g0 * d0 + g1 * d1
+    for j in range(lanes):
+        a[j] = va[j]
+        b[j] = vb[j]
+
+
+cdef inline void dot_columns(
+    Way way,                    # a constant
+    Bend bend,                  # a constant
+    const Lines* dy,            # IN  (sweeps, 2, w)
+    const Lines* x,             # IN  (sweeps, 2, w)
+    Py_ssize_t sweeps,
+    Py_ssize_t w,               # at least a strip
+    const T* co,                # IN  HI, A and Z of w columns
+    const T* kink,              # IN  (4,)
+    T* a,                       # IO  (w,) sums of g
+    T* b,                       # IO  (w,) sums of g * (x - hi)
+) noexcept nogil:
+    cdef T last_a[LANES]
+    cdef T last_b[LANES]
+    cdef T* to_a = &last_a[0]
+    cdef T* to_b = &last_b[0]
+    cdef Py_ssize_t lanes = lanes_of(a[0]), item = item_of(way, a[0])
+    cdef Py_ssize_t full = w // lanes, rest = w - full * lanes, i, at = w - lanes
+    if rest:
+        memcpy(last_a, a + at, STRIP)
+        memcpy(last_b, b + at, STRIP)
+    for i in range(0 if rest else 1, full + 1):
+        if i:
+            at = (i - 1) * lanes
+            to_a = a + at
+            to_b = b + at
+        dot_strip(way, 1, bend, dy, x, at * item, sweeps, co + at, kink, to_a, to_b)
+    if rest:
+        memcpy(a + w - rest, &last_a[lanes - rest], rest * sizeof(T))
+        memcpy(b + w - rest, &last_b[lanes - rest], rest * sizeof(T))
+
+
+cdef inline void dot_table(
+    Way way, Bend bend, const Lines* dy, const Lines* x, Py_ssize_t sweeps, const T* co,
+    const T* kink, T* a, T* b,
+) noexcept nogil:
+    """dot_strip of a run, with what is to be done as constants."""
+    if way == FLOAT16:
+        dot_strip(FLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
+    elif way == BFLOAT16:
+        dot_strip(BFLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
+    elif bend == RECTIFIED:
+        dot_strip(PLAIN, 0, RECTIFIED, dy, x, 0, sweeps, co, kink, a, b)
+    elif bend == STEPS:
+        dot_strip(PLAIN, 0, STEPS, dy, x, 0, sweeps, co, kink, a, b)
+    elif bend == RAMP:
+        dot_strip(PLAIN, 0, RAMP, dy, x, 0, sweeps, co, kink, a, b)
+    else:
+        dot_strip(PLAIN, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
+
+
+cdef inline void dot_run(
+    Way way,
+    Bend bend,                  # STRAIGHT for half types
+    const char* dy,             # IN  (n,)
+    const char* x,              # IN  (n,)
+    Py_ssize_t n,
+    const T* co,                # IN  HI, A and Z of one channel
+    const T* kink,              # IN  (4,)
+    double* acc,                # IO  (2, WIDE) sums of g, and of g * (x - hi)
+) noexcept nogil:
+    cdef T a[LANES]
+    cdef T b[LANES]
+    cdef T end_x[2 * LANES]
+    cdef T end_dy[2 * LANES]
+    cdef Lines of_x
+    cdef Lines of_dy
+    cdef Py_ssize_t sweep = 2 * lanes_of(co[0]), most = 16 * sweep, left = most, m, k, strip
+    clear(a, lanes_of(co[0]))
+    clear(b, lanes_of(co[0]))
+    while n > 0:
+        m = min(n // sweep * sweep, left)
+        if m == 0:
+            end_of_run(way, dy, n, sweep, <T> 0, end_dy)
+            way = end_of_run(way, x, n, sweep, co[HI], end_x)
+            x, dy = <const char*> &end_x[0], <const char*> &end_dy[0]
+            m = n = sweep
+        strip = sweep // 2 * item_of(way, co[0])
+        for k in range(2):
+            of_x.at[k] = x + k * strip
+            of_dy.at[k] = dy + k * strip
+        of_x.pitch = of_dy.pitch = 2 * strip
+        dot_table(way, bend, &of_dy, &of_x, m // sweep, co, kink, a, b)
+        x += m // sweep * 2 * strip
+        dy += m // sweep * 2 * strip
+        n -= m
+        left -= m
+        if left <= 0 and n > 0:
+            flush(a, acc)
+            flush(b, acc + WIDE)
+            clear(a, lanes_of(co[0]))
+            clear(b, lanes_of(co[0]))
+            left = most
+    flush(a, acc)
+    flush(b, acc + WIDE)
+
+
+# ---- where results go --------------------------------------------------------------------
+
+cdef struct Ends:               # of a row: what does not fill whole strips that begin on a line
+    Py_ssize_t head, strips, rest
+
+
+cdef inline Ends ends_of(const char* y, bint stream, Py_ssize_t w, T of_type) noexcept nogil:
+    cdef Ends e
+    cdef Py_ssize_t lanes = lanes_of(of_type)
+    e.head = (-<size_t> y & (LINE - 1)) // sizeof(T) if stream else 0
+    e.head = e.head if e.head + lanes <= w else w % lanes
+    e.strips = (w - e.head) // lanes
+    e.rest = w - e.head - e.strips * lanes
+    return e
+
+
+# ---- scale -------------------------------------------------------------------------------
+
+cdef inline void scale_strip(
+    Way way, Py_ssize_t step, bint clamped, bint added, bint stream,
+    const char* x,              # IN  (lanes,)
+    const char* r,              # IN  (lanes,)
+    T* v,                       # OUT (lanes,)
+    const T* restrict co,       # IN  HI, A and Z of columns, or of one
+    T low, T high,
+) noexcept nogil:
+    cdef T room[2 * LANES]
+    cdef T z
+    cdef const T* at_x = read(way, x, lanes_of(low), room)
+    cdef const T* at_r = read(way, r, lanes_of(low), room + LANES) if added else at_x
+    cdef Py_ssize_t j
+    for j in range(lanes_of(low)):
+        z = (at_x[j] - co[HI + j * step]) * co[A + j * step] + co[Z + j * step]
+        if added:
+            z = z + at_r[j]
+        v[j] = clamp(z, low, high) if clamped else z
+
+
+cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
+    """Write a strip."""
+    if stream:
+        write(STREAM, v, y, lanes_of(v[0]))
+    else:
+        write(way, v, y, lanes_of(v[0]))
+
+
+cdef inline void scale_rows(
+    Way way, Py_ssize_t step, bint clamped, bint added, bint stream, const char* x0, const char* x1,
+    const char* r0, const char* r1, char* y0, char* y1, Py_ssize_t w, const T* co, T low, T high,
+) noexcept nogil:
+    """Two rows of at least a strip; of a run, one."""
+    cdef T v0[LANES]
+    cdef T v1[LANES]
+    cdef char ends[4 * STRIP]
+    cdef char* to0
+    cdef char* to1
+    cdef Ends e = ends_of(y0, stream, w, low)
+    cdef Py_ssize_t lanes = lanes_of(low), item = item_of(way, low), i, at
+    for i in range(-2, e.strips):
+        at = 0 if i == -2 else (w - lanes if i == -1 else e.head + i * lanes)
+        if (i == -2 and e.head == 0) or (i == -1 and e.rest == 0):
+            continue
+        scale_strip(way, step, clamped, added, stream, x0 + at * item, r0 + at * item, v0,
+                    co + at * step, low, high)
+        if step:
+            scale_strip(way, step, clamped, added, stream, x1 + at * item, r1 + at * item, v1,
+                        co + at * step, low, high)
+        to0 = &ends[(2 + i) * STRIP] if i < 0 else y0 + at * item
+        put(way, stream and i >= 0, v0, to0)
+        if step:
+            to1 = &ends[(4 + i) * STRIP] if i < 0 else y1 + at * item
+            put(way, stream and i >= 0, v1, to1)
+    memcpy(y0, ends, e.head * item)
+    memcpy(y0 + (w - e.rest) * item, &ends[STRIP + (lanes - e.rest) * item], e.rest * item)
+    if step:
+        memcpy(y1, &ends[2 * STRIP], e.head * item)
+        memcpy(y1 + (w - e.rest) * item, &ends[3 * STRIP + (lanes - e.rest) * item], e.rest * item)
+
+
+cdef inline void scale(
+    Way way,
+    Py_ssize_t step,            # a constant; 0 takes the first row alone
+    const Lines* x,             # IN  (2, w), of at least a strip
+    const Lines* r,             # IN  (2, w) residual, or NULL
+    char* y0,                   # OUT (w,), may be x or r
+    char* y1,                   # OUT (w,), may be y0 where the rows are one
+    Py_ssize_t w,
+    const T* co,                # IN  HI, A and Z
+    bint clamped,
+    T low,                      # infinite where there is no clamping
+    T high,
+) noexcept nogil:
+    """y = (x - hi) * a + z + residual, clamped to low..high"""
+    cdef const char* x0 = x.at[0]
+    cdef const char* x1 = x.at[1]
+    cdef bint stream = way == STREAM
+    if r != NULL:
+        if way == FLOAT16:
+            scale_rows(FLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
+                       low, high)
+        elif way == BFLOAT16:
+            scale_rows(BFLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
+                       low, high)
+        else:
+            scale_rows(PLAIN, step, True, True, stream, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
+                       low, high)
+    elif way == FLOAT16:
+        scale_rows(FLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
+    elif way == BFLOAT16:
+        scale_rows(BFLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
+    elif clamped:
+        scale_rows(PLAIN, step, True, False, stream, x0, x1, x0, x1, y0, y1, w, co, low, high)
+    else:
+        scale_rows(PLAIN, step, False, False, stream, x0, x1, x0, x1, y0, y1, w, co, low, high)
+
+
+# ---- unscale -----------------------------------------------------------------------------
+
+cdef inline void unscale_strip(
+    Way way, Py_ssize_t step, Bend bend,
+    const char* dy,             # IN  (lanes,)
+    const char* x,              # IN  (lanes,)
+    T* v,                       # OUT (lanes,)
+    const T* restrict co,       # IN  HI, A, K, B and Z of columns, or of one
+    const T* restrict kink,     # IN  (4,)
+) noexcept nogil:
+    cdef T room[2 * LANES]
+    cdef T d, g
+    cdef const T* at_x = read(way, x, lanes_of(v[0]), room)
+    cdef const T* at_dy = read(way, dy, lanes_of(v[0]), room + LANES)
+    cdef Py_ssize_t j
+    for j in range(lanes_of(v[0])):
+        d = at_x[j] - co[HI + j * step]
+        g = bent(bend, at_dy[j], d * co[A + j * step] + co[Z + j * step], kink)
+        v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
+
+
+cdef inline void unscale_rows(
+    Way way, Py_ssize_t step, Bend bend, bint stream, const char* dy0, const char* dy1,
+    const char* x0, const char* x1, char* y0, char* y1, Py_ssize_t w, const T* co, const T* kink,
+) noexcept nogil:
+    """Two rows of at least a strip; of a run, one."""
+    cdef T v0[LANES]
+    cdef T v1[LANES]
+    cdef char ends[4 * STRIP]
+    cdef char* to0
+    cdef char* to1
+    cdef Ends e = ends_of(y0, stream, w, co[0])
+    cdef Py_ssize_t lanes = lanes_of(co[0]), item = item_of(way, co[0]), i, at
+    for i in range(-2, e.strips):
+        at = 0 if i == -2 else (w - lanes if i == -1 else e.head + i * lanes)
+        if (i == -2 and e.head == 0) or (i == -1 and e.rest == 0):
+            continue
+        unscale_strip(way, step, bend, dy0 + at * item, x0 + at * item, v0, co + at * step, kink)
+        if step:
+            unscale_strip(way, step, bend, dy1 + at * item, x1 + at * item, v1, co + at * step,
+                          kink)
+        to0 = &ends[(2 + i) * STRIP] if i < 0 else y0 + at * item
+        put(way, stream and i >= 0, v0, to0)
+        if step:
+            to1 = &ends[(4 + i) * STRIP] if i < 0 else y1 + at * item
+            put(way, stream and i >= 0, v1, to1)
+    memcpy(y0, ends, e.head * item)
+    memcpy(y0 + (w - e.rest) * item, &ends[STRIP + (lanes - e.rest) * item], e.rest * item)
+    if step:
+        memcpy(y1, &ends[2 * STRIP], e.head * item)
+        memcpy(y1 + (w - e.rest) * item, &ends[3 * STRIP + (lanes - e.rest) * item], e.rest * item)
+
+
+cdef inline void unscale(
+    Way way,
+    Py_ssize_t step,            # a constant; 0 takes the first row alone
+    Bend bend,                  # STRAIGHT for half types
+    const Lines* dy,            # IN  (2, w), of at least a strip
+    const Lines* x,             # IN  (2, w)
+    char* y0,                   # OUT (w,), may be dy or x
+    char* y1,                   # OUT (w,), may be y0 where the rows are one
+    Py_ssize_t w,
+    const T* co,                # IN  HI, A, K, B and Z
+    const T* kink,              # IN  (4,)
+) noexcept nogil:
+    """dx = g * a + (x - hi) * k + b"""
+    cdef const char* x0 = x.at[0]
+    cdef const char* x1 = x.at[1]
+    cdef const char* dy0 = dy.at[0]
+    cdef const char* dy1 = dy.at[1]
+    cdef bint stream = way == STREAM
+    if way == FLOAT16:
+        unscale_rows(FLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+    elif way == BFLOAT16:
+        unscale_rows(BFLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+    elif bend == RECTIFIED:
+        unscale_rows(PLAIN, step, RECTIFIED, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+    elif bend == STEPS:
+        unscale_rows(PLAIN, step, STEPS, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+    elif bend == RAMP:
+        unscale_rows(PLAIN, step, RAMP, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+    else:
+        unscale_rows(PLAIN, step, STRAIGHT, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)

@@ -1,0 +1,111 @@
+# cython: cdivision=True
+# Mean and M2 of a channel, or of a row: the pivot, the rule that trusts it, and summing again.
+#
+# Sums are centred on a pivot: the mean of SAMPLES values spread over what is summed, rounded to T.
+# Where that lies more than two standard deviations from the mean, or squares left the range of T, the
+# values are summed again in float64 (docs/math.md, 6.2). Both kernels do it here.
+
+from libc.math cimport INFINITY
+
+from cybn._kernels.lanes cimport T, WIDE, across
+from cybn._kernels.problem cimport SAMPLES
+
+cdef enum:
+    STRETCH = 1024          # values between two additions of lanes to totals
+
+# Adds the sums of d = x - shift and of d * d, both times a power of two, to those of `whose` values.
+ctypedef void (*Look)(const void* whose, double shift, double down, double* sums) noexcept nogil
+
+
+cdef inline Py_ssize_t sample_of(Py_ssize_t i, Py_ssize_t M) noexcept nogil:
+    """Which of M values is sample i: they lie evenly, half a step from the ends."""
+    return (M // SAMPLES) * i + (M % SAMPLES) * i // SAMPLES + M // (2 * SAMPLES)
+
+
+cdef inline double tree(const double* v, double weight) noexcept nogil:
+    return (
+        ((weight * v[0] + weight * v[1]) + (weight * v[2] + weight * v[3]))
+        + ((weight * v[4] + weight * v[5]) + (weight * v[6] + weight * v[7])))
+
+
+cdef inline T pivot_of(
+    const double* v,            # IN  (SAMPLES,)
+    T of_type,                  # only says which T
+) noexcept nogil:
+    """Mean of the samples, rounded to T.
+
+    Added in a tree: the sum of eight equal values is then exact, and so is their mean.
+    """
+    cdef double mean = 0.125 * tree(v, 1)
+    if not -INFINITY < mean < INFINITY:
+        mean = tree(v, 0.125)   # the sum may be beyond float64, the mean is not
+    return <T> mean
+
+
+cdef inline void add_wide(
+    const T* x,                 # IN  (n,)
+    const T* share,             # IN  (n,) how often a value counts, or NULL
+    Py_ssize_t n,
+    double shift,
+    double down,
+    double* restrict lanes,     # IO  (2, WIDE) sums of d and of d * d
+) noexcept nogil:
+    """Sums in float64 throughout. What counts 0 times is not looked at."""
+    cdef double total[2 * WIDE]
+    cdef double d, w
+    cdef Py_ssize_t i, j, k, m
+    for k in range((n + STRETCH - 1) // STRETCH):
+        # After one huge value a lane would round off every small one that follows, all in the
+        # same direction: so lanes are short.
+        m = min(n - k * STRETCH, STRETCH)
+        for j in range(2 * WIDE):
+            total[j] = 0
+        for i in range(m):
+            j = i % WIDE
+            w = 1 if share == NULL else share[k * STRETCH + i]
+            d = x[k * STRETCH + i] * down - shift * down if w != 0 else 0
+            total[j] += w * d
+            total[WIDE + j] += w * d * d
+        for j in range(2 * WIDE):
+            lanes[j] += total[j]
+
+
+cdef inline bint settled(double s1, double s2, double M, T of_type) noexcept nogil:
+    """Whether sums about the pivot tell mean and m2: the pivot is near, the squares in range."""
+    cdef double least = M * (1e-30 if T is float else 1e-290)
+    cdef double m2 = s2 - s1 * (s1 / M)
+    return s1 == 0 and s2 == 0 or (least <= m2 < INFINITY and s1 * (s1 / M) <= 4 * m2)
+
+
+cdef inline bint is_finite(double v) noexcept nogil:
+    return -INFINITY < v < INFINITY
+
+
+cdef inline void settle(
+    Look look,
+    const void* whose,
+    double M,
+    bint centred,               # else the mean is 0 by definition, and m2 the sum of squares
+    double* mean,               # IO  the pivot; OUT the mean
+    double* m2,                 # OUT
+) noexcept nogil:
+    """Mean and m2 by two more looks in float64: one for the mean, one for the squares about it."""
+    cdef double sums[2]
+    cdef double down = 1
+    if centred:
+        look(whose, 0, 1, sums)
+        if not is_finite(sums[0]):
+            down = 2.0 ** -600  # the sum may be beyond float64, the mean is not
+            look(whose, 0, down, sums)
+        mean[0] = sums[0] / M / down
+    look(whose, mean[0], 1, sums)
+    if centred and not is_finite(sums[0]) and is_finite(mean[0]):
+        look(whose, mean[0], down, sums)
+        sums[0] = sums[0] / down
+        sums[1] = sums[1] / down / down
+    if not centred:
+        m2[0] = sums[1]
+        return
+    m2[0] = sums[1] - sums[0] * (sums[0] / M)
+    m2[0] = 0 if m2[0] < 0 else m2[0]
+    mean[0] += sums[0] / M
