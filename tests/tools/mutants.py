@@ -51,7 +51,7 @@ LIKELY = {
     "layers/_running.py": "running layers statistics_layers",
     "layers/_state.py": "state files layers",
     "layers/_safety.py": "statistics_layers layers",
-    "layers/_trials.py": "statistics_layers statistics_population",
+    "layers/_trials.py": "statistics_layers snapshots statistics_population",
     "layers/_parts.py": "statistics_small_batches",
     "layers/_renorm.py": "statistics_small_batches",
     "layers/_passes.py": "layers statistics_layers activations",
@@ -60,7 +60,7 @@ LIKELY = {
     "folding/_folds.py": "folding folding_layouts",
     "interop/_npz.py": "files",
     "torch/modules.py": "torch_modules torch_fuse",
-    "torch/_function.py": "torch_modules torch_fuse",
+    "torch/_function.py": "torch_modules torch_autograd torch_fuse",
     "torch/_memory.py": "torch_memory",
 }
 
