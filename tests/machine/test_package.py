@@ -67,11 +67,11 @@ DOORS = {
     "plot": {""},
     "torch": {"functional", "moments", "_memory", "_runtime"},
     "demo": {"", "moments"},
-    "bench": {"", "moments", "_runtime", "_version", "reference"},
-    "__main__": {"", "demo", "bench", "_runtime", "_version"},
+    "_bench": {"functional", "_runtime", "_version"},
+    "__main__": {"", "demo", "_bench", "_runtime", "_version"},
 }
 VISITORS = {  # may import optional packages; no other room imports them
-    *("demo", "bench", "interop", "plot", "torch", "__main__"),
+    *("demo", "_bench", "interop", "plot", "torch", "__main__"),
 }
 
 

@@ -12,22 +12,22 @@ import ctypes.util
 import importlib.metadata
 import sys
 from collections.abc import Iterator
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..task import EPS, LAYOUTS, REUSED, Contestant, Task, pick
-
-__all__ = ["OneDNN"]
+from ..task import EPS, FIRST, LAST, REUSED, Contestant, Data, Peer, Task, aligned
 
 # From dnnl_types.h; these numbers are fixed for all of version 3.
 MAJOR = 3
 CPU, F32, DEFAULT_STREAM = 1, 3, 1
 TRAINING, INFERENCE, BACKWARD = 64, 96, 128
 GLOBAL_STATS, SCALE, SHIFT = 1, 2, 4
-TAGS = dict(zip(LAYOUTS, (5, 22, 102, 78), strict=True))  # abcd, acdb, aBcd8b, aBcd16b
+TAGS = {FIRST: 5, LAST: 22, "nChw8c": 102, "nChw16c": 78}  # abcd, acdb, aBcd8b, aBcd16b
 NAME_OF_IMPLEMENTATION = 8
 ARGUMENTS = {
     "src": 1,
@@ -43,11 +43,12 @@ ARGUMENTS = {
 }
 
 
-class OneDNN:
+class OneDNN(Peer):
     """oneDNN built with OpenMP, float32, in both plain layouts and two blocked ones."""
 
     name = "oneDNN"
     install = "pip install onednn-cpu-gomp"
+    order = 20
     note = "C API; the blocked layouts are its own, and reordering to them is not counted"
 
     def __init__(self) -> None:
@@ -68,40 +69,42 @@ class OneDNN:
             else:
                 self.layouts.append(layout)
 
-    def variants(self, operation: str, dtype: np.dtype[Any], threads: int) -> list[tuple[str, str]]:
-        """Return every layout that has a kernel on this CPU, output reused, in float32."""
-        if dtype != np.float32 or operation == "layer":
-            return []
-        return [(layout, REUSED) for layout in self.layouts]
-
-    def prepare(self, task: Task) -> Contestant:
-        """Make a primitive and bind its memory."""
+    def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
+        """Yield every layout that has a kernel on this CPU, output reused, for plain float32."""
+        if task != Task(task.operation, task.shape, threads=task.threads):
+            return
         self.set_num_threads(task.threads)
-        data, layout = task.data, task.layout
-        x, out = data.x(layout), data.out(layout)
-        c = data.shape.c
-        vectors = {"scale": data.gamma, "shift": data.beta}
+        for layout in self.layouts:
+            if layout == LAST and len(task.shape) == 2:
+                continue
+            run = self.prepare(task, layout, data)
+            read = partial(_unblocked, layout=layout, channels=task.channels)
+            before = partial(self.set_num_threads, task.threads)
+            yield Contestant(layout, REUSED, run, read, run.implementation, before=before)
+
+    def prepare(self, task: Task, layout: str, data: Data) -> _Run:
+        """Make a primitive and bind its memory."""
+        plain = layout in (FIRST, LAST)
+        a = data.arrays(task, layout if plain else FIRST)
+        x, dy = (v if plain else _blocked(v, layout) for v in (a.x, a.dy))
+        out = data.get("out", task.dtype, layout) if plain else aligned(x.shape, x.dtype)
+        vectors = {"scale": a.gamma, "shift": a.beta}
         if task.operation == "inference":
-            vectors |= {"mean": data.mean, "variance": data.var}
+            vectors |= {"mean": a.mean, "variance": a.var}
         else:
-            vectors |= {"mean": np.empty(c, x.dtype), "variance": np.empty(c, x.dtype)}
-        tensor = self.tensor(task)
+            vectors |= {"mean": np.empty_like(a.gamma), "variance": np.empty_like(a.gamma)}
+        tensor = self.tensor(task, layout)
         forward = self.descriptor(task.operation, tensor)
+        run = _Run(self, forward, tensor, {"src": x, "dst": out}, vectors)
         if task.operation != "backward":
-            run = _Run(self, forward, task, {"src": x, "dst": out}, vectors)
-        else:
-            _Run(self, forward, task, {"src": x, "dst": out}, vectors)()  # mean and variance
-            tensors = {"src": x, "diff_dst": data.dy(layout), "diff_src": out}
-            del vectors["shift"]  # oneDNN refuses what it does not need
-            vectors |= {"diff_scale": np.empty(c, x.dtype), "diff_shift": np.empty(c, x.dtype)}
-            run = _Run(
-                self, self.descriptor(task.operation, tensor, forward), task, tensors, vectors
-            )
-
-        def read(y: Any, channels: Any) -> Any:
-            return pick(y, layout, channels)
-
-        return Contestant(self.name, layout, task.output, run, read, run.implementation)
+            return run
+        run()  # mean and variance
+        tensors = {"src": x, "diff_dst": dy, "diff_src": out}
+        del vectors["shift"]  # oneDNN refuses what it does not need
+        vectors |= {"diff_scale": np.empty_like(a.gamma), "diff_shift": np.empty_like(a.gamma)}
+        return _Run(
+            self, self.descriptor(task.operation, tensor, forward), tensor, tensors, vectors
+        )
 
     def _probe(self, tag: int) -> str:
         """Return the implementation that oneDNN picks for an image in a layout."""
@@ -122,13 +125,11 @@ class OneDNN:
             arguments = [self.engine, BACKWARD, tensor, tensor, tensor, eps, flags, forward, None]
         return self.make(name, *arguments, destroy="primitive_desc")
 
-    def tensor(self, task: Task) -> _Handle:
+    def tensor(self, task: Task, layout: str) -> _Handle:
         """Describe x, with its spatial axes folded to two: the tags are those of images."""
-        shape = task.data.shape
-        height, width = shape.spatial if len(shape.spatial) == 2 else (1, shape.size // shape.n)
-        if len(shape.spatial) != 2:
-            width //= shape.c
-        return self.memory_desc((shape.n, shape.c, height, width), TAGS[task.layout])
+        n, c, *spatial = task.shape
+        height, width = spatial if len(spatial) == 2 else (1, prod(spatial))
+        return self.memory_desc((n, c, height, width), TAGS[layout])
 
     def memory_desc(self, sizes: tuple[int, ...], tag: int) -> _Handle:
         """Describe a float32 tensor."""
@@ -173,12 +174,11 @@ class _Run:
         self,
         peer: OneDNN,
         descriptor: _Handle,
-        task: Task,
+        whole: _Handle,
         tensors: dict[str, NDArray[Any]],
         vectors: dict[str, NDArray[Any]],
     ) -> None:
-        whole = peer.tensor(task)
-        flat = peer.memory_desc((task.data.shape.c,), 2)  # tag a
+        flat = peer.memory_desc(vectors["scale"].shape, 2)  # tag a
         memory = {n: self._memory(peer, whole, a) for n, a in tensors.items()}
         memory |= {n: self._memory(peer, flat, a) for n, a in vectors.items()}
         primitive = peer.make("primitive", descriptor)
@@ -209,6 +209,26 @@ def _implementation(peer: OneDNN, descriptor: _Handle) -> str:
     name = ct.c_char_p()
     peer.check("dnnl_primitive_desc_query", descriptor, NAME_OF_IMPLEMENTATION, 0, ct.byref(name))
     return (name.value or b"").decode()
+
+
+def _blocked(first: NDArray[Any], layout: str) -> NDArray[Any]:
+    """Copy a channels-first array to blocks of channels, padded with zeros."""
+    block = int(layout.removeprefix("nChw").removesuffix("c"))
+    n, c, *spatial = first.shape
+    blocked = aligned((n, -(-c // block), *spatial, block), first.dtype)
+    for channel in range(c):
+        blocked[:, channel // block, ..., channel % block] = first[:, channel]
+    return blocked
+
+
+def _unblocked(y: NDArray[Any], layout: str, channels: int) -> NDArray[Any]:
+    """Return an array in the shape (N, C, ...)."""
+    if layout == FIRST:
+        return y
+    if layout == LAST:
+        return np.moveaxis(y, -1, 1)
+    lanes = np.moveaxis(y, -1, 2)
+    return lanes.reshape(y.shape[0], -1, *y.shape[2:-1])[:, :channels]
 
 
 def find() -> ct.CDLL:
