@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import __version__, show_config
 from ._bench import BenchError
+from .demo import DemoError
 
 
 def at_least_1(text: str) -> int:
@@ -44,9 +45,10 @@ def parser() -> argparse.ArgumentParser:
         prog="cybn", description="Batch normalization for NumPy arrays on the CPU."
     )
     top.add_argument("--version", action="version", version=f"cybn {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    top.set_defaults(command=lambda options: top.print_help())
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
-    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads")
+    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads; at once")
     one.set_defaults(command=info)
 
     one = commands.add_parser(
@@ -58,11 +60,18 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser(
         "demo",
-        help="train small networks on handwritten digits, with and without batch normalization",
+        help="train small networks on handwritten digits, with and without batch normalization; "
+        "half a minute",
     )
-    one.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: here")
+    one.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="made if missing; default: here",
+    )
     one.add_argument("--seed", type=int, default=0, help="default: 0; same seed, same bits")
-    one.add_argument("--quick", action="store_true", help="seconds, with too few steps to learn")
+    one.add_argument("--quick", action="store_true", help="5 seconds, with too few steps to learn")
     one.set_defaults(command=demo, extra="demo")
     return top
 
@@ -78,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 where an optional package is missing or the bench refuses.
+        0, or 1 where an optional package is missing, or a command cannot begin.
     """
     options = parser().parse_args(arguments)
     try:
         options.command(options)
-    except BenchError as error:
+    except (BenchError, DemoError) as error:
         print(f"cybn: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
