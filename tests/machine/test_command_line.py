@@ -148,6 +148,7 @@ def test_no_progress_bar_away_from_a_terminal(tmp_path):
         pytest.importorskip(name)
     command = [sys.executable, "-P", "-m", "cybn", "demo", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    assert "step" not in done.stderr
+    assert "\r" not in done.stderr
     assert done.stdout.startswith("Trains small networks")
     assert demo.ABOUT[True] in done.stdout
