@@ -55,7 +55,7 @@ def test_a_snapshot_holds_copies(rng):
     before[:] = 99
     for _ in range(2):
         assert not (bn.restore(taken).drift().shift - drift.shift).any()
-        bn._seen[1].mean[:] = 7
+        bn._running.seen[1].mean[:] = 7
 
 
 @pytest.mark.parametrize("track", [True, False])

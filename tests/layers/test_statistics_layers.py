@@ -70,7 +70,8 @@ def test_one_value_a_channel_teaches_nothing(policy, ddof, rng):
     x = batch(rng, 1)
     bn = trained(rng, running_ddof=ddof, nan_policy=policy)
     for use in (None, True, False):
-        bn.use_batch_statistics, before = use, snapshot(bn)
+        bn.use_batch_statistics = use
+        before = snapshot(bn)
         for options in ({}, {"out": np.empty_like(x)}):
             with pytest.raises(ValueError, match="one value a channel"):
                 bn(x, **options)
