@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -25,51 +25,15 @@ __all__ = ["backward", "forward", "measure", "through_fixed"]
 def forward(
     self: BatchNorm,
     x: ArrayLike,
-    *,
-    residual: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
+    residual: ArrayLike | None,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    lengths: ArrayLike | None,
+    masked: Masked,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
 ) -> NDArray[Any]:
-    """Normalize a batch; in training mode, move the running statistics.
-
-    Parameters
-    ----------
-    x : array_like of float32, float64, float16 or bfloat16
-        C values along the channel axis. Kept by reference for `backward`.
-    residual : array_like, shape and dtype of `x`, optional
-        Added before the activation. Kept by reference for `backward`.
-    mask, weights, lengths : array_like, optional
-        Which positions count, and how often; as in `batch_norm`. Batch and running statistics
-        are those of what counts; `backward` gives 0 elsewhere, in eval mode too.
-    masked : {"normalize", "zero"}, default "normalize"
-        What y is where a position does not count.
-    out : ndarray, optional
-        Where y goes: shape and dtype of `x`. May be `x` itself; then `backward` works from
-        y, if the activation is None or leaky_relu. May be `residual` itself; then there is
-        no backward through an activation, which needs it.
-    num_threads : int, optional
-        Threads for this call; `cybn.get_num_threads` where None.
-
-    Returns
-    -------
-    ndarray
-        `out`, or a new array with the dtype and memory layout of `x`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `batch_norm`, and if the rank or the number of channels of `x` is not the
-        layer's. ValueError, if weights sum to no more than `running_ddof` and are to move the
-        running variance.
-    FloatingPointError
-        With ``nan_policy="raise"``, where the running statistics would not stay finite. With
-        `out` as well, statistics are taken once more beforehand, to leave it as it was. A
-        `backward` then still belongs to the forward before.
-    """
+    """Do what `BatchNorm.forward` says."""
     x = self._admit(x)
     if residual is not None:
         residual = array("residual", residual)
@@ -208,65 +172,14 @@ def through_fixed(
     )
 
 
-@overload
 def backward(
     self: BatchNorm,
     dy: ArrayLike,
-    *,
-    out: NDArray[Any] | None = None,
-    out_residual: None = None,
-    num_threads: int | None = None,
-) -> NDArray[Any]: ...
-@overload
-def backward(
-    self: BatchNorm,
-    dy: ArrayLike,
-    *,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any],
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any]]: ...
-def backward(
-    self: BatchNorm,
-    dy: ArrayLike,
-    *,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
+    out: NDArray[Any] | None,
+    out_residual: NDArray[Any] | None,
+    num_threads: int | None,
 ) -> Any:
-    """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
-
-    Goes through the batch statistics if that forward used them, else through the running
-    ones as constants. The input is let go of afterwards: one backward a forward.
-
-    Parameters
-    ----------
-    dy : array_like, shape and dtype of the last forward's input
-        Gradient with respect to y.
-    out : ndarray, optional
-        Where dx goes; may be `dy` itself.
-    out_residual : ndarray, optional
-        Where dresidual goes; must not overlap another array.
-    num_threads : int, optional
-        Threads for this call; `cybn.get_num_threads` where None.
-
-    Returns
-    -------
-    dx : ndarray
-        `out`, or a new array with the dtype and memory layout of the input.
-    dresidual : ndarray
-        Gradient of the residual; only where the forward had one: ``dx, dr = ...``.
-
-    Raises
-    ------
-    RuntimeError
-        If there was no forward since the last backward, or it wrote over its input and y
-        does not tell what that was, or what it reads has changed since: x (or y, where that was
-        written over x), gamma, and with an activation beta and the residual.
-    TypeError, ValueError
-        If `dy` or `out` does not fit the input; ValueError, if the forward wrote over its
-        input, and a gamma is 0.
-    """
+    """Do what `BatchNorm.backward` says."""
     if _trials.active(self) is not None:
         raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
     saved, x = self._last()

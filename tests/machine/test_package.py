@@ -63,6 +63,7 @@ DOORS = {
     "population": {"layers", "moments"},
     "": {
         *("layers", "family", "functional", "moments", "population"),
+        *("folding", "interop"),  # on first use
         *("_memory", "_runtime", "_version"),
     },
     "plot": {""},
@@ -190,6 +191,20 @@ def test_import_loads_numpy_and_the_standard_library_alone():
     cython = {name for name in tops if name.startswith(("_cython", "cython_runtime"))}
     assert tops - cython <= sys.stdlib_module_names | {"numpy", "cybn"}
     assert not {room(name) for name in loaded} & (VISITORS | {"reference"})
+
+
+def test_submodules_load_on_first_use():
+    code = (
+        "import sys, cybn; assert not {'cybn.folding', 'cybn.interop'} & set(sys.modules); "
+        "assert {'folding', 'interop'} <= set(dir(cybn)); "
+        "print(cybn.folding.fold_linear.__module__, cybn.interop.find.__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["cybn.folding._folds", "cybn.interop._convert"]
+    with pytest.raises(AttributeError, match="module 'cybn' has no attribute 'foldings'"):
+        _ = cybn.foldings
 
 
 @pytest.mark.parametrize(
