@@ -10,6 +10,9 @@ Layers remember gamma, beta and running statistics; functions do not. Both compu
 compiled kernels, in float32 or float64, to the same bits on any number of threads.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._memory import empty_cache, set_cache_limit
 from ._runtime import get_num_threads, set_num_threads, show_config, threads
 from ._version import __version__
@@ -40,12 +43,17 @@ from .layers import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
+    Layer,
     LayerNorm,
     Renorm,
     RMSNorm,
 )
 from ._moments import Moments
 from .population import population_statistics
+
+if TYPE_CHECKING:
+    from . import folding as folding
+    from . import interop as interop
 
 __all__ = [
     "BatchNorm",
@@ -57,6 +65,7 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "Layer",
     "LayerNorm",
     "Moments",
     "RMSNorm",
@@ -83,3 +92,16 @@ __all__ = [
     "show_config",
     "threads",
 ]
+
+_ON_FIRST_USE = ("folding", "interop")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a submodule that ``import cybn`` leaves out, where it is first named."""
+    if name in _ON_FIRST_USE:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

@@ -8,16 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, show_config
-from .bench import BenchError
-from .bench.shapes import ALL_GROUPS
-
-BENCH_CHOICES = {
-    "groups": list(ALL_GROUPS),
-    "operations": ["forward", "inference", "backward", "layer"],
-    "dtypes": ["float32", "float64"],
-    "layouts": ["channels-first", "channels-last", "nChw8c", "nChw16c"],
-    "peers": ["numpy", "pytorch", "jax", "onnxruntime", "onednn"],
-}
+from ._bench import BenchError
+from .demo import DemoError
 
 
 def at_least_1(text: str) -> int:
@@ -41,12 +33,10 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure this machine: cybn beside memory, and beside the peers that are installed."""
-    from .bench import run
+    """Measure this machine: cybn beside memory, NumPy, and PyTorch if it is installed."""
+    from . import _bench
 
-    names = [*BENCH_CHOICES, "quick", "bars", "threads", "quickest"]
-    names += ["json", "picture", "markdown", "stored"]
-    run(**{name: getattr(options, name) for name in names})
+    _bench.run(json_file=options.json, num_threads=options.threads)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,54 +45,33 @@ def parser() -> argparse.ArgumentParser:
         prog="cybn", description="Batch normalization for NumPy arrays on the CPU."
     )
     top.add_argument("--version", action="version", version=f"cybn {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    top.set_defaults(command=lambda options: top.print_help())
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
-    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads")
+    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads; at once")
     one.set_defaults(command=info)
 
     one = commands.add_parser(
-        "bench", help="how fast this machine is, beside memory and other libraries"
+        "bench", help="how fast this machine is, beside memory, NumPy and PyTorch; under 30 seconds"
     )
-    one.add_argument("--quick", action="store_true", help="ResNet-50 in float32; under a minute")
-    one.add_argument(
-        "--bars", action="store_true", help="only what the bars need: each claim, met or missed"
-    )
-    for option, choices in BENCH_CHOICES.items():
-        one.add_argument(
-            f"--{option}", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices)
-        )
-    one.add_argument(
-        "--threads", nargs="+", type=at_least_1, metavar="N", help="default: 1, 2 and all CPUs"
-    )
-    one.add_argument("--quickest", action="store_true", help="minimum of the turns, not median")
+    one.add_argument("--threads", type=at_least_1, metavar="N", help="default: all CPUs")
     one.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    one.add_argument("--picture", type=Path, metavar="FILE", help="write a PNG here")
-    one.add_argument(
-        "--markdown",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="put the tables into the marked places of pages, or all into a new one",
-    )
-    one.add_argument(
-        "--from",
-        dest="stored",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="report on figures that --json has written, of one machine; measure nothing",
-    )
-    one.set_defaults(command=bench, extra="bench")
+    one.set_defaults(command=bench)
 
     one = commands.add_parser(
         "demo",
-        help="train small networks on handwritten digits, with and without batch normalization",
+        help="train small networks on handwritten digits, with and without batch normalization; "
+        "half a minute",
     )
-    one.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: here")
+    one.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="made if missing; default: here",
+    )
     one.add_argument("--seed", type=int, default=0, help="default: 0; same seed, same bits")
-    one.add_argument("--quick", action="store_true", help="seconds, with too few steps to learn")
+    one.add_argument("--quick", action="store_true", help="5 seconds, with too few steps to learn")
     one.set_defaults(command=demo, extra="demo")
     return top
 
@@ -118,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 where an optional package is missing or the bench refuses.
+        0, or 1 where an optional package is missing, or a command cannot begin.
     """
     options = parser().parse_args(arguments)
     try:
         options.command(options)
-    except BenchError as error:
+    except (BenchError, DemoError) as error:
         print(f"cybn: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from .layers import BatchNorm
+from .layers import BatchNorm, InstanceNorm
 from .layers._trials import Trial
 from ._moments import Moments, Progress
 
@@ -18,7 +18,7 @@ def population_statistics(
     progress: Progress | None = None,
     *,
     upstream: Literal["batch", "running"] = "batch",
-) -> dict[BatchNorm, Moments]:
+) -> dict[BatchNorm | InstanceNorm, Moments]:
     """Return the mean and variance over a whole dataset for each batch norm that it reaches.
 
     Merged `Moments` count every value once: an uneven last batch has its own weight, and the
@@ -32,9 +32,9 @@ def population_statistics(
     ----------
     model_or_layers : callable, or sequence of callables
         Called with each batch: a forward function, a network object, one layer; or a list of
-        layers, called one after the other. Every `BatchNorm` that runs in the call, and tracks
-        running statistics, is recorded; one that runs twice has both inputs counted. It must run
-        in the thread of the call.
+        layers, called one after the other. Every batch or instance norm that runs in the call,
+        and tracks running statistics, is recorded; one that runs twice has both inputs counted. It
+        must run in the thread of the call.
     batches : iterable
         What the model takes, one batch at a time, each given to it as it is. Gone through once.
     progress : callable, optional
@@ -49,7 +49,7 @@ def population_statistics(
 
     Returns
     -------
-    dict of BatchNorm to Moments
+    dict of layer to Moments
         In the order in which the layers first ran.
 
     Raises
@@ -91,9 +91,9 @@ def population_statistics(
     if upstream not in ("batch", "running"):
         raise ValueError(f"upstream is {upstream!r}; it must be 'batch' or 'running'")
     model = _as_function(model_or_layers)
-    totals: dict[BatchNorm, Moments] = {}
+    totals: dict[BatchNorm | InstanceNorm, Moments] = {}
 
-    def note(layer: BatchNorm, moments: Moments) -> None:
+    def note(layer: BatchNorm | InstanceNorm, moments: Moments) -> None:
         totals[layer] = totals[layer].merge(moments) if layer in totals else moments
 
     count = 0
@@ -111,7 +111,7 @@ def population_statistics(
     return totals
 
 
-def _recording(note: Callable[[BatchNorm, Moments], None], upstream: str) -> Trial[None]:
+def _recording(note: Callable[[Any, Moments], None], upstream: str) -> Trial[None]:
     return Trial(None, training=upstream == "batch", note=note)
 
 

@@ -12,7 +12,7 @@ It differs from that counterpart in four ways:
 - `num_threads` is ignored;
 - bad input is not checked, and NumPy's floating-point warnings are off.
 
-Nothing in `cybn` but its bench imports this module. Tests and benches do.
+Nothing in `cybn` imports this module. Tests and benches do.
 """
 
 from __future__ import annotations

@@ -21,11 +21,20 @@ The extra ``cybn[demo]`` brings what this package needs beyond NumPy.
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
 from pathlib import Path
 
 import cybn
 
-__all__ = ["run"]
+__all__ = ["DemoError", "run"]
+
+ABOUT = {False: "half a minute", True: "5 seconds"}  # by whether it is quick
+
+
+class DemoError(Exception):
+    """The demo was not begun, or its files could not be written."""
 
 
 def run(output: Path, seed: int = 0, quick: bool = False) -> None:
@@ -45,7 +54,10 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> None:
     ------
     ModuleNotFoundError
         If a package of the extra ``cybn[demo]`` is missing. Nothing has been done then.
+    DemoError
+        If the files cannot be written in that folder. Nothing has been trained then.
     """
+    start = time.perf_counter()
     from threadpoolctl import threadpool_limits
 
     from .data import load_digits
@@ -53,13 +65,46 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> None:
     from .picture import draw
     from .table import write_table
 
-    output.mkdir(parents=True, exist_ok=True)
+    picture, page = output / "cybn-demo.png", output / "cybn-demo.md"
+    check_writable(picture, page)
+    print(f"Trains small networks on handwritten digits. Takes about {ABOUT[quick]}.", flush=True)
     digits = load_digits(seed)
     # One thread: arrays this small gain nothing from more, and BLAS may round differently.
     with threadpool_limits(1, user_api="blas"), cybn.threads(1):
         results = run_all(digits, seed, QUICK if quick else FULL)
     table = write_table(results)
     print(table)
-    (output / "cybn-demo.md").write_text(table, encoding="utf-8")
-    draw(results, output / "cybn-demo.png")
-    print(f"Wrote {output / 'cybn-demo.png'} and {output / 'cybn-demo.md'}.")
+    page.write_text(table, encoding="utf-8")
+    draw(results, picture)
+    print(f"Wrote {picture} and {page}. Took {time.perf_counter() - start:.0f} seconds.")
+
+
+def check_writable(*files: Path) -> None:
+    """Make the folder of these files, and refuse where they could not be written later.
+
+    Parameters
+    ----------
+    *files : Path
+        Files of one folder. They are not made, and what is in them stays.
+
+    Raises
+    ------
+    DemoError
+        If the folder cannot be made or written to, or a file of that name cannot be replaced.
+    """
+    folder = files[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise DemoError(
+            f"output is {str(folder)!r}, where no file can be written ({error.strerror}); "
+            "name another folder with --output"
+        ) from error
+    for file in files:
+        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+            raise DemoError(
+                f"{str(file)!r} is there already and cannot be written; "
+                "remove it, or name another folder with --output"
+            )

@@ -99,7 +99,7 @@ class Results(NamedTuple):
 
 
 def run_all(digits: Digits, seed: int, settings: Settings) -> Results:
-    """Run the three experiments, each with a progress bar.
+    """Run the three experiments, each with a progress bar where the output is a terminal.
 
     Parameters
     ----------
@@ -115,11 +115,13 @@ def run_all(digits: Digits, seed: int, settings: Settings) -> Results:
     Results
         The measurements.
     """
-    with tqdm(total=2 * settings.sigmoid_steps, desc="1/3 sigmoid network", unit="step") as bar:
+    with tqdm(
+        total=2 * settings.sigmoid_steps, desc="1/3 sigmoid network", unit="step", disable=None
+    ) as bar:
         plain = run_sigmoid(digits, seed, settings, False, bar)
         normalized = run_sigmoid(digits, seed, settings, True, bar)
     total = 2 * len(CONV_RATES) * settings.conv_steps
-    with tqdm(total=total, desc="2/3 learning rates ", unit="step") as bar:
+    with tqdm(total=total, desc="2/3 learning rates ", unit="step", disable=None) as bar:
         conv = [
             ConvRun(
                 rate,
@@ -129,7 +131,7 @@ def run_all(digits: Digits, seed: int, settings: Settings) -> Results:
             for rate in CONV_RATES
         ]
     total = settings.epochs * settings.repeats * sum(len(digits.train_x) // b for b in BATCH_SIZES)
-    with tqdm(total=total, desc="3/3 small batches  ", unit="step") as bar:
+    with tqdm(total=total, desc="3/3 small batches  ", unit="step", disable=None) as bar:
         batch_size = [run_batch_size(digits, seed, settings, b, bar) for b in BATCH_SIZES]
     return Results(seed, settings, plain, normalized, conv, batch_size)
 

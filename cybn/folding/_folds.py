@@ -9,11 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import parameters, tensor
 from ..interop import as_array
-from ..layers import BatchNorm
+from ..layers import BatchNorm, InstanceNorm
 from ._layouts import CONV, CONV_TRANSPOSE, LINEAR, Grouped, seen
 
 Array = NDArray[Any]
-Norm = BatchNorm | tuple[ArrayLike, ArrayLike]
+Norm = BatchNorm | InstanceNorm | tuple[ArrayLike, ArrayLike]
 Flatten = Literal["channels-first", "channels-last"]
 
 
@@ -26,7 +26,7 @@ class Affine(NamedTuple):
     @classmethod
     def of(cls, bn: Norm) -> Affine:
         """Return the affine form of a layer, or that of a pair (scale, shift)."""
-        if isinstance(bn, BatchNorm):
+        if isinstance(bn, BatchNorm | InstanceNorm):
             return cls(*bn.scale_shift(np.float64))
         if not (isinstance(bn, tuple) and len(bn) == 2):
             raise TypeError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import integer_from
-from ..layers import BatchNorm
+from ..layers import BatchNorm, InstanceNorm
 from ._convolution import convolve, convolve_transposed
 from ._folds import (
     Affine,
@@ -78,7 +78,7 @@ Step = Callable[[_Sum], _Sum]
 
 def _normalize(bn: Norm, wide: np.dtype[Any]) -> Step:
     """Return normalization by its definition, not by its affine form, over (N, C, ...)."""
-    if isinstance(bn, BatchNorm):
+    if isinstance(bn, BatchNorm | InstanceNorm):
         mean, var = bn.running_mean, bn.running_var
         assert mean is not None  # or the fold before had raised
         assert var is not None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._arguments import number
-from ..layers import BatchNorm
+from ..layers import BatchNorm, InstanceNorm
 from ._arrays import as_array
 from ._forms import BATCHES, BETA, GAMMA, MEAN, VAR, Group, form, read, variance, write
 
@@ -63,7 +63,7 @@ def layer_of(group: Group, layer: type[BatchNorm], **options: Any) -> BatchNorm:
 
 def arrays_of(bn: BatchNorm, name: str, prefix: str, count: Any) -> dict[str, Any]:
     """Return copies of a layer's arrays under the keys of a form."""
-    if not isinstance(bn, BatchNorm):
+    if not isinstance(bn, BatchNorm | InstanceNorm):
         raise TypeError(f"bn is of type {type(bn).__name__}; it must be a cybn.BatchNorm")
     if bn.activation is not None:
         raise ValueError(

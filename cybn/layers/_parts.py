@@ -1,4 +1,4 @@
-"""Normalizing a batch in parts, each by itself: ghost batches, and renormalized ones.
+"""Ways to normalize by a batch: whole, in parts (ghost batches), and renormalized.
 
 A part is a view of the batch, and its result goes to a view of the output: nothing is copied that
 the kernels could read in place.
@@ -6,20 +6,146 @@ the kernels could read in place.
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import functional
-from .._arguments import channel_axis, companion, destination, tensor
+from .._arguments import channel_axis, check_eps, companion, destination, number, tensor
 from ..moments import Moments
-from ._renorm import Correction, Renorm
-from ._running import Running
 
-__all__ = ["Part", "backward", "forward"]
+if TYPE_CHECKING:
+    from ._running import Running
+
+__all__ = ["WHOLE", "Renorm", "Way", "parts_of"]
+
+
+class Way(NamedTuple):
+    """How a layer normalizes by the batch: three functions in the place of cybn's own.
+
+    They take what `batch_norm`, `batch_norm_backward` and `moments` take. The first returns y and
+    what the second is given after dy and x: `Moments`, or what has a `merged` to make them.
+    """
+
+    forward: Callable[..., tuple[NDArray[Any], Any]]
+    backward: Callable[..., tuple[NDArray[Any], ...]]
+    measure: Callable[..., Moments]
+
+
+WHOLE = Way(functional.batch_norm, functional.batch_norm_backward, functional.moments)
+
+
+def parts_of(size: int | None, limits: Renorm | None, running: Running) -> Way:
+    """Return the way of ghost batches of `size` samples, renormalized where there are limits."""
+    forward = partial(_forward, size=size, limits=limits, running=running)
+    return Way(forward, _backward, functional.moments)
+
+
+class Renorm:
+    """The limits of batch renormalization. Mutable, so that a schedule can move them.
+
+    A layer with ``renorm=`` computes, in training,
+
+    ``y = ((x - mean) / std * r + d) * gamma + beta``,
+    ``r = clip(std / running_std, 1 / r_max, r_max)``,
+    ``d = clip((mean - running_mean) / running_std, -d_max, d_max)``,
+
+    with ``std = sqrt(var + eps)`` and ``running_std = sqrt(running_var + eps)``, the running
+    statistics being those before this batch. Gradients do not flow through r and d. Within its
+    limits that is what inference will compute, whatever the batch; with ``r_max=1, d_max=0`` it
+    is plain batch normalization, to the bit.
+
+    Parameters
+    ----------
+    r_max : float, default 3
+        At least 1.
+    d_max : float, default 5
+        At least 0.
+
+    Raises
+    ------
+    ValueError
+        If a limit is out of its range, here or when it is assigned.
+
+    Notes
+    -----
+    Begin with ``r_max=1, d_max=0``: the running statistics of a new layer say nothing yet. The
+    paper leaves these for 5000 steps, then widens them step by step to the defaults: r_max at
+    40000, d_max at 25000. Layers that were given one `Renorm` follow it together.
+
+    References
+    ----------
+    Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+    Models", 2017.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> limits = cybn.Renorm(r_max=1, d_max=0)
+    >>> bn = cybn.BatchNorm2d(64, momentum=0.01, renorm=limits)
+    >>> limits.r_max, limits.d_max = 3, 5  # when it has trained for a while
+    """
+
+    __slots__ = ("d_max", "r_max")
+
+    r_max: float
+    d_max: float
+
+    def __init__(self, r_max: float = 3.0, d_max: float = 5.0) -> None:
+        self.r_max = r_max
+        self.d_max = d_max
+
+    def __setattr__(self, name: str, value: float) -> None:
+        least = {"r_max": 1, "d_max": 0}.get(name)
+        if least is None:
+            raise AttributeError(f"Renorm has no {name}; it has r_max and d_max")
+        limit = number(name, value)
+        if not limit >= least:
+            raise ValueError(f"{name} is {limit}; it must be at least {least}")
+        object.__setattr__(self, name, limit)
+
+    def __reduce__(self) -> tuple[type[Renorm], tuple[float, float]]:
+        return Renorm, (self.r_max, self.d_max)
+
+    def __repr__(self) -> str:
+        return f"Renorm(r_max={self.r_max:g}, d_max={self.d_max:g})"
+
+
+class Correction(NamedTuple):
+    """What renormalization does to one batch: xhat becomes xhat * r + d."""
+
+    r: NDArray[np.float64]
+    d: NDArray[np.float64]
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def of(cls, batch: Moments, running: Running, limits: Renorm, eps: float) -> Correction:
+        """Return the correction from a batch to the running statistics, within limits."""
+        std = np.sqrt(batch.var() + eps)
+        running_std = np.sqrt(running.var.astype(np.float64) + eps)
+        r = std / running_std
+        d = (batch.mean - running.mean) / running_std
+        return cls(
+            np.clip(r, 1 / limits.r_max, limits.r_max), np.clip(d, -limits.d_max, limits.d_max)
+        )
+
+    def compose(
+        self, gamma: NDArray[Any] | None, beta: NDArray[Any] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the scale and shift of xhat that are correction, gamma and beta in one."""
+        scale = self.r if gamma is None else self.r * gamma
+        shift = self.d if gamma is None else self.d * gamma
+        return scale, shift if beta is None else shift + beta
+
+    @np.errstate(all="ignore")
+    def gradient(self, dscale: NDArray[Any], dshift: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the gradient of gamma from those of scale and shift; r and d are constants."""
+        dgamma: NDArray[np.float64] = self.r * dscale + self.d * dshift
+        return dgamma
 
 
 class Part(NamedTuple):
@@ -28,13 +154,26 @@ class Part(NamedTuple):
     where: tuple[slice, ...]
     moments: Moments
     correction: Correction | None
+    selected: dict[str, Any]  # its mask or weights, if any
 
 
-def cut(shape: tuple[int, ...], axis: int, size: int | None) -> list[tuple[slice, ...]]:
+class Parts(NamedTuple):
+    """What a forward in parts leaves for its backward."""
+
+    parts: list[Part]
+
+    def merged(self) -> Moments:
+        """Return the moments of the whole batch."""
+        return reduce(Moments.merge, [part.moments for part in self.parts])
+
+
+def cut(
+    shape: tuple[int, ...], axis: int, size: int | None, shares: NDArray[Any] | None = None
+) -> list[tuple[slice, ...]]:
     """Return the index of each part: `size` samples each, the last one fewer.
 
-    Where the last would have one value a channel, which has no variance, it joins the one before.
-    Samples lie along the first axis that is not the channel axis.
+    A part in which fewer than two values a channel count has no variance: it joins the next one,
+    and the last one that before. Samples lie along the first axis that is not the channel axis.
     """
     batch = 1 if axis == 0 else 0
     samples = shape[batch]
@@ -46,15 +185,28 @@ def cut(shape: tuple[int, ...], axis: int, size: int | None) -> list[tuple[slice
             f"virtual_batch_size is {size} and x has shape {shape}: one value a channel has no "
             "variance. Give virtual batches of at least 2"
         )
-    starts = list(range(0, samples, size))
-    if (samples - starts[-1]) * each < 2:
+    if shares is None:
+        count = np.full(samples, each)
+    else:
+        count = np.count_nonzero(np.moveaxis(shares, batch, 0).reshape(samples, -1), axis=1)
+    starts = [0]
+    for end in range(size, samples, size):
+        if count[starts[-1] : end].sum() >= 2:
+            starts.append(end)
+    if len(starts) > 1 and count[starts[-1] :].sum() < 2:
         starts.pop()
     ends = [*starts[1:], samples]
     before = (slice(None),) * batch
     return [(*before, slice(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def forward(
+def require_two(x: NDArray[Any], axis: int, count: float, selected: dict[str, Any]) -> None:
+    """Refuse a batch of which fewer than two values a channel count, in the words of batch_norm."""
+    if count < 2:
+        functional.batch_norm(x, axis=axis, **selected)
+
+
+def _forward(
     x: NDArray[Any],
     gamma: NDArray[Any] | None,
     beta: NDArray[Any] | None,
@@ -64,47 +216,70 @@ def forward(
     running: Running,
     axis: int,
     residual: NDArray[Any] | None,
+    mask: Any,
+    weights: Any,
+    lengths: Any,
     out: NDArray[Any] | None,
     **options: Any,
-) -> tuple[NDArray[Any], list[Part]]:
-    """Normalize each part by its own statistics, or renormalize it; return y and the parts."""
+) -> tuple[NDArray[Any], Parts]:
+    """Normalize each part by its own statistics, or renormalize it."""
     x = tensor("x", x)
     axis = channel_axis(x, axis)
-    functional._check_batch(x, axis)
+    check_eps(options["eps"])
+    functional.is_zero(options["masked"])  # known, or an error
+    positions = functional.positions_of(x, axis, mask=mask, weights=weights, lengths=lengths)
+    shares = None if positions is None else positions.shares
+    number_of = x.size // max(1, x.shape[axis]) if positions is None else positions.number
+    require_two(x, axis, number_of, {} if positions is None else _selected(shares, ...))
     residual = None if residual is None else companion("residual", residual, x)
     y = destination(out, x, (x, residual, gamma, beta))
-    options["axis"] = axis
     parts = []
-    for index in cut(x.shape, axis, size):
+    for index in cut(x.shape, axis, size, shares):
+        selected = _selected(shares, index)
         options |= {"out": y[index], "residual": None if residual is None else residual[index]}
         correction = None
         if limits is None:
-            _, moments = functional.batch_norm(x[index], gamma, beta, **options)
+            _, moments = functional.batch_norm(
+                x[index], gamma, beta, axis=axis, **selected, **options
+            )
         else:
-            moments = functional.moments(x[index], axis=axis, num_threads=options["num_threads"])
+            threads = options["num_threads"]
+            moments = functional.moments(x[index], axis=axis, num_threads=threads, **selected)
             correction = Correction.of(moments, running, limits, options["eps"])
             scale, shift = correction.compose(gamma, beta)
             functional.batch_norm_inference(
-                x[index], moments.mean, moments.var(), scale, shift, **options
+                x[index],
+                moments.mean,
+                moments.var(),
+                scale,
+                shift,
+                axis=axis,
+                **selected,
+                **options,
             )
-        parts.append(Part(index, moments, correction))
-    return y, parts
+        parts.append(Part(index, moments, correction, selected))
+    return y, Parts(parts)
 
 
-def merged(parts: list[Part]) -> Moments:
-    """Return the moments of the whole batch."""
-    return reduce(Moments.merge, [part.moments for part in parts])
+def _selected(shares: NDArray[Any] | None, index: Any) -> dict[str, Any]:
+    """Return the mask or the weights of a part as a keyword of the functions."""
+    if shares is None:
+        return {}
+    return {"mask" if shares.dtype == np.bool_ else "weights": shares[index]}
 
 
-def backward(
+def _backward(
     dy: Any,
     x: NDArray[Any],
-    parts: list[Part],
+    parts: Parts,
     gamma: NDArray[Any] | None,
     *,
     beta: NDArray[Any] | None,
     axis: int,
     residual: NDArray[Any] | None,
+    mask: Any,
+    weights: Any,
+    lengths: Any,
     out: NDArray[Any] | None,
     out_residual: NDArray[Any] | None,
     **options: Any,
@@ -113,7 +288,8 @@ def backward(
 
     dgamma and dbeta are sums over the parts, in float64.
     """
-    dy, x, axis = functional._gradient_pair(dy, x, axis)
+    x = tensor("x", x)
+    dy, axis = companion("dy", dy, x), channel_axis(x, axis)
     dx = destination(out, x, (x, dy, residual, gamma, beta))
     dresidual = None
     if residual is not None:
@@ -122,9 +298,8 @@ def backward(
     ones = np.ones(x.shape[axis])
     dtype = ones.dtype if gamma is None else gamma.dtype
     gamma = ones if gamma is None else gamma.astype(np.float64)  # so that sums come in float64
-    options["axis"] = axis
     gradients = []
-    for part in parts:
+    for part in parts.parts:
         i, (scale, shift) = part.where, (gamma, beta)
         if part.correction is not None:
             scale, shift = part.correction.compose(gamma, beta)
@@ -132,7 +307,7 @@ def backward(
         if residual is not None and dresidual is not None:
             options |= {"residual": residual[i], "out_residual": dresidual[i]}
         _, dgamma, dbeta, *_ = functional.batch_norm_backward(
-            dy[i], x[i], part.moments, scale, **options
+            dy[i], x[i], part.moments, scale, axis=axis, **part.selected, **options
         )
         if part.correction is not None:
             dgamma = part.correction.gradient(dgamma, dbeta)

@@ -1,82 +1,153 @@
-"""What the settings of a layer may be, checked when it is made and whenever one is assigned."""
+"""Attributes of a layer that are checked when it is made and whenever one is assigned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar, get_args, overload
+from operator import attrgetter
+from typing import (
+    Any,
+    Generic,
+    Self,
+    SupportsFloat,
+    SupportsIndex,
+    TypeVar,
+    cast,
+    get_args,
+    overload,
+)
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .. import functional
 from .._arguments import check_eps, integer_from, number
-from ._renorm import Renorm
-from ._running import NanPolicy
+from .._words import Activation, NanPolicy
+from . import _state
+from ._parts import Renorm
 
-__all__ = ["Fixed", "Setting"]
+__all__ = ["Fixed", "Parameter", "Setting"]
 
-T = TypeVar("T")
+Kept = TypeVar("Kept")
+Given = TypeVar("Given")
 
 
-class Setting(Generic[T]):
-    """An attribute of a layer that is checked as it is assigned.
+class Setting(Generic[Kept, Given]):
+    """An attribute that is checked as it is assigned.
 
-    It is kept under its name with an underscore before it, which is what the code that runs in
-    every forward reads: an attribute like any other costs a third of one that is looked up here.
+    It is kept under its name with an underscore before it, in the layer or in a part of it. The
+    code that runs in every forward reads it there: a look-up here takes three times as long.
 
     Parameters
     ----------
     check : callable
         Given the name and a value, it returns the value to keep, or raises.
+    place : str, optional
+        Where it is kept, seen from the layer: ``"_running.momentum"``.
     """
 
-    def __init__(self, check: Callable[[str, Any], T]) -> None:
-        self._check = check
+    def __init__(self, check: Callable[[str, Given], Kept], place: str = "") -> None:
+        self._check, self._place = check, place
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name, self._place = name, f"_{name}"
+        self._name = name
+        part, _, self._kept_as = (self._place or f"_{name}").rpartition(".")
+        self._part: Callable[[Any], Any] = attrgetter(part) if part else lambda layer: layer
 
     @overload
     def __get__(self, layer: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, layer: object, owner: type) -> T: ...
-    def __get__(self, layer: object | None, owner: type) -> T | Self:
+    def __get__(self, layer: object, owner: type) -> Kept: ...
+    def __get__(self, layer: object | None, owner: type) -> Kept | Self:
         """Return the value; this object where it is looked up in the class."""
-        return self if layer is None else getattr(layer, self._place)
+        return self if layer is None else getattr(self._part(layer), self._kept_as)
 
-    def __set__(self, layer: object, value: Any) -> None:
+    def __set__(self, layer: object, value: Given) -> None:
         """Keep a value that will do; raise, with nothing changed, where it will not."""
-        setattr(layer, self._place, self._check(self._name, value))
+        setattr(self._part(layer), self._kept_as, self._check(self._name, value))
 
 
-class Fixed(Setting[T]):
+class Fixed(Setting[Kept, Given]):
     """A setting that arrays of the layer were made by: it cannot be assigned again."""
 
-    def __set__(self, layer: object, value: Any) -> None:
+    def __set__(self, layer: object, value: Given) -> None:
         """Keep the first value."""
-        if hasattr(layer, self._place):
+        if hasattr(layer, self._kept_as):
             raise AttributeError(
-                f"{self._name} is {getattr(layer, self._place)}, and fixed when a layer is made; "
+                f"{self._name} is {getattr(layer, self._kept_as)}, and fixed when a layer is made; "
                 "make a new one"
             )
         super().__set__(layer, value)
 
 
+class Parameter:
+    """gamma, beta or a gradient: one array for the life of a layer, or None where it has none.
+
+    What is assigned is checked, converted and copied into that array, so that an optimizer which
+    holds it goes on with it. The type says ``| Any`` for None: a layer has the array unless it was
+    made without, and who made it so knows.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name, self._kept_as = name, f"_{name}"
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: object, owner: type) -> NDArray[Any] | Any: ...
+    def __get__(self, layer: object | None, owner: type) -> Any:
+        """Return the array, or None."""
+        return self if layer is None else getattr(layer, self._kept_as)
+
+    def __set__(self, layer: object, value: ArrayLike | None) -> None:
+        """Copy a value that will do into the array."""
+        own = getattr(layer, self._kept_as)
+        if value is own:  # what ``bn.gamma *= 2`` assigns, or None
+            return
+        if own is None:
+            raise AttributeError(
+                f"{self._name} cannot be set: this {type(layer).__name__} was made without"
+            )
+        own[...] = _state.array(self._name, value, own.shape, own.dtype)
+
+
 # ---- checks ------------------------------------------------------------------------------
 
 
-def flag(name: str, value: Any) -> bool:
-    """Return a bool; whatever Python takes for one is one."""
+def flag(name: str, value: bool) -> bool:
+    """Return a bool, from True, False, 1 or 0."""
+    if not isinstance(value, bool | int | np.bool_) or value not in (0, 1):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
     return bool(value)
 
 
-def positive(name: str, value: Any) -> float:
+def flag_or_none(name: str, value: bool | None) -> bool | None:
+    """Return a bool, or None."""
+    try:
+        return None if value is None else flag(name, value)
+    except TypeError as error:
+        raise TypeError(f"{error}, or None") from None
+
+
+def positive(name: str, value: SupportsFloat) -> float:
     """Return a positive, finite eps."""
     eps = number(name, value)
     check_eps(eps)
     return eps
 
 
-def momentum(name: str, value: Any) -> float | None:
+def positive_or_none(name: str, value: SupportsFloat | None) -> float | None:
+    """Return a positive, finite eps, or None."""
+    return None if value is None else positive(name, value)
+
+
+def not_negative(name: str, value: SupportsFloat) -> float:
+    """Return a finite eps; 0 will do in inference, and is refused by a training forward."""
+    eps = number(name, value)
+    check_eps(eps, least=0)
+    return eps
+
+
+def momentum(name: str, value: SupportsFloat | None) -> float | None:
     """Return the weight of a batch, or None."""
     weight = None if value is None else number(name, value)
     if weight is not None and not 0 <= weight <= 1:
@@ -86,34 +157,38 @@ def momentum(name: str, value: Any) -> float | None:
     return weight
 
 
-def ddof(name: str, value: Any) -> int:
+def ddof(name: str, value: int) -> int:
     """Return 0 or 1."""
     if value not in (0, 1):
         raise ValueError(f"{name} is {value}; it must be 0 (biased) or 1")
     return int(value)
 
 
-def activation(name: str, value: Any) -> str | None:
-    """Return the name of an activation, or None."""
-    functional.activation_of(value, 0.0)
-    return None if value is None else str(value)
+def _fuse(**options: Any) -> None:
+    """Raise what the functions do about an activation or a slope."""
+    functional.batch_norm_inference(np.zeros((1, 1), np.float32), [0.0], [1.0], **options)
 
 
-def slope(name: str, value: Any) -> float:
+def activation(name: str, value: Activation | None) -> Activation | None:
+    """Return the name of an activation that the functions have, or None."""
+    _fuse(activation=value)
+    return None if value is None else cast("Activation", str(value))
+
+
+def slope(name: str, value: SupportsFloat) -> float:
     """Return a finite float."""
-    functional.activation_of("leaky_relu", value)
+    _fuse(activation="leaky_relu", slope=value)
     return number(name, value)
 
 
-def nan_policy(name: str, value: Any) -> NanPolicy:
+def nan_policy(name: str, value: NanPolicy) -> NanPolicy:
     """Return one of the policies."""
     if value not in get_args(NanPolicy):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(NanPolicy))}")
-    policy: NanPolicy = value
-    return policy
+    return value
 
 
-def virtual_batch_size(name: str, value: Any) -> int | None:
+def virtual_batch_size(name: str, value: SupportsIndex | None) -> int | None:
     """Return a number of samples, or None."""
     try:
         return None if value is None else integer_from(name, value)
@@ -121,7 +196,7 @@ def virtual_batch_size(name: str, value: Any) -> int | None:
         raise TypeError(f"{error}, or None") from None
 
 
-def renorm(name: str, value: Any) -> Renorm | None:
+def renorm(name: str, value: Renorm | None) -> Renorm | None:
     """Return the limits of batch renormalization, or None."""
     if not (value is None or isinstance(value, Renorm)):
         raise TypeError(
@@ -130,8 +205,8 @@ def renorm(name: str, value: Any) -> Renorm | None:
     return value
 
 
-def nothing(name: str, value: Any) -> None:
-    """Return None: for what a layer inherits and does not have."""
+def nothing(name: str, value: None) -> None:
+    """Return None: for an option that this kind of layer does not have."""
     if value is not None:
         raise ValueError(f"{name} is {value!r}; it must be None, as this kind of layer has none")
 

@@ -1,10 +1,10 @@
-"""Checking a state dict before anything is changed."""
+"""Checking what is to become the state of a layer, before anything is changed."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -13,22 +13,49 @@ from .. import _arguments
 
 _MOST_BATCHES = int(np.iinfo(np.int64).max)
 
+_OURS = {"gamma", "beta", "running_mean", "running_var", "num_batches_tracked"}
 
-def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raise ValueError unless `state` has exactly the expected keys."""
+# Last parts of the keys that other libraries give to what a batch norm holds.
+_ELSEWHERE = {
+    "torch": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
+    "keras": {"gamma", "beta", "moving_mean", "moving_variance"},
+    "flax": {"scale", "bias", "mean", "var"},
+}
+
+
+class Keys(NamedTuple):
+    """What `load_state_dict` with ``strict=False`` left alone."""
+
+    missing_keys: list[str]  # the layer has them, and keeps what it had
+    unexpected_keys: list[str]
+
+
+def check_keys(state: Mapping[str, Any], expected: Iterable[str], strict: bool) -> Keys:
+    """Return which keys do not fit; ValueError where any does not and `strict` is True."""
     _arguments.check_mapping(state)
     expected = set(expected)
-    missing, extra = sorted(expected - set(state)), sorted(map(str, set(state) - expected))
-    if missing or extra:
+    keys = Keys(sorted(expected - set(state)), sorted(map(str, set(state) - expected)))
+    if strict and (keys.missing_keys or keys.unexpected_keys):
         raise ValueError(
-            f"the state does not fit this layer: missing {missing}, unexpected {extra}. "
-            "Layers with other affine or track_running_stats settings have other keys"
+            f"the state does not fit this layer: missing {keys.missing_keys}, unexpected "
+            f"{keys.unexpected_keys}. {_advice(keys.unexpected_keys)}"
         )
+    return keys
 
 
-def vector(name: str, value: Any, channels: int, dtype: DTypeLike) -> NDArray[Any]:
-    """Return a copy of `value` as (C,) of `dtype`."""
-    return array(name, value, (channels,), dtype)
+def _advice(unexpected: list[str]) -> str:
+    foreign = set(unexpected) - _OURS
+    tails = {key.replace("/", ".").rpartition(".")[2].partition(":")[0] for key in foreign}
+    for library, known in _ELSEWHERE.items():
+        if tails and tails <= known:
+            return (
+                f"Such keys are those of {library}: cybn.interop.from_{library}(state, prefix) "
+                "makes a layer of them, and its state_dict() is one that fits"
+            )
+    return (
+        "Layers with other affine or track_running_stats settings have other keys; strict=False "
+        "takes the keys that fit and leaves the rest"
+    )
 
 
 def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -58,11 +85,24 @@ def _fit(array: NDArray[Any], value: Any) -> NDArray[Any]:
         return np.asarray(value).astype(array.dtype)
 
 
-def finite(name: str, array: NDArray[Any], least: float = -np.inf) -> NDArray[Any]:
-    """Return `array`; ValueError where it is not finite, or below `least`."""
-    wrong = np.flatnonzero(~(np.isfinite(array) & (array >= least)))
+def finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Return `array`; ValueError where it is not finite."""
+    return _checked(name, array, np.isfinite(array), "finite")
+
+
+def variance(name: str, array: NDArray[Any], eps: float) -> NDArray[Any]:
+    """Return `array`; ValueError where it is not finite, or too negative for inference.
+
+    Other libraries' variances may lie slightly below 0, by rounding: with eps added they are
+    positive, and inference takes them.
+    """
+    good = np.isfinite(array) & ((array >= 0) | (array > -eps))
+    return _checked(name, array, good, f"finite, and at least 0 or above -eps, which is {-eps:g}")
+
+
+def _checked(name: str, array: NDArray[Any], good: NDArray[Any], need: str) -> NDArray[Any]:
+    wrong = np.flatnonzero(~good)
     if wrong.size:
-        need = "finite" if least == -np.inf else f"finite and at least {least:g}"
         raise ValueError(
             f"{name} is {array[wrong[0]]} in channel {wrong[0]}; it must be {need}. "
             f"{wrong.size} of {array.size} channels are wrong"

@@ -1,4 +1,4 @@
-"""Forwards without a trace: what a layer looks up before it learns from a batch.
+"""Forwards without a trace: `preview`, and what a layer looks up before it learns from a batch.
 
 A trial lives in a context variable and not in the layer, so that it holds for one thread (or
 task) alone: others go on training the same layer meanwhile.
@@ -14,7 +14,7 @@ from weakref import ref
 
 from ..moments import Moments
 
-__all__ = ["Trial", "active"]
+__all__ = ["Trial", "active", "preview"]
 
 _Given = TypeVar("_Given")
 
@@ -74,6 +74,11 @@ class Trial(Generic[_Given]):
         self._begun = True
         return layer
 
+    def tell(self, layer: Any, batch: Moments | None) -> None:
+        """Hand the moments of its input to the one who wants to know those of layers that track."""
+        if self.note is not None and batch is not None and layer._running.tracks:
+            self.note(layer, batch)
+
     def over(self) -> bool:
         """Whether the block of the trial has been left."""
         return not self._open.locked()
@@ -105,3 +110,31 @@ def active(layer: object) -> Trial[Any] | None:
         if current.holds_for(layer):
             return current
     return None
+
+
+def preview(self: _Given) -> Trial[_Given]:
+    """Run forwards in training mode that leave no trace, within a ``with`` block.
+
+    A forward in it normalizes as in training, whatever the mode. Running statistics,
+    `num_batches_tracked`, the mode and what the last real forward left for `backward` stay as
+    they are; `backward` itself raises. The switches hold: a layer that is frozen, or has
+    `use_batch_statistics` set, normalizes as it does in training, by the statistics it is
+    told. Holds for the calling thread (or task) alone: others may go on training the layer.
+    It ends with the block, also where an interrupt comes on the way in or out.
+
+    Returns
+    -------
+    context manager
+        For one ``with`` block; gives the layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm
+    >>> bn = BatchNorm(1)
+    >>> with bn.preview():
+    ...     y = bn(np.array([[1.0], [3.0]]))
+    >>> bn.num_batches_tracked
+    0
+    """
+    return Trial(self, training=True)

@@ -137,16 +137,16 @@ def test_gradients_by_differences(rng, activation, with_residual, training):
         z = (
             cybn.batch_norm(x, bn.gamma, bn.beta)[0]
             if training
-            else cybn.batch_norm_inference(x, *bn._running[:2], bn.gamma, bn.beta)
+            else cybn.batch_norm_inference(x, *bn._running.values[:2], bn.gamma, bn.beta)
         )
         z = z if r is None else z + r
         kink = np.minimum(np.abs(z), np.abs(z - 6)).min()
         assert activation not in CLAMPS or kink > 20 * h
         return (reference.activated(z, activation, SLOPE)[0] * dy).sum()
 
-    running = bn._running
+    running = bn._running.values
     bn.forward(x, residual=r)
-    bn._running = running
+    bn._running.values = running
     dx = bn.backward(dy)
     pairs = [(bn.gamma, bn.grad_gamma), (bn.beta, bn.grad_beta)]
     if r is not None:

@@ -382,20 +382,6 @@ def test_backward_wants_the_same_mask(rng):
         cybn.batch_norm_backward(x, x, m)
 
 
-def test_parts_refuse_a_mask(rng):
-    x = rng.standard_normal((4, 3, 5))
-    for bn in (
-        cybn.BatchNorm(3, virtual_batch_size=2),
-        cybn.BatchNorm(3, renorm=cybn.Renorm(3, 5)),
-    ):
-        with pytest.raises(ValueError, match="virtual_batch_size"):
-            bn(x, mask=np.eye(4, 5, dtype=bool))
-        assert bn.num_batches_tracked == 0
-        bn(x, lengths=[5, 5, 5, 5])  # leaves nothing out
-        assert bn.num_batches_tracked == 1
-        bn.eval()(x, mask=np.eye(4, 5, dtype=bool))
-
-
 def test_weights_too_small_for_the_unbiased_variance(rng):
     x, out = rng.standard_normal((4, 3, 5)), np.zeros((4, 3, 5))
     bn = cybn.BatchNorm(3)

@@ -5,9 +5,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from bounds import ULP32, ULP64, column, wide
+from shapes import GROUPS, Shape
 
 from cybn import reference
-from cybn.bench.shapes import GROUPS, Shape
 
 DTYPES = [np.float32, np.float64]
 AXES = [pytest.param(1, id="channels-first"), pytest.param(-1, id="channels-last")]

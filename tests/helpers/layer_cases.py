@@ -10,7 +10,7 @@ from cases import backward_bound
 
 import cybn
 from cybn import reference
-from cybn.layers._layer import Layer
+from cybn.layers._running import RunningStatistics
 
 
 def snapshot(bn):
@@ -113,9 +113,9 @@ def trained(kind, rng):
 def twin(layer):
     """Return a copy of a layer that has the same forward behind it."""
     other = copy.deepcopy(layer)
-    for name in ("_saved", "_seen"):
-        if hasattr(layer, name):
-            setattr(other, name, getattr(layer, name))
+    other._saved = layer._saved
+    if layer._running is not None:
+        other._running.seen = layer._running.seen
     return other
 
 
@@ -129,6 +129,6 @@ def everything(thing):
         return [everything(part) for part in thing]
     if isinstance(thing, Mapping):
         return {name: everything(part) for name, part in thing.items()}
-    if isinstance(thing, cybn.BatchNorm | Layer):
+    if isinstance(thing, cybn.Layer | RunningStatistics):
         return everything(vars(thing))
     return repr(thing)

@@ -3,13 +3,22 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 from bounds import ULP32, ULP64, forward_bound, wide
 from layer_cases import gradient_bounds
 from torch import nn
 
+import cybn.torch
+from cybn.torch import modules
+
 STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+OURS = {rank: modules.BATCH_NORMS[stock] for rank, stock in STOCK.items()}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+each_rank = pytest.mark.parametrize("rank", [2, 3, 4, 5])
+each_memory = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def random_module(rng, rank, dtype):
@@ -90,6 +99,21 @@ def running(state, x, momentum):
 
 def twin(module):
     """Return a converted copy."""
-    import cybn.torch
-
     return cybn.torch.convert(copy.deepcopy(module))
+
+
+def bn2d(channels=5, **options):
+    torch.manual_seed(0)
+    bn = cybn.torch.BatchNorm2d(channels, **options)
+    for p in bn.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    return bn
+
+
+def image(*shape, **options):
+    return torch.randn(shape or (4, 5, 6, 7), generator=torch.Generator().manual_seed(1), **options)
+
+
+def steps(t):
+    """Return the strides of a tensor where they matter."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]

@@ -212,10 +212,13 @@ def test_a_failed_backward_changes_nothing(case):
     before = snapshot(norm)
     with pytest.raises(ValueError, match="dy has shape"):
         norm.backward(dy[:2])
-    gradient, norm.grad_gamma = norm.grad_gamma, None
+    with pytest.raises(ValueError, match="grad_gamma is object; it must be a float array"):
+        norm.grad_gamma = None
+    norm.grad_beta = None if norm.grad_beta is None else norm.grad_beta
+    norm.grad_gamma.setflags(write=False)
     with pytest.raises(ValueError, match="grad_gamma of this layer"):
         norm.backward(dy)
-    norm.grad_gamma = gradient
+    norm.grad_gamma.setflags(write=True)
     assert snapshot(norm) == before
     norm.backward(dy)
 

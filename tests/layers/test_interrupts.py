@@ -39,7 +39,7 @@ def steps_of(kind, rng):
         "backward": lambda layer: layer.backward(dy),
         "load": lambda layer: layer.load_state_dict(donor.state_dict()),
     }
-    if isinstance(donor, cybn.BatchNorm):
+    if hasattr(donor, "snapshot"):
         snapshot = donor.snapshot()
         steps["restore"] = lambda layer: layer.restore(snapshot)
     return steps

@@ -208,12 +208,12 @@ def test_running_statistics_in_memory_of_any_kind(batches, moved, momentum):
     for x in batches[:3]:
         bn(x)
         other(x)
-        mean, var, tracked = other._running
-        other._running = other._running._replace(mean=moved(mean), var=moved(var))
+        mean, var, tracked = other._running.values
+        other._running.replace(mean=moved(mean), var=moved(var))
         assert bn.num_batches_tracked == tracked
     bn(batches[3])
     other(batches[3])
-    for a, b in zip(bn._running, other._running, strict=True):
+    for a, b in zip(bn._running.values, other._running.values, strict=True):
         assert type(a) is type(b)
         np.testing.assert_array_equal(a, b)
     assert other.running_mean.flags.aligned

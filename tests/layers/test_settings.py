@@ -11,7 +11,7 @@ import cybn
 
 LAYERS = [cybn.BatchNorm(3), cybn.BatchNorm2d(3, axis=-1, momentum=None)]
 BAD = [
-    ("eps", 0.0, ValueError, "eps is 0.0; it must be positive"),
+    ("eps", -1e-9, ValueError, "eps is -1e-09; it must be finite and not negative"),
     ("eps", np.nan, ValueError, "eps is nan"),
     ("eps", "small", TypeError, "eps is 'small'; it must be a number"),
     ("momentum", 1.5, ValueError, r"momentum is 1.5; it must be in \[0, 1\]"),

@@ -259,7 +259,7 @@ class Machine(stateful.RuleBasedStateMachine):
         """What the layer hands out in place may be written to, and changes nothing taken before."""
         self.bn.running_mean[:] = 0.5
         self.model.mean = np.full(C, 0.5)
-        if self.bn._saved is None or self.bn._saved.mark is None:  # or else backward needs gamma
+        if self.bn._saved is None:  # or else backward needs gamma
             self.bn.gamma *= -1
             self.model.gamma = -self.model.gamma
         if self.model.saved is not None and len(self.model.saved) == 3:

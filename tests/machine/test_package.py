@@ -24,7 +24,7 @@ PUBLIC = {
     *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Moments", "__version__"),
     *("batch_norm", "batch_norm_backward", "moments"),
     *("batch_norm_inference", "batch_norm_inference_backward"),
-    *("Drift", "Renorm", "population_statistics"),
+    *("Drift", "Layer", "Renorm", "population_statistics"),
     *("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm"),
     *("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
     *("group_norm", "group_norm_backward", "instance_norm", "instance_norm_backward"),
@@ -35,6 +35,7 @@ PUBLIC = {
 # Which rooms of the package a room may import from. Room "" is cybn/__init__.py.
 DOORS = {
     "_version": set(),
+    "_words": set(),
     "_kernels": set(),
     "_layout": {"_runtime"},
     "_memory": set(),
@@ -55,23 +56,24 @@ DOORS = {
     },
     "_rows": {"moments", "_layout", "_arguments", "_runtime", "_kernels"},
     "family": {"_rows", "moments", "_arguments", "_runtime"},
-    "layers": {"family", "functional", "moments", "_arguments", "_runtime"},
+    "layers": {"family", "functional", "moments", "_arguments", "_runtime", "_words"},
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments"},
     "reference": {"moments"},
     "population": {"layers", "moments"},
     "": {
         *("layers", "family", "functional", "moments", "population"),
+        *("folding", "interop"),  # on first use
         *("_memory", "_runtime", "_version"),
     },
     "plot": {""},
     "torch": {"functional", "moments", "_memory", "_runtime"},
     "demo": {"", "moments"},
-    "bench": {"", "moments", "_runtime", "_version", "reference"},
-    "__main__": {"", "demo", "bench", "_runtime", "_version"},
+    "_bench": {"functional", "_runtime", "_version"},
+    "__main__": {"", "demo", "_bench", "_runtime", "_version"},
 }
 VISITORS = {  # may import optional packages; no other room imports them
-    *("demo", "bench", "interop", "plot", "torch", "__main__"),
+    *("demo", "_bench", "interop", "plot", "torch", "__main__"),
 }
 
 
@@ -191,16 +193,29 @@ def test_import_loads_numpy_and_the_standard_library_alone():
     assert not {room(name) for name in loaded} & (VISITORS | {"reference"})
 
 
+def test_submodules_load_on_first_use():
+    code = (
+        "import sys, cybn; assert not {'cybn.folding', 'cybn.interop'} & set(sys.modules); "
+        "assert {'folding', 'interop'} <= set(dir(cybn)); "
+        "print(cybn.folding.fold_linear.__module__, cybn.interop.find.__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["cybn.folding._folds", "cybn.interop._convert"]
+    with pytest.raises(AttributeError, match="module 'cybn' has no attribute 'foldings'"):
+        _ = cybn.foldings
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
         *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
         *("cybn.interop._convert", "cybn.interop._flax"),
-        "cybn.layers._renorm",
-        "cybn.layers._safety",
+        *("cybn.layers._parts", "cybn.layers._trials", "cybn.layers.per_sample"),
         "cybn.population",
-        *("cybn.family", "cybn.layers.group_norm", "cybn.layers.layer_norm"),
+        "cybn.family",
     ],
 )
 def test_docstring_examples(name):

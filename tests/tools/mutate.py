@@ -2,7 +2,7 @@
 
     python tests/tools/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
 
-Each fault of `mutants.py` is planted in a copy of the source tree and put to the tests: first the
+Each fault of faults/*.toml is planted in a copy of the source tree and put to the tests: first the
 test that found it last time, then the files that are most likely to, then all others.
 tests/tools/mutation.json keeps which test found which fault; what it holds is not done again unless
 asked for. A fault that no test finds survives, and the exit code is 1.
@@ -29,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from mutants import LIKELY, MUTANTS
+from anchors import anchored, replaced
+from mutants import FAULTS
 from schemata import switched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ QUICK_BUILD = [
     ('"-O3"', '"-O1"'),
 ]
 
-NUMBERS = {mutant.name: number for number, mutant in enumerate(MUTANTS, 1)}
+NUMBERS = {fault.name: number for number, fault in enumerate(FAULTS, 1)}
 
 
 class Outcome(NamedTuple):
@@ -61,25 +62,18 @@ class Outcome(NamedTuple):
 # ---- planting and building ---------------------------------------------------------------
 
 
-def plant(file, old, new):
-    """Replace `old` in a file by `new`; ValueError unless it occurs exactly once."""
-    text = file.read_text("utf-8")
-    if text.count(old) != 1:
-        raise ValueError(f"{file} has {text.count(old)} times, not once: {old!r}")
-    file.unlink()  # it may be a link
-    file.write_text(text.replace(old, new), "utf-8")
-
-
-def in_kernel(mutant):
-    return mutant.file.startswith("_kernels/")
+def compiled(fault):
+    """Whether a fault lies in a source that is compiled."""
+    return not fault.file.endswith(".py")
 
 
 def plant_switches(package):
-    """Plant all faults of the kernels, each behind its number."""
-    for name in sorted({m.file for m in MUTANTS if in_kernel(m)}):
-        faults = {NUMBERS[m.name]: (m.old, m.new) for m in MUTANTS if m.file == name}
+    """Plant all faults of compiled sources, each behind its number."""
+    for name in sorted({fault.file for fault in FAULTS if compiled(fault)}):
         text = (package / name).read_text("utf-8")
-        (package / name).write_text(switched(text, faults), "utf-8")
+        changes = {NUMBERS[f.name]: anchored(text, *f.anchor) for f in FAULTS if f.file == name}
+        included = name.endswith(".pxi")
+        (package / name).write_text(switched(text, changes, included), "utf-8")
 
 
 def copy(names, to):
@@ -97,8 +91,9 @@ def furnish(folder):
     for part, names in (("suite", SUITE), ("sound", SOURCES)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         copy(names, folder / part)
-    for old, new in QUICK_BUILD:
-        plant(folder / "sound" / "setup.py", old, new)
+    setup = folder / "sound" / "setup.py"
+    for change in QUICK_BUILD:
+        setup.write_text(replaced(setup.read_text("utf-8"), "", *change), "utf-8")
     plant_switches(folder / "sound" / "cybn")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder / "sound", capture_output=True, text=True)
@@ -115,14 +110,17 @@ def workshop():
 
 
 @contextmanager
-def planted(mutant, folder):
+def planted(fault, folder):
     """Give the tree that a fault is in, and its number in CYBN_FAULT."""
-    if in_kernel(mutant):
-        yield folder / "sound", NUMBERS[mutant.name]
+    if compiled(fault):
+        yield folder / "sound", NUMBERS[fault.name]
         return
     with tempfile.TemporaryDirectory(dir=folder) as tree:
         shutil.copytree(folder / "sound" / "cybn", Path(tree, "cybn"), copy_function=os.link)
-        plant(Path(tree, "cybn", mutant.file), mutant.old, mutant.new)
+        file = Path(tree, "cybn", fault.file)
+        text = fault.planted(file.read_text("utf-8"))
+        file.unlink()  # it is a link
+        file.write_text(text, "utf-8")
         yield Path(tree), 0
 
 
@@ -135,28 +133,27 @@ def file_of(name):
     return file
 
 
-def stages(mutant, known=None):
+def stages(fault, known=None):
     """Return what to give pytest, one list after the other, until a test fails."""
     everything = sorted(str(file.relative_to(ROOT)) for file in TESTS.glob("*/test_*.py"))
-    named = mutant.tests or LIKELY[mutant.file]
-    likely = [str(file_of(name).relative_to(ROOT)) for name in named.split()]
+    likely = [str(file_of(name).relative_to(ROOT)) for name in fault.likely()]
     others = [name for name in everything if name not in likely and not PEERS.search(name)]
     known = re.sub("^(crash|hang) in ", "", known or "")
     first = [[known]] if known.startswith("tests/") and "::" in known else []
     return [*first, likely, others]
 
 
-def run_pytest(suite, tree, fault, tests, log):
+def run_pytest(suite, tree, number, tests, log):
     """Run some tests in this process, which does nothing else."""
     os.setsid()
     with open(log, "wb") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
     os.chdir(suite)
     sys.path.insert(0, str(tree))
     os.environ["PYTHONPATH"] = str(tree)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    os.environ["CYBN_FAULT"] = str(fault)
+    os.environ["CYBN_FAULT"] = str(number)
     sys.dont_write_bytecode = True
     import pytest
 
@@ -171,13 +168,13 @@ def _flushed(code):
     return int(code)
 
 
-def failing_test(folder, tree, fault, tests, limit=LIMIT):
+def failing_test(folder, tree, number, tests, limit=LIMIT):
     """Return the first of these tests that fails with the package in `tree`, or None."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         log = Path(name, "log")
-        arguments = (folder / "suite", tree, fault, tests, log)
+        arguments = (folder / "suite", tree, number, tests, log)
         process = context.Process(target=run_pytest, args=arguments)
         process.start()
         process.join(limit)
@@ -215,14 +212,14 @@ def place(output, tests):
     return tests[0] if len(tests) == 1 else "an unknown test"
 
 
-def outcome_of(mutant, folder, known=None, limit=LIMIT, parts=None):
+def outcome_of(fault, folder, known=None, limit=LIMIT, parts=None):
     """Plant one fault and put it to the tests, or to so many of their stages."""
-    with planted(mutant, folder) as (tree, fault):
-        for tests in stages(mutant, known)[:parts]:
-            by = failing_test(folder, tree, fault, tests, limit)
+    with planted(fault, folder) as (tree, number):
+        for tests in stages(fault, known)[:parts]:
+            by = failing_test(folder, tree, number, tests, limit)
             if by not in (None, MISSING):
-                return Outcome(mutant.name, by)
-    return Outcome(mutant.name, None)
+                return Outcome(fault.name, by)
+    return Outcome(fault.name, None)
 
 
 def check_sound(folder, tests, limit=LIMIT):
@@ -244,11 +241,11 @@ def progress(iterable, total):
     return tqdm(iterable, total=total, unit="fault")
 
 
-def run(mutants, known, folder, jobs, limit, likely=False):
+def run(faults, known, folder, jobs, limit, likely=False):
     """Test the faults, and yield each outcome as it comes."""
     with ThreadPoolExecutor(jobs) as pool:
         waiting = []
-        for m in mutants:
+        for m in faults:
             by = known.get(m.name)
             parts = len(stages(m, by)) - 1 if likely else None
             waiting.append(pool.submit(outcome_of, m, folder, by, limit, parts))
@@ -265,7 +262,7 @@ def load(file):
 
 def save(file, results):
     """Write the results in the order of the list, without faults that it has no longer."""
-    ordered = {m.name: results[m.name] for m in MUTANTS if m.name in results}
+    ordered = {m.name: results[m.name] for m in FAULTS if m.name in results}
     file.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
 
 
@@ -295,8 +292,8 @@ def arguments():
 def chosen(only, again, results):
     """Return the faults to test."""
     if not only:
-        return [m for m in MUTANTS if again or m.name not in results]
-    named = {m.name: m for m in MUTANTS}
+        return [m for m in FAULTS if again or m.name not in results]
+    named = {m.name: m for m in FAULTS}
     if not named.keys() >= set(only):
         sys.exit(f"no such fault: {sorted(set(only) - named.keys())}")
     return [named[name] for name in only]
@@ -306,14 +303,14 @@ def main():
     given = arguments()
     results = load(given.results)
     if given.list:
-        for m in MUTANTS:
-            print(f"{m.name:34} {m.file:28} {m.why}  [{results.get(m.name, 'not run')}]")
+        for m in FAULTS:
+            print(f"{m.name:34} {m.place:44} {m.why}  [{results.get(m.name, 'not run')}]")
         return
-    mutants = chosen(given.only, given.again, results)
+    faults = chosen(given.only, given.again, results)
     with workshop() as folder:
         if given.check:
-            check_sound(folder, sorted({t for m in mutants for s in stages(m) for t in s}))
-        for name, by in run(mutants, results, folder, given.jobs, given.limit, given.likely):
+            check_sound(folder, sorted({t for m in faults for s in stages(m) for t in s}))
+        for name, by in run(faults, results, folder, given.jobs, given.limit, given.likely):
             if by is not None or not given.likely:
                 save(given.results, results := results | {name: by})
     print(summary(load(given.results)))

@@ -7,6 +7,8 @@ statements overlap share one ``if``.
 
 import re
 
+from anchors import without_comments
+
 SWITCH = '''
 cdef extern from * nogil:
     """
@@ -25,21 +27,34 @@ cdef extern from * nogil:
 '''
 
 
-def switched(text, faults):
-    """Return Cython source with all `faults`, a dict from number to (old, new), behind switches."""
+def switched(text, changes, included=False):
+    """Return Cython source with all `changes` behind switches.
+
+    `changes` is a dict from the number of a fault to where it begins, where it ends, and what it
+    puts there, as `anchors.anchored` returns them.
+    """
     lines = text.splitlines(keepends=True)
     starts = logical_lines(lines)
-    for first, last, numbers in reversed(merged(text, lines, starts, faults)):
-        span = "".join(lines[first:last])
-        arms = {n: span.replace(*faults[n]) for n in numbers}
+    for first, last, numbers in reversed(merged(text, lines, starts, changes)):
+        before, span = len("".join(lines[:first])), "".join(lines[first:last])
+        arms = {}
+        for n in numbers:
+            start, end, new = changes[n]
+            arms[n] = span[: start - before] + new + span[end - before :]
         lines[first:last] = [choice(span, arms)]
-    # What is included has no imports, and finds the switch where it is included.
-    return re.sub(r"^from ", lambda _: f"{SWITCH}from ", "".join(lines), count=1, flags=re.M)
+    whole = "".join(lines)
+    if included:  # it finds the switch where it is included
+        return whole
+    code = without_comments(whole)
+    start = len(code) - len(code.lstrip())
+    return f"{whole[:start]}{SWITCH.lstrip()}{whole[start:]}"
 
 
-def merged(text, lines, starts, faults):
+def merged(text, lines, starts, changes):
     """Return (first line, line after the last, numbers) of spans that do not overlap, in order."""
-    spans = sorted((*span_of(text, lines, starts, old), n) for n, (old, _) in faults.items())
+    spans = sorted(
+        (*span_of(text, lines, starts, start, end), n) for n, (start, end, _) in changes.items()
+    )
     groups = []
     for first, last, number in spans:
         if groups and first < groups[-1][1]:
@@ -67,11 +82,10 @@ def logical_lines(lines):
     return starts
 
 
-def span_of(text, lines, starts, old):
-    """Return the lines of the whole statements, with their blocks, that `old` lies in."""
-    at = text.index(old) + len(old) - len(old.lstrip())
-    first = starts[text.count("\n", 0, at)]
-    last = text.count("\n", 0, text.index(old) + len(old.rstrip())) + 1
+def span_of(text, lines, starts, start, end):
+    """Return the lines of the whole statements, with their blocks, that a place lies in."""
+    first = starts[text.count("\n", 0, start)]
+    last = text.count("\n", 0, end) + 1
     while True:
         before = first, last
         while last < len(lines) and starts[last] < last:  # the rest of a statement
@@ -82,8 +96,8 @@ def span_of(text, lines, starts, old):
             first -= 1
             while not lines[first].strip():
                 first -= 1
-        while last < len(lines) and belongs(lines[last], outermost, lines[last - 1]):
-            last += 1
+        while (after := next_line(lines, last)) < len(lines) and belongs(lines[after], outermost):
+            last = after + 1
         if (first, last) == before:
             return first, last
 
@@ -93,10 +107,15 @@ def follows(line):
     return re.match(r"\s*(elif|else|finally|except)\b", line)
 
 
-def belongs(line, outermost, previous):
+def next_line(lines, i):
+    """Return the first line from `i` on that is not blank."""
+    while i < len(lines) and not lines[i].strip():
+        i += 1
+    return i
+
+
+def belongs(line, outermost):
     """Whether a line goes on with a block whose outermost lines are indented so far."""
-    if not line.strip():
-        return False
     return indent(line) > outermost or (indent(line) == outermost and follows(line))
 
 

@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mutants import LIKELY, MUTANTS
+from anchors import anchored, replaced
+from mutants import FAULTS
 from mutate import (
     NUMBERS,
     QUICK_BUILD,
     RESULTS,
     ROOT,
     check_sound,
+    compiled,
     file_of,
-    in_kernel,
     load,
     outcome_of,
     plant_switches,
@@ -38,23 +39,17 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[m.name for m in MUTANTS])
-def test_can_be_planted(mutant):
-    """What a fault replaces occurs once, so that none is lost when the source changes."""
-    text = (PACKAGE / mutant.file).read_text("utf-8")
-    assert text.count(mutant.old) == 1
-    assert mutant.new != mutant.old
-    for name in (mutant.tests or LIKELY[mutant.file]).split():
-        assert file_of(name).exists()
-
-
-def test_names_are_different():
-    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_can_be_planted(fault):
+    """Its anchor holds, so that none is lost when the source changes; and tests look for it."""
+    text = (PACKAGE / fault.file).read_text("utf-8")
+    assert fault.planted(text) != text
+    assert all(file_of(name).exists() for name in fault.likely())
 
 
 def test_the_last_full_run_found_enough(figure):
     results = load(RESULTS)
-    assert set(results) == {m.name for m in MUTANTS}, "run python tests/tools/mutate.py"
+    assert set(results) == {m.name for m in FAULTS}, "run python tests/tools/mutate.py"
     killed = sum(by is not None for by in results.values())
     figure(36, "killed of planted, last full run", f"{killed} of {len(results)}", how="last")
     assert killed >= LEAST * len(results)
@@ -78,15 +73,16 @@ def f(n):
         total = 7
     return total
 """
-FAULTS = {
+CHANGES = {
     1: ("range(n)", "range(n - 1)"),
-    2: ("total += i\n\n        total += 1\n    if", "total += i\n    if"),
-    3: ("                      2))", "                      3))"),
+    2: ("total += 1", "pass"),
+    3: ("total, 2", "total, 3"),
     4: ("elif n > 1", "elif n > 2"),
-    5: ("        total = 7\n", "        total = 8\n"),
-    6: ("    total = 0\n", "    total = 1\n"),
-    7: ("        total -= 1\n    else:\n        total = 7\n", "        total -= 2\n"),
+    5: ("total = 7", "total = 8"),
+    6: ("total = 0", "total = 1"),
+    7: ("total -= 1 else: total = 7", "total -= 2"),
     8: ("return total", "return -total"),
+    9: ("total += i", "total += i\ntotal += i"),
 }
 
 
@@ -98,20 +94,83 @@ def values(source, fault=0):
 
 def test_switches():
     """A source with all faults does as the source does, or as the fault whose number is on."""
-    source = switched(SOURCE, FAULTS).replace(SWITCH, "")
+    changes = {n: anchored(SOURCE, "f", *change) for n, change in CHANGES.items()}
+    source = switched(SOURCE, changes).replace(SWITCH.lstrip(), "")
     assert values(source) == values(SOURCE)
-    for number, (old, new) in FAULTS.items():
-        wrong = values(SOURCE.replace(old, new))
+    for number, change in CHANGES.items():
+        wrong = values(replaced(SOURCE, "f", *change))
         assert wrong != values(SOURCE)
         assert values(source, number) == wrong
 
 
-def test_every_kernel_fault_has_its_switch(tmp_path):
-    shutil.copytree(PACKAGE / "_kernels", tmp_path / "_kernels")
+CYTHON = '''# cython: cdivision=True
+"""About count(n) and n - 1."""
+cdef int count(int n) noexcept nogil
+
+cdef inline Py_ssize_t last(const float* x,
+                            Py_ssize_t n,
+) noexcept nogil:  # n - 1
+    """The last of n - 1."""
+    if x[n -
+         1] > 0:
+
+        return n - 1
+    # return n - 1
+    return 0
+
+cdef class Reader:
+    cdef int count(self, int n):
+        return n - 1
+
+    def size(self, n):
+        return self.count(n - 1)
+
+cdef int other(int n):
+    return n - 1
+'''
+
+
+@pytest.mark.parametrize(
+    ("function", "find", "at", "line"),
+    [
+        ("last", "n - 1", 1, "if x[n] > 0:"),
+        ("last", "n - 1", 2, "return n"),
+        ("last", "return\nn-1", None, "return n"),
+        ("Reader.count", "n - 1", None, "return n"),
+        ("Reader.size", "n - 1", None, "return self.count(n)"),
+        ("size", "n - 1", None, "return self.count(n)"),  # there is one of that name
+        ("other", "n - 1", None, "return n"),
+        ("", "count(n - 1)", None, "return self.n"),
+    ],
+)
+def test_anchors(function, find, at, line):
+    """A function ends where its block does; comments, documentation and spaces do not count."""
+    put = "return n" if find.startswith("return") else "n"
+    new = replaced(CYTHON, function, find, put, at).splitlines()
+    changed = [text.strip() for text in new if text not in CYTHON.splitlines()]
+    assert changed == [line]
+
+
+@pytest.mark.parametrize(
+    ("function", "find", "at", "message"),
+    [
+        ("last", "n - 1", None, "is in last 2 times, not once"),
+        ("last", "n - 1", 3, "is in last 2 times, not 3"),
+        ("other", "n - 2", None, "is in other 0 times"),
+        ("lost", "n - 1", None, "0 functions of the name lost, not one"),
+    ],
+)
+def test_anchors_that_do_not_hold(function, find, at, message):
+    with pytest.raises(LookupError, match=message):
+        anchored(CYTHON, function, find, "n", at)
+
+
+def test_every_compiled_fault_has_its_switch(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
     plant_switches(tmp_path)
-    for mutant in filter(in_kernel, MUTANTS):
-        text = (tmp_path / mutant.file).read_text("utf-8")
-        assert len(re.findall(rf"cybn_fault\(\) == {NUMBERS[mutant.name]}\b", text)) == 1
+    for fault in filter(compiled, FAULTS):
+        text = (tmp_path / fault.file).read_text("utf-8")
+        assert len(re.findall(rf"cybn_fault\(\) == {NUMBERS[fault.name]}\b", text)) == 1
 
 
 @pytest.mark.slow
@@ -120,7 +179,7 @@ def test_a_sample_is_found(figure):
     pytest.importorskip("Cython")
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree around the tests")
-    chosen, known = [m for m in MUTANTS if m.name in SAMPLE], load(RESULTS)
+    chosen, known = [m for m in FAULTS if m.name in SAMPLE], load(RESULTS)
     with workshop() as folder:
         check_sound(folder, [known[m.name] for m in chosen])
         found = [outcome_of(m, folder, known[m.name], parts=1) for m in chosen]
@@ -133,4 +192,5 @@ def test_the_quick_build_knows_setup():
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree around the tests")
     text = (ROOT / "setup.py").read_text("utf-8")
-    assert [text.count(old) for old, _ in QUICK_BUILD] == [1] * len(QUICK_BUILD)
+    for change in QUICK_BUILD:
+        assert replaced(text, "", *change) != text

@@ -15,57 +15,26 @@ from bounds import forward_bound, worst  # noqa: E402
 from torch import nn  # noqa: E402
 from torch_cases import (  # noqa: E402
     FORMATS,
+    OURS,
     STOCK,
+    bn2d,
+    each_memory,
+    each_mode,
+    each_rank,
     expected,
+    image,
     random_batch,
     random_module,
     step,
+    steps,
     twin,
 )
 
 import cybn.torch  # noqa: E402
-from cybn import functional  # noqa: E402
 from cybn.torch import _function, modules  # noqa: E402
 
 CONFIGURATIONS = 100
 SAME_MEANING = 2.0**10  # bounds within which PyTorch, less exact, still computes the same thing
-OURS = {rank: modules.BATCH_NORMS[stock] for rank, stock in STOCK.items()}
-
-each_rank = pytest.mark.parametrize("rank", [2, 3, 4, 5])
-each_memory = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch):
-    """List the calls that reach cybn.functional."""
-    calls = []
-    for name in functional.__all__:
-        f = getattr(functional, name)
-
-        def call(*args, _f=f, _name=name, **kwargs):
-            calls.append((_name, kwargs))
-            return _f(*args, **kwargs)
-
-        monkeypatch.setattr(functional, name, call)
-    return calls
-
-
-def bn2d(channels=5, **options):
-    torch.manual_seed(0)
-    bn = cybn.torch.BatchNorm2d(channels, **options)
-    for p in bn.parameters():
-        nn.init.uniform_(p, 0.5, 2)
-    return bn
-
-
-def image(*shape, **options):
-    return torch.randn(shape or (4, 5, 6, 7), generator=torch.Generator().manual_seed(1), **options)
-
-
-def steps(t):
-    """Return the strides of a tensor where they matter."""
-    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
 # ---- the same numbers --------------------------------------------------------------------
@@ -304,180 +273,6 @@ def test_threads_give_the_same_bits():
         assert all(torch.equal(other[name], found[0][name]) for name in other)
 
 
-# ---- autograd ----------------------------------------------------------------------------
-
-
-@each_mode
-@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias"), ("x",)])
-def test_only_wanted_gradients(frozen, training):
-    stock = nn.BatchNorm2d(5).train(training)
-    grads = []
-    for bn in (stock, twin(stock)):
-        x = image().requires_grad_("x" not in frozen)
-        for name, p in bn.named_parameters():
-            p.requires_grad_(name not in frozen)
-        bn(x).square().sum().backward()
-        grads.append([x.grad, *(p.grad for p in bn.parameters())])
-    for a, b in zip(*grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "dy",
-    [
-        pytest.param(lambda y: y.sum(), id="expanded"),
-        pytest.param(lambda y: y.sum((0, 2, 3))[2], id="expanded, few channels"),
-        pytest.param(lambda y: (y.mT * image(4, 5, 7, 6)).sum(), id="transposed"),
-        pytest.param(lambda y: (y[:, :, ::2] ** 2).sum(), id="strided"),
-        pytest.param(lambda y: (y.contiguous() ** 2).sum(), id="first"),
-        pytest.param(
-            lambda y: (y.contiguous(memory_format=torch.channels_last) ** 2).sum(), id="last"
-        ),
-        pytest.param(lambda y: (y[1:] ** 2).sum() + (y[:1] ** 3).sum(), id="parts"),
-    ],
-)
-@each_memory
-def test_gradients_of_any_layout(dy, last):
-    stock = nn.BatchNorm2d(5, dtype=torch.float64)
-    x = image(dtype=torch.float64)
-    if last:
-        x = x.to(memory_format=torch.channels_last)
-    grads = []
-    for bn in (stock, twin(stock)):
-        leaf = x.clone().requires_grad_()
-        grads.append(torch.autograd.grad(dy(bn(leaf)), (leaf, *bn.parameters())))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(b, a)
-
-
-@pytest.mark.row(17)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x[:, ::2],
-        lambda x: x[::2, 1:],
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:, :, 1:-1, 2:],
-        lambda x: x.expand(3, 5, 6, 7) if x.shape[0] == 1 else x[:1].expand(3, 5, 6, 7),
-        lambda x: x.as_strided((4, 5, 3, 3), (210, 42, 14, 2)),
-    ],
-    ids=["channels", "batch", "transposed", "inner", "expanded", "steps"],
-)
-@each_mode
-def test_inputs_of_any_strides(make, training):
-    x = make(image())
-    stock = nn.BatchNorm2d(x.shape[1], dtype=torch.float32).train(training)
-    dy = torch.randn(x.shape)
-    a, b = step(stock, x, dy), step(twin(stock), x, dy)
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4)
-
-
-@each_mode
-def test_change_of_a_saved_tensor_is_noticed(training):
-    bn = bn2d().train(training)
-    x = image().requires_grad_()
-    h = x * 2
-    y = bn(h)
-    h.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_training_between_evaluation_and_backward():
-    x = image().requires_grad_()
-    bn = bn2d().eval()
-    bn(x).square().sum().backward()
-    expected, x.grad = x.grad, None
-    y = bn(x)
-    bn.train()(image() + 5)
-    y.square().sum().backward()
-    assert torch.equal(x.grad, expected)
-
-
-def test_output_may_be_changed_in_place():
-    bn = bn2d()
-    x = image().requires_grad_()
-    y = bn(x)
-    nn.functional.relu_(y)
-    y.sum().backward()
-    other = image().requires_grad_()
-    nn.functional.relu(bn2d()(other)).sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
-
-
-@each_mode
-def test_backward_twice_over_a_kept_graph(training):
-    bn = bn2d().train(training)
-    x = image().requires_grad_()
-    loss = bn(x).square().sum()
-    loss.backward(retain_graph=True)
-    first = x.grad.clone()
-    loss.backward()
-    torch.testing.assert_close(x.grad, 2 * first)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
-@each_mode
-@pytest.mark.parametrize("leaf", ["x", "weight", "dy"])
-def test_second_derivatives_are_refused(leaf, training):
-    bn = bn2d().train(training).requires_grad_(leaf == "weight")
-    x = image().requires_grad_(leaf == "x")
-    dy = image().requires_grad_(leaf == "dy")
-    y = bn(x)
-    if leaf == "dy":
-        x.requires_grad_()
-        y = bn(x)
-    source = {"x": x, "weight": bn.weight, "dy": x}[leaf]
-    (gradient,) = torch.autograd.grad(y, source, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*revert\(model\)"):
-        gradient.sum().backward()
-
-
-def test_gradient_penalty_beside_another_path_is_refused():
-    """A penalty must not lose the part that goes through the batch norm without a word."""
-    bn = bn2d()
-    x = image().requires_grad_()
-    (g,) = torch.autograd.grad(bn(x).square().sum() + x.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        g.square().sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:Using backward")
-def test_create_graph_alone_works():
-    bn = bn2d()
-    x = image().requires_grad_()
-    bn(x).square().sum().backward(create_graph=True)
-    other = image().requires_grad_()
-    bn2d()(other).square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
-
-
-def test_checkpoint():
-    model = nn.Sequential(nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5), nn.Tanh())
-    grads = []
-    for m in (model, twin(model)):
-        x = image().requires_grad_()
-        y = torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False)
-        y.sum().backward()
-        grads.append((x.grad, m[1].running_mean, m[1].num_batches_tracked))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
-
-
-def test_no_grad_saves_nothing():
-    bn = bn2d()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            y = bn(image().requires_grad_())
-        assert y.grad_fn is None
-        assert not y.requires_grad
-    assert bn.num_batches_tracked == 2
-
-
 # ---- a module like any other -------------------------------------------------------------
 
 
@@ -565,125 +360,6 @@ def test_errors_are_the_stock_ones(x, options):
     with pytest.raises(theirs.type) as ours:
         cybn.torch.BatchNorm2d(5, **options)(x)
     assert str(ours.value) == str(theirs.value)
-
-
-# ---- what is left to PyTorch -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("parameters", ["half", "float"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_mode
-def test_half_precision_is_left_to_torch(dtype, parameters, training, kernel_calls):
-    stock = nn.BatchNorm2d(5).train(training)
-    stock = stock.to(dtype) if parameters == "half" else stock
-    ours = twin(stock)
-    x = image().to(dtype)
-    a, b = stock(x), ours(x)
-    assert b.dtype == dtype
-    assert torch.equal(a, b)
-    assert not kernel_calls
-
-
-def test_autocast(kernel_calls):
-    model = nn.Sequential(nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4))
-    results = []
-    for m in (model, twin(model)):
-        x = image().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = m(x)
-        y.float().square().sum().backward()
-        results.append((y, x.grad, *(p.grad for p in m.parameters())))
-    assert results[1][0].dtype == torch.bfloat16
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(b, a, rtol=0.1, atol=0.1 * a.abs().max().item())
-    assert len(kernel_calls) == 2  # the first batch norm gets float32
-
-
-@each_mode
-def test_empty_batches(training):
-    stock = nn.BatchNorm2d(5).train(training)
-    x, dy = torch.empty(0, 5, 3, 3), torch.empty(0, 5, 3, 3)
-    a, b = step(stock, x, dy), step(twin(stock), x, dy)
-    for name in a:
-        assert torch.equal(a[name], b[name])
-
-
-def test_meta_and_fake_tensors():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    assert cybn.torch.BatchNorm2d(5, device="meta")(image().to("meta")).is_meta
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert bn2d()(mode.from_tensor(image())).shape == (4, 5, 6, 7)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_func_transforms():
-    bn = bn2d().eval()
-    stock = cybn.torch.revert(copy.deepcopy(bn))
-    x = image()
-    calls = [
-        lambda m: torch.func.vmap(lambda v: m(v[None])[0])(x),
-        lambda m: torch.func.grad(lambda v: m(v).square().sum())(x),
-        lambda m: torch.func.jvp(m, (x,), (x,))[1],
-        lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (x,)),
-    ]
-    for call in calls:
-        torch.testing.assert_close(call(bn), call(stock))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_forward_mode():
-    bn = bn2d()
-    x = image()
-    with torch.autograd.forward_ad.dual_level():
-        y = bn(torch.autograd.forward_ad.make_dual(x, x))
-        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
-    assert tangent is not None
-
-
-def test_second_derivatives_after_revert():
-    bn = cybn.torch.revert(bn2d().double())
-    x = image(dtype=torch.float64).requires_grad_()
-    (g,) = torch.autograd.grad(bn(x).pow(3).sum(), x, create_graph=True)
-    g.square().sum().backward()
-
-
-def test_compile():
-    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
-    compiled = torch.compile(twin(model), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(image()), model(image()))
-
-
-def test_export():
-    model = twin(nn.Sequential(nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
-    exported = torch.export.export(model, (image(),))
-    torch.testing.assert_close(exported.module()(image()), model(image()))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_jit():
-    stock = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).eval()
-    traced = torch.jit.trace(twin(stock), image())
-    scripted = torch.jit.script(twin(stock))
-    for f in (traced, scripted):
-        torch.testing.assert_close(f(image()), stock(image()))
-
-
-def test_symbolic_trace():
-    model = twin(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()))
-    graph = torch.fx.symbolic_trace(model)
-    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1"]
-    assert isinstance(graph.get_submodule("0"), cybn.torch.BatchNorm2d)
-    torch.testing.assert_close(graph(image()), model(image()))
-
-
-def test_subclasses_of_tensor():
-    class Mine(torch.Tensor):
-        pass
-
-    y = bn2d()(image().as_subclass(Mine))
-    assert type(y) is Mine
 
 
 # ---- import ------------------------------------------------------------------------------

@@ -1,0 +1,13 @@
+"""The developers' bench, on pytest-benchmark, in an environment with ``cybn[bench]``.
+
+    pytest bench --quick                          the main cases; under two minutes
+    pytest bench -m bars                          what the bars need, and each bar with its figure
+    pytest bench -k "resnet50 and backward"       what the names say
+    pytest bench --peers pytorch,onednn           some peers only
+    pytest bench --benchmark-json=figures.json    keep the figures; the machine is in the file
+    python -m bench.report figures.json --pages docs/performance.md README.md
+
+Each result is checked against `cybn.reference` before it is timed, all contestants of a case take
+turns, and the figure is the median of their turns. What is where: cases.py has the cases, peers/ a
+file a peer, bars.py the claims, race.py the timing, report.py the tables and the picture.
+"""

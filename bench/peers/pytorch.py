@@ -1,0 +1,186 @@
+"""PyTorch: its native operators, and its modules where the task is a layer.
+
+`torch.native_batch_norm` is what `torch.nn.functional.batch_norm` ends up calling on the CPU. It is
+given no running statistics, which spares it their update. Operators that have an ``out=`` form are
+timed in it too; what has none always has a fresh output. Channels-last is its memory format, not a
+permuted copy. Activations follow the normalization, in place where it has them so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from typing import Any
+
+from ..task import EPS, FIRST, FRESH, LAST, REUSED, ROWS, Contestant, Data, Peer, Task, first_of
+
+ALL = [True, True, True]  # gradients that are asked for
+INPLACE = ("relu", "leaky_relu", "silu", "hardswish", "relu6")
+
+
+class PyTorch(Peer):
+    """PyTorch on the CPU, without autograd where it can be done without."""
+
+    name = "PyTorch"
+    install = "pip install torch==2.13.0"
+    order = 10
+    note = "native operators, no running statistics; autograd for RMS, instance and activations"
+
+    def __init__(self) -> None:
+        self.torch = importlib.import_module("torch")
+        self.version = str(self.torch.__version__)
+
+    def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
+        """Yield both memory formats, and an output that is used again where it has one."""
+        if task.masked:
+            return
+        self.torch.set_num_threads(task.threads)
+        rows = task.norm in ROWS
+        for layout in [FIRST] if rows or len(task.shape) == 2 else [FIRST, LAST]:
+            t = self.tensors(task, data, layout)
+            for output, call in self.calls(task, t, data, layout):
+                before = partial(self.torch.set_num_threads, task.threads)
+                yield Contestant(layout, output, call, self.read, before=before)
+
+    def tensors(self, task: Task, data: Data, layout: str) -> dict[str, Any]:
+        """Return the arguments as tensors that share memory with the arrays."""
+        a = data.arrays(task, layout)
+        t = {
+            name: self.tensor(value, layout)
+            for name, value in a._asdict().items()
+            if name != "mask"
+        }
+        if task.norm != "batch":  # the other norms want parameters of x's type
+            t |= {name: t[name].to(t["x"].dtype) for name in ("gamma", "beta")}
+        return t
+
+    def tensor(self, array: Any, layout: str = FIRST) -> Any:
+        """Return an array as a tensor, in the shape (N, C, ...)."""
+        torch = self.torch
+        if array.dtype.name == "bfloat16":
+            t = torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+        else:
+            t = torch.from_numpy(array)
+        return t.movedim(-1, 1) if layout == LAST and t.ndim > 1 else t
+
+    def read(self, result: Any) -> Any:
+        """Return the output in float64."""
+        return first_of(result).detach().double().numpy()
+
+    def calls(
+        self, task: Task, t: dict[str, Any], data: Data, layout: str
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield outputs and calls, in one layout."""
+        if task.module:
+            yield FRESH, partial(self.module(task, t), t["x"])
+        elif task.activation or task.residual:
+            yield FRESH, self.fused(task, t)
+        elif task.norm in ("rms", "instance"):
+            yield FRESH, self.autograd(task, t)
+        else:
+            operator, arguments, results = self.native(task, t)
+            yield FRESH, partial(operator, *arguments)
+            if task.norm == "batch" and task.operation == "backward":
+                return  # its out= form copies
+            if task.norm == "batch":
+                empty = task.operation == "inference"
+                saved = [t["gamma"].new_empty(0 if empty else task.channels) for _ in "ab"]
+                out = (self.tensor(data.get("out", task.dtype, layout), layout), *saved)
+                yield REUSED, partial(self.torch.native_batch_norm, *arguments, out=out)
+            else:
+                outs = {f"out{i}": self.torch.empty_like(r) for i, r in enumerate(results)}
+                yield REUSED, partial(operator.out, *arguments, **outs)
+
+    def native(self, task: Task, t: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
+        """Return an operator of ATen, its arguments, and what it returned for them."""
+        aten = self.torch.ops.aten
+        x, dy, gamma, beta = t["x"], t["dy"], t["gamma"], t["beta"]
+        if task.norm == "batch":
+            training = task.operation != "inference"
+            statistics = (None, None) if training else (t["mean"], t["var"])
+            options: tuple[Any, ...] = (x, gamma, beta, *statistics, training, 0.1, EPS)
+            if task.operation != "backward":
+                return self.torch.native_batch_norm, options, ()
+            _, mean, rstd = self.torch.native_batch_norm(*options)
+            given: tuple[Any, ...] = (dy, x, gamma, None, None, mean, rstd, True, EPS, ALL)
+            return aten.native_batch_norm_backward.default, given, ()
+        if task.norm == "layer":
+            options = (x, [task.channels], gamma, beta, EPS)
+            result = aten.native_layer_norm(*options)
+            given = (dy, x, [task.channels], *result[1:], gamma, beta, ALL)
+        else:
+            n, c, *spatial = task.shape
+            sizes = (n, c, prod(spatial), task.groups)
+            options = (x, gamma, beta, *sizes, EPS)
+            result = aten.native_group_norm(*options)
+            given = (dy, x, *result[1:], gamma, *sizes, ALL)
+        if task.operation == "forward":
+            return getattr(aten, f"native_{task.norm}_norm"), options, result
+        return getattr(aten, f"native_{task.norm}_norm_backward"), given, (x, gamma, beta)
+
+    def act(self, task: Task, z: Any, in_place: bool = False) -> Any:
+        """Apply the activation."""
+        if not task.activation:
+            return z
+        options = {"inplace": True} if in_place and task.activation in INPLACE else {}
+        return getattr(self.torch.nn.functional, task.activation)(z, **options)
+
+    def fused(self, task: Task, t: dict[str, Any]) -> Callable[[], Any]:
+        """Return normalization, residual and activation, or their backward, by what is native."""
+        operation = "forward" if task.operation == "backward" else task.operation
+        normalize, arguments, _ = self.native(task._replace(operation=operation), t)
+
+        def forward() -> Any:
+            z = normalize(*arguments)[0]
+            return self.act(task, z.add_(t["residual"]) if task.residual else z, in_place=True)
+
+        if task.operation != "backward":
+            return forward
+        z = normalize(*arguments)[0]
+        z = (z + t["residual"] if task.residual else z).requires_grad_()
+        y = self.act(task, z)
+        backward, (_, *given), _ = self.native(task, t)
+
+        def both() -> Any:
+            (dz,) = self.torch.autograd.grad(y, z, t["dy"], retain_graph=True)
+            return backward(dz, *given)
+
+        return both
+
+    def formula(self, task: Task) -> Callable[..., Any]:
+        """Return the norm as a function of x, gamma, beta and residual."""
+        f = self.torch.nn.functional
+
+        def norm(x: Any, gamma: Any, beta: Any, residual: Any = None) -> Any:
+            if task.norm == "rms":
+                return f.rms_norm(x, [task.channels], gamma, EPS)
+            if task.norm == "instance":
+                return f.instance_norm(x, weight=gamma, bias=beta, eps=EPS)
+            z = f.batch_norm(x, None, None, gamma, beta, True, 0.1, EPS)
+            return self.act(task, z + residual if task.residual else z)
+
+        return norm
+
+    def autograd(
+        self, task: Task, t: dict[str, Any], wrap: Callable[[Any], Any] = lambda norm: norm
+    ) -> Callable[[], Any]:
+        """Return forward without a graph, or the gradients of a graph that is kept."""
+        torch, norm = self.torch, wrap(self.formula(task))
+        names = ["x", "gamma", *["beta"] * (task.norm != "rms"), *["residual"] * task.residual]
+        if task.operation == "forward":
+            options = {name: t[name] for name in ("residual",) if task.residual}
+            return torch.no_grad()(partial(norm, t["x"], t["gamma"], t["beta"], **options))
+        leaves = {name: t[name].detach().clone().requires_grad_() for name in names}
+        y = norm(**{"beta": None, **leaves})
+        wanted = tuple(leaves.values())
+        return partial(torch.autograd.grad, y, wanted, t["dy"], retain_graph=True)
+
+    def module(self, task: Task, t: dict[str, Any]) -> Any:
+        """Return a layer with running statistics, as PyTorch's users have it."""
+        nn = self.torch.nn
+        kind = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][len(task.shape) - 2]
+        layer = kind(task.channels, eps=EPS, dtype=t["gamma"].dtype)
+        layer.load_state_dict({"weight": t["gamma"], "bias": t["beta"]}, strict=False)
+        return layer

@@ -1,0 +1,238 @@
+"""What is measured: an operation on a batch, the arrays it needs, and the right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cybn import reference
+
+Array = NDArray[Any]
+
+EPS = 1e-5
+FIRST, LAST = "channels-first", "channels-last"
+FRESH, REUSED = "fresh", "reused"  # the output: a new array, or the same one every time
+ROWS = ("layer", "rms")  # normalize the last axis, and have no channels-last
+
+# Largest error, against the largest right value, of a peer that is timed: wide enough for a plain
+# float sum over millions of values, which some of them use.
+TOLERANCE = {"float64": 2.0**-38, "float32": 2.0**-9, "float16": 0.01, "bfloat16": 0.04}
+AT_THE_KINK = 1e-4  # share of values whose z is so near 0 that its slope may be either
+
+_CHECKED = 1 << 21  # values that are checked, about
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return a dtype by name; ml_dtypes has bfloat16."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """Return zeros that start on a cache line, as the peers' own arrays do."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class Task(NamedTuple):
+    """What every contestant of a row has to do."""
+
+    operation: str  # forward (training), inference, backward
+    shape: tuple[int, ...]  # (N, C, *spatial), or (..., C) for the norms of rows
+    norm: str = "batch"  # layer, rms, group, instance
+    dtype: str = "float32"
+    threads: int = 2
+    groups: int = 0
+    activation: str = ""
+    residual: bool = False
+    masked: bool = False  # a third of the positions does not count
+    module: bool = False  # through a layer that keeps running statistics
+
+    @property
+    def work(self) -> str:
+        """The operation and all that is not plain about it: "backward, relu + residual"."""
+        extra = [self.activation] * bool(self.activation) + ["residual"] * self.residual
+        words = [" + ".join(extra), "masked" * self.masked, "through a layer" * self.module]
+        return ", ".join(filter(None, [self.operation, *words]))
+
+    @property
+    def channels(self) -> int:
+        """The length of gamma."""
+        return self.shape[-1 if self.norm in ROWS else 1]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of x."""
+        return prod(self.shape) * dtype_of(self.dtype).itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """What memory moves at least: x and y, or dy, x and dx; and the residual's."""
+        arrays = 3 + 2 * self.residual if self.operation == "backward" else 2 + self.residual
+        return self.nbytes * arrays
+
+
+class Arrays(NamedTuple):
+    """What a call is given, in one layout."""
+
+    x: Array
+    dy: Array
+    residual: Array
+    mask: Array | None
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+
+
+class Data:
+    """The arrays of a shape, made and arranged as they are asked for.
+
+    Contestants share them, outputs included, so that many of them fit in memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._kept: dict[tuple[str, ...], Any] = {}
+
+    def get(self, name: str, dtype: str = "float32", layout: str = FIRST) -> Array:
+        """Return ``x``, ``dy``, ``residual``, ``out`` or ``out_residual`` in a layout."""
+        key = (name, dtype, layout)
+        if key not in self._kept:
+            self._kept[key] = self._made(name, dtype, layout)
+        return self._kept[key]
+
+    def _made(self, name: str, dtype: str, layout: str) -> Array:
+        sizes, kind = self.shape, dtype_of(dtype)
+        if name.startswith("out"):
+            last = (sizes[0], *sizes[2:], sizes[1])
+            return aligned(last if layout == LAST else sizes, kind)
+        if layout == LAST:
+            first = self.get(name, dtype)
+            values = aligned((sizes[0], *sizes[2:], sizes[1]), kind)
+            np.copyto(np.moveaxis(values, -1, 1), first)
+            return values
+        values = aligned(sizes, kind)
+        if dtype in ("float32", "float64"):
+            seed = ("x", "dy", "residual").index(name)
+            np.random.default_rng(seed).standard_normal(out=values, dtype=kind.type)
+        else:
+            np.copyto(values, self.get(name), casting="unsafe")
+        return values
+
+    def arrays(self, task: Task, layout: str = FIRST) -> Arrays:
+        """Return all arguments; gamma, beta and statistics in float32 for half types."""
+        wide = "float64" if task.dtype == "float64" else "float32"
+        rng = np.random.default_rng(3)
+        gamma, var = rng.uniform(0.5, 1.5, (2, task.channels)).astype(wide)
+        beta, mean = rng.uniform(-1, 1, (2, task.channels)).astype(wide)
+        positions = (self.shape[0], *self.shape[2:])
+        mask = rng.random(positions) < 2 / 3 if task.masked else None
+        if mask is not None:
+            mask[0] = True
+        tensors = (self.get(name, task.dtype, layout) for name in ("x", "dy"))
+        residual = self.get("residual", task.dtype, layout) if task.residual else np.empty(0)
+        return Arrays(*tensors, residual, mask, gamma, beta, mean, var)
+
+    def expected(self, task: Task) -> Array:
+        """Return a sample of the right answer, in float64, from `cybn.reference`."""
+        plain = task._replace(threads=1, module=False)
+        key = ("expected", str(plain))
+        if key not in self._kept:
+            every, cut = self.arrays(plain), self.sample(task)
+            tensors = [v[cut] if v.size else v for v in every[:3]]
+            if task.norm in ROWS or not cut[1:]:
+                parameters = every[4:]
+            else:
+                parameters = tuple(v[cut[1]] for v in every[4:])
+            chosen = Arrays(*(v.astype(np.float64) for v in tensors), every.mask, *parameters)
+            self._kept[key] = first_of(bind(reference, plain, chosen)())
+        return self._kept[key]
+
+    def sample(self, task: Task) -> tuple[Any, ...]:
+        """Return an index of what is checked: some channels, or some samples (rows) otherwise."""
+        axis = 1 if task.norm == "batch" else 0
+        size = self.shape[axis]
+        count = min(size, max(2, _CHECKED * size // prod(self.shape)))
+        chosen = sorted({round(i) for i in np.linspace(0, size - 1, count)})
+        return (slice(None), chosen) if axis else (chosen,)
+
+
+def first_of(result: Any) -> Any:
+    """Return y or dx out of what a call returns."""
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def bind(norms: ModuleType, task: Task, a: Arrays, **options: Any) -> Callable[[], Any]:
+    """Bind a call of cybn, or of its reference, which has the same signatures."""
+    options |= {"eps": EPS}
+    if task.groups:
+        options["num_groups"] = task.groups
+    if task.activation:
+        options["activation"] = task.activation
+    if task.residual:
+        options["residual"] = a.residual
+    if task.masked:
+        options["mask"] = a.mask
+    if task.operation == "inference":
+        return partial(norms.batch_norm_inference, a.x, a.mean, a.var, a.gamma, a.beta, **options)
+    parameters = (a.gamma,) if task.norm == "rms" else (a.gamma, a.beta)
+    forward = getattr(norms, f"{task.norm}_norm")
+    if task.operation == "forward":
+        return partial(forward, a.x, *parameters, **options)
+    outputs = ("out", "out_residual")
+    given = {name: value for name, value in options.items() if name not in outputs}
+    _, statistics = forward(a.x, *parameters, **given)
+    if task.activation:
+        options["beta"] = a.beta
+    backward = getattr(norms, f"{task.norm}_norm_backward")
+    return partial(backward, a.dy, a.x, statistics, a.gamma, **options)
+
+
+@dataclass
+class Contestant:
+    """A task made ready to run: arrays arranged, code compiled."""
+
+    layout: str
+    output: str
+    call: Callable[[], object]  # does the work once, and returns the output
+    read: Callable[[Any], Array]  # that output as an array of the shape of x
+    note: str = ""
+    many: Callable[[int], object] | None = None  # does it several times, where that is fairer
+    before: Callable[[], object] | None = None  # before a turn, such as setting threads
+    answer: Callable[[Any], Array] | None = None  # a sample of it, where the norm's is not
+
+
+class Peer:
+    """Somebody who can do some of the tasks: a module of `bench.peers` has one.
+
+    Making one raises ImportError or OSError where it is not installed.
+    """
+
+    name = ""
+    install = ""  # how to get it
+    order = 50  # of columns and rows; cybn is 0
+    version = ""
+    note = ""  # how it is called
+    quick = True  # whether it takes part in a quick run
+
+    def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
+        """Yield a contestant for every layout and output; nothing for what it cannot do."""
+        raise NotImplementedError
+
+    @cached_property
+    def described(self) -> str:
+        """Version and note."""
+        return "; ".join(filter(None, [self.version, self.note]))

@@ -1,0 +1,299 @@
+"""What ``cybn bench`` runs: this machine, in one table.
+
+Three layers of ResNet-50 at batch 32, float32, in training forward, inference and backward: cybn
+beside a copy of the batch (an add for backward) on the same threads, beside the formula in NumPy,
+and beside PyTorch if it is installed. Results are checked against the formula first; then all of
+them take turns, and the median of the turns counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from math import exp, log, prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import functional
+from ._runtime import get_num_threads
+from ._version import __version__
+
+__all__ = ["BenchError", "run"]
+
+Array = NDArray[Any]
+Call = Callable[[], Any]
+
+SHAPES = ((32, 512, 28, 28), (32, 128, 28, 28), (32, 256, 14, 14))
+OPERATIONS = {"training forward": 2, "inference": 2, "backward": 3}  # arrays that move at least
+EPS = 1e-5
+ABOUT = 15  # seconds of a whole run, with setting up
+LIMIT = 10.0  # seconds of all turns
+ROUNDS = 2, 15  # fewest, most
+WARM, TURN = 0.003, 0.005  # seconds of untimed and of timed calls in a turn, at least one call
+LONG = 0.02  # seconds of a call that needs no untimed one before it
+TOLERANCE = 1e-3  # of the largest value: that the same is computed
+BUSY = 0.25  # load for each CPU from which figures are not to be trusted
+NOTE = """\
+ms: a call of cybn, median of turns. GB/s: x read and y written once (backward: dy, x and dx).
+copy GB/s: the same bytes by np.copyto (backward: np.add) on the same threads. cybn/copy: its time
+over that of the copy. NumPy, PyTorch: how many times as long as cybn they take; PyTorch in the
+quicker of its two memory formats."""
+
+
+class BenchError(ValueError):
+    """A file cannot be written, or a result is wrong: nothing was measured that would mislead."""
+
+
+def run(*, json_file: Path | None = None, num_threads: int | None = None) -> None:
+    """Measure, and print the machine, a table and what it comes to.
+
+    Parameters
+    ----------
+    json_file : Path, optional
+        Where the figures go as well.
+    num_threads : int, optional
+        Of cybn, the copy and PyTorch; `cybn.get_num_threads` where None.
+
+    Raises
+    ------
+    BenchError
+        If `json_file` cannot be written, said before anything is measured; or if a result is wrong.
+    """
+    if json_file is not None:
+        check_writable(json_file)
+    threads = num_threads or get_num_threads()
+    torch = _torch(threads)
+    peers = f", PyTorch {torch.__version__}" if torch else "; PyTorch is not installed"
+    print(f"cybn {__version__} on {_cpu()}, {threads} threads; NumPy {np.__version__}{peers}")
+    if warning := busy():
+        print(warning)
+    print(f"Batches of 32, float32. Takes about {ABOUT} seconds.\n", flush=True)
+    rows = []
+    jobs = [(shape, operation) for shape in SHAPES for operation in OPERATIONS]
+    for done, (shape, operation) in enumerate(jobs):
+        if sys.stderr.isatty():
+            print(f"\r{done} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+        seconds = race(contestants(shape, operation, threads, torch), LIMIT / len(jobs))
+        rows.append({"operation": operation, "shape": list(shape), "seconds": seconds})
+    if sys.stderr.isatty():
+        print("\r", " " * 20, "\r", sep="", end="", file=sys.stderr, flush=True)
+    print(table(rows), NOTE, "", *(summary(rows, name) for name in OPERATIONS), sep="\n")
+    if json_file is not None:
+        found = {"cybn": __version__, "cpu": _cpu(), "threads": threads, "rows": rows}
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- who takes part ------------------------------------------------------------------------------
+
+
+def contestants(shape: Sequence[int], operation: str, threads: int, torch: Any) -> dict[str, Call]:
+    """Return a call for everybody, all of whose results are right."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    gamma, beta = rng.uniform(0.5, 1.5, (2, shape[1])).astype(np.float32)
+    mean, var = rng.uniform(0.5, 1.5, (2, shape[1])).astype(np.float32)
+    out = np.zeros_like(x)
+    given: dict[str, Any] = {"eps": EPS, "num_threads": threads}
+    if operation == "training forward":
+        own: Call = partial(functional.batch_norm, x, gamma, beta, **given)
+        formula: Call = partial(_forward, x, gamma, beta)
+    elif operation == "inference":
+        own = partial(functional.batch_norm_inference, x, mean, var, gamma, beta, **given)
+        formula = partial(_normalize, x, _column(mean), _column(var), gamma, beta)
+    else:
+        moments = functional.moments(x, num_threads=threads)
+        own = partial(functional.batch_norm_backward, dy, x, moments, gamma, **given)
+        formula = partial(_backward, dy, x, x.mean((0, 2, 3)), x.var((0, 2, 3)), gamma)
+    calls = {"cybn": own, "NumPy": formula}
+    if torch:
+        calls |= _torch_calls(torch, operation, (x, dy, gamma, beta, mean, var))
+    right = formula()
+    for name, call in calls.items():
+        result = call()
+        y = np.asarray(result[0] if isinstance(result, tuple) else result)
+        error = float(np.max(np.abs(y - right)) / np.max(np.abs(right)))
+        if not error <= TOLERANCE:
+            raise BenchError(
+                f"{operation} of {name} on {shape} is wrong by {error:.1g} of the largest value; "
+                f"it must be at most {TOLERANCE:g}: run cybn's tests on this machine"
+            )
+    return {"copy": _floor((x, dy) if operation == "backward" else (x,), out, threads), **calls}
+
+
+def _column(values: Array) -> Array:
+    return values[:, np.newaxis, np.newaxis]
+
+
+def _normalize(x: Array, mean: Array, var: Array, gamma: Array, beta: Array) -> Array:
+    y: Array = (x - mean) / np.sqrt(var + np.float32(EPS)) * _column(gamma) + _column(beta)
+    return y
+
+
+def _forward(x: Array, gamma: Array, beta: Array) -> Array:
+    mean, var = (f((0, 2, 3), keepdims=True) for f in (x.mean, x.var))
+    return _normalize(x, mean, var, gamma, beta)
+
+
+def _backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array) -> Array:
+    rstd = 1 / np.sqrt(_column(var) + np.float32(EPS))
+    xhat = (x - _column(mean)) * rstd
+    dbeta, dgamma = (v.mean((0, 2, 3), keepdims=True) for v in (dy, dy * xhat))
+    dx: Array = _column(gamma) * rstd * (dy - dbeta - xhat * dgamma)
+    return dx
+
+
+def _floor(sources: Sequence[Array], out: Array, threads: int) -> Call:
+    """Return a copy, or a sum of two, in as many parts as there are threads."""
+    cuts = np.linspace(0, out.size, threads + 1).astype(int)
+    flat = [a.reshape(-1) for a in (*sources, out)]
+    parts = [[a[start:end] for a in flat] for start, end in pairwise(cuts)]
+    pool = ThreadPoolExecutor(threads)
+
+    def move(part: Sequence[Array]) -> None:
+        if len(part) == 3:
+            np.add(part[0], part[1], out=part[2])
+        else:
+            np.copyto(part[1], part[0])
+
+    return lambda: list(pool.map(move, parts))
+
+
+def _torch(threads: int) -> Any:
+    """Return PyTorch, set to as many threads; None where it is not installed."""
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError):
+        return None
+    torch.set_num_threads(threads)
+    return torch
+
+
+def _torch_calls(torch: Any, operation: str, arrays: Sequence[Array]) -> dict[str, Call]:
+    """Return PyTorch's call in both memory formats."""
+    calls: dict[str, Call] = {}
+    for name, layout in (("", torch.contiguous_format), (", channels-last", torch.channels_last)):
+        x, dy, gamma, beta, mean, var = map(torch.from_numpy, arrays)
+        x, dy = (t.to(memory_format=layout) for t in (x, dy))
+        given = (None, None) if operation != "inference" else (mean, var)
+        training = operation != "inference"
+        options = (x, gamma, beta, *given, training, 0.1, EPS)
+        call: Call = partial(torch.native_batch_norm, *options)
+        if operation == "backward":
+            _, saved, rstd = call()
+            backward = torch.ops.aten.native_batch_norm_backward
+            call = partial(
+                backward, dy, x, gamma, None, None, saved, rstd, True, EPS, [True, True, True]
+            )
+        calls[f"PyTorch{name}"] = call
+    return calls
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def race(calls: dict[str, Call], limit: float) -> dict[str, float]:
+    """Return median seconds of a call for each; all take turns until `limit` seconds are over."""
+    until = time.perf_counter() + limit
+    first = {name: _turn(call, 1, warm=True) for name, call in calls.items()}
+    turns: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() > until:
+            break
+        for name, call in calls.items():
+            count = max(1, round(TURN / first[name]))
+            turns[name].append(_turn(call, count, warm=first[name] < LONG))
+    return {name: median(found) for name, found in turns.items()}
+
+
+def _turn(call: Call, count: int, *, warm: bool) -> float:
+    """Return seconds of a call, after some that let the threads of the one before fall asleep."""
+    until = time.perf_counter() + WARM
+    while warm:
+        call()
+        warm = time.perf_counter() < until
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def busy() -> str:
+    """Return a warning where something else is running; nothing where the machine is quiet."""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= BUSY * cpus:
+        return ""
+    return f"The machine is busy (load {load:.1f}): wait a minute, or do not trust the figures."
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table: a row for each operation and layer."""
+    lines = [["operation", "layer", "ms", "GB/s", "copy GB/s", "cybn/copy", "NumPy", "PyTorch"]]
+    for row in rows:
+        t = row["seconds"]
+        gigabytes = 4 * prod(row["shape"]) * OPERATIONS[row["operation"]] / 1e9
+        words = [row["operation"], "x".join(map(str, row["shape"][1:])), f"{t['cybn'] * 1e3:.2f}"]
+        words += [f"{gigabytes / t[name]:.1f}" for name in ("cybn", "copy")]
+        words.append(f"{t['cybn'] / t['copy']:.2f}")
+        words += [f"{p:.1f}".replace("nan", "-") for p in (t["NumPy"] / t["cybn"], _pytorch(t))]
+        lines.append(words)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    layout = [str.ljust] * 2 + [str.rjust] * 6
+    padded = [[f(cell, w) for f, cell, w in zip(layout, x, widths, strict=True)] for x in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded) + "\n"
+
+
+def summary(rows: Sequence[dict[str, Any]], operation: str) -> str:
+    """Say in a line what an operation comes to: geometric means over the layers."""
+    chosen = [row for row in rows if row["operation"] == operation]
+    times = [row["seconds"] for row in chosen]
+    moved = [4 * prod(row["shape"]) * OPERATIONS[operation] / 1e9 for row in chosen]
+    speed = _mean([size / t["cybn"] for size, t in zip(moved, times, strict=True)])
+    floor = _mean([t["cybn"] / t["copy"] for t in times])
+    what = "an add" if operation == "backward" else "a copy"
+    other = "PyTorch" if "PyTorch" in times[0] else "NumPy"
+    found = _mean([(_pytorch(t) if other == "PyTorch" else t["NumPy"] / t["cybn"]) for t in times])
+    return (
+        f"{operation}: {speed:.0f} GB/s, {floor:.1f} times {what}; "
+        f"{found:.1f} times as fast as {other} here"
+    )
+
+
+def _pytorch(seconds: dict[str, float]) -> float:
+    """Return the quicker of PyTorch's times over cybn's; NaN where it did not take part."""
+    found = [t for name, t in seconds.items() if name.startswith("PyTorch")]
+    return min(found) / seconds["cybn"] if found else float("nan")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return exp(sum(map(log, values)) / len(values))
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that cannot be written; nothing is created."""
+    if not path.parent.is_dir():
+        raise BenchError(f"json is {path}, and {path.parent} is no folder; make it first")
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(target, os.W_OK):
+        raise BenchError(f"json is {path}, which cannot be written; name another file")
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,187 @@
+"""Going back, and seeing how far a batch is off: snapshot, restore and drift of a layer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _runtime
+from ..moments import Moments
+from ._running import Running, refuse_within_samples, switches
+
+__all__ = ["Drift", "Snapshot", "drift", "restore", "snapshot"]
+
+Layer = TypeVar("Layer", bound=Any)
+
+
+class Snapshot(NamedTuple):
+    """What `BatchNorm.snapshot` took: give it to `BatchNorm.restore`, and change nothing in it."""
+
+    affine: list[NDArray[Any]]  # gamma, beta and their gradients, or nothing
+    running: Running
+    training: bool
+    switches: tuple[bool, bool | None, bool]
+    tracks: bool
+    seen: tuple[Moments, Running] | None
+
+
+class Drift(NamedTuple):
+    """What inference will see differently from training, channel by channel.
+
+    Attributes
+    ----------
+    shift : ndarray of float64, shape (C,)
+        ``(mean - running_mean) / sqrt(running_var + eps)``: in inference the normalized batch
+        has this mean instead of 0.
+    log_variance_ratio : ndarray of float64, shape (C,)
+        ``log((var + eps) / (running_var + eps))``: 0 where they agree, 0.69 where the batch has
+        twice the variance, -0.69 where it has half.
+    """
+
+    shift: NDArray[np.float64]
+    log_variance_ratio: NDArray[np.float64]
+
+    def beyond(self, shift: float = 1.0, log_variance_ratio: float = 1.0) -> NDArray[np.intp]:
+        """Return the channels that lie further off than this either way, or are not numbers.
+
+        Parameters
+        ----------
+        shift, log_variance_ratio : float, default 1
+            What is still acceptable, in absolute value.
+        """
+        near = np.abs(self.shift) <= shift
+        near &= np.abs(self.log_variance_ratio) <= log_variance_ratio
+        return np.flatnonzero(~near)
+
+
+@np.errstate(all="ignore")
+def measure(batch: Moments, running: Running, ddof: int, eps: float) -> Drift:
+    """Return the drift of `batch`, its variance taken as the running one takes it."""
+    var = running.var.astype(np.float64) + eps
+    shift = (batch.mean - running.mean) / np.sqrt(var)
+    return Drift(shift, np.log((batch.var(ddof) + eps) / var))
+
+
+def snapshot(self: Any) -> Snapshot:
+    """Return a copy of gamma, beta, gradients, running statistics, mode and switches.
+
+    Unlike a state dict it holds all that training changes, NaN included, and fits this layer
+    or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
+    """
+    statistics = self._running
+    with _runtime.turn:
+        running, seen = statistics.values, statistics.seen
+    affine = [array.copy() for array in _arrays(self)]
+    seen = None if seen is None else (seen[0], seen[1].copy())
+    return Snapshot(affine, running.copy(), self.training, switches(self), statistics.tracks, seen)
+
+
+def _arrays(layer: Any) -> list[NDArray[Any]]:
+    """Return parameters and gradients, whether they are trained or not."""
+    return [getattr(layer, f"_{name}") for name in _names(layer)]
+
+
+def _names(layer: Any) -> list[str]:
+    return layer._names + [f"grad_{name}" for name in layer._names]  # type: ignore[no-any-return]
+
+
+def restore(self: Layer, snapshot: Snapshot) -> Layer:
+    """Go back to a snapshot, to the bit; return the layer.
+
+    gamma, beta and their gradients are written to in place. A forward since then can no
+    longer be followed by a backward.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        From `snapshot` of this layer, or of one made alike. May be used again.
+
+    Raises
+    ------
+    TypeError
+        If it is no snapshot.
+    ValueError
+        If it is that of another kind of layer. The layer is unchanged.
+    """
+    if not isinstance(snapshot, Snapshot):
+        raise TypeError(
+            f"snapshot is of type {type(snapshot).__name__}; it must come from snapshot()"
+        )
+    statistics, arrays = self._running, self._own(_names(self))
+    own = [*arrays, statistics.values.mean]
+    theirs = [*snapshot.affine, snapshot.running.mean]
+    if [(a.shape, a.dtype) for a in own] != [(a.shape, a.dtype) for a in theirs]:
+        raise ValueError("snapshot is that of a layer with another num_features, affine or dtype")
+    if snapshot.tracks is not statistics.tracks:
+        raise ValueError(
+            f"snapshot is that of a layer with track_running_stats={snapshot.tracks}; here it "
+            f"is {statistics.tracks}"
+        )
+    running, seen = snapshot.running.copy(), snapshot.seen
+    seen = None if seen is None else (seen[0], seen[1].copy())
+    with _runtime.turn:  # and neither a call nor a loop in it, as in `RunningStatistics.learn`
+        if arrays:
+            arrays[0][...], arrays[1][...], arrays[2][...], arrays[3][...] = snapshot.affine
+        statistics.values, statistics.seen, self._saved = running, seen, None
+        self._training = snapshot.training
+        statistics.updates, statistics.by_batch, self._train_affine = snapshot.switches
+    return self
+
+
+def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
+    """Measure how far the statistics of a batch lie from the running ones, per channel.
+
+    So it does whatever the switches say, also where `use_batch_statistics` has inference
+    normalize by something else than the running statistics.
+
+    Parameters
+    ----------
+    data : array_like, Moments, or None
+        A batch, or its moments, to compare with the running statistics as they are now. None:
+        the last batch that moved them, against what they were before it. An instance norm
+        compares the mean over the samples of their means and variances, as it learns them.
+
+    Returns
+    -------
+    Drift
+        ``shift``, in running standard deviations, and ``log_variance_ratio``. Variances are
+        unbiased or not as `running_ddof` says.
+
+    Raises
+    ------
+    RuntimeError
+        If the layer has no running statistics, or `data` is None and no batch has moved
+        them.
+    TypeError, ValueError
+        If `data` is not a batch that the layer takes, or moments of other channels, or
+        statistics within samples where this is no instance norm.
+    """
+    statistics = self._running
+    if not statistics.tracks:
+        raise RuntimeError("drift needs running statistics; track_running_stats is False")
+    if data is None:
+        seen = statistics.seen
+        if seen is None:
+            raise RuntimeError(
+                "no batch has moved the running statistics since the layer was made, loaded "
+                "or copied; give drift a batch, or its Moments"
+            )
+        batch, running = seen
+    else:
+        batch, running = _moments_of(self, data), statistics.values
+    return measure(batch, running, statistics.ddof, self._eps)
+
+
+def _moments_of(layer: Any, data: ArrayLike | Moments) -> Moments:
+    """Return the moments of a batch, which may be given as such; of this layer's channels."""
+    if not isinstance(data, Moments):
+        moments: Moments = layer._measure(layer._admit(data))
+        return moments
+    refuse_within_samples(layer, "data", data)
+    if len(data) != layer._num_features:
+        raise ValueError(
+            f"data has {len(data)} channels; this layer has num_features={layer._num_features}"
+        )
+    return data

@@ -1,0 +1,40 @@
+"""States and files that are damaged or meant to harm, and code that must never run."""
+
+
+def ran():
+    raise AssertionError("code from a state was run")
+
+
+class Bomb:
+    """Unpickling it, or asking it for its array, is noticed."""
+
+    def __reduce__(self):
+        return (ran, ())
+
+
+class Refusing:
+    """An array-like that will not be read."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("not today")
+
+
+def damaged(data, dice):
+    """Return bytes that were cut off, changed, doubled, or put in another order."""
+    data = bytearray(data)
+    what = dice.random()
+    if what < 0.15:
+        return data[: dice.randrange(len(data))]
+    if what < 0.3:
+        i, j = sorted(dice.sample(range(len(data)), 2))
+        return data[j:] + data[i:j] + data[:i]
+    if what < 0.4:
+        i, j = sorted(dice.sample(range(len(data)), 2))
+        return data[:j] + data[i:]
+    if what < 0.5:
+        i = dice.randrange(len(data) - 8)
+        data[i : i + 8] = dice.choice([b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f"])
+        return data
+    for _ in range(dice.choice([1, 1, 2, 8])):
+        data[dice.randrange(len(data))] = dice.randrange(256)
+    return data

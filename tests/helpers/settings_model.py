@@ -1,0 +1,231 @@
+"""A layer as plain NumPy has it: the state as attributes, the formulas from `cybn.reference`."""
+
+import copy
+
+import numpy as np
+
+import cybn
+from cybn import reference
+
+
+class Model:
+    """Any kind of layer; `kind` is its class. What it lacks is None, as in the layer."""
+
+    def __init__(self, layer):
+        self.kind = type(layer).__name__
+        names = ("num_features", "num_channels", "normalized_shape")
+        shape = next(getattr(layer, name) for name in names if hasattr(layer, name))
+        self.shape = shape if isinstance(shape, tuple) else (shape,)
+        for name in SETTINGS:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        for name in ARRAYS:
+            setattr(self, name, copy.deepcopy(getattr(layer, name)))
+        if self.tracked:
+            self.mean, self.var, self.batches = np.zeros(self.shape), np.ones(self.shape), 0
+        self.saved = None  # what backward takes: a function of dy
+
+    @property
+    def tracked(self):
+        return self.kind.startswith(("BatchNorm", "InstanceNorm"))
+
+    # ---- passes --------------------------------------------------------------------------
+
+    def by_batch(self, training):
+        if not self.tracked or not self.track_running_stats:
+            return True
+        return training if self.use_batch_statistics is None else self.use_batch_statistics
+
+    def forward(self, x, training=None, residual=None, **selected):
+        """Return y, a function of dy, and the moments that the running statistics learn from."""
+        training = self.training if training is None else training
+        gamma, beta = copy.deepcopy((self.gamma, self.beta))
+        if not self.tracked:
+            return (*self.rows(x, gamma, beta), None)
+        if self.kind.startswith("Instance"):
+            return self.instance(x, gamma, beta, training)
+        k = {"axis": self.axis, "eps": self.eps, "activation": self.activation}
+        k |= {"slope": self.slope, "residual": residual}
+        masked = {"masked": selected.pop("masked", "normalize")}
+        batch = reference.moments(x, axis=self.axis, **selected) if self.learns() else None
+        if not self.by_batch(training):
+            fixed = self.mean, self.var
+            y = reference.batch_norm_inference(x, *fixed, gamma, beta, **k, **selected, **masked)
+
+            def back(dy):
+                function = reference.batch_norm_inference_backward
+                return function(dy, x, *fixed, gamma, beta=beta, **k, **selected)
+
+            return y, back, batch
+        return (*self.in_parts(x, gamma, beta, training, k, selected, masked), batch)
+
+    def in_parts(self, x, gamma, beta, training, k, selected, masked):
+        """Return y and a function of dy: each part by itself, and corrected."""
+        axis, residual = self.axis % x.ndim, k.pop("residual")
+        first = 1 if axis == 0 else 0
+        shares = shares_of(x, axis, **selected)
+        y, steps = np.empty_like(x), []
+        for i in self.parts(x, first, shares, training):
+            index = (slice(None),) * first + (i,)
+            part, r = x[index], None if residual is None else residual[index]
+            mine = {} if shares is None else {"weights": shares[index]}
+            m = reference.moments(part, axis=axis, **mine)
+            g, b, turn, d = gamma, beta, np.ones(self.shape), np.zeros(self.shape)
+            if training and self.renorm is not None:
+                std, running = np.sqrt(m.var() + self.eps), np.sqrt(self.var + self.eps)
+                limits = self.renorm
+                turn = np.clip(std / running, 1 / limits.r_max, limits.r_max)
+                d = np.clip((m.mean - self.mean) / running, -limits.d_max, limits.d_max)
+                one = np.ones(self.shape) if gamma is None else gamma
+                g, b = turn * one, d * one + (0 if beta is None else beta)
+            fixed = m.mean, m.var()
+            y[index] = reference.batch_norm_inference(
+                part, *fixed, g, b, residual=r, **k, **mine, **masked
+            )
+            steps.append((index, part, m, g, b, turn, d, r, mine))
+
+        def back(dy):
+            dx, dr = np.empty_like(x), np.empty_like(x)
+            dgamma, dbeta = np.zeros(self.shape), np.zeros(self.shape)
+            for index, part, m, g, b, turn, d, r, mine in steps:
+                found = reference.batch_norm_backward(
+                    dy[index], part, m, g, beta=b, residual=r, **k, **mine
+                )
+                dx[index], dscale, dshift = found[:3]
+                if r is not None:
+                    dr[index] = found[3]
+                dgamma, dbeta = dgamma + turn * dscale + d * dshift, dbeta + dshift
+            return (dx, dgamma, dbeta) + ((dr,) if residual is not None else ())
+
+        return y, back
+
+    def parts(self, x, first, shares, training):
+        """Return the samples of each part."""
+        n, size = x.shape[first], self.virtual_batch_size
+        if not training or size is None or size >= n:
+            return [slice(0, n)]
+        count = np.full(n, x.size // (n * self.shape[0]))
+        if shares is not None:
+            count = np.count_nonzero(np.moveaxis(shares, first, 0).reshape(n, -1), axis=1)
+        parts, start = [], 0
+        for end in [*range(size, n, size), n]:
+            if count[start:end].sum() >= 2:
+                parts.append(slice(start, end))
+                start = end
+        if start < n and parts:
+            parts[-1] = slice(parts[-1].start, n)
+        return parts or [slice(0, n)]
+
+    def instance(self, x, gamma, beta, training):
+        k = {"axis": self.axis, "eps": self.eps}
+        moved = np.moveaxis(x, self.axis, 1).reshape(len(x), self.shape[0], -1)
+        var = moved.var(2, ddof=self.running_ddof).mean(0) if training else None
+        batch = moved.mean((0, 2)), var
+        if not self.by_batch(training):
+            fixed = self.mean, self.var
+            y = reference.batch_norm_inference(x, *fixed, gamma, beta, **k)
+
+            def back(dy):
+                return reference.batch_norm_inference_backward(dy, x, *fixed, gamma, **k)
+
+            return y, back, batch
+        y, m = reference.instance_norm(x, gamma, beta, **k)
+        return y, lambda dy: reference.instance_norm_backward(dy, x, m, gamma, **k), batch
+
+    def rows(self, x, gamma, beta):
+        if self.kind == "GroupNorm":
+            k = {"num_groups": self.num_groups, "axis": self.axis, "eps": self.eps}
+            y, m = reference.group_norm(x, gamma, beta, **k)
+            return y, lambda dy: reference.group_norm_backward(dy, x, m, gamma, **k)
+        k = {"axis": -len(self.shape), "eps": self.eps}
+        if self.kind == "RMSNorm":
+            y, m = reference.rms_norm(x, gamma, **k)
+            return y, lambda dy: reference.rms_norm_backward(dy, x, m, gamma, **k)
+        y, m = reference.layer_norm(x, gamma, beta, **k)
+        return y, lambda dy: reference.layer_norm_backward(dy, x, m, gamma, **k)
+
+    # ---- learning ------------------------------------------------------------------------
+
+    def learns(self):
+        return (
+            self.tracked and self.training and self.track_running_stats and (self.update_statistics)
+        )
+
+    def learn(self, batch):
+        """Move the running statistics; return False where the policy refuses the batch."""
+        mean, var = batch if isinstance(batch, tuple) else (batch.mean, None)
+        if var is None:
+            with np.errstate(all="ignore"):
+                var = batch.m2 / (batch.count - self.running_ddof)
+        weight = 1 / (self.batches + 1) if self.momentum is None else self.momentum
+        after = [
+            old if weight == 0 else new if weight == 1 else (1 - weight) * old + weight * new
+            for old, new in ((self.mean, mean), (self.var, var))
+        ]
+        if self.nan_policy != "propagate" and not np.isfinite(after).all():
+            return self.nan_policy != "raise"
+        (self.mean, self.var), self.batches = after, self.batches + 1
+        return True
+
+    def backward(self, dy):
+        """Set the gradients; return dx, and dresidual where there was a residual."""
+        dx, *rest = self.saved(dy)
+        self.saved = None
+        for name, value in zip(("gamma", "beta"), rest, strict=False):
+            if getattr(self, name) is not None:
+                setattr(self, f"grad_{name}", value if self.trains else 0 * value)
+        return (dx, *rest[2:])
+
+    @property
+    def trains(self):
+        return not self.tracked or self.train_affine
+
+
+ARRAYS = ("gamma", "beta", "grad_gamma", "grad_beta")
+SWITCHES = ("update_statistics", "use_batch_statistics", "train_affine")
+SETTINGS = (
+    *("training", "axis", "eps", "momentum", "running_ddof", "nan_policy", "activation", "slope"),
+    *("virtual_batch_size", "renorm", "track_running_stats", "num_groups", *SWITCHES),
+)
+
+
+def shares_of(x, axis, mask=None, weights=None, lengths=None):
+    """Return how often each position counts, as x with one channel; None where all do once."""
+    if mask is None and weights is None and lengths is None:
+        return None
+    one = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    shares = np.ones(one)
+    for given in (mask, weights):
+        if given is not None:
+            shares = shares * np.expand_dims(given, axis)
+    if lengths is not None:
+        batch, along = [i for i in range(x.ndim) if i != axis][:2]
+        places = np.arange(x.shape[along]).reshape([-1 if i == along else 1 for i in range(x.ndim)])
+        ends = np.reshape(lengths, [-1 if i == batch else 1 for i in range(x.ndim)])
+        shares = shares * (places < ends)
+    return shares
+
+
+def agree(layer, model):
+    """Assert that every public attribute of the layer is that of the model."""
+    for name in SETTINGS:
+        if hasattr(layer, name):
+            assert getattr(layer, name) == getattr(model, name), name
+    for name in ARRAYS:
+        got, want = getattr(layer, name), getattr(model, name)
+        assert (got is None) is (want is None), name
+        if got is not None:
+            np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8, err_msg=name)
+    trained = [getattr(layer, n) for n in ARRAYS[:2] if getattr(layer, n) is not None]
+    trained = trained if model.trains else []
+    assert [id(p) for p in layer.parameters()] == [id(p) for p in trained]
+    assert len(layer.gradients()) == len(trained)
+    if not model.tracked:
+        return
+    if not model.track_running_stats:
+        assert layer.running_mean is layer.running_var is layer.num_batches_tracked is None
+        return
+    np.testing.assert_allclose(layer.running_mean, model.mean, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(layer.running_var, model.var, rtol=1e-8, atol=1e-8)
+    assert layer.num_batches_tracked == model.batches
+    assert isinstance(layer, cybn.Layer)
