@@ -1,0 +1,66 @@
+"""CONTRIBUTING.md, CHANGELOG.md and CITATION.cff: they come along, and name what there is."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import cybn
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ["CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md"]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="needs the source tree around the tests"
+)
+
+
+def text_of(name):
+    return (ROOT / name).read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_sdist_takes_it_along(name):
+    rules = re.findall(r"^include (.*)$", text_of("MANIFEST.in"), re.MULTILINE)
+    assert any(fnmatch(name, rule) for line in rules for rule in line.split())
+
+
+@pytest.mark.parametrize("name", FILES[:2] + FILES[3:])
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)", text_of(name))
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_files_that_are_named_are_there(name):
+    paths = set(re.findall(r"(?<![\w/])(?:tests|bench|docs|\.ci)/[\w./-]*\w", text_of(name)))
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_version_is_the_package_s():
+    assert re.search(r"^version: (.*)$", text_of("CITATION.cff"), re.M)[1] == cybn.__version__
+    versions = re.findall(r"^## \[([^]]+)\]", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert versions[1] == cybn.__version__
+
+
+def test_the_changelog_has_the_form():
+    """Keep a Changelog: dated versions, and known kinds of changes that are not empty."""
+    text = text_of("CHANGELOG.md")
+    for version in re.findall(r"^## (.*)$", text, re.MULTILINE)[1:]:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version)
+    kinds = re.findall(r"^### (.*)\n\n(- )?", text, re.MULTILINE)
+    known = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert {kind for kind, _ in kinds} <= known
+    assert all(entry for _, entry in kinds)
+
+
+def test_the_set_up_takes_what_there_is():
+    extras = re.findall(r"pip install -e '\.\[(\w+)\]'", text_of("CONTRIBUTING.md"))
+    assert extras
+    for extra in extras:
+        assert re.search(rf"^{extra} = \[", text_of("pyproject.toml"), re.MULTILINE)
