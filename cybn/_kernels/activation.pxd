@@ -27,8 +27,8 @@
 # d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a); their
 #    slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed: the negative
 #    tail keeps its relative accuracy.
-# e. Errors, in units in the last place of y: sigmoid, tanh, silu, gelu below 4; slopes below 8, of
-#    those of silu and gelu where they are small between two roots, 8 units of 0.1.
+# e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8; of
+#    slopes below 8, where those of silu, gelu and hardswish pass through 0 in units of 0.1.
 
 from libc.math cimport copysign, copysignf, fabs, fabsf
 from libc.stdint cimport uint32_t, uint64_t
@@ -132,7 +132,7 @@ cdef inline T relu6_slope(T z) noexcept nogil:
 
 cdef inline T hardswish_of(T z) noexcept nogil:
     """z * (c / 6): z * c would overflow."""
-    cdef T c = z + 3
+    cdef T c = z + <T> 3        # a bare 3 would be a float64, and so the sum
     c = 0 if c < 0 else (6 if c > 6 else c)
     return z * (c * <T> (1.0 / 6))
 
@@ -162,17 +162,17 @@ cdef inline T tanh_of(T z) noexcept nogil:
 cdef inline T tanh_slope(T z) noexcept nogil:
     """4 * s * (1 - s), s the sigmoid of 2 z."""
     cdef T u, e = exp_of(-far(z + z), 0, &u)
-    return 4 * u * e / ((u + e) * (u + e))
+    return <T> 4 * u * e / ((u + e) * (u + e))
 
 
 cdef inline T mirrored(T z, T h) noexcept nogil:
     """z - h where z > 0, -h elsewhere; NaN at -inf, where 0 * z is."""
-    return (z if z > 0 else 0 * z) - h
+    return (z if z > 0 else <T> 0 * z) - h
 
 
 cdef inline T mirrored_slope(T z, T d) noexcept nogil:
     """1 - d where z > 0, d elsewhere; NaN at -inf and inf."""
-    return (1 - d if z > 0 else d) + 0 * z
+    return (<T> 1 - d if z > 0 else d) + <T> 0 * z
 
 
 cdef inline T silu_of(T z) noexcept nogil:
