@@ -1,5 +1,5 @@
 # cython: cdivision=True
-# Activations: y = f(z) of the normalized value z, and the slope f'(z) that backward multiplies dy by.
+# Activations: y = f(z) of the normalized value z, and the slope f'(z) that backward needs.
 #
 #   name         f(z)                         f'(z)
 #   relu         0 where z < 0, else z        0 where z <= 0, else 1
@@ -24,8 +24,8 @@
 # c. One division a value. With a = |z| and E = U * exp(-a), the factor U = 2**40 (float64: 2**100)
 #    goes into numerator and denominator: exp(-a) / (1 + exp(-a)) = E / (U + E). E is never
 #    subnormal; the quotient may be, and then it is rounded once.
-# d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a); their
-#    slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed: the negative
+# d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a);
+#    their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed: the negative
 #    tail keeps its relative accuracy.
 # e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8; of
 #    slopes below 8, where those of silu, gelu and hardswish pass through 0 in units of 0.1.
@@ -237,43 +237,27 @@ cdef inline T gelu_slope(T z) noexcept nogil:
 
 cdef inline T value_of(Activation f, T z, T slope) noexcept nogil:
     """f(z); f is a constant where this is inlined."""
-    if f == RELU:
-        return 0 if z < 0 else z
-    if f == RELU6:
-        return relu6_of(z)
-    if f == LEAKY_RELU:
-        return slope * z if z < 0 else z
-    if f == HARDSWISH:
-        return hardswish_of(z)
-    if f == SIGMOID:
-        return sigmoid_of(z)
-    if f == TANH:
-        return tanh_of(z)
-    if f == SILU:
-        return silu_of(z)
-    if f == GELU:
-        return gelu_of(z)
+    if f == RELU: return 0 if z < 0 else z
+    if f == RELU6: return relu6_of(z)
+    if f == LEAKY_RELU: return slope * z if z < 0 else z
+    if f == HARDSWISH: return hardswish_of(z)
+    if f == SIGMOID: return sigmoid_of(z)
+    if f == TANH: return tanh_of(z)
+    if f == SILU: return silu_of(z)
+    if f == GELU: return gelu_of(z)
     return z
 
 
 cdef inline T slope_of(Activation f, T z, T slope) noexcept nogil:
     """f'(z)."""
-    if f == RELU:
-        return 0 if z <= 0 else 1
-    if f == RELU6:
-        return relu6_slope(z)
-    if f == LEAKY_RELU:
-        return slope if z <= 0 else 1
-    if f == HARDSWISH:
-        return hardswish_slope(z)
-    if f == SIGMOID:
-        return sigmoid_slope(z)
-    if f == TANH:
-        return tanh_slope(z)
-    if f == SILU:
-        return silu_slope(z)
-    if f == GELU:
-        return gelu_slope(z)
+    if f == RELU: return 0 if z <= 0 else 1
+    if f == RELU6: return relu6_slope(z)
+    if f == LEAKY_RELU: return slope if z <= 0 else 1
+    if f == HARDSWISH: return hardswish_slope(z)
+    if f == SIGMOID: return sigmoid_slope(z)
+    if f == TANH: return tanh_slope(z)
+    if f == SILU: return silu_slope(z)
+    if f == GELU: return gelu_slope(z)
     return 1
 
 
@@ -302,22 +286,14 @@ cdef inline void activate(
     Activation f,
     T slope,                    # of leaky_relu
 ) noexcept nogil:
-    if f == RELU:
-        values(z, n, RELU, slope)
-    elif f == RELU6:
-        values(z, n, RELU6, slope)
-    elif f == LEAKY_RELU:
-        values(z, n, LEAKY_RELU, slope)
-    elif f == HARDSWISH:
-        values(z, n, HARDSWISH, slope)
-    elif f == SIGMOID:
-        values(z, n, SIGMOID, slope)
-    elif f == TANH:
-        values(z, n, TANH, slope)
-    elif f == SILU:
-        values(z, n, SILU, slope)
-    elif f == GELU:
-        values(z, n, GELU, slope)
+    if f == RELU: values(z, n, RELU, slope)
+    elif f == RELU6: values(z, n, RELU6, slope)
+    elif f == LEAKY_RELU: values(z, n, LEAKY_RELU, slope)
+    elif f == HARDSWISH: values(z, n, HARDSWISH, slope)
+    elif f == SIGMOID: values(z, n, SIGMOID, slope)
+    elif f == TANH: values(z, n, TANH, slope)
+    elif f == SILU: values(z, n, SILU, slope)
+    elif f == GELU: values(z, n, GELU, slope)
 
 
 cdef inline void through(
@@ -328,21 +304,12 @@ cdef inline void through(
     Activation f,
     T slope,
 ) noexcept nogil:
-    if f == RELU:
-        slopes(dy, z, g, n, RELU, slope)
-    elif f == RELU6:
-        slopes(dy, z, g, n, RELU6, slope)
-    elif f == LEAKY_RELU:
-        slopes(dy, z, g, n, LEAKY_RELU, slope)
-    elif f == HARDSWISH:
-        slopes(dy, z, g, n, HARDSWISH, slope)
-    elif f == SIGMOID:
-        slopes(dy, z, g, n, SIGMOID, slope)
-    elif f == TANH:
-        slopes(dy, z, g, n, TANH, slope)
-    elif f == SILU:
-        slopes(dy, z, g, n, SILU, slope)
-    elif f == GELU:
-        slopes(dy, z, g, n, GELU, slope)
-    else:
-        slopes(dy, z, g, n, IDENTITY, slope)
+    if f == RELU: slopes(dy, z, g, n, RELU, slope)
+    elif f == RELU6: slopes(dy, z, g, n, RELU6, slope)
+    elif f == LEAKY_RELU: slopes(dy, z, g, n, LEAKY_RELU, slope)
+    elif f == HARDSWISH: slopes(dy, z, g, n, HARDSWISH, slope)
+    elif f == SIGMOID: slopes(dy, z, g, n, SIGMOID, slope)
+    elif f == TANH: slopes(dy, z, g, n, TANH, slope)
+    elif f == SILU: slopes(dy, z, g, n, SILU, slope)
+    elif f == GELU: slopes(dy, z, g, n, GELU, slope)
+    else: slopes(dy, z, g, n, IDENTITY, slope)
