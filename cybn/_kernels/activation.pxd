@@ -25,10 +25,10 @@
 #    goes into numerator and denominator: exp(-a) / (1 + exp(-a)) = E / (U + E). E is never
 #    subnormal; the quotient may be, and then it is rounded once.
 # d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a);
-#    their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed: the negative
-#    tail keeps its relative accuracy.
+#    their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed, so the
+#    negative tail keeps its relative accuracy.
 # e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8; of
-#    slopes below 8, where those of silu, gelu and hardswish pass through 0 in units of 0.1.
+#    slopes below 8 (gelu 12), where those of silu, gelu and hardswish pass through 0 in units of 0.1.
 
 from libc.math cimport copysign, copysignf, fabs, fabsf
 from libc.stdint cimport uint32_t, uint64_t
@@ -191,7 +191,7 @@ cdef inline T tail(T a, T* over, T* under) noexcept nogil:
 
     over / under is the rational function of least relative error (Remez's exchange in 60 digits
     against mpmath's erfc): 6e-9 for a <= 14.625, 5e-17 for a <= 38.75 in float64; all its
-    coefficients are positive, so nothing cancels. a * a / 2 = 2 b * b of b, half of a on a grid
+    coefficients are positive, so nothing cancels; the first is 1/2. a * a / 2 = 2 b * b of b, half of a on a grid
     so coarse that the product is exact, and the rest.
     """
     cdef T u, n, d, e, half = <T> 0.5 * a
@@ -201,7 +201,7 @@ cdef inline T tail(T a, T* over, T* under) noexcept nogil:
     e = exp_of(-twice * b, (half - b) * (a + twice), &u)
     if T is float:
         n = <T> 0.183422582 + a * (<T> 0.0406964518 + a * <T> 0.0041257032)
-        n = <T> 0.500000003 + a * (<T> 0.43854778 + a * n)
+        n = <T> 0.5 + a * (<T> 0.43854778 + a * n)
         d = <T> 0.469965496 + a * (<T> 0.102017238 + a * <T> 0.0103414867)
         d = <T> 1.67498055 + a * (<T> 1.20328143 + a * d)
     else:
@@ -209,7 +209,7 @@ cdef inline T tail(T a, T* over, T* under) noexcept nogil:
         n = <T> 0.0040847926957707787 + a * (<T> 0.00048976457801506264 + a * n)
         n = <T> 0.097629484702990335 + a * (<T> 0.023601110014490706 + a * n)
         n = <T> 0.59382774787555698 + a * (<T> 0.28917676330775957 + a * n)
-        n = <T> 0.49999999999999997 + a * (<T> 0.77472288436397779 + a * n)
+        n = <T> 0.5 + a * (<T> 0.77472288436397779 + a * n)
         d = <T> 9.3233962322328888e-5 + a * <T> 3.4668445380291395e-6
         d = <T> 0.010332290818205151 + a * (<T> 0.0012311245839059182 + a * d)
         d = <T> 0.25477340390590074 + a * (<T> 0.060379934155512784 + a * d)

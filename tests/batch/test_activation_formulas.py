@@ -14,7 +14,7 @@ FLOATS = [np.float32, np.float64]
 SMOOTH = {"hardswish": 4, "sigmoid": 4, "tanh": 4, "silu": 4, "gelu": 8}
 KINKED = ["relu", "relu6", "leaky_relu"]
 SLOPE = 0.25
-MOST_SLOPE_ULP = 8
+MOST_SLOPE_ULP = {"gelu": 12}  # others 8
 NAN, INF = np.nan, np.inf
 
 # At -inf, the lowest number, -1e30, -0.0, 0.0, 1e30, the largest number, inf and NaN.
@@ -111,7 +111,7 @@ def test_kinks(level, dtype):
 def test_errors_in_ulp(rng, level, activation, dtype):
     """Dense where the curve bends, over all of the tails, and down to the subnormal numbers."""
     n = 20_000
-    end = {"gelu": 40.0 if dtype == np.float64 else 15.0}.get(activation, 760.0)
+    end = 37.0 if activation == "gelu" else 760.0  # below, the reference's erfc is subnormal
     lowest = np.log10(float(np.finfo(dtype).smallest_subnormal))
     small = 10.0 ** rng.uniform(lowest + 1, 0, n)
     z = np.concatenate([np.linspace(-8, 8, n), rng.uniform(-end, end, n), small, -small])
@@ -128,4 +128,4 @@ def test_errors_in_ulp(rng, level, activation, dtype):
     worst_slope = np.max(np.abs(slope - right_slope) / slope_unit)
     print(f"{activation} {np.dtype(dtype)}: y {worst:.2f} ulp, slope {worst_slope:.2f} ulp")
     assert worst <= SMOOTH[activation]
-    assert worst_slope <= MOST_SLOPE_ULP
+    assert worst_slope <= MOST_SLOPE_ULP.get(activation, 8)
