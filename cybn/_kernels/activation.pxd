@@ -27,8 +27,8 @@
 # d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a);
 #    their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed, so the
 #    negative tail keeps its relative accuracy.
-# e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8; of
-#    slopes below 8 (gelu 12), where those of silu, gelu and hardswish pass through 0 in units of 0.1.
+# e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8;
+#    of slopes below 8 (gelu 12), in units of 0.1 where they pass through 0.
 
 from libc.math cimport copysign, copysignf, fabs, fabsf
 from libc.stdint cimport uint32_t, uint64_t
@@ -191,8 +191,8 @@ cdef inline T tail(T a, T* over, T* under) noexcept nogil:
 
     over / under is the rational function of least relative error (Remez's exchange in 60 digits
     against mpmath's erfc): 6e-9 for a <= 14.625, 5e-17 for a <= 38.75 in float64; all its
-    coefficients are positive, so nothing cancels; the first is 1/2. a * a / 2 = 2 b * b of b, half of a on a grid
-    so coarse that the product is exact, and the rest.
+    coefficients are positive, so nothing cancels; the first is 1/2. a * a / 2 = 2 b * b of b, half
+    of a on a grid so coarse that the product is exact, and the rest.
     """
     cdef T u, n, d, e, half = <T> 0.5 * a
     cdef T grid = <T> 24576 if T is float else <T> 3221225472.0    # 1.5 * 2**14, 1.5 * 2**31
