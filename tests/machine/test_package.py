@@ -38,7 +38,8 @@ DOORS = {
     "_kernels": set(),
     "_layout": {"_runtime"},
     "_memory": set(),
-    "_arguments": {"_memory"},
+    "_foreign": set(),
+    "_arguments": {"_foreign", "_memory"},
     "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
     "_selection": {"_arguments"},
@@ -57,7 +58,7 @@ DOORS = {
     "family": {"_rows", "moments", "_arguments", "_runtime"},
     "layers": {"family", "functional", "moments", "_arguments", "_runtime"},
     "folding": {"layers", "interop", "_arguments"},
-    "interop": {"layers", "_arguments"},
+    "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"moments"},
     "population": {"layers", "moments"},
     "": {
