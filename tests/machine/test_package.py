@@ -60,7 +60,7 @@ DOORS = {
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"moments"},
-    "population": {"layers", "moments"},
+    "population": {"layers", "moments", "_foreign"},
     "": {
         *("layers", "family", "functional", "moments", "population"),
         *("_memory", "_runtime", "_version"),
