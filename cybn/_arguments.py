@@ -12,6 +12,7 @@ import numpy as np
 from numpy.exceptions import TooHardError
 from numpy.typing import ArrayLike, NDArray
 
+from . import _foreign
 from ._memory import empty_like
 
 # How hard to look for a shared element before calling two views overlapping.
@@ -49,9 +50,16 @@ def is_masked(value: Any) -> bool:
 def array(name: str, value: Any) -> NDArray[Any]:
     """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
     refuse_masked(name, value)
-    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-        return np.from_dlpack(value)
-    return np.asarray(value)
+    try:
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        given = np.asarray(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(_foreign.unread(name, value, error)) from error
+    if given.dtype.kind == "O" and given is not value:
+        _foreign.refuse_objects(name, value)
+    return given
 
 
 def refuse_masked(name: str, value: Any, depth: int = 0) -> None:
@@ -86,9 +94,7 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
         return value
     if dtype.kind != "f" or dtype.itemsize not in ((2, 4, 8) if half else (4, 8)):
         need = "float32 or float64" + (", or float16 or bfloat16" if half else "")
-        raise TypeError(
-            f"{name} is {dtype}; it must be {need}. Convert it: np.asarray({name}, np.float32)"
-        )
+        raise TypeError(f"{name} is {dtype}; it must be {need}. {_foreign.advice(name, value)}")
     plain = _PLAIN[dtype.itemsize]
     # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
     return value.astype(plain, copy=False).view(plain)

@@ -9,11 +9,15 @@ neither threads nor machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from math import prod
+from typing import Any
 
-__all__ = ["Chunks"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Chunks", "Sliced", "is_sliced"]
 
 FEW = 1 << 18  # 2 MiB in float64
 ROWS = 32
@@ -42,6 +46,7 @@ class Chunks:
         step = max(1, min(MOST, max(FEW, ROWS * shape[axis])) // inside)
         self._ndim = len(shape)
         self._axes = axes[: cut + 1]
+        self.last = axes[cut]  # the axis along which the next piece mostly lies
         self._starts = [range(shape[i]) for i in axes[:cut]]
         self._starts.append(range(0, shape[axes[cut]], step))
 
@@ -56,3 +61,61 @@ class Chunks:
             for axis, start, steps in zip(self._axes, starts, self._starts, strict=True):
                 index[axis] = slice(start, start + steps.step)
             yield tuple(index)
+
+
+def is_sliced(x: Any) -> bool:
+    """Whether this is no array in memory, but one that is read by slices: of HDF5, zarr, dask."""
+    return (
+        not isinstance(x, np.ndarray)
+        and isinstance(getattr(x, "dtype", None), np.dtype)
+        and isinstance(getattr(x, "shape", None), tuple)
+        and hasattr(x, "__getitem__")
+        and not any(hasattr(x, name) for name in ("__dlpack__", "__array_interface__"))
+    )
+
+
+class Sliced:
+    """An array that is read by slices, as if it were one in memory in C order.
+
+    Where it is stored in blocks, what is read ends where a block does, and is held until all of it
+    is used, so that no block is unpacked for each of its rows. No more than `MOST` values are held.
+
+    Parameters
+    ----------
+    source : object
+        With ``shape``, ``dtype`` and slices; with ``chunks`` where it is stored in blocks.
+    convert : callable
+        Makes an array of a slice.
+    """
+
+    def __init__(self, source: Any, convert: Callable[[Any], NDArray[Any]]) -> None:
+        self.shape = tuple(map(int, source.shape))
+        self.ndim, self.size, self.dtype = len(self.shape), prod(self.shape), source.dtype
+        self.strides = tuple(prod(self.shape[i + 1 :]) for i in range(self.ndim))
+        self._source, self._convert = source, convert
+        self._held: tuple[tuple[slice, ...], int, NDArray[Any]] | None = None
+
+    def _block(self, axis: int) -> int:
+        """Return how long blocks are along an axis; 1 where there are none."""
+        try:
+            sizes = self._source.chunks[axis]  # one size, or in dask all of them
+            return max(1, int(sizes if np.ndim(sizes) == 0 else sizes[0]))
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+            return 1
+
+    def read(self, index: tuple[slice, ...], along: int) -> NDArray[Any]:
+        """Return one piece of `Chunks`, whose next one mostly lies along an axis."""
+        index = tuple(slice(*part.indices(n)) for part, n in zip(index, self.shape, strict=True))
+        others = index[:along] + index[along + 1 :]
+        start, stop = index[along].start, index[along].stop
+        if (
+            self._held is None
+            or self._held[0] != others
+            or not (self._held[1] <= start and stop <= self._held[1] + self._held[2].shape[along])
+        ):
+            block, row = self._block(along), prod(p.stop - p.start for p in others)
+            end = min(-(-stop // block) * block, max(stop, start + MOST // row), self.shape[along])
+            read = (*index[:along], slice(start, end), *index[along + 1 :])
+            self._held = others, start, self._convert(self._source[read])
+        _, first, rows = self._held
+        return rows[(*[slice(None)] * along, slice(start - first, stop - first))]

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _dispatch
 from ._arguments import array as as_plain
 from ._arguments import channel_axis, check_mapping, tensor
-from ._chunks import Chunks
+from ._chunks import Chunks, Sliced, is_sliced
 from ._runtime import thread_count
 from ._selection import SCALE_THEM, Selection, select
 
@@ -235,6 +235,19 @@ class Moments:
             )
         return self.m2 / degrees
 
+    def std(self, ddof: int = 0) -> NDArray[np.float64]:
+        """Return the standard deviation of each channel, the root of `var`, which see."""
+        deviation: NDArray[np.float64] = np.sqrt(self.var(ddof))
+        return deviation
+
+    def __add__(self, other: object) -> Moments:
+        """Return the moments of both, as `merge` does; so `sum` takes a list of moments."""
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def __radd__(self, other: object) -> Moments:
+        """Return these moments where `other` is the 0 that `sum` begins with."""
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def _degrees(self, ddof: int) -> Count:
         """Return what M2 is divided by for the variance."""
         return self.count - ddof
@@ -257,9 +270,10 @@ class Moments:
         Parameters
         ----------
         x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-            May be larger than memory, as a `numpy.memmap`: it is walked in pieces, and nothing of
-            more than 4 million values, or one position of all channels where those are more, is
-            ever copied. May have no values.
+            May be larger than memory, as a `numpy.memmap`, or a dataset of h5py or zarr, or any
+            other array that is read by slices: it is walked in pieces, and nothing of more than
+            4 million values, or one position of all channels where those are more, is ever copied.
+            May have no values.
         axis : int, default 1
             The channel axis; negative counts from the end.
         mask : array_like of bool, optional
@@ -306,21 +320,22 @@ class Moments:
         too. So `cybn.moments` of float64 data of one piece (262144 values, or 32 a channel) gives
         the same bits; with more, or with float32, it may differ in its last ones.
         """
-        x = _float_array(x)
-        axis = channel_axis(x, axis)
-        if x.shape[axis] != len(self):
+        data = _float_array(x)
+        axis = channel_axis(data, axis)
+        if data.shape[axis] != len(self):
             raise ValueError(
-                f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; "
+                f"x has shape {data.shape}, with {data.shape[axis]} channels on axis {axis}; "
                 f"these moments have {len(self)}"
             )
-        selection = select(x.shape, axis, mask, weights, lengths)
+        selection = select(data.shape, axis, mask, weights, lengths)
         threads = thread_count(num_threads)
-        if x.size == 0:
+        if data.size == 0:
             return self
         total = self
-        pieces: Iterable[tuple[slice, ...]] = Chunks(x.shape, x.strides, axis)
+        pieces = Chunks(data.shape, data.strides, axis)
         for index in pieces if progress is None else progress(pieces):
-            piece = tensor("x", x[index]).astype(np.float64, copy=False)
+            part = data.read(index, pieces.last) if isinstance(data, Sliced) else data[index]
+            piece = tensor("x", part).astype(np.float64, copy=False)
             count, mean, m2 = _measure(piece, axis, index, selection, threads)
             total = total.merge(Moments._adopt(count, mean, m2))
         return total
@@ -461,11 +476,17 @@ class Moments:
         return f"{type(self).__name__}(count={count}, mean={short(self.mean)}, var={short(var)})"
 
 
-def _float_array(x: ArrayLike) -> NDArray[Any]:
-    """Return `x` as an array, not converted yet; TypeError unless it can be."""
-    array = x if type(x) is np.ndarray or isinstance(x, np.memmap) else as_plain("x", x)
+def _float_array(x: Any) -> Any:
+    """Return `x` as an array, not converted or read yet; TypeError unless it can be."""
+    if is_sliced(x):
+        array: Any = Sliced(x, lambda piece: as_plain("x", piece))
+    else:
+        array = x if type(x) is np.ndarray or isinstance(x, np.memmap) else as_plain("x", x)
     try:
-        tensor("x", array[..., :0] if array.ndim else array)
+        if isinstance(array, Sliced):
+            tensor("x", np.empty(0, array.dtype))
+        else:
+            tensor("x", array[..., :0] if array.ndim else array)
     except TypeError as error:
         raise TypeError(
             f"{error}. Where that does not fit in memory, piece by piece: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-from .layers import BatchNorm, InstanceNorm
+from ._foreign import widened
 from .layers._trials import Trial
 from ._moments import Moments, Progress
 
@@ -18,7 +20,8 @@ def population_statistics(
     progress: Progress | None = None,
     *,
     upstream: Literal["batch", "running"] = "batch",
-) -> dict[BatchNorm | InstanceNorm, Moments]:
+    inputs: Callable[[Any], Any] | None = None,
+) -> dict[Any, Moments]:
     """Return the mean and variance over a whole dataset for each batch norm that it reaches.
 
     Merged `Moments` count every value once: an uneven last batch has its own weight, and the
@@ -28,15 +31,23 @@ def population_statistics(
         for layer, moments in cybn.population_statistics(model, batches).items():
             layer.set_statistics(moments)
 
+    or, in a model of PyTorch::
+
+        for module, moments in cybn.population_statistics(model, loader).items():
+            module.running_mean.copy_(torch.tensor(moments.mean))
+            module.running_var.copy_(torch.tensor(moments.var(ddof=1)))
+
     Parameters
     ----------
     model_or_layers : callable, or sequence of callables
         Called with each batch: a forward function, a network object, one layer; or a list of
-        layers, called one after the other. Every batch or instance norm that runs in the call,
-        and tracks running statistics, is recorded; one that runs twice has both inputs counted. It
-        must run in the thread of the call.
+        layers, called one after the other. Every `BatchNorm` that runs in the call, and tracks
+        running statistics, is recorded; one that runs twice has both inputs counted. It must run
+        in the thread of the call. In a `torch.nn.Module`, its batch norms are recorded too.
     batches : iterable
-        What the model takes, one batch at a time, each given to it as it is. Gone through once.
+        What the model takes, one batch at a time. Gone through once. A function gets each as it is.
+        A layer, a list of layers and a `torch.nn.Module` get the first part of one that is a tuple
+        or a list, such as (images, labels).
     progress : callable, optional
         Given `batches`, it returns an iterable over them, and may draw a bar: `tqdm.tqdm`, or a
         `functools.partial` of it.
@@ -46,11 +57,14 @@ def population_statistics(
         size; or as in inference, by the running statistics, so that it does not depend on the
         batches. For all layers to be right under "running", set their statistics from the first to
         the last, one call each.
+    inputs : callable, optional
+        Given a batch, what the model is called with: `operator.itemgetter(0)` for a function that
+        takes the first part.
 
     Returns
     -------
-    dict of layer to Moments
-        In the order in which the layers first ran.
+    dict of BatchNorm to Moments
+        In the order in which the layers first ran. Batch norms of PyTorch are keys themselves.
 
     Raises
     ------
@@ -58,6 +72,8 @@ def population_statistics(
         If `model_or_layers` is neither callable nor a sequence of callables.
     ValueError
         If there were no batches, no batch norm ran, or `upstream` is neither.
+
+    An error that a batch causes has a note on what the model was called with.
 
     Notes
     -----
@@ -91,16 +107,23 @@ def population_statistics(
     if upstream not in ("batch", "running"):
         raise ValueError(f"upstream is {upstream!r}; it must be 'batch' or 'running'")
     model = _as_function(model_or_layers)
-    totals: dict[BatchNorm | InstanceNorm, Moments] = {}
+    take = inputs if inputs is not None else _how_to_take(model_or_layers)
+    totals: dict[Any, Moments] = {}
 
-    def note(layer: BatchNorm | InstanceNorm, moments: Moments) -> None:
+    def note(layer: Any, moments: Moments) -> None:
         totals[layer] = totals[layer].merge(moments) if layer in totals else moments
 
     count = 0
-    for batch in batches if progress is None else progress(batches):
-        count += 1
-        with _recording(note, upstream):
-            model(batch)
+    with _modules_recording(model_or_layers, note, upstream):
+        for batch in batches if progress is None else progress(batches):
+            count += 1
+            given = take(batch)
+            try:
+                with Trial(None, training=upstream == "batch", note=note):
+                    model(given)
+            except Exception as error:
+                error.add_note(_describe_call(count, batch, given))
+                raise
     if not count:
         raise ValueError("batches has no batches")
     if not totals:
@@ -111,8 +134,76 @@ def population_statistics(
     return totals
 
 
-def _recording(note: Callable[[Any, Moments], None], upstream: str) -> Trial[None]:
-    return Trial(None, training=upstream == "batch", note=note)
+def _how_to_take(model: Any) -> Callable[[Any], Any]:
+    """Return what gives the input of a model from a batch."""
+    if not (_is_module(model) or isinstance(model, Sequence) or hasattr(model, "scale_shift")):
+        return lambda batch: batch
+    return lambda batch: batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def _describe_call(count: int, batch: Any, given: Any) -> str:
+    """Return a note on what a model was called with."""
+    text = f"population_statistics called the model with batch {count - 1}, {_describe(given)}"
+    if given is not batch:
+        return f"{text}, of {_describe(batch)}"
+    if isinstance(batch, tuple | list):
+        return f"{text}; inputs=operator.itemgetter(0) would give it the first part"
+    return text
+
+
+def _describe(value: Any, depth: int = 0) -> str:
+    """Return the type of a value, with the shape of an array and the parts of a sequence."""
+    name = type(value).__name__
+    if isinstance(value, tuple | list) and depth < 2:
+        parts = [_describe(part, depth + 1) for part in value[:4]]
+        more = ", ..." if len(value) > 4 else ""
+        return f"a {name} of ({', '.join(parts)}{more})"
+    shape = getattr(value, "shape", None)
+    return f"{name}" if shape is None else f"{name} of shape {tuple(shape)}"
+
+
+# ---- models of PyTorch -------------------------------------------------------------------
+
+
+def _is_module(model: Any) -> bool:
+    """Whether this is a module of PyTorch, which is not imported here."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+@contextmanager
+def _modules_recording(
+    model: Any, note: Callable[[Any, Moments], None], upstream: str
+) -> Iterator[None]:
+    """Let each batch norm of a model of PyTorch report its inputs, and learn nothing."""
+    models = model if isinstance(model, Sequence) else [model]
+    modules = [m for one in models if _is_module(one) for m in one.modules()]
+    torch = sys.modules.get("torch")
+    norms = [
+        m
+        for m in modules
+        if any(base.__name__ == "_BatchNorm" for base in type(m).__mro__)
+        and getattr(m, "running_mean", None) is not None
+    ]
+    before = [(norm, norm.training, norm.track_running_stats) for norm in norms]
+
+    def report(norm: Any, given: tuple[Any, ...]) -> None:
+        x = widened(given[0].detach()).cpu().numpy()
+        if x.size:
+            note(norm, Moments.empty(norm.num_features).update(x))
+
+    with ExitStack() as stack:
+        if torch is not None and modules:
+            stack.enter_context(torch.no_grad())
+        try:
+            for norm in norms:
+                stack.callback(norm.register_forward_pre_hook(report).remove)
+                # In training mode without tracking, a batch norm uses the batch and learns nothing.
+                norm.training, norm.track_running_stats = upstream == "batch", upstream != "batch"
+            yield
+        finally:
+            for norm, training, tracks in before:
+                norm.training, norm.track_running_stats = training, tracks
 
 
 def _as_function(model_or_layers: Any) -> Callable[[Any], object]:

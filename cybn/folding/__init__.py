@@ -14,22 +14,30 @@ True
 
 ================  ==================================================================================
 _layouts.py       the weight layouts by name, and the one form they are all seen in
-_folds.py         the four folds
+_norms.py         what is folded, as one scale and shift
+_folds.py         the five folds
 _convolution.py   convolution in plain NumPy, which the measurement runs
 _measure.py       the error of a fold, measured on random input
 ================  ==================================================================================
 
-What is not folded: normalization into a *following* convolution. Without padding it would be exact,
-but zero padding comes after the shift, so at the border the folded layer would differ.
+Into a *following* convolution, `fold_into_next_conv` folds where that does not pad: zero padding
+comes after the shift, so at the border the folded layer would differ.
 """
 
-from ._folds import fold_conv, fold_conv_transpose, fold_into_next_linear, fold_linear
+from ._folds import (
+    fold_conv,
+    fold_conv_transpose,
+    fold_into_next_conv,
+    fold_into_next_linear,
+    fold_linear,
+)
 from ._measure import Report, measure
 
 __all__ = [
     "Report",
     "fold_conv",
     "fold_conv_transpose",
+    "fold_into_next_conv",
     "fold_into_next_linear",
     "fold_linear",
     "measure",

@@ -1,71 +1,55 @@
-"""The four folds. All arithmetic is in float64, and every result is rounded once."""
+"""The five folds. All arithmetic is in float64, and every result is rounded once."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import parameters, tensor
+from .._arguments import is_bfloat16, parameters, tensor
 from ..interop import as_array
-from ..layers import BatchNorm, InstanceNorm
 from ._layouts import CONV, CONV_TRANSPOSE, LINEAR, Grouped, seen
+from ._norms import Affine, Norm, vector
 
 Array = NDArray[Any]
-Norm = BatchNorm | InstanceNorm | tuple[ArrayLike, ArrayLike]
 Flatten = Literal["channels-first", "channels-last"]
 
 
-class Affine(NamedTuple):
-    """y = x * scale + shift, channel by channel, in float64."""
-
-    scale: Array  # (C,)
-    shift: Array  # (C,)
-
-    @classmethod
-    def of(cls, bn: Norm) -> Affine:
-        """Return the affine form of a layer, or that of a pair (scale, shift)."""
-        if isinstance(bn, BatchNorm | InstanceNorm):
-            return cls(*bn.scale_shift(np.float64))
-        if not (isinstance(bn, tuple) and len(bn) == 2):
-            raise TypeError(
-                f"bn is of type {type(bn).__name__}; it must be a cybn.BatchNorm, or a tuple "
-                "(scale, shift) of arrays of shape (C,)"
-            )
-        scale, shift = as_array(bn[0], "scale"), as_array(bn[1], "shift")
-        (scale, shift), _ = parameters(scale.size, scale=scale, shift=shift)
-        return cls(scale.astype(np.float64), shift.astype(np.float64))
-
-    def need(self, channels: int, what: str) -> None:
-        """Raise ValueError unless there is one value for each of `channels`."""
-        if len(self.scale) != channels:
-            raise ValueError(f"bn has {len(self.scale)} channels; the weight has {channels} {what}")
-
-
 def weight_of(weight: ArrayLike) -> Array:
-    """Return `weight` as an array of float32 or float64, in place where possible."""
-    return tensor("weight", as_array(weight, "weight"), half=False)
+    """Return `weight` as an array of a float type, in place where possible."""
+    return tensor("weight", as_array(weight, "weight"))
 
 
 def bias_of(bias: ArrayLike | None, channels: int) -> Array:
     """Return `bias`, zeros where it is None, in float64."""
     if bias is None:
         return np.zeros(channels)
-    (array,), _ = parameters(channels, bias=as_array(bias, "bias"))
+    (array,), _ = parameters(channels, bias=vector(bias, "bias"))
     return np.asarray(array, np.float64)
 
 
 def _rounded(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
     """Return `wide` as `dtype`; ValueError where a value is not finite or does not fit."""
     with np.errstate(all="ignore"):
-        array = wide.astype(dtype)
-    if not np.isfinite(array).all():
+        array = (_to_odd(wide) if is_bfloat16(dtype) else wide).astype(dtype)
+    if not np.isfinite(array.astype(np.float64)).all():
         raise ValueError(
             f"the folded {name} has values that are not finite in {dtype}; look for NaN, infinity "
             "or a very large gamma / sqrt(running_var + eps) in weight, bias and bn"
         )
     return array
+
+
+def _to_odd(wide: Array) -> Array:
+    """Return float32 from which rounding to a narrower type gives what one rounding would give.
+
+    Where it is not exact it is cut off, and its last bit set (Boldo and Melquiond, 2008).
+    """
+    near = wide.astype(np.float32)
+    cut = np.where(abs(near) > abs(wide), np.nextafter(near, np.float32(0)), near)
+    bits: Array = cut.view(np.uint32) | (cut != wide).astype(np.uint32)
+    return bits.view(np.float32)
 
 
 def _fold(
@@ -102,14 +86,15 @@ def fold_conv(
 
     Parameters
     ----------
-    weight : array_like of float32 or float64
+    weight : array_like of float32, float64, float16 or bfloat16
         Of a convolution over any number of axes, in `layout`. Arrays of other libraries are read
-        as by `cybn.interop.as_array`, here and below: tensors that require gradients without them.
+        as by `cybn.interop.as_array`, here and below: tensors that require gradients without them,
+        and bfloat16 tensors of PyTorch as float32, so that the result is float32.
     bias : array_like, shape (C,), or None
         None: the convolution has no bias.
-    bn : BatchNorm or tuple of (scale, shift)
-        A layer, whose running statistics are used whatever its mode; or two arrays of shape (C,),
-        as from `BatchNorm.scale_shift`. What a layer does after normalizing is not folded.
+    bn : BatchNorm, module of PyTorch, or tuple of (scale, shift)
+        A layer, or a batch norm of ``torch.nn`` or ``cybn.torch``, whose running statistics are
+        used whatever its mode; or two arrays of shape (C,), as from `BatchNorm.scale_shift`.
     layout : {"torch", "onnx", "keras", "keras-depthwise", "flax"}
         torch, onnx: (out, in / groups, *taps); keras, flax: (*taps, in / groups, out);
         keras-depthwise: (*taps, in, multiplier), without `groups`.
@@ -124,10 +109,10 @@ def fold_conv(
     Raises
     ------
     TypeError
-        If `weight` or `bias` is not float32 or float64, or `bn` is of another type.
+        If `weight` or `bias` is not of floats, or `bn` is of another type.
     ValueError
         If shapes do not fit each other, `layout` is unknown, the layer has no running statistics,
-        or the result is not finite.
+        does not use them or has an activation, or the result is not finite.
 
     Examples
     --------
@@ -241,7 +226,7 @@ def fold_into_next_linear(
 
     Parameters
     ----------
-    weight : array_like of float32 or float64
+    weight : array_like of float32, float64, float16 or bfloat16
         Of the linear layer, in `layout`, with C or C * S inputs.
     bias : array_like, shape (outputs,), or None
         None: the linear layer has no bias.
@@ -261,15 +246,8 @@ def fold_into_next_linear(
     Raises
     ------
     TypeError, ValueError
-        As in `fold_conv`; ValueError too if `bn` is a layer with an activation, which would come
-        between.
+        As in `fold_conv`.
     """
-    activation = getattr(bn, "activation", None)
-    if activation is not None:
-        raise ValueError(
-            f"bn has the activation {activation!r}, which would come between it and the linear "
-            "layer; fold such a layer into the one before it"
-        )
     weight, affine = weight_of(weight), Affine.of(bn)
     wide = weight.astype(np.float64)
     matrix = seen(wide, LINEAR, layout, 1)[0]  # (inputs, outputs)
@@ -278,4 +256,69 @@ def fold_into_next_linear(
     with np.errstate(all="ignore"):
         b = bias_of(bias, matrix.shape[1]) + spread(affine.shift, s) @ matrix
         matrix *= spread(affine.scale, s)[:, np.newaxis]
+    return _rounded("weight", wide, weight.dtype), _rounded("bias", b, weight.dtype)
+
+
+def fold_into_next_conv(
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    bn: Norm,
+    *,
+    padding: Any,
+    layout: str = "torch",
+    groups: int = 1,
+) -> tuple[Array, Array]:
+    """Fold batch normalization into the convolution after it.
+
+    Exact only where nothing lies between the two, and where the convolution pads nothing: zeros
+    that it pads come after the shift, and a folded convolution would shift them too.
+
+    Parameters
+    ----------
+    weight, layout, groups
+        As in `fold_conv`, of the convolution after `bn`, which has C inputs.
+    bias : array_like, shape (outputs,), or None
+        None: the convolution has no bias.
+    bn
+        As in `fold_conv`.
+    padding : int, str, or sequence of these
+        What the convolution pads. All must be 0 or "valid", unless the shift of `bn` is 0 in every
+        channel.
+
+    Returns
+    -------
+    weight, bias : ndarray
+        New arrays of the shape and dtype of `weight`, and (outputs,) of that dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `fold_conv`; ValueError too if the convolution pads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn.folding import fold_into_next_conv
+    >>> w = np.ones((1, 2, 1), np.float32)  # 2 channels to 1
+    >>> w, b = fold_into_next_conv(w, None, (np.array([2.0, 3.0]), np.array([0.5, 1.0])), padding=0)
+    >>> w.ravel(), b
+    (array([2., 3.], dtype=float32), array([1.5], dtype=float32))
+    """
+    weight, affine = weight_of(weight), Affine.of(bn)
+    wide = weight.astype(np.float64)
+    kernel = seen(wide, CONV, layout, groups)
+    g, i, o, *taps = kernel.shape
+    affine.need(g * i, "inputs")
+    pads = any(str(side).lower() not in ("0", "valid") for side in np.ravel(padding))
+    if pads and affine.shift.any():
+        raise ValueError(
+            f"padding is {padding!r}: the convolution pads zeros after bn has shifted, so at the "
+            "border a folded one would differ. Pad before bn instead, with -shift / scale of each "
+            "channel, which bn makes 0, and give the convolution padding=0"
+        )
+    with np.errstate(all="ignore"):
+        shift = affine.shift.reshape(g, i, 1, *(1 for _ in taps))
+        moved = (shift * kernel).sum((1, *range(3, kernel.ndim))).ravel()
+        b = bias_of(bias, g * o) + moved
+        kernel *= affine.scale.reshape(shift.shape)
     return _rounded("weight", wide, weight.dtype), _rounded("bias", b, weight.dtype)

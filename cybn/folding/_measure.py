@@ -14,21 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import integer_from
-from ..layers import BatchNorm, InstanceNorm
+from .._arguments import integer_from, is_bfloat16
 from ._convolution import convolve, convolve_transposed
 from ._folds import (
-    Affine,
-    Norm,
     bias_of,
     fold_conv,
     fold_conv_transpose,
+    fold_into_next_conv,
     fold_into_next_linear,
     fold_linear,
     positions,
     weight_of,
 )
 from ._layouts import CONV, CONV_TRANSPOSE, LINEAR, seen
+from ._norms import Affine, Norm, fixed
 
 Array = NDArray[Any]
 BATCH = 2
@@ -78,10 +77,9 @@ Step = Callable[[_Sum], _Sum]
 
 def _normalize(bn: Norm, wide: np.dtype[Any]) -> Step:
     """Return normalization by its definition, not by its affine form, over (N, C, ...)."""
-    if isinstance(bn, BatchNorm | InstanceNorm):
+    bn = fixed(bn)
+    if not isinstance(bn, tuple):
         mean, var = bn.running_mean, bn.running_var
-        assert mean is not None  # or the fold before had raised
-        assert var is not None
         rstd = 1 / np.sqrt(var.astype(wide) + bn.eps)
         scale = rstd if bn.gamma is None else rstd * bn.gamma
         shift = np.zeros_like(mean) if bn.beta is None else bn.beta
@@ -149,7 +147,7 @@ def measure(
     Parameters
     ----------
     fold : function
-        One of the four folds of this package.
+        One of the five folds of this package.
     weight, bias, bn
         As given to the fold.
     folded : tuple of (weight, bias), optional
@@ -165,8 +163,8 @@ def measure(
     Returns
     -------
     Report
-        Its `worst` is below 1 for a right fold of float32, below 4 for one of float64; its `str`
-        is a sentence.
+        Its `worst` is below 1 for a right fold of float32 and half types, below 4 for one of
+        float64; its `str` is a sentence.
 
     Raises
     ------
@@ -186,13 +184,16 @@ def measure(
         fold_conv_transpose: (CONV_TRANSPOSE, partial(convolve_transposed, **geometry)),
         fold_linear: (LINEAR, convolve),
         fold_into_next_linear: (LINEAR, convolve),
+        fold_into_next_conv: (CONV, partial(convolve, **geometry)),
     }
     if fold not in runs:
-        raise TypeError(f"fold is {fold!r}; it must be one of the four folds of cybn.folding")
+        raise TypeError(f"fold is {fold!r}; it must be one of the five folds of cybn.folding")
     layouts, run = runs[fold]
-    own = fold(weight, bias, bn, **options)
+    pads = {"padding": padding} if fold is fold_into_next_conv else {}
+    own = fold(weight, bias, bn, **pads, **options)
     dtype, shape = own[0].dtype, own[0].shape
-    wide = np.dtype(np.float64 if dtype == np.float32 else np.longdouble)
+    wide = np.dtype(np.longdouble if dtype == np.float64 else np.float64)
+    eps = 2.0**-7 if is_bfloat16(dtype) else float(np.finfo(dtype).eps)
     layout, groups = options.get("layout", "torch"), options.get("groups", 1)
 
     def linear(weight: ArrayLike, bias: ArrayLike | None) -> tuple[Step, Array]:
@@ -207,6 +208,8 @@ def measure(
     # Long enough for more than one output; a transposed convolution takes the padding off.
     lengths = [(k - 1) * dilation + 1 + stride + 2 * padding for k in kernel.shape[3:]]
     chains = [before, norm], [after]
+    if fold is fold_into_next_conv:
+        chains = [norm, before], [after]
     if fold is fold_into_next_linear:
         channels = len(Affine.of(bn).scale)
         s, last = positions(inputs, channels, options.get("flatten"))
@@ -215,5 +218,5 @@ def measure(
     x = np.random.default_rng(seed).standard_normal((BATCH, inputs, *lengths))
     y, z = (_run(chain, x.astype(dtype).astype(wide)) for chain in chains)
     error = abs(z.value - y.value)
-    share = error / np.where(y.size > 0, y.size, 1) / np.finfo(dtype).eps
+    share = error / np.where(y.size > 0, y.size, 1) / eps
     return Report(dtype, error.size, *(float(a.max()) for a in (abs(y.value), error, share)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _arguments
+from .. import _arguments, _foreign
 
 _HOST = (1, 3)  # DLPack's device types whose memory the CPU reads: CPU, and pinned for CUDA
 
@@ -23,7 +23,9 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
     value : array_like
         An array of NumPy, PyTorch, JAX, TensorFlow, Keras or any library that speaks DLPack or
         ``__array__``; or a number, or nested sequences of them. A tensor that requires gradients is
-        read without them, as by its ``detach()``.
+        read without them, as by its ``detach()``. bfloat16 and float8 tensors of PyTorch become
+        float32, which holds their values exactly; bfloat16 arrays of JAX and of the package
+        ml_dtypes stay bfloat16.
     name : str, default "x"
         What errors call it.
 
@@ -37,7 +39,7 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
     ValueError
         If `value` lies on a device whose memory the CPU does not read.
     TypeError
-        If it is masked, of a type that NumPy does not have, such as bfloat16, or no array at all.
+        If it is masked, sparse, of a type that NumPy does not have, or no array at all.
 
     Examples
     --------
@@ -50,20 +52,30 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
     detach = getattr(value, "detach", None)
     if callable(detach) and getattr(value, "requires_grad", False):
         value = detach()
+    if _foreign.is_tensor(value):
+        value = _foreign.widened(value)
     if not isinstance(value, np.ndarray | np.generic) and hasattr(value, "__dlpack__"):
         _check_device(value, name)
         try:
             return _known(np.from_dlpack(value), name)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             if not hasattr(value, "__array__"):
-                raise _unreadable(value, name, error) from error
+                raise TypeError(_foreign.unread(name, value, error)) from error
     if _arguments.is_masked(value):
         return _arguments.array(name, value)  # raises
     try:
         array = np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _unreadable(value, name, error) from error
+        raise TypeError(_foreign.unread(name, value, error)) from error
+    if array.dtype.kind == "O" and array is not value:
+        _foreign.refuse_objects(name, value)
     return _known(array, name)
+
+
+def as_floats(value: Any, name: str) -> NDArray[Any]:
+    """Return an array as by `as_array`, bfloat16 as float32: an array that NumPy computes with."""
+    array = as_array(value, name)
+    return array.astype(np.float32) if _arguments.is_bfloat16(array.dtype) else array
 
 
 def _check_device(value: Any, name: str) -> None:
@@ -79,16 +91,9 @@ def _check_device(value: Any, name: str) -> None:
 
 
 def _known(array: NDArray[Any], name: str) -> NDArray[Any]:
-    if array.dtype.kind in "OV":
+    if array.dtype.kind in "OV" and not _arguments.is_bfloat16(array.dtype):
         raise TypeError(
             f"{name} is {array.dtype}, which NumPy does not compute with; convert it to float32 "
             "first"
         )
     return array
-
-
-def _unreadable(value: Any, name: str, error: Exception) -> TypeError:
-    return TypeError(
-        f"{name}, of type {type(value).__name__}, cannot be read as a NumPy array: {error}. "
-        "NumPy has no bfloat16 and no sparse arrays; convert it first, such as to float32"
-    )

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Renorm
+from .. import layers as _layers
+from ..layers import Renorm
 from . import _npz, _safetensors
-from ._arrays import as_array
-from ._forms import write
+from ._arrays import as_array, as_floats
+from ._forms import ROLES
 
-_Path = str | os.PathLike[str]
+_File = str | os.PathLike[str] | IO[bytes]
 
-LAYERS = {kind.__name__: kind for kind in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)}
+LAYERS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(_layers.BatchNorm, _layers.BatchNorm1d, _layers.BatchNorm2d, _layers.BatchNorm3d),
+        *(_layers.InstanceNorm1d, _layers.InstanceNorm2d, _layers.InstanceNorm3d),
+        *(_layers.LayerNorm, _layers.RMSNorm, _layers.GroupNorm),
+    )
+}
+MODES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
+FORMATS = ("npz", "safetensors")
 SETTINGS = "__cybn__"  # the member of an npz file that holds the settings of layers
 METADATA = "__metadata__"  # what a safetensors file keeps beside the arrays
 VERSION = 1
@@ -29,17 +42,21 @@ MOST_NAME = 65000  # bytes of a name; a zip archive has room for 65535, ending a
 MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
 
 
-def save_arrays(path: _Path, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
     """Write a dict of arrays to a file.
 
     The file appears whole or not at all: it is written beside `path` and then moved there.
 
     Parameters
     ----------
-    path : path
-        Ends in ".npz" or ".safetensors", which needs the package of that name.
+    path : path or binary file
+        A path ends in ".npz" or ".safetensors", which needs the package of that name. To an open
+        file, such as an `io.BytesIO`, all is written in one call of its ``write``.
     arrays : mapping of str to array_like
-        Of numbers: bool, int, float or complex; as far as the format has them.
+        Of numbers: bool, int, float or complex; as far as the format has them. bfloat16 stays
+        bfloat16 in a safetensors file and is float32 in an npz file.
+    format : {"npz", "safetensors"}, optional
+        By the ending of the path where None, and npz for an open file.
 
     Raises
     ------
@@ -51,25 +68,25 @@ def save_arrays(path: _Path, arrays: Mapping[str, Any]) -> None:
     ImportError
         If safetensors is not installed.
     """
-    _save(path, arrays, {})
+    _save(path, arrays, {}, format)
 
 
-def load_arrays(path: _Path, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArray[Any]]:
+def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArray[Any]]:
     """Return the arrays in a file that `save_arrays` or any other program has written.
 
     Nothing is unpickled, and nothing is allocated that the file has not got.
 
     Parameters
     ----------
-    path : path
-        Ends in ".npz" or ".safetensors".
+    path : path or binary file
+        A path ends in ".npz" or ".safetensors"; an open file is read from where it is to its end.
     most_bytes : int, default 4 GiB
         What a compressed npz file may unpack to. Uncompressed ones have no limit.
 
     Returns
     -------
     dict of str to ndarray
-        New arrays.
+        New arrays. bfloat16 and float8 become float32, which holds their values exactly.
 
     Raises
     ------
@@ -84,45 +101,62 @@ def load_arrays(path: _Path, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
     return _load(path, most_bytes)[0]
 
 
-def save_layers(path: _Path, layers: BatchNorm | Mapping[str, BatchNorm]) -> None:
-    """Write a layer, or layers by name, with all their settings to a file.
+def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
+    """Write a layer, or layers by name, with all their settings, mode and switches to a file.
 
     Parameters
     ----------
-    path : path
+    path, format
         As in `save_arrays`.
-    layers : BatchNorm or mapping of str to BatchNorm
-        Names must not be empty. The mode, training or eval, is not saved.
+    layers : layer or mapping of str to layers
+        Layers of any kind that cybn has. Names must not be empty.
 
     Raises
     ------
     TypeError
         If there is anything else in `layers`, or a class that is not cybn's own.
     ValueError
-        If a name is empty, or two names make the same key; and as in `save_arrays`.
+        If a name is empty, two names make the same key, or a layer could not be loaded again, such
+        as one with NaN in its running statistics; and as in `save_arrays`.
     """
-    named = {"": layers} if isinstance(layers, BatchNorm) else layers
+    named: Any = {"": layers} if isinstance(layers, tuple(LAYERS.values())) else layers
     if not isinstance(named, Mapping):
         raise TypeError(f"layers is of type {type(layers).__name__}; it must be a layer or a dict")
     arrays: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    for name, bn in named.items():
-        if LAYERS.get(type(bn).__name__) is not type(bn):
+    limits: dict[int, int] = {}  # a number for each Renorm, which layers may share
+    for name, layer in named.items():
+        if LAYERS.get(type(layer).__name__) is not type(layer):
             raise TypeError(
-                f"layer {name!r} is of type {type(bn).__name__}; it must be one of "
+                f"layer {name!r} is of type {type(layer).__name__}; it must be one of "
                 f"{', '.join(LAYERS)}"
             )
         if not isinstance(name, str) or (not name and named is layers):
             raise ValueError(f"a layer has the name {name!r}; it must be a str, and not empty")
-        state = write(dict(bn.state_dict()), "cybn", name)
+        start = f"{name}." if name else ""
+        state = {start + key: array for key, array in layer.state_dict().items()}
         if both := sorted(set(state) & set(arrays)):
             raise ValueError(f"two layers have the key {both[0]!r}")
+        given = {"class": type(layer).__name__} | _settings(layer, limits)
+        _check_loadable(name, given, state)
         arrays |= state
-        settings[name] = {"class": type(bn).__name__} | _settings(bn)
-    _save(path, arrays, {"version": VERSION, "single": named is not layers, "layers": settings})
+        settings[name] = given
+    outer = {"version": VERSION, "single": named is not layers, "layers": settings}
+    _save(path, arrays, outer, format)
 
 
-def load_layers(path: _Path, *, most_bytes: int = MOST_BYTES) -> BatchNorm | dict[str, BatchNorm]:
+def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse a layer that `load_layers` would refuse, and with it all others of the file."""
+    try:
+        _layer(name, json.loads(json.dumps(settings)), dict(state), {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"layer {name!r} could not be loaded again: {error}. Save the others without it, or "
+            "mend it first, such as by reset_running_stats()"
+        ) from error
+
+
+def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
     """Return what `save_layers` wrote: a layer, or layers by name; all of them or none.
 
     Parameters
@@ -132,8 +166,9 @@ def load_layers(path: _Path, *, most_bytes: int = MOST_BYTES) -> BatchNorm | dic
 
     Returns
     -------
-    BatchNorm or dict of str to BatchNorm
-        New layers, in training mode.
+    layer or dict of str to layers
+        New layers, of the kinds, in the modes and with the switches that were saved; in training
+        mode those of files that do not say.
 
     Raises
     ------
@@ -148,7 +183,8 @@ def load_layers(path: _Path, *, most_bytes: int = MOST_BYTES) -> BatchNorm | dic
         settings = json.loads(text)
         if not isinstance(settings, dict) or settings.get("version") != VERSION:
             raise ValueError("it has no settings of layers of this version")
-        layers = {name: _layer(name, s, arrays) for name, s in settings["layers"].items()}
+        limits: dict[Any, Renorm] = {}
+        layers = {n: _named_layer(n, s, arrays, limits) for n, s in settings["layers"].items()}
         if arrays:
             raise ValueError(f"it has arrays of no layer: {sorted(arrays)[:3]}")
         return layers[""] if settings["single"] else layers
@@ -163,67 +199,135 @@ def load_layers(path: _Path, *, most_bytes: int = MOST_BYTES) -> BatchNorm | dic
         raise ValueError(f"{path} is not a file of layers: {error}") from error
 
 
-def _settings(bn: BatchNorm) -> dict[str, Any]:
-    """Return what the layer was made with."""
-    values = {name: getattr(bn, name) for name in inspect.signature(type(bn)).parameters}
-    values["dtype"] = str(bn.dtype)
-    if bn.renorm is not None:
-        values["renorm"] = {"r_max": bn.renorm.r_max, "d_max": bn.renorm.d_max}
+def _named_layer(name: str, settings: Any, arrays: dict[str, Any], limits: Any) -> Any:
+    """Return a layer as `_layer` does; errors name it, and how to get at the arrays."""
+    try:
+        return _layer(name, settings, arrays, limits)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}; load_arrays reads the arrays alone") from error
+
+
+def _settings(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
+    """Return what the layer was made with, and its mode and switches."""
+    own = {"bias": layer.beta is not None, "dtype": str(layer.dtype)}
+    names = inspect.signature(type(layer)).parameters
+    values: dict[str, Any] = {
+        name: own[name] if name in own else getattr(layer, name) for name in names
+    }
+    renorm: Any = values.get("renorm")
+    if renorm is not None:
+        shared = limits.setdefault(id(renorm), len(limits))
+        values["renorm"] = {"r_max": renorm.r_max, "d_max": renorm.d_max, "shared": shared}
+    values["modes"] = {name: getattr(layer, name) for name in MODES if hasattr(layer, name)}
     return values
 
 
-def _layer(name: str, settings: dict[str, Any], arrays: dict[str, Any]) -> BatchNorm:
+def _layer(
+    name: str, settings: dict[str, Any], arrays: dict[str, Any], limits: dict[Any, Renorm]
+) -> Any:
     """Return a new layer with its arrays, which are taken out of `arrays`."""
     settings = dict(settings)
-    kind, channels = LAYERS[settings.pop("class")], settings["num_features"]
+    kind, modes = LAYERS[settings.pop("class")], settings.pop("modes", {})
+    channels = [settings[k] for k in ("num_features", "num_channels") if k in settings]
+    shape = tuple(channels or np.atleast_1d(settings["normalized_shape"]).tolist())
     start = f"{name}." if name else ""
-    roles = [role for role in BatchNorm(1).state_dict() if start + role in arrays]
+    roles = [role for role in ROLES if start + role in arrays]
     state = {role: arrays.pop(start + role) for role in roles}
     sizes = {array.shape for role, array in state.items() if array.ndim}
-    if sizes != {(channels,)} and not (not sizes and channels <= MOST_STATELESS):
-        raise ValueError(f"layer {name!r} has {channels} channels, and arrays of shapes {sizes}")
+    if sizes != {shape} and not (not sizes and prod(shape) <= MOST_STATELESS):
+        raise ValueError(f"it has the shape {shape}, and arrays of shapes {sizes}")
     if settings.get("renorm") is not None:
-        settings["renorm"] = Renorm(**settings["renorm"])
-    bn = kind(**settings)
-    bn.load_state_dict(state)
-    return bn
+        given = dict(settings["renorm"])
+        shared = given.pop("shared", object())
+        settings["renorm"] = limits.setdefault(shared, Renorm(**given))
+    layer = kind(**settings)
+    layer.load_state_dict(state)
+    for mode, value in modes.items():
+        if mode not in MODES or not (isinstance(value, bool) or value is None):
+            raise ValueError(f"it has the mode {mode!r}, and that is {value!r}")
+        setattr(layer, mode, value)
+    return layer
 
 
-def _ending(path: _Path) -> str:
-    ending = Path(path).suffix
-    if ending not in (".npz", ".safetensors"):
-        raise ValueError(f"path is {os.fspath(path)!r}; it must end in .npz or .safetensors")
-    return ending
+def _is_open(place: Any, method: str) -> bool:
+    """Whether this is an open file; TypeError where it is neither that nor a path."""
+    if isinstance(place, str | os.PathLike):
+        return False
+    if isinstance(place, io.TextIOBase) or not hasattr(place, method):
+        raise TypeError(
+            f"path is of type {type(place).__name__}; it must be a path, or a file that was opened "
+            "in binary mode, such as an io.BytesIO"
+        )
+    return True
 
 
-def _save(path: _Path, arrays: Mapping[str, Any], settings: dict[str, Any]) -> None:
-    """Write arrays and settings to a file of another name, then move it to `path`."""
-    ending = _ending(path)
+def _format(place: _File, format: str | None) -> str:
+    """Return which of the formats is meant; by the ending of a path where `format` is None."""
+    if format is not None:
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+        return format
+    if not isinstance(place, str | os.PathLike):
+        return "npz"
+    ending = Path(place).suffix
+    if ending[1:] not in FORMATS:
+        raise ValueError(f"path is {os.fspath(place)!r}; it must end in .npz or .safetensors")
+    return ending[1:]
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise errors of the system with the path as the caller wrote it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _save(
+    place: _File, arrays: Mapping[str, Any], settings: dict[str, Any], format: str | None = None
+) -> None:
+    """Write arrays and settings to an open file, or to one of another name that is then moved."""
+    to_open, kind = _is_open(place, "write"), _format(place, format)
     if not isinstance(arrays, Mapping) or not all(isinstance(name, str) for name in arrays):
         raise TypeError("arrays must be a dict of str to arrays")
     for name in arrays:
         _check_name(name)
-    plain = {name: as_array(array, name) for name, array in arrays.items()}
+    read = as_floats if kind == "npz" else as_array
+    plain = {name: read(array, name) for name, array in arrays.items()}
     for name, array in plain.items():
-        if array.dtype.kind not in _npz.KINDS:
+        if array.dtype.kind not in _npz.KINDS and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} is {array.dtype}; it must be of numbers")
     text = json.dumps(settings) if settings else ""
+    note = {SETTINGS: np.frombuffer(text.encode(), np.uint8)} if text else {}
+    metadata = {"cybn": text} if text else {}
+    if to_open:
+        buffer = io.BytesIO()
+        if kind == "npz":
+            _npz.write(buffer, plain | note)
+        else:
+            buffer.write(_safetensors.packed(plain, metadata))
+        cast("IO[bytes]", place).write(buffer.getvalue())
+        return
+    path = cast("str | os.PathLike[str]", place)
     # A name that nobody else has. Permissions are those of any new file, also where safetensors
     # puts a private file of its own in its place.
     partial = Path(path).with_name(f".{secrets.token_hex(8)}.partial")
-    partial.touch(exist_ok=False)
-    mode = partial.stat().st_mode
-    try:
-        if ending == ".npz":
-            note = {SETTINGS: np.frombuffer(text.encode(), np.uint8)} if text else {}
-            with partial.open("wb") as file:
-                _npz.write(file, plain | note)
-        else:
-            _safetensors.write(partial, plain, {"cybn": text} if text else {})
-        partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _naming(path):
+        partial.touch(exist_ok=False)
+        try:
+            mode = partial.stat().st_mode
+            if kind == "npz":
+                with partial.open("wb") as file:
+                    _npz.write(file, plain | note)
+            else:
+                _safetensors.write(partial, plain, metadata)
+            partial.chmod(mode)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check_name(name: str) -> None:
@@ -240,13 +344,31 @@ def _check_name(name: str) -> None:
         raise ValueError(f"the name {name[:40]!r}... has {size} bytes; {MOST_NAME} is the most")
 
 
-def _load(path: _Path, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:
+def _load(place: _File, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:
     """Return arrays and the text of the settings of layers, empty where there are none."""
-    ending = _ending(path)
-    with Path(path).open("rb") as file:  # OSError where it cannot be opened
-        if ending == ".npz":
-            arrays = _npz.read(file, most_bytes)
-            note = arrays.pop(SETTINGS, np.zeros(0, np.uint8))
-            return arrays, note.tobytes().decode("utf-8", "replace")
-    arrays, metadata = _safetensors.read(path)
+    if _is_open(place, "read"):
+        data = cast("IO[bytes]", place).read()
+        if not data:
+            raise ValueError(
+                "not a readable file of arrays: it is empty, or was read to its end: file.seek(0)"
+            )
+        if not data.startswith(b"PK"):
+            return _noted(*_safetensors.unpacked(data))
+        return _untied(_npz.read(io.BytesIO(data), most_bytes))
+    path = cast("str | os.PathLike[str]", place)
+    kind = _format(path, None)
+    with open(path, "rb") as file:  # OSError where it cannot be opened
+        if kind == "npz":
+            return _untied(_npz.read(file, most_bytes))
+    return _noted(*_safetensors.read(path))
+
+
+def _untied(arrays: dict[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], str]:
+    note = arrays.pop(SETTINGS, np.zeros(0, np.uint8))
+    return arrays, note.tobytes().decode("utf-8", "replace")
+
+
+def _noted(
+    arrays: dict[str, NDArray[Any]], metadata: dict[str, str]
+) -> tuple[dict[str, NDArray[Any]], str]:
     return arrays, metadata.get("cybn", "")

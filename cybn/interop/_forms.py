@@ -33,6 +33,7 @@ GAMMA, BETA, MEAN, VAR, BATCHES = (
     "running_var",
     "num_batches_tracked",
 )
+ROLES = (GAMMA, BETA, MEAN, VAR, BATCHES)
 Group = dict[str, Any]
 
 
@@ -84,7 +85,7 @@ class Form:
 
 FORMS = {
     "cybn": Form(
-        {role: role for role in (GAMMA, BETA, MEAN, VAR, BATCHES)},
+        {role: role for role in ROLES},
         ".",
         ddof=None,
         tracked=False,

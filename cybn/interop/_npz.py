@@ -18,6 +18,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from ._narrow import from_bfloat16
+
 KINDS = "biufc"
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _BROKEN = (  # all that zipfile and NumPy raise on damaged files; zipfile, on unknown compression,
@@ -66,11 +68,15 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         if version not in _HEADERS:
             raise ValueError(f"{member.filename!r} has npy version {version}")
         shape, fortran, dtype = _HEADERS[version](stream)
-        if dtype.kind not in KINDS:
+        half = dtype == np.dtype("V2")  # what is left of bfloat16, for which npy has no name
+        if dtype.kind not in KINDS and not half:
             raise ValueError(f"{member.filename!r} is {dtype}, not numbers")
         need = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or need != member.file_size - stream.tell():
             raise ValueError(f"{member.filename!r} of shape {shape} has another number of bytes")
         data = bytearray(stream.read())
-    flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
+    if half:
+        flat = from_bfloat16(np.frombuffer(data, np.uint16))
+    else:
+        flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False)
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)

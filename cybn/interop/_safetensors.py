@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._narrow import NARROW
+
+Arrays = dict[str, NDArray[Any]]
+
 # What the format calls the types that NumPy has.
-_KINDS = (
-    {"BOOL", "C64"} | {f"{k}{n}" for k in "IU" for n in (8, 16, 32, 64)} | {"F16", "F32", "F64"}
-)
+_KINDS: dict[str, Any] = {f"{k.upper()}{8 * n}": f"<{k}{n}" for k in "iu" for n in (1, 2, 4, 8)}
+_KINDS |= {f"F{8 * n}": f"<f{n}" for n in (2, 4, 8)} | {"BOOL": np.bool_, "C64": "<c8"}
 
 
 def _package() -> Any:
@@ -30,39 +34,88 @@ def write(
     path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]
 ) -> None:
     """Write arrays and metadata to a file; TypeError for a dtype that the format does not have."""
-    package = _package()
+    _run(_package().numpy.save_file, arrays, path, metadata or None)
+
+
+def packed(arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
+    """Return the bytes of such a file."""
+    data: bytes = _run(_package().numpy.save, arrays, metadata or None)
+    return data
+
+
+def _run(save: Any, arrays: Mapping[str, NDArray[Any]], *rest: Any) -> Any:
     plain = {
         name: np.asarray(array, array.dtype.newbyteorder("="), order="C")
         for name, array in arrays.items()
     }
     try:
-        package.numpy.save_file(plain, path, metadata or None)
-    except (KeyError, TypeError, package.SafetensorError) as error:
+        return save(plain, *rest)
+    except (KeyError, TypeError, _package().SafetensorError) as error:
+        if "I/O error" in str(error):
+            raise OSError(str(error)) from error
         dtypes = ", ".join(sorted({str(array.dtype) for array in plain.values()}))
         raise TypeError(f"safetensors cannot hold one of {dtypes}: {error}") from error
 
 
-def _tensor(file: Any, name: str) -> NDArray[Any]:
-    kind = file.get_slice(name).get_dtype()
-    if kind not in _KINDS:
+def _check_kind(kind: str, name: str) -> None:
+    if kind not in _KINDS and kind not in NARROW:
         raise ValueError(
             f"the tensor {name!r} is {kind}, which NumPy does not have; convert it to float32 in "
             "the program that wrote it"
         )
+
+
+def _decoded(name: str, entry: Mapping[str, Any], data: bytes) -> NDArray[Any]:
+    """Return an array from its entry in the header and its bytes."""
+    kind, shape = entry["dtype"], entry["shape"]
+    _check_kind(kind, name)
+    if kind in NARROW:
+        return NARROW[kind].read(np.frombuffer(data, NARROW[kind].bits)).reshape(shape)
+    return np.frombuffer(data, _KINDS[kind]).reshape(shape).copy()
+
+
+def _tensor(file: Any, name: str, path: str | os.PathLike[str]) -> NDArray[Any]:
+    kind = file.get_slice(name).get_dtype()
+    _check_kind(kind, name)
+    if kind in NARROW:  # which the package does not read into NumPy's arrays
+        with open(path, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            entry = json.loads(raw.read(size))[name]
+            begin, end = entry["data_offsets"]
+            raw.seek(8 + size + begin)
+            return _decoded(name, entry, raw.read(end - begin))
     array: NDArray[Any] = file.get_tensor(name)
     return array
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
     """Return arrays and metadata; ValueError where the file is broken or has other types."""
     package = _package()
-    broken = (
-        *(package.SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError),
-        *(MemoryError, OverflowError),
-    )
     try:
         with package.safe_open(path, framework="numpy") as file:
-            arrays = {name: _tensor(file, name) for name in list(file.keys())}
+            arrays = {name: _tensor(file, name, path) for name in list(file.keys())}
             return arrays, dict(file.metadata() or {})
-    except broken as error:
-        raise ValueError(f"not a readable safetensors file of NumPy's types: {error}") from error
+    except (package.SafetensorError, *_BROKEN) as error:
+        raise _unreadable(error) from error
+
+
+def unpacked(data: bytes) -> tuple[Arrays, dict[str, str]]:
+    """Return arrays and metadata of the bytes of a file; ValueError as in `read`."""
+    package = _package()
+    try:
+        entries = package.deserialize(data)  # refuses all that is not well formed
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        arrays = {name: _decoded(name, entry, entry["data"]) for name, entry in entries}
+        return arrays, dict(header.get("__metadata__") or {})
+    except (package.SafetensorError, *_BROKEN) as error:
+        raise _unreadable(error) from error
+
+
+_BROKEN = (
+    *(OSError, AttributeError, KeyError, TypeError, ValueError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+
+
+def _unreadable(error: Exception) -> ValueError:
+    return ValueError(f"not a readable safetensors file of NumPy's types: {error}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import functional
 from .._arguments import channel_axis, check_eps, companion, destination, number, tensor
-from ..moments import Moments
+from .._moments import Moments
 
 if TYPE_CHECKING:
     from ._running import Running

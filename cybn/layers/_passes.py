@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import functional
 from .._arguments import array
 from .._words import Masked
-from ..moments import Moments
+from .._moments import Moments
 from . import _trials
 from ._layer import Saved, marks_of, same_memory
 from ._parts import require_two

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _runtime, functional
 from .._words import NanPolicy
-from ..moments import Moments
+from .._moments import Moments
 from . import _settings, _state
 from ._sample_moments import SampleMoments
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import check_mapping, integer
-from ..moments import Moments, _is_nothing, _sum
+from .._moments import Moments, _is_nothing, _sum
 
 __all__ = ["SampleMoments"]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _runtime
-from ..moments import Moments
+from .._moments import Moments
 from ._running import Running, refuse_within_samples, switches
 
 __all__ = ["Drift", "Snapshot", "drift", "restore", "snapshot"]

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import family, functional
 from .._arguments import array, integer, integer_from
-from ..moments import Moments
+from .._moments import Moments
 from . import _explain, _passes, _settings, _snapshots, _trials
 from . import _running as statistics
 from ._layer import Layer, Saved, marks_of, same_memory

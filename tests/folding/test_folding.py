@@ -13,6 +13,7 @@ from fold_cases import CASES, KINDS, MOST_EPS, random_case, random_cases, random
 
 import cybn
 from cybn import folding
+from cybn.folding._convolution import convolve
 
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
@@ -228,7 +229,12 @@ W = np.ones((4, 2, 3), np.float32)
 BN = cybn.BatchNorm(4)
 BAD = {
     "weight int": ((W.astype(int), None, BN), {}, TypeError, "weight is int64"),
-    "weight float16": ((W.astype("f2"), None, BN), {}, TypeError, "weight is float16"),
+    "activation": (
+        (W, None, cybn.BatchNorm(4, activation="relu")),
+        {},
+        ValueError,
+        r"activation 'relu', which would be lost.*bn\.scale_shift",
+    ),
     "weight masked": ((np.ma.array(W), None, BN), {}, TypeError, "weight is a masked array"),
     "weight of a linear layer": ((W[..., 0], None, BN), {}, ValueError, "at least 3"),
     "weight empty": ((W[:, :0], None, BN), {}, ValueError, "must not be empty"),
@@ -286,7 +292,7 @@ def test_next_linear_refuses_what_is_not_exact():
         folding.fold_into_next_linear(weight, None, BN, flatten="rows")
     with pytest.raises(ValueError, match="bn has 5 channels; the weight has 12 inputs"):
         folding.fold_into_next_linear(weight, None, cybn.BatchNorm(5), flatten="channels-first")
-    with pytest.raises(ValueError, match="activation 'relu', which would come between"):
+    with pytest.raises(ValueError, match=r"activation 'relu', which would.*come between"):
         folding.fold_into_next_linear(weight[:, :4], None, cybn.BatchNorm(4, activation="relu"))
 
 
@@ -312,9 +318,126 @@ def test_measure_checks_steps(name):
 
 
 def test_measure_checks_what_it_is_given():
-    with pytest.raises(TypeError, match="one of the four folds"):
+    with pytest.raises(TypeError, match="one of the five folds"):
         folding.measure(np.add, W, None, BN)
     with pytest.raises(ValueError, match=r"weight has shape \(4, 2\); it must have shape"):
         folding.measure(folding.fold_conv, W, None, BN, folded=(W[..., 0], np.ones(4)))
     with pytest.raises(ValueError, match="bias has shape"):
         folding.measure(folding.fold_conv, W, None, BN, folded=(W, np.ones(3)))
+
+
+# ---- switches, types, and the convolution after --------------------------------------------
+
+
+def test_a_layer_that_uses_the_batch_is_not_folded(rng):
+    """Neither by a fold nor measured: its inference has no fixed scale and shift."""
+    bn = random_norm(rng, 4, np.float32)
+    bn.use_batch_statistics = True
+    for call in (folding.fold_conv, lambda *a: folding.measure(folding.fold_conv, *a)):
+        with pytest.raises(ValueError, match="use_batch_statistics is True"):
+            call(W, None, bn)
+    for value in (None, False):
+        bn.use_batch_statistics = value
+        w, b = folding.fold_conv(W, None, bn.eval())
+        assert folding.measure(folding.fold_conv, W, None, bn, folded=(w, b)).worst < 1
+
+
+def test_the_way_out_for_an_activation(rng):
+    bn = random_norm(rng, 4, np.float64)
+    pair = folding.fold_conv(W, None, bn)
+    bn.activation = "relu"
+    for mine, other in zip(
+        folding.fold_conv(W, None, bn.scale_shift(np.float64)), pair, strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+HALF = ["float16", "bfloat16"]
+
+
+def half_type(name):
+    return np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name != "float16" else name)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_types_are_rounded_once(name, rng):
+    dtype, bn = half_type(name), random_norm(rng, 4, np.float64)
+    bn.running_mean = rng.standard_normal(4)
+    weight, bias = (rng.standard_normal(s).astype(dtype) for s in ((4, 6, 3, 3), 4))
+    w, b = folding.fold_conv(weight, bias, bn)
+    assert w.dtype == b.dtype == dtype
+    exact = weight.astype("f8") * bn.scale_shift()[0].reshape(-1, 1, 1, 1)
+    step = (
+        np.spacing(abs(w)).astype("f8")
+        if name == "float16"
+        else abs(exact - w.astype("f8")).max() * 0 + np.exp2(np.floor(np.log2(abs(exact))) - 7)
+    )
+    assert (abs(w.astype("f8") - exact) <= step * 0.5).all()
+    for fold in (folding.fold_conv, folding.fold_into_next_linear):
+        args = (weight, bias) if fold is folding.fold_conv else (weight[:, :4, 0, 0], bias)
+        assert 0 < folding.measure(fold, *args, bn).worst < 1
+    with pytest.raises(ValueError, match=f"not finite in {name}"):
+        folding.fold_conv(weight, bias, (np.full(4, 1e39), np.ones(4)))
+    half_pair = tuple(np.asarray(a, dtype) for a in bn.scale_shift())
+    wide_pair = tuple(np.asarray(a, "f4") for a in half_pair)
+    np.testing.assert_array_equal(
+        folding.fold_conv(weight, bias, half_pair)[0], folding.fold_conv(weight, bias, wide_pair)[0]
+    )
+
+
+def test_double_rounding_is_avoided():
+    """A product just above the middle of two bfloat16 values, which float32 puts in the middle."""
+    dtype = half_type("bfloat16")
+    scale = np.array([1 + 2.0**-8 + 2.0**-40])
+    w, _ = folding.fold_linear(np.ones((1, 1), dtype), None, (scale, np.zeros(1)))
+    assert float(w[0, 0]) == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["torch", "keras"])
+@each_dtype
+def test_into_the_next_convolution(dtype, layout, groups, rng):
+    bn = random_norm(rng, 8, dtype)
+    weight = rng.standard_normal((12, 8 // groups, 3, 2)).astype(dtype)
+    weight = weight if layout == "torch" else weight.transpose(2, 3, 1, 0)
+    for bias in (None, rng.standard_normal(12).astype(dtype)):
+        for stride, dilation in ((1, 1), (2, 1), (1, 3)):
+            report = folding.measure(
+                folding.fold_into_next_conv,
+                weight,
+                bias,
+                bn,
+                layout=layout,
+                groups=groups,
+                stride=stride,
+                dilation=dilation,
+            )
+            assert 0 < report.worst < 4
+
+
+@pytest.mark.parametrize("padding", [1, (0, 1), "same", "SAME", [(0, 0), (1, 1)]])
+def test_the_next_convolution_must_not_pad(padding, rng):
+    bn, weight = random_norm(rng, 2, np.float32), np.ones((4, 2, 3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"pads zeros after bn has shifted.*-shift / scale"):
+        folding.fold_into_next_conv(weight, None, bn, padding=padding)
+    scale, shift = bn.scale_shift()
+    unshifted = folding.fold_into_next_conv(weight, None, (scale, 0 * shift), padding=padding)
+    np.testing.assert_array_equal(unshifted[1], np.zeros(4))
+    for valid in (0, (0, 0), "valid", "VALID"):
+        w, _ = folding.fold_into_next_conv(weight, None, bn, padding=valid)
+        np.testing.assert_array_equal(w, unshifted[0])
+    with pytest.raises(ValueError, match="bn has 2 channels; the weight has 4 inputs"):
+        folding.fold_into_next_conv(np.ones((4, 4, 1), "f4"), None, bn, padding=0)
+
+
+def test_padding_before_the_norm_is_the_way_out(rng):
+    """What the error advises: bn makes zeros of -shift / scale."""
+    bn, weight = random_norm(rng, 3, np.float64).eval(), rng.standard_normal((2, 3, 3))
+    scale, shift = bn.scale_shift()
+    x = rng.standard_normal((2, 3, 5))
+    w, b = folding.fold_into_next_conv(weight, None, bn, padding=0)
+    kernels = (np.moveaxis(k[np.newaxis], 1, 2) for k in (weight, w))
+    before, after = kernels
+    edge = np.broadcast_to((-shift / scale).reshape(1, 3, 1), (2, 3, 1))
+    z = convolve(np.concatenate([edge, x, edge], 2), after) + b.reshape(-1, 1)
+    np.testing.assert_allclose(z, convolve(bn(x), before, padding=1), rtol=1e-9, atol=1e-9)

@@ -129,7 +129,7 @@ def test_every_grouped_transposed_convolution(dims, groups, rng):
 
 
 def test_tensors_of_pytorch_are_read(rng):
-    """With gradients as by their detach(), and bfloat16 by no means."""
+    """With gradients as by their detach()."""
     bn = random_norm(rng, 4, np.float32)
     weight, bias = (rng.standard_normal(s, dtype=np.float32) for s in ((4, 2, 3), 4))
     tensors = [torch.from_numpy(a).requires_grad_() for a in (weight, bias)]
@@ -144,11 +144,60 @@ def test_tensors_of_pytorch_are_read(rng):
     np.testing.assert_array_equal(
         pair[0], folding.fold_conv(weight, bias, bn.scale_shift(np.float32))[0]
     )
-    half = tensors[0].detach().bfloat16()
-    for name, args in {
-        "weight": (half, bias, bn),
-        "bias": (weight, tensors[1].detach().bfloat16(), bn),
-        "scale": (weight, bias, (scale.bfloat16(), shift)),
-    }.items():
-        with pytest.raises(TypeError, match=f"{name}.*bfloat16.*float32"):
-            folding.fold_conv(*args)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("ours", [False, True])
+def test_modules_of_pytorch_are_folded(ours, affine, rng):
+    import cybn.torch
+
+    conv = torch.nn.Conv2d(3, 4, 3)
+    norm = torch.nn.BatchNorm2d(4, eps=1e-3, affine=affine)
+    model = torch.nn.Sequential(conv, norm)
+    for _ in range(3):
+        model(torch.randn(8, 3, 6, 6) + 1)
+    if affine:
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    if ours:
+        cybn.torch.convert(model)
+    model.eval()
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        before = model(x)
+        w, b = folding.fold_conv(conv.weight, conv.bias, norm)
+        conv.weight[:], conv.bias[:] = torch.from_numpy(w), torch.from_numpy(b)
+        after = conv(x)
+    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
+    assert folding.measure(folding.fold_conv, w, b, norm).worst < 1
+    half = folding.fold_conv(conv.weight.bfloat16(), conv.bias.bfloat16(), norm.bfloat16())
+    assert [a.dtype for a in half] == [np.float32, np.float32]
+
+
+def test_modules_that_are_not_folded():
+    import cybn.torch
+
+    weight = torch.ones(4, 2, 3, 3)
+    with pytest.raises(ValueError, match="no running statistics"):
+        folding.fold_conv(weight, None, torch.nn.BatchNorm2d(4, track_running_stats=False))
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    cybn.torch.convert(model, fuse=True)
+    with pytest.raises(ValueError, match=r"computes the activation.*cybn\.torch\.revert"):
+        folding.fold_conv(weight, None, model[0])
+    folding.fold_conv(weight, None, cybn.torch.revert(model)[0])
+    with pytest.raises(TypeError, match="bn is of type Conv2d"):
+        folding.fold_conv(weight, None, torch.nn.Conv2d(2, 4, 3))
+
+
+def test_into_the_next_convolution_as_pytorch_runs_it():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 6, 3, groups=2))
+    for _ in range(3):
+        model(torch.randn(8, 4, 6, 6) * 2 + 1)
+    norm, conv = model.eval()
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        before = model(x)
+        w, b = folding.fold_into_next_conv(
+            conv.weight, conv.bias, norm, padding=conv.padding, groups=2
+        )
+        conv.weight[:], conv.bias[:] = torch.from_numpy(w), torch.from_numpy(b)
+        assert float((conv(x) - before).abs().max()) <= 1e-5 * float(before.abs().max())

@@ -341,15 +341,21 @@ def test_tensors_come_in_without_a_copy():
 
 
 def test_tensors_that_numpy_does_not_read():
-    tensor = torch.ones(4)
+    tensor = torch.tensor([1.0, 1.25, -2.5, 3.0])
     with pytest.raises(ValueError, match="w lies on the device meta"):
         interop.as_array(torch.ones(3, device="meta"), "w")
-    for bad in (tensor.bfloat16(), tensor.to_sparse(), jax.numpy.ones(3, "bfloat16")):
-        with pytest.raises(TypeError, match=r"w.*convert it( to float32)? first"):
-            interop.as_array(bad, "w")
-    state = {"running_mean": tensor.bfloat16(), "running_var": tensor}
-    with pytest.raises(TypeError, match="running_mean, of type Tensor, cannot be read"):
-        interop.from_torch(state)
+    with pytest.raises(TypeError, match=r"w, of type Tensor.*convert it first: w\.to_dense\(\)"):
+        interop.as_array(tensor.to_sparse(), "w")
+    for wide in (
+        tensor.bfloat16(),
+        tensor.to(torch.float8_e4m3fn),
+        tensor.bfloat16().requires_grad_(),
+    ):
+        array = interop.as_array(wide, "w")
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, tensor)
+    array = interop.as_array(jax.numpy.ones(3, "bfloat16"), "w")
+    assert array.dtype.name == "bfloat16"
 
 
 def test_a_tensor_goes_through_a_layer(module, rng):

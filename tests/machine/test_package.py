@@ -39,7 +39,8 @@ DOORS = {
     "_kernels": set(),
     "_layout": {"_runtime"},
     "_memory": set(),
-    "_arguments": {"_memory"},
+    "_foreign": set(),
+    "_arguments": {"_foreign", "_memory"},
     "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
     "_selection": {"_arguments"},
@@ -58,9 +59,9 @@ DOORS = {
     "family": {"_rows", "moments", "_arguments", "_runtime"},
     "layers": {"family", "functional", "moments", "_arguments", "_runtime", "_words"},
     "folding": {"layers", "interop", "_arguments"},
-    "interop": {"layers", "_arguments"},
+    "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"moments"},
-    "population": {"layers", "moments"},
+    "population": {"layers", "moments", "_foreign"},
     "": {
         *("layers", "family", "functional", "moments", "population"),
         *("folding", "interop"),  # on first use

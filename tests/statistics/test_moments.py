@@ -214,3 +214,112 @@ def test_merge_with_a_channel_that_is_empty_on_one_side():
     for merged in (half.merge(cybn.moments(x)), cybn.moments(x).merge(half)):
         assert merged.m2[0] == 0
         assert list(merged.count) == [3, 6]
+
+
+# ---- sums, deviations, and arrays that are read by slices --------------------------------------
+
+
+def test_sum_takes_moments(rng):
+    x = rng.standard_normal((90, 3)) + 1
+    parts = [cybn.Moments.empty(3).update(part) for part in np.split(x, 9)]
+    total = sum(parts)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert total == merged
+    assert sum(parts[1:], parts[0]) == merged
+    assert parts[0] + parts[1] == parts[0].merge(parts[1])
+    for wrong in (lambda: 1 + parts[0], lambda: parts[0] + 0, lambda: 0.0 + parts[0]):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
+    with pytest.raises(ValueError, match="other has 2 channels"):
+        sum([parts[0], cybn.Moments.empty(2).update(x[:, :2])])
+
+
+def test_std(rng):
+    x = rng.standard_normal((40, 3)) * [1, 2, 3]
+    m = cybn.Moments.empty(3).update(x)
+    for ddof in (0, 1):
+        np.testing.assert_allclose(m.std(ddof), x.std(0, ddof=ddof), rtol=1e-14)
+        np.testing.assert_array_equal(m.std(ddof), np.sqrt(m.var(ddof)))
+    with pytest.raises(ValueError, match="needs a count of more than"):
+        cybn.Moments.empty(3).std()
+
+
+class Store:
+    """An array that is read by slices, and notes what is read."""
+
+    def __init__(self, array, chunks=None):
+        self.array, self.shape, self.dtype, self.reads = array, array.shape, array.dtype, []
+        if chunks is not None:
+            self.chunks = chunks
+
+    def __getitem__(self, index):
+        piece = self.array[index]
+        self.reads.append((index, piece.size))
+        return piece.copy()
+
+
+@pytest.mark.parametrize("axis", [1, -1, 0])
+@pytest.mark.parametrize("chunks", [None, (64, 1, 8), (7, 3, 8), ((100, 28), (3,), (8, 8))])
+def test_arrays_that_are_read_by_slices(chunks, axis, rng, monkeypatch):
+    from cybn import _chunks
+
+    monkeypatch.setattr(_chunks, "FEW", 200)  # many pieces
+    monkeypatch.setattr(_chunks, "MOST", 4000)
+    x = rng.standard_normal((128, 3, 16), dtype=np.float32)
+    store = Store(x, chunks)
+    channels = x.shape[axis]
+    m = cybn.Moments.empty(channels).update(store, axis=axis)
+    assert m == cybn.Moments.empty(channels).update(x, axis=axis)
+    assert max(size for _, size in store.reads) <= 4000
+    mask = rng.random(x.shape) < 0.5
+    assert cybn.Moments.empty(channels).update(store, axis=axis, mask=mask) == cybn.Moments.empty(
+        channels
+    ).update(x, axis=axis, mask=mask)
+    if axis == 1 and chunks == (64, 1, 8):  # each block is read for a few pieces at most
+        touched = [i for index, _ in store.reads[: len(store.reads) // 2] for i in
+                   range(index[0].start // 64, -(-index[0].stop // 64))]  # fmt: skip
+        assert touched.count(0) <= 2
+
+
+def test_blocks_are_not_read_once_a_row(monkeypatch):
+    from cybn import _chunks
+
+    monkeypatch.setattr(_chunks, "FEW", 32)
+    store = Store(np.ones((128, 1, 32)), (64, 1, 32))
+    cybn.Moments.empty(1).update(store)
+    assert [index[0] for index, _ in store.reads] == [slice(0, 64), slice(64, 128)]
+
+
+def test_what_stores_refuse():
+    store = Store(np.ones((4, 3), np.uint8))
+    with pytest.raises(TypeError, match=r"x is uint8.*piece by piece"):
+        cybn.Moments.empty(3).update(store)
+    assert not store.reads
+    with pytest.raises(ValueError, match="with 3 channels on axis 1"):
+        cybn.Moments.empty(2).update(Store(np.ones((4, 3))))
+    with pytest.raises(ValueError, match="at least 2 axes"):
+        cybn.Moments.empty(2).update(Store(np.ones(4)))
+    assert cybn.Moments.empty(3).update(Store(np.ones((0, 3)))).count == 0
+    with pytest.raises(TypeError, match="x is a masked array"):
+        cybn.Moments.empty(3).update(Store(np.ma.array(np.ones((4, 3)))))
+
+
+@pytest.mark.parametrize("chunks", [None, True, (16, 1, 8)])
+def test_hdf5(chunks, tmp_path, rng):
+    h5py = pytest.importorskip("h5py")
+    x = rng.standard_normal((100, 3, 16), dtype=np.float32)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("x", data=x, chunks=chunks)
+        assert cybn.Moments.empty(3).update(data) == cybn.Moments.empty(3).update(x)
+        half = file.create_dataset("half", data=x.astype(np.float16))
+        assert cybn.Moments.empty(3).update(half) == cybn.Moments.empty(3).update(half[()])
+
+
+def test_zarr(tmp_path, rng):
+    zarr = pytest.importorskip("zarr")
+    x = rng.standard_normal((100, 3, 16), dtype=np.float32)
+    data = zarr.create_array(str(tmp_path / "x.zarr"), shape=x.shape, chunks=(9, 3, 5), dtype="f4")
+    data[:] = x
+    assert cybn.Moments.empty(3).update(data) == cybn.Moments.empty(3).update(x)

@@ -177,3 +177,102 @@ def test_a_preview_inside_is_not_recorded(data):
 
     assert list(population_statistics(model, uneven(data))) == [bn]
     assert (bn.num_batches_tracked, shown.num_batches_tracked) == (0, 0)
+
+
+# ---- batches with more than one part, and models of PyTorch ------------------------------------
+
+
+def test_batches_with_labels(data):
+    """A layer or a list of them takes the first part; a function gets the batch as it is."""
+    bn = cybn.BatchNorm(C)
+    for kind in (tuple, list):
+        batches = [kind((b, np.arange(len(b)))) for b in uneven(data)]
+        check(population_statistics(bn, batches)[bn], data)
+        check(population_statistics([np.abs, bn], batches)[bn], np.abs(data))
+        check(population_statistics(lambda batch: bn(batch[0]), batches)[bn], data)
+        first = population_statistics(lambda x: bn(x), batches, inputs=lambda batch: batch[0])
+        check(first[bn], data)
+
+
+def test_errors_tell_what_was_passed(data):
+    bn = cybn.BatchNorm(C)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        population_statistics(lambda x: bn(x), [(data, np.arange(50), "a")])
+    (note,) = caught.value.__notes__
+    assert note == (
+        "population_statistics called the model with batch 0, a tuple of (ndarray of shape "
+        "(50, 3, 4), ndarray of shape (50,), str); inputs=operator.itemgetter(0) would give it the "
+        "first part"
+    )
+    with pytest.raises(ValueError, match="num_features") as caught:
+        population_statistics(bn, [data, (data[:, :2], 1)])
+    (note,) = caught.value.__notes__
+    assert "batch 1, ndarray of shape (50, 2, 4), of a tuple of (ndarray of shape" in note
+    with pytest.raises(TypeError, match="x is object") as caught:
+        population_statistics(bn, [{"x": data}])
+    assert "batch 0, dict" in caught.value.__notes__[0]
+
+
+@pytest.fixture
+def network():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    first, second = torch.nn.BatchNorm1d(C), torch.nn.BatchNorm1d(C, momentum=None)
+    layers = [first, torch.nn.ReLU(), torch.nn.Conv1d(C, C, 1), second]
+    return torch.nn.Sequential(*layers, torch.nn.BatchNorm1d(C, track_running_stats=False))
+
+
+def recorded(network, batches):
+    """Return the inputs of both batch norms by hand, each normalized by its batch."""
+    torch = pytest.importorskip("torch")
+    inputs = [[], []]
+    with torch.no_grad():
+        for batch in batches:
+            x = torch.from_numpy(batch)
+            inputs[0].append(x)
+            x = network[2](torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)))
+            inputs[1].append(x)
+    return [torch.cat(parts).numpy() for parts in inputs]
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_model_of_pytorch(mode, ours, network, data):
+    torch = pytest.importorskip("torch")
+    if ours:
+        pytest.importorskip("cybn.torch").convert(network)
+    network.train(mode)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    batches = uneven(data.astype(np.float32))
+    found = population_statistics(network, [(torch.from_numpy(b), 0) for b in batches])
+    assert list(found) == [network[0], network[3]]
+    for m, x in zip(found.values(), recorded(network, batches), strict=True):
+        assert m.count == x.size // C
+        np.testing.assert_allclose(m.mean, x.mean((0, 2)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(m.var(), x.var((0, 2)), rtol=1e-5)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key])
+    for norm in (network[0], network[3]):
+        assert (norm.training, norm.track_running_stats) == (mode, True)
+        assert not norm._forward_pre_hooks
+    with pytest.raises(ValueError, match="with 2 channels on axis 1") as caught:
+        population_statistics(network, [torch.zeros(4, 2, 4)])
+    assert "Tensor of shape (4, 2, 4)" in caught.value.__notes__[0]
+    assert network[0].track_running_stats
+    assert network[0].training is mode
+
+
+def test_a_model_of_pytorch_by_running_statistics(network, data):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(data.astype(np.float32))
+    norm = network[0]
+    moments = population_statistics(network, [x])[norm]
+    norm.running_mean.copy_(torch.tensor(moments.mean))  # as the docstring says
+    norm.running_var.copy_(torch.tensor(moments.var(ddof=1)))
+    results = [
+        population_statistics(network, torch.split(x, size), upstream="running")[network[3]]
+        for size in (16, 50)
+    ]
+    np.testing.assert_allclose(results[0].mean, results[1].mean, rtol=1e-5)
+    half = population_statistics(norm, [x.half(), x[:0].half()])[norm]
+    np.testing.assert_allclose(half.mean, moments.mean, rtol=1e-3)
