@@ -6,15 +6,14 @@ be anything, and the quickest record counts, so that "its best layout" is picked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 from typing import Any, NamedTuple
 
-from .cases import Case, every_case
 from .machine import cpu_levels
 from .peers.floor import FLOOR
-from .task import FIRST, FRESH, LAST, REUSED, ROWS
+from .task import FIRST, FRESH, LAST, REUSED
 
 Record = dict[str, Any]  # of one contestant in one race, as `records` makes it
 Where = dict[str, Any]
@@ -51,27 +50,23 @@ class Bar:
 
     def pairs(self, found: Sequence[Record]) -> Iterator[Pair]:
         """Yield what a run has for this bar, a case and layout at a time."""
-        mine = [r for r in found if r["group"] in self.groups and self.only(r)]
-        for key in dict.fromkeys((r["case"], r["layout"]) for r in mine if fits(r, self.ours)):
-            here = [r for r in mine if (r["case"], r["layout"]) == key and fits(r, self.ours)]
-            one = min(here, key=lambda r: r["seconds"])
-            theirs = self.theirs
-            if "layout" not in self.ours:  # any layout of ours: theirs is the same one
-                theirs = theirs | {"layout": key[1]}
-            rest = [r["seconds"] for r in mine if r["case"] == key[0] and fits(r, theirs)]
-            if not self.theirs:
-                rest = [1e-6]
+        every = [r for r in found if r["group"] in self.groups and self.only(r)]
+        mine = [r for r in every if fits(r, self.ours)]
+        for case, layout in dict.fromkeys((r["case"], r["layout"]) for r in mine):
+            one = min(
+                (r for r in mine if (r["case"], r["layout"]) == (case, layout)),
+                key=lambda r: r["seconds"],
+            )
+            # Any layout of ours: theirs is the same one.
+            same = {} if "layout" in self.ours else {"layout": layout}
+            theirs = self.theirs | same if self.theirs else {}
+            rest = [r["seconds"] for r in every if r["case"] == case and fits(r, theirs)]
             if rest:
-                words = [one["shape"], "" if self.one_work else one["work"]]
-                words += ["" if "layout" in self.ours else key[1]]
-                words += [one["group"] if len(self.groups) > 1 else ""]
+                words = [one["shape"], "" if "work" in self.ours else one["work"], *same.values()]
+                words += [one["group"]] if len(self.groups) > 1 else []
                 place = ", ".join(filter(None, words))
-                yield Pair(place, one["seconds"], min(rest), one["layers"])
-
-    @property
-    def one_work(self) -> bool:
-        """Whether the name says already what is done."""
-        return "work" in self.ours
+                against = min(rest) if self.theirs else 1e-6
+                yield Pair(place, one["seconds"], against, one["layers"])
 
     @property
     def limit(self) -> float | None:
@@ -79,21 +74,6 @@ class Bar:
         if isinstance(self.bound, dict):
             return self.bound[cpu_levels()[-1]]
         return self.bound
-
-    def expected(self, cases: Iterable[Case]) -> int:
-        """Return how many figures a complete run has."""
-        count = 0
-        for case in cases:
-            for task in case.every if case.group in self.groups else ():
-                known = {"work": task.work, "dtype": task.dtype, "threads": task.threads}
-                known |= {"peer": "cybn", "norm": task.norm, "shape": "x", "nbytes": task.nbytes}
-                known |= {"sizes": list(task.shape)}
-                wanted = {k: v for k, v in self.ours.items() if k not in ("layout", "output")}
-                if fits(known, wanted) and self.only(known):
-                    both = "layout" not in self.ours and task.norm not in ROWS
-                    lasts = self.ours.get("layout") == LAST and len(task.shape) == 2
-                    count += 0 if lasts else 2 if both and len(task.shape) > 2 else 1
-        return count
 
 
 def fits(record: Record, wanted: Where) -> bool:
@@ -106,8 +86,7 @@ class Verdict:
     """A bar and what a run says about it."""
 
     bar: Bar
-    pairs: tuple[Pair, ...]
-    expected: int
+    pairs: list[Pair]
 
     @property
     def figure(self) -> float:
@@ -124,27 +103,16 @@ class Verdict:
         return max(self.pairs, key=lambda pair: pair.ratio)
 
     @property
-    def word(self) -> str:
-        """``met``, ``missed``, or why it is neither."""
-        limit = self.bar.limit
-        complete = len(self.pairs) >= self.expected
-        if limit is not None and self.figure > limit and (complete or self.bar.how == "each"):
-            return "missed"
-        if not complete:
-            return f"only {len(self.pairs)} of {self.expected}"
-        return "no bar" if limit is None else "met"
-
-    @property
     def cells(self) -> list[str]:
         """A row of the table whose heads are `HEADS`."""
-        unit = "" if self.bar.theirs else " us"
-        limit = "-" if self.bar.limit is None else f"{self.bar.limit:.3g}{unit}"
+        limit, unit = self.bar.limit, "" if self.bar.theirs else " us"
+        said = "no bar" if limit is None else "met" if self.figure <= limit else "missed"
+        figures = [f"{self.figure:.3f}{unit}", "-" if limit is None else f"{limit:.3g}{unit}"]
         worst = f"{self.worst.ratio:.3f}{unit}"
-        figure = f"{self.figure:.3f}{unit}"
-        return [self.bar.name, self.word, figure, limit, worst, self.worst.place]
+        return [self.bar.name, said, *figures, str(len(self.pairs)), worst, self.worst.place]
 
 
-HEADS = ["bar", "verdict", "figure", "at most", "worst", "on"]
+HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -154,12 +122,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:
     """Hold a run against all bars; those of which nothing was measured are left out."""
-    cases = list(every_case())
-    every = []
-    for bar in bars(cache):
-        if pairs := tuple(bar.pairs(found)):
-            every.append(Verdict(bar, pairs, bar.expected(cases)))
-    return every
+    every = (Verdict(bar, list(bar.pairs(found))) for bar in bars(cache))
+    return [verdict for verdict in every if verdict.pairs]
 
 
 def bars(cache: int) -> Iterator[Bar]:

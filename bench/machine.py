@@ -14,8 +14,6 @@ import numpy as np
 
 import cybn
 
-PASSING = "load before"  # what may differ between two runs that go into one table
-
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on, apart from the peers."""
@@ -28,7 +26,7 @@ def machine() -> dict[str, Any]:
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
         "transparent huge pages": _huge_pages(),
         "kernel": f"{platform.system()} {platform.release()}",
-        PASSING: f"{os.getloadavg()[0]:.1f}",
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cybn": cybn.__version__,
