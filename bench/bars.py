@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import exp, log
 from typing import Any, NamedTuple
 
+from .cases import SHAPES
 from .machine import cpu_levels
 from .peers.floor import FLOOR
 from .task import FIRST, FRESH, LAST, REUSED
@@ -86,7 +87,7 @@ class Verdict:
     """A bar and what a run says about it."""
 
     bar: Bar
-    pairs: list[Pair]
+    pairs: list[Pair]  # the worst last
 
     @property
     def figure(self) -> float:
@@ -95,21 +96,16 @@ class Verdict:
             ours, theirs = (sum(p.layers * p[i] for p in self.pairs) for i in (1, 2))
             return ours / theirs
         ratios = [pair.ratio for pair in self.pairs]
-        return max(ratios) if self.bar.how == "each" else geometric_mean(ratios)
-
-    @property
-    def worst(self) -> Pair:
-        """The place where cybn does least well."""
-        return max(self.pairs, key=lambda pair: pair.ratio)
+        return ratios[-1] if self.bar.how == "each" else geometric_mean(ratios)
 
     @property
     def cells(self) -> list[str]:
         """A row of the table whose heads are `HEADS`."""
-        limit, unit = self.bar.limit, "" if self.bar.theirs else " us"
+        limit, unit, worst = self.bar.limit, "" if self.bar.theirs else " us", self.pairs[-1]
         said = "no bar" if limit is None else "met" if self.figure <= limit else "missed"
         figures = [f"{self.figure:.3f}{unit}", "-" if limit is None else f"{limit:.3g}{unit}"]
-        worst = f"{self.worst.ratio:.3f}{unit}"
-        return [self.bar.name, said, *figures, str(len(self.pairs)), worst, self.worst.place]
+        words = [str(len(self.pairs)), f"{worst.ratio:.3f}{unit}", worst.place]
+        return [self.bar.name, said, *figures, *words]
 
 
 HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
@@ -122,7 +118,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:
     """Hold a run against all bars; those of which nothing was measured are left out."""
-    every = (Verdict(bar, list(bar.pairs(found))) for bar in bars(cache))
+    every = (Verdict(bar, sorted(bar.pairs(found), key=lambda p: p.ratio)) for bar in bars(cache))
     return [verdict for verdict in every if verdict.pairs]
 
 
@@ -211,10 +207,9 @@ def bars(cache: int) -> Iterator[Bar]:
         here = {"work": work, "layout": layout, "output": FRESH}
         name = f"{words.get(work, work)} / PyTorch, {layout}, fresh"
         yield Bar(name, layers, bound, MINE | here, torch | here)
-    groups = ("inception", "tabular", "sequences", "volumes", "few channels", "edge")
     for layout in (FIRST, LAST):
         name = f"any operation, {layout} / PyTorch, its best layout"
-        yield Bar(name, (*layers, *groups), 1.0, MINE | {"layout": layout}, torch, how="each")
+        yield Bar(name, (*layers, *SHAPES), 1.0, MINE | {"layout": layout}, torch, how="each")
     passes = Bar(
         "forward + backward of 53 layers / PyTorch, fresh",
         layers,

@@ -15,17 +15,18 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from .bars import ALONE, HEADS, Bar, Record, Where, fits, geometric_mean, verdicts
+from .cases import SHAPES
 from .peers.floor import FLOOR
 from .task import FIRST, FRESH, LAST, REUSED
 
 MARKED = re.compile(r"^(<!-- bench: (.+) -->\n)((?:.*\n)*?)(<!-- end of bench -->)$", re.M)
 START = re.compile(r"^<!-- bench: (.+) -->$", re.M)
 NAMES = {"forward": "Training forward", "inference": "Inference", "backward": "Backward"}
-OTHERS = ("inception", "tabular", "sequences", "volumes", "few channels", "edge")
 
 
 @dataclass
@@ -81,37 +82,31 @@ def number(value: float) -> str:
 
 
 def columns(found: Sequence[Record], layout: str | None) -> Iterator[tuple[str, Where]]:
-    """Yield heads and whose times stand below, cybn's first; best layouts where it is None."""
-    work = found[0]["operation"]
-    yield "`np.add`" if work == "backward" else "`np.copyto`", {"peer": FLOOR}
-    mine = {"peer": "cybn", "layout": layout or FIRST}
-    yield "cybn", mine | {"output": REUSED}
-    if layout is None:
-        yield "cybn, channels-last", {"peer": "cybn", "layout": LAST, "output": REUSED}
-    else:
-        yield "GB/s", mine | {"output": REUSED}
-        yield "cybn, fresh", mine | {"output": FRESH}
-    for peer in dict.fromkeys(r["peer"] for r in found if r["peer"] not in ("cybn", FLOOR)):
+    """Yield heads, and whose times stand below: the quickest of their layouts where it is None.
+
+    oneDNN and its like, with layouts of their own, stand with the best beside channels-first.
+    """
+    for peer in dict.fromkeys(r["peer"] for r in found):
         own = [r for r in found if r["peer"] == peer]
-        blocked = any(r["layout"] not in (FIRST, LAST) for r in own)
-        where = (
-            {"peer": peer}
-            if layout is None or (blocked and layout == FIRST)
-            else {"peer": peer, "layout": layout}
-        )
-        best = ", its best" if blocked and layout == FIRST else ""
+        blocked = layout == FIRST and any(r["layout"] not in (FIRST, LAST) for r in own)
+        free = layout is None or blocked or peer == FLOOR
+        where = {"peer": peer} if free else {"peer": peer, "layout": layout}
+        name = f"{peer}, its best" if blocked else peer
+        if peer == FLOOR:
+            name = "`np.add`" if own[0]["operation"] == "backward" else "`np.copyto`"
         outputs = dict.fromkeys(r["output"] for r in own)
-        if layout is None or len(outputs) == 1:
-            yield peer + best, where
-        else:
-            for output in outputs:
-                said = {FRESH: "fresh", REUSED: "`out=`"}[output]
-                yield f"{peer}{best}, {said}", where | {"output": output}
+        for output in outputs:
+            said = {FRESH: ", fresh", REUSED: ", `out=`"}[output] if len(outputs) > 1 else ""
+            yield name + said, where | {"output": output}
+            if (peer, output) == ("cybn", REUSED):
+                yield "GB/s", where | {"output": output}
 
 
 def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor: float) -> str:
     """Return times of some groups and one kind of work: a row a shape."""
     found = [r for r in run.records if r["group"] in groups and r["work"] == work]
+    least = min((r["threads"] for r in found), default=0)  # cybn's on more stand beside one thread
+    found = [r for r in found if r["threads"] == least]
     grid = {}
     for head, where in columns(found, layout) if found else ():
         best = {}
@@ -210,17 +205,6 @@ def training(run: Run) -> str:
     return markdown(heads, rows, words=2)
 
 
-def memory(run: Run) -> str:
-    """Return what a training forward takes beside its arguments, in KiB."""
-    rows = [
-        [f"{r['shape']} {r['layout']}", *(f"{v / 1024:.0f}" for v in r["memory"])]
-        for r in run.records
-        if r["group"] == "memory"
-    ]
-    heads = ["training forward, out=", "Python and NumPy", "whole process", "allowed"]
-    return markdown(heads, rows)
-
-
 def bar_table(run: Run) -> str:
     """Return every bar with its figure and verdict."""
     return markdown(HEADS, [v.cells for v in verdicts(run.records, run.cache)], words=2)
@@ -229,10 +213,10 @@ def bar_table(run: Run) -> str:
 def missed(run: Run) -> str:
     """Return the places that miss a bar that each has to meet."""
     rows = [
-        [v.bar.name, pair.place, f"{pair.ratio:.3f}"]
-        for v in verdicts(run.records, run.cache)
-        for pair in sorted(v.pairs, key=lambda pair: -pair.ratio)
-        if v.bar.how == "each" and v.bar.limit is not None and pair.ratio > v.bar.limit
+        [verdict.bar.name, pair.place, f"{pair.ratio:.3f}"]
+        for verdict in verdicts(run.records, run.cache)
+        for pair in reversed(verdict.pairs)
+        if verdict.bar.how == "each" and pair.ratio > (verdict.bar.limit or inf)
     ]
     return markdown(["bar", "place", "figure"], rows, words=2)
 
@@ -253,9 +237,8 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
     "resnet50 float64": block("resnet50 float64"),
     "ratios": beside("resnet50"),
     "summary": summary,
-    "groups": block(*OTHERS, layout=None),
+    "groups": block(*SHAPES, layout=None),
     "tiny": block("tiny", works=(*NAMES, "forward, through a layer"), factor=1e6),
-    "memory": memory,
     "fused": beside("activations", "fused", "masks"),
     "half": beside("beyond", "half"),
     "family": beside("family"),
