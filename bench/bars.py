@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from .cases import SHAPES
@@ -52,7 +52,7 @@ class Bar:
     def pairs(self, found: Sequence[Record]) -> Iterator[Pair]:
         """Yield what a run has for this bar, a case and layout at a time."""
         every = [r for r in found if r["group"] in self.groups and self.only(r)]
-        mine = [r for r in every if fits(r, self.ours)]
+        mine = [r for r in every if self.ours.items() <= r.items()]
         for case, layout in dict.fromkeys((r["case"], r["layout"]) for r in mine):
             one = min(
                 (r for r in mine if (r["case"], r["layout"]) == (case, layout)),
@@ -61,7 +61,9 @@ class Bar:
             # Any layout of ours: theirs is the same one.
             same = {} if "layout" in self.ours else {"layout": layout}
             theirs = self.theirs | same if self.theirs else {}
-            rest = [r["seconds"] for r in every if r["case"] == case and fits(r, theirs)]
+            rest = [
+                r["seconds"] for r in every if r["case"] == case and theirs.items() <= r.items()
+            ]
             if rest:
                 words = [one["shape"], "" if "work" in self.ours else one["work"], *same.values()]
                 words += [one["group"]] if len(self.groups) > 1 else []
@@ -75,11 +77,6 @@ class Bar:
         if isinstance(self.bound, dict):
             return self.bound[cpu_levels()[-1]]
         return self.bound
-
-
-def fits(record: Record, wanted: Where) -> bool:
-    """Say whether a record has all the values that are asked for."""
-    return all(record.get(key) == value for key, value in wanted.items())
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,6 @@ class Verdict:
 
 
 HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean; NaN of nothing."""
-    return exp(sum(map(log, values)) / len(values)) if values else float("nan")
 
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cybn")
     group.addoption("--quick", action="store_true", help="the main cases only; under two minutes")
     group.addoption("--seconds", type=float, help="of a race, about; default: 1.5, or 0.25 quick")
-    group.addoption("--peers", help="names of files in bench/peers, with commas; default: all")
+    group.addoption("--peers", help="such as numpy,onnxruntime; default: all")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .bars import Record, geometric_mean
+from .bars import Record
 from .peers.floor import FLOOR
 from .task import FIRST, FRESH, LAST, REUSED
 

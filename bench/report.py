@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-from .bars import ALONE, HEADS, Bar, Record, Where, fits, geometric_mean, verdicts
+from .bars import ALONE, HEADS, Bar, Record, Where, verdicts
 from .cases import SHAPES
 from .peers.floor import FLOOR
 from .task import FIRST, FRESH, LAST, REUSED
@@ -110,7 +111,9 @@ def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor
     grid = {}
     for head, where in columns(found, layout) if found else ():
         best = {}
-        for r in sorted((r for r in found if fits(r, where)), key=lambda r: -r["seconds"]):
+        for r in sorted(
+            (r for r in found if where.items() <= r.items()), key=lambda r: -r["seconds"]
+        ):
             speed = r["least_bytes"] / r["seconds"] / 1e9
             best[r["shape"]] = f"{speed:.0f}" if head == "GB/s" else number(r["seconds"] * factor)
         if best:

@@ -31,7 +31,7 @@ def figures(tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "figures.json"
     cases = "tiny-inference-32x16 or calls-forward-masked-32x16"
     words = ["-m", "pytest", "bench", "--quick", "-q", "-k", cases, "-p", "no:cacheprovider"]
-    done = run(*words, "--peers", "numpy_formula", f"--benchmark-json={file}")
+    done = run(*words, "--peers", "numpy", f"--benchmark-json={file}")
     assert done.returncode == 0, done.stdout
     return done.stdout, file
 

@@ -1,7 +1,7 @@
-"""Training steps of ResNet-50 and MobileNetV2: stock PyTorch, cybn.torch, and no batch norm.
+"""Every case of `bench.cases`, and training steps of whole networks.
 
-Run it with ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184`` in the
-environment to see the same where glibc keeps freed memory.
+Networks race as stock PyTorch, with cybn.torch, and without batch norm. Set ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184`` in the environment to
+see the same where glibc keeps freed memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from .race import Race
 CONTESTANTS = ("PyTorch", "cybn, convert", "cybn, convert, fuse", "no batch norm")
 FIRST_LOSS = 1e-4  # how far cybn's and PyTorch's may be apart before anything was learned
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+
+def test_case(field: Race) -> None:
+    field.run()
 
 
 def step(process: subprocess.Popen[str]) -> dict[str, Any]:
