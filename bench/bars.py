@@ -6,15 +6,15 @@ be anything, and the quickest record counts, so that "its best layout" is picked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from .cases import Case, every_case
+from .cases import SHAPES
 from .machine import cpu_levels
 from .peers.floor import FLOOR
-from .task import FIRST, FRESH, LAST, REUSED, ROWS
+from .task import FIRST, FRESH, LAST, REUSED
 
 Record = dict[str, Any]  # of one contestant in one race, as `records` makes it
 Where = dict[str, Any]
@@ -51,27 +51,25 @@ class Bar:
 
     def pairs(self, found: Sequence[Record]) -> Iterator[Pair]:
         """Yield what a run has for this bar, a case and layout at a time."""
-        mine = [r for r in found if r["group"] in self.groups and self.only(r)]
-        for key in dict.fromkeys((r["case"], r["layout"]) for r in mine if fits(r, self.ours)):
-            here = [r for r in mine if (r["case"], r["layout"]) == key and fits(r, self.ours)]
-            one = min(here, key=lambda r: r["seconds"])
-            theirs = self.theirs
-            if "layout" not in self.ours:  # any layout of ours: theirs is the same one
-                theirs = theirs | {"layout": key[1]}
-            rest = [r["seconds"] for r in mine if r["case"] == key[0] and fits(r, theirs)]
-            if not self.theirs:
-                rest = [1e-6]
+        every = [r for r in found if r["group"] in self.groups and self.only(r)]
+        mine = [r for r in every if self.ours.items() <= r.items()]
+        for case, layout in dict.fromkeys((r["case"], r["layout"]) for r in mine):
+            one = min(
+                (r for r in mine if (r["case"], r["layout"]) == (case, layout)),
+                key=lambda r: r["seconds"],
+            )
+            # Any layout of ours: theirs is the same one.
+            same = {} if "layout" in self.ours else {"layout": layout}
+            theirs = self.theirs | same if self.theirs else {}
+            rest = [
+                r["seconds"] for r in every if r["case"] == case and theirs.items() <= r.items()
+            ]
             if rest:
-                words = [one["shape"], "" if self.one_work else one["work"]]
-                words += ["" if "layout" in self.ours else key[1]]
-                words += [one["group"] if len(self.groups) > 1 else ""]
+                words = [one["shape"], "" if "work" in self.ours else one["work"], *same.values()]
+                words += [one["group"]] if len(self.groups) > 1 else []
                 place = ", ".join(filter(None, words))
-                yield Pair(place, one["seconds"], min(rest), one["layers"])
-
-    @property
-    def one_work(self) -> bool:
-        """Whether the name says already what is done."""
-        return "work" in self.ours
+                against = min(rest) if self.theirs else 1e-6
+                yield Pair(place, one["seconds"], against, one["layers"])
 
     @property
     def limit(self) -> float | None:
@@ -80,34 +78,13 @@ class Bar:
             return self.bound[cpu_levels()[-1]]
         return self.bound
 
-    def expected(self, cases: Iterable[Case]) -> int:
-        """Return how many figures a complete run has."""
-        count = 0
-        for case in cases:
-            for task in case.every if case.group in self.groups else ():
-                known = {"work": task.work, "dtype": task.dtype, "threads": task.threads}
-                known |= {"peer": "cybn", "norm": task.norm, "shape": "x", "nbytes": task.nbytes}
-                known |= {"sizes": list(task.shape)}
-                wanted = {k: v for k, v in self.ours.items() if k not in ("layout", "output")}
-                if fits(known, wanted) and self.only(known):
-                    both = "layout" not in self.ours and task.norm not in ROWS
-                    lasts = self.ours.get("layout") == LAST and len(task.shape) == 2
-                    count += 0 if lasts else 2 if both and len(task.shape) > 2 else 1
-        return count
-
-
-def fits(record: Record, wanted: Where) -> bool:
-    """Say whether a record has all the values that are asked for."""
-    return all(record.get(key) == value for key, value in wanted.items())
-
 
 @dataclass(frozen=True)
 class Verdict:
     """A bar and what a run says about it."""
 
     bar: Bar
-    pairs: tuple[Pair, ...]
-    expected: int
+    pairs: list[Pair]  # the worst last
 
     @property
     def figure(self) -> float:
@@ -116,50 +93,25 @@ class Verdict:
             ours, theirs = (sum(p.layers * p[i] for p in self.pairs) for i in (1, 2))
             return ours / theirs
         ratios = [pair.ratio for pair in self.pairs]
-        return max(ratios) if self.bar.how == "each" else geometric_mean(ratios)
-
-    @property
-    def worst(self) -> Pair:
-        """The place where cybn does least well."""
-        return max(self.pairs, key=lambda pair: pair.ratio)
-
-    @property
-    def word(self) -> str:
-        """``met``, ``missed``, or why it is neither."""
-        limit = self.bar.limit
-        complete = len(self.pairs) >= self.expected
-        if limit is not None and self.figure > limit and (complete or self.bar.how == "each"):
-            return "missed"
-        if not complete:
-            return f"only {len(self.pairs)} of {self.expected}"
-        return "no bar" if limit is None else "met"
+        return ratios[-1] if self.bar.how == "each" else geometric_mean(ratios)
 
     @property
     def cells(self) -> list[str]:
         """A row of the table whose heads are `HEADS`."""
-        unit = "" if self.bar.theirs else " us"
-        limit = "-" if self.bar.limit is None else f"{self.bar.limit:.3g}{unit}"
-        worst = f"{self.worst.ratio:.3f}{unit}"
-        figure = f"{self.figure:.3f}{unit}"
-        return [self.bar.name, self.word, figure, limit, worst, self.worst.place]
+        limit, unit, worst = self.bar.limit, "" if self.bar.theirs else " us", self.pairs[-1]
+        said = "no bar" if limit is None else "met" if self.figure <= limit else "missed"
+        figures = [f"{self.figure:.3f}{unit}", "-" if limit is None else f"{limit:.3g}{unit}"]
+        words = [str(len(self.pairs)), f"{worst.ratio:.3f}{unit}", worst.place]
+        return [self.bar.name, said, *figures, *words]
 
 
-HEADS = ["bar", "verdict", "figure", "at most", "worst", "on"]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean; NaN of nothing."""
-    return exp(sum(map(log, values)) / len(values)) if values else float("nan")
+HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
 
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:
     """Hold a run against all bars; those of which nothing was measured are left out."""
-    cases = list(every_case())
-    every = []
-    for bar in bars(cache):
-        if pairs := tuple(bar.pairs(found)):
-            every.append(Verdict(bar, pairs, bar.expected(cases)))
-    return every
+    every = (Verdict(bar, sorted(bar.pairs(found), key=lambda p: p.ratio)) for bar in bars(cache))
+    return [verdict for verdict in every if verdict.pairs]
 
 
 def bars(cache: int) -> Iterator[Bar]:
@@ -247,10 +199,9 @@ def bars(cache: int) -> Iterator[Bar]:
         here = {"work": work, "layout": layout, "output": FRESH}
         name = f"{words.get(work, work)} / PyTorch, {layout}, fresh"
         yield Bar(name, layers, bound, MINE | here, torch | here)
-    groups = ("inception", "tabular", "sequences", "volumes", "few channels", "edge")
     for layout in (FIRST, LAST):
         name = f"any operation, {layout} / PyTorch, its best layout"
-        yield Bar(name, (*layers, *groups), 1.0, MINE | {"layout": layout}, torch, how="each")
+        yield Bar(name, (*layers, *SHAPES), 1.0, MINE | {"layout": layout}, torch, how="each")
     passes = Bar(
         "forward + backward of 53 layers / PyTorch, fresh",
         layers,

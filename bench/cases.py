@@ -1,16 +1,17 @@
 """The cases: which tasks race on which shapes. To add one, yield it from a function below.
 
-Shapes: He et al. 2016 (ResNet-50; how often each of its 53 layers comes is from oneDNN's benchdnn
-shape list), Szegedy et al. 2016 (Inception v3, the odd sizes); the rest are typical of tables,
-sequences, volumes and images, and edges of the kernels.
+The shapes are those of the tests: layers of published networks (how often each of ResNet-50's 53
+comes is from oneDNN's benchdnn), tables, sequences, volumes, images, edges of the kernels.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from pathlib import Path
 
 from .machine import last_level_bytes, usable_cpus
 from .task import Task
@@ -19,30 +20,15 @@ THREADS = min(2, usable_cpus())  # the bars are for two
 PLAIN = ("forward", "inference", "backward")
 PASSES = ("forward", "backward")
 
-RESNET50 = {  # (C, H, W) at batch 32: layers
-    (64, 112, 112): 1,
-    (256, 56, 56): 4,
-    (64, 56, 56): 6,
-    (512, 28, 28): 5,
-    (128, 28, 28): 8,
-    (1024, 14, 14): 7,
-    (256, 14, 14): 12,
-    (2048, 7, 7): 4,
-    (512, 7, 7): 6,
-}
-SOME = [(256, 56, 56), (512, 28, 28), (256, 14, 14)]  # of them, for a quick run
-INCEPTION = [(32, 149), (64, 147), (80, 73), (192, 71), (96, 35), (384, 17), (448, 8)]
+FILE = Path(__file__).parents[1] / "tests" / "helpers" / "shapes.json"
+PUBLISHED = {k: v for k, v in json.loads(FILE.read_text("utf-8")).items() if k != "source"}
 SHAPES = {
-    "inception": [(32, c, side, side) for c, side in INCEPTION],
-    "tabular": [(60, 100), (256, 256), (4096, 512)],
-    "sequences": [(32, 256, 1000)],
-    "volumes": [(2, 32, 64, 96, 96), (8, 64, 16, 32, 32)],
-    "few channels": [(8, 3, 512, 512), (1, 1, 2048, 2048)],
-    "edge": [
-        *((1, 3, 1, 1), (1, 24, 14, 14), (12, 4, 8, 8)),
-        *((2, 251, 28, 28), (8, 322, 16, 16), (880801, 1, 1, 1)),
-    ],
+    group: [(one.get("n", 32), one["c"], *(one[k] for k in "dhwl" if k in one)) for one in every]
+    for group, every in PUBLISHED.items()
 }
+RESNET50 = SHAPES.pop("resnet50")
+LAYERS = [one["layers"] for one in PUBLISHED["resnet50"]]  # how often each comes
+SOME = [RESNET50[i] for i in (1, 3, 6)]  # for a quick run: beyond most caches, at the edge, within
 TINY = [(32, 16), (60, 100)]  # calls that take as long as Python does; timed on one thread
 ACTIVATED = [(32, 96, 56, 56), (32, 384, 14, 14)]
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "silu", "gelu", "sigmoid", "tanh")
@@ -102,43 +88,35 @@ def every_case() -> Iterator[Case]:
 
 def network() -> Iterator[Case]:
     """Yield ResNet-50's layers: two threads, one, float64."""
-    for sizes, layers in RESNET50.items():
-        for operation in PLAIN:
-            task = Task(operation, (32, *sizes), threads=THREADS)
-            yield Case("resnet50", (task,), layers=layers, quick=True, bars=True)
-        for operation in PLAIN:
-            task = Task(operation, (32, *sizes), threads=1)
-            both = (task._replace(threads=THREADS),)
-            yield Case("one thread", (task,), both, layers)
-        for operation in PLAIN:
-            task = Task(operation, (32, *sizes), dtype="float64", threads=THREADS)
-            yield Case("resnet50 float64", (task,), layers=layers)
+    for (shape, layers), operation in product(zip(RESNET50, LAYERS, strict=True), PLAIN):
+        task = Task(operation, shape, threads=THREADS)
+        yield Case("resnet50", (task,), layers=layers, quick=True, bars=True)
+        yield Case("one thread", (task._replace(threads=1),), (task,), layers)
+        yield Case("resnet50 float64", (task._replace(dtype="float64"),), layers=layers)
 
 
 def beyond() -> list[tuple[int, ...]]:
     """Return shapes whose x is larger than the last-level cache, of ResNet-50 where it has some."""
-    cache, nbytes = last_level_bytes(), 4 * 32
-    large = [(32, *sizes) for sizes in RESNET50 if prod(sizes) * nbytes > cache]
-    if large:
-        return large
-    batch = 32
-    while prod(SOME[0]) * 4 * batch <= cache:
-        batch *= 2
-    return [(batch, 64, 112, 112), (batch, *SOME[0])]
+    cache = last_level_bytes() // 4
+    large = [shape for shape in RESNET50 if prod(shape) > cache]
+    batch = next(n for n in (32 << i for i in range(20)) if n * prod(SOME[0][1:]) > cache)
+    return large or [(batch, *shape[1:]) for shape in RESNET50[:2]]
 
 
 def beyond_the_cache() -> Iterator[Case]:
     """Yield what memory alone decides: plain passes beside the floor, half types beside float32."""
-    for shape in beyond():
-        for operation in PLAIN:
-            task = Task(operation, shape, threads=THREADS)
-            halves = [task._replace(dtype=dtype) for dtype in ("bfloat16", "float16")]
-            yield Case("beyond", (task,), tuple(halves), bars=True, peers=("floor",))
-    for sizes in RESNET50:
-        for operation in PASSES:
-            plain = Task(operation, (32, *sizes), threads=THREADS)
-            halves = [plain._replace(dtype=dtype) for dtype in ("bfloat16", "float16")]
-            yield Case("half", tuple(halves), (plain,), quick=sizes in SOME)
+    for shape, operation in product(beyond(), PLAIN):
+        task, halves = plain_and_half(operation, shape)
+        yield Case("beyond", (task,), halves, bars=True, peers=("floor",))
+    for shape, operation in product(RESNET50, PASSES):
+        task, halves = plain_and_half(operation, shape)
+        yield Case("half", halves, (task,), quick=shape in SOME)
+
+
+def plain_and_half(operation: str, shape: tuple[int, ...]) -> tuple[Task, tuple[Task, ...]]:
+    """Return a task in float32, and in both half types."""
+    task = Task(operation, shape, threads=THREADS)
+    return task, tuple(task._replace(dtype=dtype) for dtype in ("bfloat16", "float16"))
 
 
 def other_shapes() -> Iterator[Case]:
@@ -178,11 +156,11 @@ def fused() -> Iterator[Case]:
         every = [plain._replace(activation=name) for name in ACTIVATIONS]
         every.append(plain._replace(activation="relu", residual=True))
         yield Case("activations", (), (plain, *every), bars=True)
-    for sizes, operation in product(RESNET50, PASSES):
-        plain = Task(operation, (32, *sizes), threads=THREADS)
+    for shape, operation in product(RESNET50, PASSES):
+        plain = Task(operation, shape, threads=THREADS)
         relu = plain._replace(activation="relu")
         tasks = (relu, relu._replace(residual=True))
-        yield Case("fused", tasks, (plain,), quick=sizes in SOME)
+        yield Case("fused", tasks, (plain,), quick=shape in SOME)
 
 
 def masks() -> Iterator[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from .race import Race
 from .report import records_of, text_table
 from .task import Data
 
+batch = lru_cache(maxsize=1)(Data)  # neighbours of one shape share their arrays
 QUICK, FULL = (0.25, 3), (1.5, 5)  # seconds of a race, about, and fewest rounds
 
 
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cybn")
     group.addoption("--quick", action="store_true", help="the main cases only; under two minutes")
     group.addoption("--seconds", type=float, help="of a race, about; default: 1.5, or 0.25 quick")
-    group.addoption("--peers", help="names of files in bench/peers, with commas; default: all")
+    group.addoption("--peers", help="such as numpy,onnxruntime; default: all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +64,7 @@ def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     machine_info["cybn"] = machine()
-    machine_info["peers"] = {peer.name: peer.described for peer in config.cybn_peers}
+    machine_info["peers"] = {p.name: f"{p.version}; {p.note}" for p in config.cybn_peers}
     machine_info["missing"] = config.cybn_missing
     machine_info["last-level cache"] = last_level_bytes()
 
@@ -83,8 +84,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if table:
         terminalreporter.section("bars: time / time of the same race")
         terminalreporter.write(text_table(HEADS, [verdict.cells for verdict in table]))
-    for line in config.cybn_missing:
-        terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,14 +99,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", marked)
 
 
-@pytest.fixture(scope="session")
-def batches() -> Iterator[dict[tuple[int, ...], Data]]:
-    """Hold the arrays of the last case, for as long as the next one has the same shape."""
-    kept: dict[tuple[int, ...], Data] = {}
-    yield kept
-    kept.clear()
-
-
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Race:
     """Return an empty race."""
@@ -117,18 +108,10 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Race:
 
 
 @pytest.fixture
-def field(
-    request: pytest.FixtureRequest,
-    race: Race,
-    case: Case,
-    batches: dict[tuple[int, ...], Data],
-) -> Race:
+def field(request: pytest.FixtureRequest, race: Race, case: Case) -> Race:
     """Return the race of a case, with everybody checked and ready."""
-    if case.shape not in batches:
-        batches.clear()
-        gc.collect()
-        batches[case.shape] = Data(case.shape)
-    data = batches[case.shape]
+    gc.collect()
+    data = batch(case.shape)
     info = {"group": case.group, "case": case.name, "shape": short(case.shape)}
     info["layers"] = case.layers
     race.group = case.name

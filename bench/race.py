@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .task import AT_THE_KINK, REUSED, TOLERANCE, Contestant, Data, Peer, Task
+from .task import AT_THE_KINK, FIRST, LAST, REUSED, TOLERANCE, Contestant, Data, Peer, Task
 
 WARM = 0.002  # seconds of untimed calls before a turn, at least one call
 TURN = 0.01  # seconds of timed calls in a turn, at least one call
@@ -35,11 +35,9 @@ class Runner:
     estimate: float = 0.0
     stats: Any = None  # of pytest-benchmark
 
-    @property
-    def name(self) -> str:
-        """Who, in which layout, with which output, and what where that differs in a race."""
-        keys = ("peer", "layout", "output")
-        return " ".join(filter(None, (self.info[key] for key in keys)))
+    def words(self, *keys: str) -> str:
+        """Return some of what is known, in words."""
+        return " ".join(str(self.info[key]) for key in keys if self.info.get(key))
 
 
 def wrong(task: Task, data: Data, contestant: Contestant, result: Any) -> str:
@@ -72,21 +70,11 @@ class Race:
 
     def enter(self, peer: Peer, task: Task, data: Data, info: dict[str, Any]) -> None:
         """Prepare and check what a peer has for a task; a failure is kept, and told at the end."""
-        known = {
-            **info,
-            "operation": task.operation,
-            "work": task.work,
-            "dtype": task.dtype,
-            "norm": task.norm,
-            "threads": task.threads,
-            "sizes": list(task.shape),
-            "nbytes": task.nbytes,
-            "least_bytes": task.least_bytes,
-            "peer": peer.name,
-        }
+        sizes = {"sizes": list(task.shape), "nbytes": task.nbytes, "least_bytes": task.least_bytes}
+        known = {**task._asdict(), **sizes, **info, "work": task.work, "peer": peer.name}
         try:
             for one in peer.contestants(task, data):
-                if one.output == REUSED and one.layout in ("channels-first", "channels-last"):
+                if one.output == REUSED and one.layout in (FIRST, LAST):
                     # The answer of the one before is not ours.
                     data.get("out", task.dtype, one.layout).fill(np.nan)
                 start = time.perf_counter()
@@ -137,7 +125,10 @@ class Race:
             taken = time.perf_counter() - start
             runner.estimate = min(runner.estimate or taken, taken)
         runner.calls = max(1, round(TURN / runner.estimate)) if runner.estimate else 1
-        self.benchmark.group, self.benchmark.name = self.group, runner.name
+        apart = ("work", "dtype", "threads")  # said where they differ in a race
+        several = len({one.words(*apart) for one in self.runners}) > 1
+        keys = ("peer", "layout", "output", *(apart if several else ()))
+        self.benchmark.group, self.benchmark.name = self.group, runner.words(*keys)
         self.benchmark.extra_info = runner.info
         runner.stats = self.benchmark._make_stats(runner.calls)
         return runner

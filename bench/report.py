@@ -1,13 +1,47 @@
-"""What becomes of a run."""
+"""Figures into pages and a picture: ``python -m bench.report figures.json --pages README.md``.
+
+The file is what ``pytest bench --benchmark-json=figures.json`` writes. A page says where a block
+goes, on lines of their own::
+
+    <!-- bench: bars -->
+    whatever stands here is replaced
+    <!-- end of bench -->
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
+from .bars import ALONE, HEADS, Bar, Record, Where, verdicts
+from .cases import SHAPES
+from .peers.floor import FLOOR
+from .task import FIRST, FRESH, LAST, REUSED
 
-def records_of(benchmarks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of a run: who did what, and the median of its turns in seconds."""
+MARKED = re.compile(r"^(<!-- bench: (.+) -->\n)((?:.*\n)*?)(<!-- end of bench -->)$", re.M)
+START = re.compile(r"^<!-- bench: (.+) -->$", re.M)
+NAMES = {"forward": "Training forward", "inference": "Inference", "backward": "Backward"}
+
+
+@dataclass
+class Run:
+    """The records of a machine, and what they depend on."""
+
+    machine: dict[str, Any]
+    peers: dict[str, str]
+    cache: int
+    records: list[Record]
+
+
+def records_of(benchmarks: Sequence[dict[str, Any]]) -> list[Record]:
+    """Return who did what in a run, with the median of its turns in seconds."""
     return [
         {**one["extra_info"], "seconds": one["stats"]["median"]}
         for one in benchmarks
@@ -15,8 +49,248 @@ def records_of(benchmarks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def read(path: Path) -> Run:
+    """Read what a run has written; ValueError where it is something else."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    info = stored.get("machine_info", {})
+    if "peers" not in info:
+        raise ValueError(f"{path} is not what 'pytest bench --benchmark-json' has written")
+    records = records_of(stored["benchmarks"])
+    return Run(info["cybn"], info["peers"], info["last-level cache"], records)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in plain text."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [map(str.ljust, row, widths) for row in (heads, *rows)]
     return "".join("  ".join(line).rstrip() + "\n" for line in lines)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Return a table whose first columns are words, the others numbers; nothing without rows."""
+    rule = ["---" if i < words else "---:" for i in range(len(heads))]
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+    return "\n".join(lines) + "\n" if rows else ""
+
+
+def number(value: float) -> str:
+    """Return three digits, without an exponent."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 4
+    return f"{value:.{digits}f}"
+
+
+def columns(found: Sequence[Record], layout: str | None) -> Iterator[tuple[str, Where]]:
+    """Yield heads, and whose times stand below: the quickest of their layouts where it is None.
+
+    oneDNN and its like, with layouts of their own, stand with the best beside channels-first.
+    """
+    for peer in dict.fromkeys(r["peer"] for r in found):
+        own = [r for r in found if r["peer"] == peer]
+        blocked = layout == FIRST and any(r["layout"] not in (FIRST, LAST) for r in own)
+        free = layout is None or blocked or peer == FLOOR
+        where = {"peer": peer} if free else {"peer": peer, "layout": layout}
+        name = f"{peer}, its best" if blocked else peer
+        if peer == FLOOR:
+            name = "`np.add`" if own[0]["operation"] == "backward" else "`np.copyto`"
+        outputs = dict.fromkeys(r["output"] for r in own)
+        for output in outputs:
+            said = {FRESH: ", fresh", REUSED: ", `out=`"}[output] if len(outputs) > 1 else ""
+            yield name + said, where | {"output": output}
+            if (peer, output) == ("cybn", REUSED):
+                yield "GB/s", where | {"output": output}
+
+
+def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor: float) -> str:
+    """Return times of some groups and one kind of work: a row a shape."""
+    found = [r for r in run.records if r["group"] in groups and r["work"] == work]
+    least = min((r["threads"] for r in found), default=0)  # cybn's on more stand beside one thread
+    found = [r for r in found if r["threads"] == least]
+    grid = {}
+    for head, where in columns(found, layout) if found else ():
+        best = {}
+        for r in sorted(
+            (r for r in found if where.items() <= r.items()), key=lambda r: -r["seconds"]
+        ):
+            speed = r["least_bytes"] / r["seconds"] / 1e9
+            best[r["shape"]] = f"{speed:.0f}" if head == "GB/s" else number(r["seconds"] * factor)
+        if best:
+            grid[head] = best
+    shapes = dict.fromkeys(r["shape"] for r in found)
+    rows = [[shape, *(column.get(shape, "-") for column in grid.values())] for shape in shapes]
+    return markdown(["shape", *grid], rows)
+
+
+def block(
+    *groups: str,
+    works: Sequence[str] = tuple(NAMES),
+    layout: str | None = FIRST,
+    factor: float = 1e3,
+) -> Callable[[Run], str]:
+    """Return a block of times, in milliseconds; a table for each kind of work, under its name."""
+
+    def made(run: Run) -> str:
+        tables = {work: times(run, work, groups, layout, factor) for work in works}
+        if len(works) == 1:
+            return tables[works[0]]
+        named = {NAMES.get(work, work.capitalize()): t for work, t in tables.items() if t}
+        return "\n".join(f"### {name}\n\n{table}" for name, table in named.items())
+
+    return made
+
+
+def ratio_table(run: Run, every: Iterable[Bar]) -> str:
+    """Return comparisons as a table: below 1, what stands first takes less time."""
+    rows = []
+    for bar in every:
+        pairs = sorted(bar.pairs(run.records), key=lambda pair: pair.ratio)
+        if pairs:
+            found = [pair.ratio for pair in pairs]
+            figures = (geometric_mean(found), found[0], found[-1])
+            rows.append([bar.name, *(f"{f:.2f}" for f in figures), pairs[-1].place])
+    return markdown(["time / time", "geometric mean", "least", "most", "on"], rows)
+
+
+def beside(*groups: str) -> Callable[[Run], str]:
+    """Return a block that holds each kind of work against the plain one, and against the peers."""
+
+    def made(run: Run) -> str:
+        found = [r for r in run.records if r["group"] in groups]
+        keys = ("group", "norm", "work", "dtype", "operation")
+        every = []
+        for group, norm, work, dtype, operation in dict.fromkeys(
+            tuple(r[key] for key in keys) for r in found
+        ):
+            here: Where = {"work": work, "dtype": dtype, "norm": norm}
+            ours = ALONE | here | {"output": REUSED}
+            plain = {"work": operation, "dtype": "float32", "norm": norm}
+            title = ", ".join([norm, work, dtype] + [group] * (len(groups) > 1))
+            if here != plain:
+                every.append(Bar(f"{title} / plain", (group,), None, ours, ours | plain))
+            for peer, output in dict.fromkeys((r["peer"], r["output"]) for r in found):
+                if peer != "cybn":
+                    theirs = {"peer": peer, "output": output, **here}
+                    name = f"{title} / {peer}, {output}"
+                    every.append(Bar(name, (group,), None, ours | {"output": output}, theirs))
+        return ratio_table(run, every)
+
+    return made
+
+
+def summary(run: Run) -> str:
+    """Return cybn's time over PyTorch's best: a group a row, an operation a column."""
+    rows = []
+    for group in dict.fromkeys(r["group"] for r in run.records):
+        ours = {"peer": "cybn", "layout": FIRST, "output": REUSED}
+        every = [
+            Bar("", (group,), None, ours | {"work": w}, {"peer": "PyTorch", "work": w})
+            for w in NAMES
+        ]
+        found = [[pair.ratio for pair in bar.pairs(run.records)] for bar in every]
+        if any(found):
+            rows.append([group, *(f"{geometric_mean(f):.2f}" if f else "-" for f in found)])
+    return markdown(["geometric mean", *NAMES], rows)
+
+
+def training(run: Run) -> str:
+    """Return the training steps of whole networks, and how far losses are from PyTorch's."""
+    found = [r for r in run.records if r["group"] == "training"]
+    stock = {r["shape"]: r["seconds"] for r in found if r["peer"] == "PyTorch"}
+    rows = []
+    for r in found:
+        gain, sizes = stock[r["shape"]] / r["seconds"], "x".join(map(str, r["sizes"]))
+        cells = [f"{r['shape']}, {sizes}", r["peer"], f"{r['seconds']:.2f} s", f"{gain:.2f}"]
+        cells += [f"{r['faults'] / 1000:.0f} k", f"{r['peak'] / 2**30:.1f} GiB"]
+        rows.append([*cells, "-" if r["peer"] == "no batch norm" else f"{r['apart']:.1e}"])
+    heads = ["network", "", "step", "gain", "page faults", "peak memory", "loss apart by at most"]
+    return markdown(heads, rows, words=2)
+
+
+def bar_table(run: Run) -> str:
+    """Return every bar with its figure and verdict."""
+    return markdown(HEADS, [v.cells for v in verdicts(run.records, run.cache)], words=2)
+
+
+def missed(run: Run) -> str:
+    """Return the places that miss a bar that each has to meet."""
+    rows = [
+        [verdict.bar.name, pair.place, f"{pair.ratio:.3f}"]
+        for verdict in verdicts(run.records, run.cache)
+        for pair in reversed(verdict.pairs)
+        if verdict.bar.how == "each" and pair.ratio > (verdict.bar.limit or inf)
+    ]
+    return markdown(["bar", "place", "figure"], rows, words=2)
+
+
+def machine_table(run: Run) -> str:
+    """Return what the figures depend on."""
+    rows = [[name, str(value)] for name, value in (run.machine | run.peers).items()]
+    return markdown(["", "this run"], rows, words=2)
+
+
+BLOCKS: dict[str, Callable[[Run], str]] = {
+    "machine": machine_table,
+    "bars": bar_table,
+    "missed": missed,
+    **{f"resnet50 {work}": block("resnet50", works=(work,)) for work in NAMES},
+    "resnet50 channels-last": block("resnet50", layout=LAST),
+    "resnet50 one thread": block("one thread"),
+    "resnet50 float64": block("resnet50 float64"),
+    "ratios": beside("resnet50"),
+    "summary": summary,
+    "groups": block(*SHAPES, layout=None),
+    "tiny": block("tiny", works=(*NAMES, "forward, through a layer"), factor=1e6),
+    "fused": beside("activations", "fused", "masks"),
+    "half": beside("beyond", "half"),
+    "family": beside("family"),
+    "training": training,
+}
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def filled(run: Run, path: Path) -> str:
+    """Return a page with its blocks filled; ValueError where a mark is unknown or has no end."""
+    text = path.read_text(encoding="utf-8")
+    names = START.findall(text)
+    if not names:
+        raise ValueError(f"{path} has no line <!-- bench: NAME -->; names: {', '.join(BLOCKS)}")
+    if unknown := [name for name in names if name not in BLOCKS]:
+        raise ValueError(f"{path} asks for {unknown[0]!r}; there are {', '.join(BLOCKS)}")
+    if names != [found[2] for found in MARKED.finditer(text)]:
+        raise ValueError(f"{path} has a <!-- bench: NAME --> without its <!-- end of bench -->")
+
+    def replaced(found: re.Match[str]) -> str:
+        table = BLOCKS[found[2]](run) or "Not measured in this run.\n"
+        return f"{found[1]}\n{table}\n{found[4]}"
+
+    return MARKED.sub(replaced, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill pages, draw the picture, print the bars."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", type=Path)
+    parser.add_argument("--pages", nargs="+", type=Path, default=[])
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        run = read(options.figures)
+        pages = {page: filled(run, page) for page in options.pages}  # all of them, or none
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.picture:
+        from .picture import draw
+
+        draw(run, options.picture)
+    for page, text in pages.items():
+        page.write_text(text, encoding="utf-8")
+    cells = [verdict.cells for verdict in verdicts(run.records, run.cache)]
+    print(text_table(HEADS, cells), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,6 +66,12 @@ class Task(NamedTuple):
         extra = [self.activation] * bool(self.activation) + ["residual"] * self.residual
         words = [" + ".join(extra), "masked" * self.masked, "through a layer" * self.module]
         return ", ".join(filter(None, [self.operation, *words]))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is batch normalization in float32 or float64, and no more than that."""
+        same = Task(self.operation, self.shape, dtype=self.dtype, threads=self.threads)
+        return self == same and self.dtype in ("float32", "float64")
 
     @property
     def channels(self) -> int:
@@ -231,8 +237,3 @@ class Peer:
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield a contestant for every layout and output; nothing for what it cannot do."""
         raise NotImplementedError
-
-    @cached_property
-    def described(self) -> str:
-        """Version and note."""
-        return "; ".join(filter(None, [self.version, self.note]))

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from math import exp, log, prod
+from math import prod
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
@@ -262,11 +262,13 @@ def summary(rows: Sequence[dict[str, Any]], operation: str) -> str:
     chosen = [row for row in rows if row["operation"] == operation]
     times = [row["seconds"] for row in chosen]
     moved = [4 * prod(row["shape"]) * OPERATIONS[operation] / 1e9 for row in chosen]
-    speed = _mean([size / t["cybn"] for size, t in zip(moved, times, strict=True)])
-    floor = _mean([t["cybn"] / t["copy"] for t in times])
+    speed = geometric_mean([size / t["cybn"] for size, t in zip(moved, times, strict=True)])
+    floor = geometric_mean([t["cybn"] / t["copy"] for t in times])
     what = "an add" if operation == "backward" else "a copy"
     other = "PyTorch" if "PyTorch" in times[0] else "NumPy"
-    found = _mean([(_pytorch(t) if other == "PyTorch" else t["NumPy"] / t["cybn"]) for t in times])
+    found = geometric_mean(
+        [(_pytorch(t) if other == "PyTorch" else t["NumPy"] / t["cybn"]) for t in times]
+    )
     return (
         f"{operation}: {speed:.0f} GB/s, {floor:.1f} times {what}; "
         f"{found:.1f} times as fast as {other} here"
@@ -277,10 +279,6 @@ def _pytorch(seconds: dict[str, float]) -> float:
     """Return the quicker of PyTorch's times over cybn's; NaN where it did not take part."""
     found = [t for name, t in seconds.items() if name.startswith("PyTorch")]
     return min(found) / seconds["cybn"] if found else float("nan")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return exp(sum(map(log, values)) / len(values))
 
 
 def check_writable(path: Path) -> None:

@@ -24,7 +24,7 @@ class Floor(Peer):
     """``np.add(x, dy, out=dx)`` for backward, ``np.copyto(y, x)`` for everything else."""
 
     name = FLOOR
-    order = 1
+    order = -1
     version = np.__version__
     note = "np.copyto(y, x), or np.add(x, dy, out=dx) for backward, split over the same threads"
 

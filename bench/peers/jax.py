@@ -30,9 +30,7 @@ class Jax(Peer):
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield both layouts of plain tasks on all CPUs: its threads are not ours to choose."""
-        plain = Task(task.operation, task.shape, dtype=task.dtype, threads=task.threads)
-        wide = task.dtype in ("float32", "float64")
-        if task != plain or not wide or task.threads != len(os.sched_getaffinity(0)):
+        if not task.plain or task.threads != len(os.sched_getaffinity(0)):
             return
         for layout in [FIRST] if len(task.shape) == 2 else [FIRST, LAST]:
             compute = self.compiled(task, data, layout)

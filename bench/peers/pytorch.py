@@ -3,7 +3,8 @@
 `torch.native_batch_norm` is what `torch.nn.functional.batch_norm` ends up calling on the CPU. It is
 given no running statistics, which spares it their update. Operators that have an ``out=`` form are
 timed in it too; what has none always has a fresh output. Channels-last is its memory format, not a
-permuted copy. Activations follow the normalization, in place where it has them so.
+permuted copy. Activations follow the normalization, in place where it has them so. torch.compile is
+a peer of its own.
 """
 
 from __future__ import annotations
@@ -184,3 +185,27 @@ class PyTorch(Peer):
         layer = kind(task.channels, eps=EPS, dtype=t["gamma"].dtype)
         layer.load_state_dict({"weight": t["gamma"], "bias": t["beta"]}, strict=False)
         return layer
+
+
+class Compiled(PyTorch):
+    """`torch.compile` with static shapes; backward is what it compiles for autograd."""
+
+    name = "torch.compile"
+    install = "pip install torch==2.13.0, and a C++ compiler"
+    order = 11
+    note = "static shapes; takes some seconds a shape, which are not counted"
+    quick = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        importlib.import_module("torch._dynamo").config.cache_size_limit = 1000
+        # Backward runs many times on one graph here: its tensors must not be given away.
+        importlib.import_module("torch._functorch.config").donated_buffer = False
+
+    def calls(
+        self, task: Task, t: dict[str, Any], data: Data, layout: str
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield training forward and backward of batch normalization in float32."""
+        plain = task.norm == "batch" and task.dtype == "float32" and not task.module
+        if plain and task.operation != "inference" and t["x"].numel() > 1 << 16:
+            yield FRESH, self.autograd(task, t, partial(self.torch.compile, dynamic=False))
