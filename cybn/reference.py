@@ -128,6 +128,7 @@ def batch_norm_backward(
     mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     from_output: bool = False,
     out: Array | None = None,
     out_residual: Array | None = None,
@@ -135,12 +136,15 @@ def batch_norm_backward(
 ) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm`, through the batch statistics."""
     w = _shares(x, axis, mask, weights, lengths)
-    rows = np.where(w > 0, _fold(x, axis), 0)
+    above, silent = _above(dy, axis, w, masked)
+    rows = np.where(silent, 0, _fold(x, axis))
     rstd = 1 / np.sqrt(_column(moments.var(), 1.0) + eps)  # (5)
     xhat, z = _xhat(
         rows, _column(moments.mean, 0.0), rstd, gamma, beta, activation, slope, from_output
     )
-    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
+    g, dresidual = _through_activation(
+        above, x, z, axis, activation, slope, residual, silent, out_residual
+    )
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
     shared = np.where(w > 0, w * (dbeta + xhat * dgamma), 0)  # not 0 * NaN
@@ -166,6 +170,7 @@ def batch_norm_inference_backward(
     mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     from_output: bool = False,
     out: Array | None = None,
     out_residual: Array | None = None,
@@ -174,9 +179,12 @@ def batch_norm_inference_backward(
     """Return dx, dgamma and dbeta of `batch_norm_inference`; `mean` and `var` are constants."""
     rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
     w = _shares(x, axis, mask, weights, lengths)
-    rows = np.where(w > 0, _fold(x, axis), 0)
+    above, silent = _above(dy, axis, w, masked)
+    rows = np.where(silent, 0, _fold(x, axis))
     xhat, z = _xhat(rows, _column(mean, 0.0), rstd, gamma, beta, activation, slope, from_output)
-    g, dresidual = _through_activation(dy, x, z, axis, activation, slope, residual, w, out_residual)
+    g, dresidual = _through_activation(
+        above, x, z, axis, activation, slope, residual, silent, out_residual
+    )
     dbeta = g.sum(axis=1)  # (12)
     dgamma = (g * xhat).sum(axis=1)  # (13)
     dx = _column(gamma, 1.0) * rstd * g  # (23)
@@ -262,25 +270,31 @@ def _xhat(
     return xhat, _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
 
 
+def _above(dy: ArrayLike, axis: int, w: Array, masked: str) -> tuple[Array, Array]:
+    """Return the gradient with respect to y, and where a value neither counts nor has one."""
+    above = _fold(dy, axis)
+    if masked == "zero":
+        above = np.where(w > 0, above, 0)
+    return above, (w == 0) & (above == 0)
+
+
 def _through_activation(
-    dy: ArrayLike,
+    above: Array,
     x: ArrayLike,
     z: Array,
     axis: int,
     activation: str | None,
     slope: float,
     residual: ArrayLike | None,
-    w: Array,
+    silent: Array,
     out_residual: Array | None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Return the gradient with respect to z, and that of the residual if there is one."""
     if residual is not None:
         z = z + _fold(residual, axis)
     _, derivative = activated(z, activation, slope)
-    cut = (derivative == 0) & (
-        activation in ("relu", "relu6", "hardswish")
-    )  # others leave NaN * 0 = NaN
-    g = np.where(cut | (w == 0), 0, _fold(dy, axis) * derivative)
+    cut = (derivative == 0) & (activation in ("relu", "relu6", "hardswish"))  # else NaN * 0 = NaN
+    g = np.where(cut | silent, 0, above * derivative)
     return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
 

@@ -6,24 +6,30 @@
 from .._runtime import kernels, row_kernels
 from .calls import (
     ACTIVATIONS,
+    SMALL,
     absorb,
     backward,
     forward,
     inference,
+    layout,
     normalize_rows,
     normalize_rows_backward,
+    route,
     statistics,
     use,
 )
 
 __all__ = [
     "ACTIVATIONS",
+    "SMALL",
     "absorb",
     "backward",
     "forward",
     "inference",
+    "layout",
     "normalize_rows",
     "normalize_rows_backward",
+    "route",
     "statistics",
     "use",
 ]

@@ -26,11 +26,10 @@ cdef extern from *:
     void* PyArray_DATA(const PyArrayObject*) noexcept
     void PyArray_CLEARFLAGS(PyArrayObject*, int) noexcept
 
-from cybn._kernels.problem cimport BRAIN, FLOAT32, FLOAT64, HALF, Rows, Storage
+from cybn._kernels.problem cimport BRAIN, FLOAT32, FLOAT64, HALF, SUM_ROW, Storage
 
 cdef enum:
     MOST_AXES = 64          # of a NumPy array
-    NARROW = 32             # channels up to which rows channels-last must be dense: half of SUM_ROW
 
 cdef struct View:
     char* data
@@ -152,8 +151,8 @@ cdef inline bint lies(
         pitch[0] = row
         return True
     pitch[0] = v.strides[last]
-    if not gaps and f.S == 1 and row <= NARROW * v.item and pitch[0] != row:
-        return False
+    if not gaps and f.S == 1 and 2 * row <= SUM_ROW * v.item and pitch[0] != row:
+        return False        # rows of few channels are summed several as one
     return (pitch[0] >= row and pitch[0] % v.item == 0
             and dense(v, f.order, 0, f.split, pitch[0]) >= 0)
 

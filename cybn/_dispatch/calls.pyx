@@ -11,7 +11,6 @@
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from cybn._dispatch.arrays cimport (
@@ -20,7 +19,8 @@ from cybn._dispatch.arrays cimport (
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
-    BRAIN, DOTS, FLOAT32, FLOAT64, NO_SUMS, NO_WRITE, SAMPLES, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
+    AGAIN, BY_RUN, IN_DRESIDUAL, IN_DX, STAGED_PIECES, Caches, Route, Tiling, route_of, tiling_of,
+    BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SAMPLES, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
     Kernels, Problem, RowProblem, RowTiling, Rows, Vector, chunks_of, row_tiling)
 
 from numpy import ascontiguousarray, copyto, empty, errstate, moveaxis, ndarray, zeros
@@ -38,6 +38,8 @@ cdef object F32 = _arguments.F32, F64 = _arguments.F64
 ACTIVATIONS = {
     "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "hardswish": HARDSWISH,
     "sigmoid": SIGMOID, "tanh": TANH, "silu": SILU, "gelu": GELU}
+
+SMALL = SERIAL                  # values from which a call is not a small one
 
 cdef const Kernels* kernels = NULL
 cdef const Kernels* row_kernels = NULL
@@ -135,6 +137,8 @@ cdef object destination(str name, object out, object x, const View* like, View* 
     if out is None:
         out = new_like(x, like)
         view_of(out, v, bfloat16)
+        if not same_shape(v, like):
+            raise RuntimeError("x was given another shape during the call, by another thread")
     elif not (
         type(out) is ndarray and view_of(out, v, bfloat16) and v.storage == like.storage
         and same_shape(v, like) and v.flags & NPY_ARRAY_WRITEABLE
@@ -255,12 +259,15 @@ cdef bint is_zero(object masked) except -1:
 
 # ---- running -----------------------------------------------------------------------------
 
-cdef int run(Problem* p, const View* x) except -1:
-    """Run a kernel; other threads may use Python meanwhile, unless that takes as long to arrange."""
+cdef object run(Problem* p, const View* x):
+    """Run a kernel; return the array that holds its sums.
+
+    Other threads may use Python meanwhile, unless that takes as long to arrange.
+    """
+    sums = None
     if p.reduce != NO_SUMS:
-        p.sums = <double*> malloc((2 * p.chunks + 1) * p.C * sizeof(double))
-        if p.sums == NULL:
-            raise MemoryError(f"no memory for the sums of {p.C} channels")
+        sums = empty((2 * p.chunks + 1) * p.C)
+        p.sums = <double*> PyArray_DATA(<const PyArrayObject*> sums)
         if p.reduce == SUMS:
             p.mean.data, p.mean.wide = p.sums, True
             p.var.data, p.var.wide = p.sums + p.C, True
@@ -269,7 +276,7 @@ cdef int run(Problem* p, const View* x) except -1:
     else:
         with nogil:
             kernels.batch_norm(p)
-    return 0
+    return sums
 
 
 cdef object frozen(const double* values, Py_ssize_t n):
@@ -333,9 +340,8 @@ def forward(
     residual = beside(residual, &vr, x, &f, &p.residual)
     into = target(y, &vy, x, &f, &p.y)
     held = take_shares(&p, positions, &f, &vx, zeroed)
-    run(&p, &vx)
+    sums = run(&p, &vx)
     mean, m2 = frozen(p.sums, p.C), frozen(p.sums + p.C, p.C)
-    free(p.sums)
     if into is not y:
         copyto(y, into)
     return y, count_of(&p, positions), mean, m2
@@ -357,9 +363,8 @@ def statistics(x, axis, mask, weights, lengths, num_threads):
     p.reduce, p.apply = SUMS, NO_WRITE
     x = folded(&p, x, &vx, at, &f)
     held = take_shares(&p, positions, &f, &vx, False)
-    run(&p, &vx)
+    sums = run(&p, &vx)
     mean, m2 = frozen(p.sums, p.C), frozen(p.sums + p.C, p.C)
-    free(p.sums)
     return count_of(&p, positions), mean, m2
 
 
@@ -401,7 +406,7 @@ def inference(
     into = target(y, &vy, x, &f, &p.y)
     held = take_shares(&p, positions if zeroed else None, &f, &vx, zeroed)
     p.count = 1
-    run(&p, &vx)
+    sums = run(&p, &vx)
     if into is not y:
         copyto(y, into)
     return y
@@ -487,9 +492,8 @@ def backward(
     held = take_shares(&p, positions, &f, &vx, zeroed)
     if not through:
         p.count = 1
-    run(&p, &vx)
+    sums = run(&p, &vx)
     results = into, rounded(p.sums + p.C, p.C, dtype), rounded(p.sums, p.C, dtype)
-    free(p.sums)
     if into is not dx:
         copyto(dx, into)
     if kept is None:
@@ -533,6 +537,81 @@ def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
     if vectors[0].storage == FLOAT64:
         return moved[0], moved[1]
     return rounded(new_mean, channels, F32), rounded(new_var, channels, F32)
+
+
+# ---- what a call would do ----------------------------------------------------------------
+
+WAYS = ("plain", "stream", "float16", "bfloat16")
+
+
+def layout(x, int axis):
+    """Return N, C and S of an array, and whether it is read in place."""
+    cdef Problem p
+    cdef View v
+    cdef Fold f
+    memset(&p, 0, sizeof(p))
+    tensor("x", x, &v, True)
+    used = folded(&p, x, &v, axis % v.ndim, &f)
+    return p.N, p.C, p.S, used is x
+
+
+def route(
+    operation, N, C, S, dtype="f", *, activation=None, residual=False, mask=False, weights=False,
+    masked="normalize", in_place=False, from_output=False, threads=1, l2=1 << 20, l3=32 << 20,
+):
+    """Return which way a call would go, as a dictionary of words.
+
+    Parameters
+    ----------
+    operation : {"statistics", "forward", "inference", "backward", "inference_backward"}
+    N, C, S : int
+        As the array folds.
+    dtype : {"f", "d", "e", "E"}
+        float32, float64, float16 or bfloat16.
+    activation, masked, from_output
+        As in the call.
+    residual, mask, weights, in_place : bool
+        Whether there is one; whether the result goes to the place of x.
+    threads, l2, l3 : int
+        Threads, and bytes of the caches.
+    """
+    cdef Problem p
+    cdef Caches caches
+    cdef Tiling t
+    cdef Route r
+    memset(&p, 0, sizeof(p))
+    p.N, p.C, p.S = N, C, S
+    p.storage = {"f": FLOAT32, "d": FLOAT64, "e": HALF, "E": BRAIN}[dtype]
+    p.item = {"f": 4, "d": 8, "e": 2, "E": 2}[dtype]
+    p.reduce = {"inference": NO_SUMS, "statistics": SUMS, "forward": SUMS}.get(operation, DOTS)
+    p.apply = {
+        "statistics": NO_WRITE, "backward": UNSCALE, "inference_backward": SCALE_DY,
+    }.get(operation, SCALE)
+    options(&p, activation, 0.01, 1.0, True)
+    p.chunks = chunks_of(N, C, S)
+    p.x.pitch = p.y.pitch = p.dy.pitch = C * S * p.item
+    p.x.at, p.dy.at = <char*> 64, <char*> 128       # places that differ, never looked at
+    p.y.at = p.x.at if in_place else <char*> 192
+    if residual:
+        p.residual.at = <char*> 256
+        p.dresidual.at = <char*> 320 if p.reduce == DOTS else NULL
+    if mask or weights:
+        p.share = &p
+        p.weighted, p.zeroed = weights, is_zero(masked)
+    p.inverse, p.threads = from_output, threads
+    caches.l2, caches.l3 = l2, l3
+    t = tiling_of(&p, &caches)
+    r = route_of(&p, &t, &caches)
+    return {
+        "schedule": "owned" if t.owned else "shared",
+        "sums": "runs" if r.reduce_by == BY_RUN else "columns",
+        "writes": "runs" if r.apply_by == BY_RUN else "columns",
+        "sums from": "stages" if r.reduce_from == STAGED_PIECES else "memory",
+        "writes from": "stages" if r.apply_from == STAGED_PIECES else "memory",
+        "way": WAYS[r.way],
+        "gradient": {AGAIN: "again", IN_DRESIDUAL: "in dresidual", IN_DX: "in dx"}.get(
+            r.gradient, "given"),
+    }
 
 
 # ---- rows: layer, RMS, group and instance normalization ----------------------------------
@@ -640,20 +719,18 @@ cdef object row_vector(str name, object value, object form, object dtype, View* 
     return value
 
 
-cdef int run_rows(RowProblem* p) except -1:
-    """Run a kernel on rows."""
+cdef object run_rows(RowProblem* p):
+    """Run a kernel on rows; return the array that holds its sums."""
     cdef RowTiling t = row_tiling(p)
-    p.sums = <double*> malloc(
-        (2 * p.N * p.G * t.slots + (2 * t.chunks * p.G * p.K if p.backward else 0)) * sizeof(double))
-    if p.sums == NULL:
-        raise MemoryError(f"no memory for the sums of {p.N * p.G} rows")
+    sums = empty(2 * p.N * p.G * t.slots + (2 * t.chunks * p.G * p.K if p.backward else 0))
+    p.sums = <double*> PyArray_DATA(<const PyArrayObject*> sums)
     p.parts = p.sums + 2 * p.N * p.G * t.slots
     if p.N * p.G * p.D < SERIAL:
         row_kernels.rows(p)
     else:
         with nogil:
             row_kernels.rows(p)
-    return 0
+    return sums
 
 
 def normalize_rows(
@@ -691,8 +768,7 @@ def normalize_rows(
     p.mean = <double*> PyArray_DATA(<const PyArrayObject*> mean)
     p.m2 = <double*> PyArray_DATA(<const PyArrayObject*> m2)
     p.gamma, p.beta = vg.data, vb.data
-    run_rows(&p)
-    free(p.sums)
+    sums = run_rows(&p)
     if into is not y:
         copyto(y, into)
     if f.split > 1:
@@ -747,14 +823,13 @@ def normalize_rows_backward(
     p.mean = <double*> PyArray_DATA(<const PyArrayObject*> mean)
     p.m2 = <double*> PyArray_DATA(<const PyArrayObject*> m2)
     p.gamma = vg.data
-    run_rows(&p)
+    sums = run_rows(&p)
     t = row_tiling(&p)
     C = p.G * p.K
     for k in range(1, t.chunks):        # in order
         for i in range(2 * C):
             p.parts[i] += p.parts[k * 2 * C + i]
     dgamma, dbeta = rounded(p.parts, C, result), rounded(p.parts + C, C, result)
-    free(p.sums)
     if into is not dx:
         copyto(dx, into)
     return dx, dgamma.reshape(form.shape), dbeta.reshape(form.shape)

@@ -129,9 +129,6 @@ def ordered(
         Whether `values` are in the order of x's axes.
     """
     if to_rows:
-        return np.ascontiguousarray(values.reshape(sizes).transpose(order)).reshape(-1)
+        return values.reshape(sizes).transpose(order).flatten()
     back = tuple(order.index(i) for i in range(len(order)))
-    memory = values.reshape(tuple(sizes[i] for i in order)).transpose(back)
-    found = np.ascontiguousarray(memory).reshape(-1)
-    found.setflags(write=False)
-    return found
+    return values.reshape(tuple(sizes[i] for i in order)).transpose(back).flatten()

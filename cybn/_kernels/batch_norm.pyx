@@ -28,7 +28,7 @@
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, sqrt
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
 from cybn._kernels.check cimport check
@@ -43,7 +43,8 @@ from cybn._kernels.problem cimport (
     SCALE, SCALE_DY, STAGED, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem, Route, Rows,
     Tiling, Vector, ceiling, route_of, tiling_of)
 from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
-from cybn._kernels.statistics cimport add_wide, pivot_of, sample_of, settle, settled
+from cybn._kernels.statistics cimport (
+    Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
 
 cdef enum:
     PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
@@ -283,11 +284,11 @@ cdef void add_lines(
         dot_columns(FLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
     elif way == BFLOAT16:
         dot_columns(BFLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
-    elif bend == RECTIFIED:
+    elif T is float and bend == RECTIFIED:
         dot_columns(PLAIN, RECTIFIED, dy, x, sweeps, w, co, kink, a, b)
-    elif bend == STEPS:
+    elif T is float and bend == STEPS:
         dot_columns(PLAIN, STEPS, dy, x, sweeps, w, co, kink, a, b)
-    elif bend == RAMP:
+    elif T is float and bend == RAMP:
         dot_columns(PLAIN, RAMP, dy, x, sweeps, w, co, kink, a, b)
     else:
         dot_columns(PLAIN, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
@@ -453,21 +454,20 @@ cdef void look(
     """Sums of a channel in float64."""
     cdef const Job* job = channel.job
     cdef const Problem* p = job.p
-    cdef double lanes[2 * WIDE]
+    cdef Wide wide
     cdef T room[STAGED]
     cdef const T* x
     cdef const T* share = NULL
     cdef Py_ssize_t n, s, m
-    clear(lanes, 2 * WIDE)
+    memset(&wide, 0, sizeof(wide))
     for n in range(p.N):
         for s in range(ceiling(p.S, STAGED)):
             m = min(STAGED, p.S - s * STAGED)
             x = fetch(&p.x, p, job.r.way, n, channel.c * p.S + s * STAGED, m, room)
             if p.share != NULL:
                 share = <const T*> p.share + n * p.S + s * STAGED
-            add_wide(x, share, m, shift, down, lanes)
-    sums[0] = across(lanes)
-    sums[1] = across(lanes + WIDE)
+            add_wide(x, share, m, shift, down, &wide)
+    wide_sums(&wide, sums)
 
 
 cdef void look_float(

@@ -154,7 +154,7 @@ cdef inline void row_scale(
             at_x = read(way, x + at * item, lanes, room)
         for j in range(lanes):
             v[j] = ((at_x[j] - hi) - lo) * r * g[j] + b[j]
-        put(way, stream and m == lanes, v, y + at * item if m == lanes else at_end + STRIP)
+        put(way, stream and 0 <= i < e.strips, v, y + at * item if m == lanes else at_end + STRIP)
         if m < lanes:
             memcpy(y + at * item, at_end + STRIP, m * item)
 
@@ -208,7 +208,7 @@ cdef inline void row_unscale(
             to_a[j] += at_dy[j] * xhat
             to_b[j] += at_dy[j]
             v[j] = ((at_dy[j] * g[j] - c1) - xhat * c2) * r
-        put(way, stream and m == lanes, v, dx + at * item if m == lanes else at_end + 2 * STRIP)
+        put(way, stream and 0 <= i < e.strips, v, dx + at * item if m == lanes else at_end + 2 * STRIP)
         if m < lanes:
             memcpy(dx + at * item, at_end + 2 * STRIP, m * item)
             memcpy(a + at, to_a, m * sizeof(T))

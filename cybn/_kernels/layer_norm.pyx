@@ -31,7 +31,7 @@
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from cybn._kernels.by_row cimport (
     C1_OF_ROW, C2_OF_ROW, HI_OF_ROW, LO_OF_ROW, R_OF_ROW, ROW_TERMS, row_dots, row_scale, row_unscale,
@@ -47,7 +47,8 @@ from cybn._kernels.problem cimport (
     ALONG, BRAIN, DOWN, FLOAT64, HALF, POSITIONS, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SEGMENT, SERIAL,
     SHORT, STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
     ceiling, row_tiling)
-from cybn._kernels.statistics cimport add_wide, pivot_of, sample_of, settle, settled
+from cybn._kernels.statistics cimport (
+    Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
 
 cdef struct Job:
     const RowProblem* p
@@ -408,12 +409,12 @@ cdef void look(
     const Place* row, double shift, double down, T of_type, double* sums
 ) noexcept nogil:
     """Sums of a row in float64."""
-    cdef double lanes[2 * WIDE]
+    cdef Wide wide
     cdef T room[PIECE]
     cdef const Job* job = row.job
     cdef const T* x
     cdef Py_ssize_t i, j, m
-    clear(lanes, 2 * WIDE)
+    memset(&wide, 0, sizeof(wide))
     for i in range(ceiling(job.p.D, PIECE)):
         m = min(PIECE, job.p.D - i * PIECE)
         if job.p.last:
@@ -422,9 +423,8 @@ cdef void look(
             x = room
         else:
             x = read(job.way, place(&job.p.x, job, row.n, row.g * job.p.D + i * PIECE), m, room)
-        add_wide(x, <const T*> NULL, m, shift, down, lanes)
-    sums[0] = across(lanes)
-    sums[1] = across(lanes + WIDE)
+        add_wide(x, <const T*> NULL, m, shift, down, &wide)
+    wide_sums(&wide, sums)
 
 
 cdef void look_float(const void* row, double shift, double down, double* sums) noexcept nogil:

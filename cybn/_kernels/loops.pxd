@@ -25,7 +25,7 @@ from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of,
     read, write)
 
-cdef enum Bend:             # the activations whose slope costs a comparison or two
+cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
     RECTIFIED               # relu
     STEPS                   # two other slopes outside low..high: relu6, leaky_relu
@@ -289,11 +289,11 @@ cdef inline void dot_table(
         dot_strip(FLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
     elif way == BFLOAT16:
         dot_strip(BFLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
-    elif bend == RECTIFIED:
+    elif T is float and bend == RECTIFIED:
         dot_strip(PLAIN, 0, RECTIFIED, dy, x, 0, sweeps, co, kink, a, b)
-    elif bend == STEPS:
+    elif T is float and bend == STEPS:
         dot_strip(PLAIN, 0, STEPS, dy, x, 0, sweeps, co, kink, a, b)
-    elif bend == RAMP:
+    elif T is float and bend == RAMP:
         dot_strip(PLAIN, 0, RAMP, dy, x, 0, sweeps, co, kink, a, b)
     else:
         dot_strip(PLAIN, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
@@ -355,7 +355,8 @@ cdef inline Ends ends_of(const char* y, bint stream, Py_ssize_t w, T of_type) no
     cdef Ends e
     cdef Py_ssize_t lanes = lanes_of(of_type)
     e.head = (-<size_t> y & (LINE - 1)) // sizeof(T) if stream else 0
-    e.head = e.head if e.head + lanes <= w else w % lanes
+    if e.head + lanes > w:      # no whole strip begins on a line
+        e.head = min(w, lanes)
     e.strips = (w - e.head) // lanes
     e.rest = w - e.head - e.strips * lanes
     return e
@@ -536,11 +537,11 @@ cdef inline void unscale(
         unscale_rows(FLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
     elif way == BFLOAT16:
         unscale_rows(BFLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
-    elif bend == RECTIFIED:
+    elif T is float and bend == RECTIFIED:
         unscale_rows(PLAIN, step, RECTIFIED, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
-    elif bend == STEPS:
+    elif T is float and bend == STEPS:
         unscale_rows(PLAIN, step, STEPS, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
-    elif bend == RAMP:
+    elif T is float and bend == RAMP:
         unscale_rows(PLAIN, step, RAMP, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
     else:
         unscale_rows(PLAIN, step, STRAIGHT, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)

@@ -247,7 +247,7 @@ cdef inline Source reduce_from(const Problem* p) noexcept nogil:
         return STAGED_PIECES
     if p.reduce != DOTS or p.activation == IDENTITY and p.dresidual.at == NULL:
         return IN_PLACE
-    if p.dresidual.at != NULL or p.inverse or smooth(p) or p.storage > FLOAT64:
+    if p.dresidual.at != NULL or p.inverse or smooth(p) or p.storage != FLOAT32:
         return STAGED_PIECES
     return IN_PLACE
 
@@ -261,7 +261,7 @@ cdef inline Source apply_from(const Problem* p) noexcept nogil:
         return STAGED_PIECES
     if p.inverse and p.activation != IDENTITY:
         return STAGED_PIECES
-    if gradient_of(p) == AGAIN and (smooth(p) or p.storage > FLOAT64):
+    if gradient_of(p) == AGAIN and (smooth(p) or p.storage != FLOAT32):
         return STAGED_PIECES
     return IN_PLACE
 

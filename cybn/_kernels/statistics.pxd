@@ -42,32 +42,51 @@ cdef inline T pivot_of(
     return <T> mean
 
 
+cdef struct Wide:               # sums in float64 throughout
+    double lanes[2 * WIDE]      # of d and of d * d, since the last STRETCH values
+    double total[2 * WIDE]
+    Py_ssize_t taken
+
+
 cdef inline void add_wide(
     const T* x,                 # IN  (n,)
     const T* share,             # IN  (n,) how often a value counts, or NULL
     Py_ssize_t n,
     double shift,
-    double down,
-    double* restrict lanes,     # IO  (2, WIDE) sums of d and of d * d
+    double down,                # a power of two
+    Wide* wide,                 # IO
 ) noexcept nogil:
-    """Sums in float64 throughout. What counts 0 times is not looked at."""
-    cdef double total[2 * WIDE]
+    """Add d = (x - shift) * down, and its square. What counts 0 times is not looked at.
+
+    After one huge value a lane would round off every small one that follows, all in the same
+    direction: so lanes are short.
+    """
     cdef double d, w
-    cdef Py_ssize_t i, j, k, m
-    for k in range((n + STRETCH - 1) // STRETCH):
-        # After one huge value a lane would round off every small one that follows, all in the
-        # same direction: so lanes are short.
-        m = min(n - k * STRETCH, STRETCH)
-        for j in range(2 * WIDE):
-            total[j] = 0
-        for i in range(m):
-            j = i % WIDE
-            w = 1 if share == NULL else share[k * STRETCH + i]
-            d = x[k * STRETCH + i] * down - shift * down if w != 0 else 0
-            total[j] += w * d
-            total[WIDE + j] += w * d * d
-        for j in range(2 * WIDE):
-            lanes[j] += total[j]
+    cdef Py_ssize_t i, j
+    for i in range(n):
+        j = wide.taken % WIDE
+        w = 1 if share == NULL else share[i]
+        d = x[i] * down - shift * down if w != 0 else 0
+        wide.lanes[j] += w * d
+        wide.lanes[WIDE + j] += w * d * d
+        wide.taken += 1
+        if wide.taken % STRETCH == 0:
+            rest_of(wide)
+
+
+cdef inline void rest_of(Wide* wide) noexcept nogil:
+    """Add the lanes to the totals, and begin anew."""
+    cdef Py_ssize_t j
+    for j in range(2 * WIDE):
+        wide.total[j] += wide.lanes[j]
+        wide.lanes[j] = 0
+
+
+cdef inline void wide_sums(Wide* wide, double* sums) noexcept nogil:
+    """The two sums."""
+    rest_of(wide)
+    sums[0] = across(wide.total)
+    sums[1] = across(wide.total + WIDE)
 
 
 cdef inline bint settled(double s1, double s2, double M, T of_type) noexcept nogil:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .._dispatch import SMALL
 from .._moments import Moments
 from ._memory import empty_like
 
@@ -65,7 +66,7 @@ def _view(t: Tensor | None) -> Any:
 
 def _threads(x: Tensor) -> int:
     """Return the threads for a call; small ones take one anyway, and are quicker to say so."""
-    return torch.get_num_threads() if x.numel() >= functional.SMALL else 1
+    return torch.get_num_threads() if x.numel() >= SMALL else 1
 
 
 def _forward(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, lay, normal_case, same_bits
 from family_cases import group, layer
+import levels
 from levels import LEVELS
 
 import cybn
-from cybn import _runtime, functional
+from cybn import _runtime
 
 THREADS = (1, 2, 3, 4, 7, 16)
 MEMBERS = [layer(128, 300), group(2, 3, 6, 50, 50)]
@@ -23,8 +24,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 @pytest.fixture
 def bind():
     """Return a function that switches the instruction level, until the test is over."""
-    yield lambda name: functional._bind(_runtime.kernels_at(name))
-    functional._bind(_runtime.kernels)
+    yield levels.bind
+    levels.bind(_runtime.level)
 
 
 def laid(shape, dtype, axis, offset=3.0):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cybn
-from cybn import _arguments, _layout, _runtime
+from cybn import _arguments, _dispatch
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -137,12 +137,10 @@ def test_nan_outside_the_view_has_no_effect(rng, name, dtype, level):
 @pytest.mark.parametrize("name", VIEWS)
 def test_read_in_place(name):
     x = VIEWS[name](np.ones((6, 5, 7, 8), np.float32))
-    folded, plan = _layout.fold(x, 1)
-    assert np.shares_memory(plan.view(folded), folded)
-    if name in IN_PLACE:
-        assert folded is x
-    assert plan.shape[1] == x.shape[1]
-    assert np.prod(plan.shape) == x.size
+    *shape, in_place = _dispatch.layout(x, 1)
+    assert in_place == (name in IN_PLACE)
+    assert shape[1] == x.shape[1]
+    assert np.prod(shape) == x.size
 
 
 @pytest.mark.row(17)
@@ -151,11 +149,8 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
     """Dense memory in any order folds without a copy, whatever axis the channels are on."""
     x = rng.standard_normal((3, 4, 5, 6)).astype(np.float32).transpose(order)
     for axis in range(-4, 4):
-        folded, plan = _layout.fold(x, axis % 4)
-        assert folded is x
-        assert np.shares_memory(plan.view(x), x)
-        out = np.empty_like(x)
-        assert _layout.like_empty(out, x, plan) is out
+        assert _dispatch.layout(x, axis)[3]
+        assert _dispatch.layout(np.empty_like(x), axis) == _dispatch.layout(x, axis)
     check(x, x[::-1], axis=2)
 
 
@@ -417,11 +412,6 @@ def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
     with pytest.raises(ValueError, match="overlaps"):
         cybn.batch_norm(x, out=out)
     assert same_bits(room, before)
-
-
-def test_narrow_rows_are_the_kernels():
-    """The width up to which channels-last rows must be dense is stated twice."""
-    assert _layout.NARROW == _runtime.kernels.NARROW
 
 
 def test_overlap_with_what_is_copied_first(rng):

@@ -55,7 +55,7 @@ def test_forward_and_backward_are_those_of_the_gathered_values(rng, nsc, kind, d
     out = np.broadcast_to((shares == 0)[:, np.newaxis], nsc)
     x[out] = dy[out] = np.nan
     y, m = cybn.batch_norm(x, gamma, beta, masked="zero", **chosen)
-    dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m, gamma, **chosen)
+    dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m, gamma, masked="zero", **chosen)
     rows, above = gathered(x, shares), gathered(dy, shares)
     y2, m2 = cybn.batch_norm(rows, gamma, beta)
     dx2, dgamma2, dbeta2 = cybn.batch_norm_backward(above, rows, m2, gamma)
@@ -85,7 +85,9 @@ def test_weights_are_repeated_values(rng, axis):
     firsts = np.cumsum(each) - each
     x, dy = lay(x, axis), lay(dy, axis)
     y, m = cybn.batch_norm(x, gamma, beta, axis=axis, **chosen)
-    dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m, gamma, axis=axis, **chosen)
+    dx, dgamma, dbeta = cybn.batch_norm_backward(
+        dy, x, m, gamma, axis=axis, masked="zero", **chosen
+    )
     y, dx = np.moveaxis(y, axis, 1), np.moveaxis(dx, axis, 1)
     near = {"rtol": 1e-12, "atol": 1e-12}
     assert m.count == m2.count
@@ -116,7 +118,7 @@ def test_all_agree_with_the_reference(rng, nsc, kind, masked, activation, dtype)
         fixed = m.mean, m.var()
         y = cybn.batch_norm_inference(x, *fixed, gamma, beta, masked=masked, **options)
         np.testing.assert_allclose(y, exact, **near)
-        options["beta"] = beta
+        options |= {"beta": beta, "masked": masked}
         got = cybn.batch_norm_backward(dy, x, m, gamma, **options)
         exact = reference.batch_norm_backward(dy, x, m2, gamma, **options)
         assert len(got) == len(exact) == (3 if r is None else 4)
@@ -133,17 +135,19 @@ def test_all_agree_with_the_reference(rng, nsc, kind, masked, activation, dtype)
 
 @pytest.mark.row(11)
 @pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("masked", ["normalize", "zero"])
 @pytest.mark.parametrize("axis", AXES)
 @every_kind
 @pytest.mark.parametrize("nsc", [(4, 3, 5), (3, 2, 2)], ids=str)
-def test_central_differences(rng, nsc, kind, axis, activation):
+def test_central_differences(rng, nsc, kind, axis, masked, activation):
     x, dy, residual, gamma, beta = batch(rng, nsc, np.float64)
     x, dy, residual = (lay(v, axis) for v in (x, dy, residual))
     chosen, _ = selection(rng, nsc, kind)
     options = {"axis": axis, "activation": activation, "residual": residual, **chosen}
+    options["masked"] = masked
 
     def loss():
-        return np.vdot(cybn.batch_norm(x, gamma, beta, masked="zero", **options)[0], dy)
+        return np.vdot(cybn.batch_norm(x, gamma, beta, **options)[0], dy)
 
     _, m = cybn.batch_norm(x, gamma, beta, **options)
     dx, dgamma, dbeta, dr = cybn.batch_norm_backward(dy, x, m, gamma, beta=beta, **options)

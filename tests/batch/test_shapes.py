@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from bounds import ULP32, column, forward_bound
 from cases import AXES, DTYPES, backward_bound, exact_fill, lay, normal_case
+import levels
 from levels import LEVELS
 
 import cybn
-from cybn import _runtime, functional
+from cybn import _runtime
 
 # As written in the sources of the kernels.
 RUN_MIN, RUN_APPLY, RUN_TO_ROWS = 256, 96, 32
@@ -80,8 +81,8 @@ def case(shape, dtype):
 @pytest.fixture
 def bind():
     """Return a function that switches the instruction level, until the test is over."""
-    yield lambda name: functional._bind(_runtime.kernels_at(name))
-    functional._bind(_runtime.kernels)
+    yield levels.bind
+    levels.bind(_runtime.level)
 
 
 def check(shape, dtype, axis, bind):
