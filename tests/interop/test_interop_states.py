@@ -275,3 +275,25 @@ def test_the_momentum_of_inference_plays_no_part(momentum, bn):
     node.attributes["training_mode"] = 1
     with pytest.raises(ValueError, match=f"momentum is {momentum}"):
         interop.from_onnx(node)
+
+
+# ---- what inference takes, layers take too -----------------------------------------------------
+
+
+def test_eps_0_and_variances_slightly_below_0(bn):
+    """As the functions take both: a state of an average, or of a model without an epsilon."""
+    bn.eps = 0
+    x = np.linspace(-2, 2, 4 * C, dtype=np.float32).reshape(4, C)
+    y = bn.eval()(x)
+    for name in TO:
+        options = {} if name == "onnx" else {"eps" if name == "torch" else "epsilon": 0}
+        options |= {} if name in ("torch", "onnx") else {"axis": 1}
+        twin = FROM[name](TO[name](bn), **options)
+        assert twin.eps == 0
+        np.testing.assert_array_equal(twin.eval()(x), y)
+    state = interop.to_torch(bn)
+    state["running_var"][0] = -1e-9
+    layer = interop.from_torch(state, eps=1e-3).eval()
+    given = state["running_mean"], state["running_var"], state["weight"], state["bias"]
+    expected = cybn.batch_norm_inference(x, *given, eps=1e-3)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-6)
