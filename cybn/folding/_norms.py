@@ -36,11 +36,6 @@ def fixed(bn: Norm) -> Any:
             "the layer after it. Fold bn.scale_shift(np.float64) into the layer before it, and put "
             "the activation after that"
         )
-    if getattr(bn, "use_batch_statistics", None) is True:
-        raise ValueError(
-            "use_batch_statistics is True: bn normalizes with the statistics of each batch, which "
-            "no fixed scale and shift can do. Set it to None to use the running ones"
-        )
     return bn
 
 

@@ -24,11 +24,13 @@ Values go over unchanged, so inference gives the same. Two conventions differ, a
 ===============  ===================================================================================
 _arrays.py       arrays of other libraries, in place where they allow it
 _forms.py        what each library calls the arrays, and what they mean
+_narrow.py       types narrower than NumPy's, from their bits
 _layers.py       a layer from a group of arrays, and back
 _torch.py        PyTorch
 _keras.py        Keras
 _flax.py         Flax, both linen and nnx
-_onnx.py         ONNX: one node, or all of a model
+_onnx.py         ONNX: one node
+_onnx_graph.py   ONNX: all nodes of a model
 _convert.py      a whole model's state at once
 _files.py        arrays and layers in files
 _npz.py          npz files, read without trust
@@ -41,11 +43,13 @@ from ._convert import Converted, convert, find
 from ._files import load_arrays, load_layers, save_arrays, save_layers
 from ._flax import flatten, flax_options, from_flax, to_flax, unflatten
 from ._keras import from_keras, keras_options, to_keras
-from ._onnx import OnnxNode, from_onnx, onnx_layers, to_onnx
+from ._onnx import OnnxNode, from_onnx, to_onnx
+from ._onnx_graph import OnnxLayers, onnx_layers
 from ._torch import from_torch, to_torch, torch_options
 
 __all__ = [
     "Converted",
+    "OnnxLayers",
     "OnnxNode",
     "as_array",
     "convert",

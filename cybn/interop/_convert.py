@@ -36,14 +36,14 @@ def find(
 ) -> dict[str, tuple[str, ...]]:
     """Return the batch norms in a model's state: their prefixes, and each one's keys.
 
-    What has no running statistics, such as a layer norm, is never taken. An instance norm of
+    What has no running statistics, such as a layer norm, is not taken unasked. An instance norm of
     PyTorch that tracks statistics has the same keys as a batch norm: name it in `skip`.
 
     Parameters
     ----------
     state : mapping of str to array_like
         Flat.
-    form : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "cybn"}
+    form : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
         Whose names to look for.
     only : iterable of str, optional
         The prefixes to take, and no others. "keras-h5" numbers its keys, so a batch norm is taken
@@ -93,7 +93,7 @@ def convert(
     ----------
     state : mapping of str to array_like
         Flat. Read only.
-    source, target : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "cybn"}
+    source, target : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
         Whose names `state` has, and whose it is to have.
     only, skip
         As in `find`.

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from numpy.typing import ArrayLike, NDArray
 
-from ..layers import BatchNorm
-from ._layers import arrays_of, build, other_momentum
+from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
+from ._layers import FAMILY, INSTANCE, arrays_of, build, needs_eps, other_momentum
 
 Api = Literal["linen", "nnx"]
 
@@ -85,15 +85,17 @@ def from_flax(
     variables: Mapping[str, Any],
     prefix: str = "",
     *,
-    epsilon: float = 1e-5,
+    epsilon: float | None = None,
     momentum: float = 0.99,
     axis: int = -1,
     api: Api = "linen",
-    layer: type[BatchNorm] = BatchNorm,
+    layer: type[Any] = BatchNorm,
     running_ddof: int | None = None,
     count: ArrayLike | None = None,
-) -> BatchNorm:
-    """Return a layer with the variables of a Flax batch norm.
+    state_ddof: int | None = None,
+    num_groups: int | None = None,
+) -> Any:
+    """Return a layer with the variables of a Flax batch norm, or another of its normalizations.
 
     Parameters
     ----------
@@ -103,15 +105,16 @@ def from_flax(
     prefix : str, default ""
         Where in `variables` the module is, such as "Block_0/BatchNorm_0"; without the collection.
     epsilon, momentum, axis
-        The module's, in Flax's sense: `momentum` weighs the old value. Flax's defaults.
+        The module's, in Flax's sense: `momentum` weighs the old value. Flax's defaults: an
+        epsilon of None is 1e-5 for a batch norm and 1e-6 for all others.
     api : {"linen", "nnx"}
         Which of Flax's two kinds of modules.
-    layer, running_ddof, count
+    layer, running_ddof, count, state_ddof, num_groups
         As in `from_keras`.
 
     Returns
     -------
-    BatchNorm
+    layer
         As from `from_keras`.
 
     Raises
@@ -121,13 +124,15 @@ def from_flax(
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables is of type {type(variables).__name__}; it must be a dict")
-    options = {"eps": epsilon, "momentum": other_momentum(momentum), "axis": axis}
-    flat = flatten(variables)
-    return build(flat, _form(api), prefix, layer, running_ddof, count, **options)
+    if epsilon is None:
+        epsilon = 1e-6 if issubclass(layer, (*INSTANCE, *FAMILY)) else 1e-5
+    options: dict[str, Any] = {"eps": epsilon, "momentum": other_momentum(momentum), "axis": axis}
+    given: Any = (layer, running_ddof, count, state_ddof, num_groups)
+    return build(flatten(variables), _form(api), prefix, *given, **options)
 
 
 def to_flax(
-    bn: BatchNorm, prefix: str = "", *, api: Api = "linen", count: ArrayLike | None = None
+    bn: Any, prefix: str = "", *, api: Api = "linen", count: ArrayLike | None = None
 ) -> dict[str, Any]:
     """Return the state of a layer as Flax has it: nested dicts.
 
@@ -155,18 +160,24 @@ def to_flax(
     return unflatten(flat)
 
 
-def flax_options(bn: BatchNorm) -> dict[str, Any]:
-    """Return what to give ``flax.linen.BatchNorm``, or nnx's after its num_features.
+def flax_options(bn: Any) -> dict[str, Any]:
+    """Return what to give the module of ``flax.linen`` of the same name, or nnx's after its sizes.
 
     Raises
     ------
     ValueError
-        If the momentum is None: Flax has no mean of all batches.
+        If the momentum or eps is None: Flax has neither the mean of all batches nor an epsilon of
+        the input's type.
     """
-    return {
-        "axis": bn.axis,
-        "momentum": other_momentum(bn.momentum),
-        "epsilon": bn.eps,
-        "use_bias": bn.affine,
-        "use_scale": bn.affine,
-    }
+    scale, bias = bn.gamma is not None, bn.beta is not None
+    shared = {"epsilon": needs_eps(bn), "use_scale": scale, "use_bias": bias}
+    if isinstance(bn, LayerNorm | RMSNorm):
+        axes = tuple(range(-len(bn.normalized_shape), 0))
+        if isinstance(bn, RMSNorm):
+            del shared["use_bias"]
+        return shared | {"reduction_axes": axes, "feature_axes": axes}
+    if isinstance(bn, GroupNorm):
+        return {"num_groups": bn.num_groups} | shared
+    if isinstance(bn, INSTANCE):
+        return {"feature_axes": bn.axis} | shared
+    return {"axis": bn.axis, "momentum": other_momentum(bn.momentum)} | shared

@@ -5,18 +5,21 @@ form         keys of a batch norm with the prefix p                             
 ===========  ========================================================================  ==========
 cybn         p.gamma  p.beta  p.running_mean  p.running_var  p.num_batches_tracked     the layer's
 torch        p.weight p.bias  p.running_mean  p.running_var  p.num_batches_tracked     unbiased
-keras        p/gamma  p/beta  p/moving_mean   p/moving_variance; read with ``:0`` too  biased
+keras        p/gamma  p/beta  p/moving_mean   p/moving_variance; read with tails too   biased
 keras-h5     p/vars/0 p/vars/1  p/vars/2      p/vars/3                                 biased
 flax         params/p/scale  params/p/bias  batch_stats/p/mean  batch_stats/p/var      biased
 nnx          p/scale  p/bias  p/mean          p/var                                    biased
 onnx         p.scale  p.B     p.input_mean    p.input_var; read as p.mean, p.var too   biased
+mxnet        p_gamma  p_beta  p_moving_mean   p_moving_var; read as p_running_... too  biased
 ===========  ========================================================================  ==========
 
-A *group* is what one batch norm has, by the names of cybn's own state.
+A *group* is what one batch norm has, by the names of cybn's own state. The tails that are read are
+those of TensorFlow: ``:0``, ``/ExponentialMovingAverage``, ``/.ATTRIBUTES/VARIABLE_VALUE``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import as_array
+from ._arrays import as_array, as_floats
 
 GAMMA, BETA, MEAN, VAR, BATCHES = (
     "gamma",
@@ -44,11 +47,12 @@ class Form:
     leaves: dict[str, str]  # last part of a key -> role; the first of a role is the one written
     separator: str
     ddof: int | None  # of the running variance; None: the layer knows
-    ending: str = ""  # that a key may have when read
+    tails: tuple[str, ...] = ()  # that a key may have when read
+    heads: tuple[str, ...] = ()  # likewise
     collections: dict[str, str] | None = None  # first part of the key, by role
     tracked: bool = True  # whether it always has running statistics
     affine: bool = False  # whether it always has gamma and beta
-    lone: bool = False  # whether gamma or beta may stand alone
+    lone: bool = False  # whether gamma or beta may stand alone where it is written
     hint: str = ""  # what a prefix must have in it, where the keys do not say enough
     sure: bool = True  # whether mean and variance alone show that it is a batch norm
 
@@ -56,7 +60,10 @@ class Form:
         """Return the prefix and the role of a key; None where it has no part in a batch norm."""
         if not isinstance(key, str):
             return None
-        key = key.removesuffix(self.ending)
+        for head in self.heads:
+            key = key.removeprefix(head)
+        for tail in self.tails:
+            key = key.removesuffix(tail)
         for leaf, role in self.leaves.items():
             head = key.removesuffix(leaf)
             if head == key or (head and not head.endswith(self.separator)):
@@ -97,10 +104,16 @@ FORMS = {
         tracked=False,
     ),
     "keras": Form(
-        {"gamma": GAMMA, "beta": BETA, "moving_mean": MEAN, "moving_variance": VAR},
+        {
+            "gamma": GAMMA,
+            "beta": BETA,
+            "moving_mean": MEAN,
+            "moving_variance": VAR,
+            "scale": GAMMA,  # of an RMSNormalization
+        },
         "/",
         ddof=0,
-        ending=":0",
+        tails=(":0", "/.ATTRIBUTES/VARIABLE_VALUE", "/ExponentialMovingAverage"),
         lone=True,
     ),
     "keras-h5": Form(
@@ -138,7 +151,40 @@ FORMS = {
         affine=True,
         sure=False,
     ),
+    "mxnet": Form(
+        {
+            "gamma": GAMMA,
+            "beta": BETA,
+            "moving_mean": MEAN,
+            "moving_var": VAR,
+            "running_mean": MEAN,
+            "running_var": VAR,
+        },
+        "_",
+        ddof=0,
+        heads=("arg:", "aux:"),
+        affine=True,
+    ),
 }
+
+# Of PyTorch, at a prefix: what is there instead of a weight or bias that is computed from others.
+_COMPUTED = re.compile(
+    r"(?:(.*)\.)?(?:parametrizations\.(?:weight|bias)\..*|(?:weight|bias)_(?:orig|mask|g|v|u))"
+)
+
+
+def computed(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence for each prefix at which PyTorch has parametrized or pruned a module."""
+    found = {}
+    for key in state:
+        if isinstance(key, str) and (match := _COMPUTED.fullmatch(key)):
+            found[match[1] or ""] = (
+                f"{key!r} shows that the module is parametrized or pruned, so the state has what "
+                "its arrays are computed from. Before state_dict(), call torch.nn.utils.parametrize"
+                ".remove_parametrizations(module, name), or torch.nn.utils.prune.remove(module, "
+                "name)"
+            )
+    return found
 
 
 def form(name: str) -> Form:
@@ -168,17 +214,22 @@ def search(
             prefix, role = parsed
             if role in groups.setdefault(prefix, {}):
                 other = groups[prefix][role]
-                raise ValueError(f"the keys {other!r} and {key!r} name the same array")
+                raise ValueError(
+                    f"the keys {other!r} and {key!r} name the same array; leave out the keys of "
+                    "one kind, such as {k: v for k, v in state.items() if k.endswith(...)}"
+                )
             groups[prefix][role] = key
-    found = Found({}, {})
+    found, hidden = Found({}, {}), computed(state) if name == "torch" else {}
     for prefix, keys in groups.items():
-        if not {MEAN, VAR} & set(keys):  # a layer norm, or a linear layer: not worth a word
-            continue
+        named = wanted is not None and prefix in wanted
+        if not {MEAN, VAR} & set(keys) and not named:
+            continue  # a layer norm, or a linear layer: not worth a word
         if prefix in skip or (wanted is not None and prefix not in wanted):
             found.passed_over[prefix] = "not asked for"
             continue
         sure = wanted is not None
-        if reason := next(_doubts(state, known, prefix, keys, sure), ""):
+        doubts = _doubts(state, known, prefix, keys, sure)
+        if reason := hidden.get(prefix) or next(doubts, ""):
             found.passed_over[prefix] = reason
         else:
             found.taken[prefix] = keys
@@ -192,24 +243,26 @@ def _doubts(
     state: Mapping[str, Any], known: Form, prefix: str, keys: dict[str, str], sure: bool
 ) -> Iterator[str]:
     """Yield the reasons why a group is not a batch norm. `sure`: the caller says that it is."""
-    if not {MEAN, VAR} <= set(keys):
+    tracks = {MEAN, VAR} & set(keys)
+    if len(tracks) == 1:
         yield "it has a mean or a variance, but not both"
     affine = {GAMMA, BETA} & set(keys)
     if known.hint and len(affine) != 2:
         yield "its numbered keys fit other layers as well"
-    if len(affine) == 1 and not known.lone:
-        yield "it has a scale or a shift, but not both"
     if not sure and known.hint and known.hint not in prefix:
         yield f"its name has no {known.hint!r} in it: name it in only="
     if not sure and not known.sure and not affine:
         yield "it has a mean and a variance, but no scale or shift: name it in only="
     shapes = {np.shape(state[key]) for role, key in keys.items() if role != BATCHES}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+    if len(shapes) != 1 or (tracks and len(next(iter(shapes))) != 1):
         yield f"its arrays are not of one shape (C,): {sorted(shapes)}"
 
 
-def read(state: Mapping[str, Any], name: str, prefix: str) -> Group:
-    """Return the group at a prefix, with or without running statistics, as NumPy arrays."""
+def read(state: Mapping[str, Any], name: str, prefix: str, tracks: bool = True) -> Group:
+    """Return the group at a prefix, as NumPy arrays; with running statistics if a form has them.
+
+    `tracks` is False for layers that have none.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(f"the state is of type {type(state).__name__}; it must be a flat dict")
     known = form(name)
@@ -218,35 +271,60 @@ def read(state: Mapping[str, Any], name: str, prefix: str) -> Group:
         if (parsed := known.parse(key)) is not None and parsed[0] == prefix:
             if parsed[1] in group:
                 raise ValueError(f"the key {key!r} names an array that another key has named")
-            group[parsed[1]] = as_array(value, key)
+            group[parsed[1]] = as_floats(value, key)
+    if name == "torch" and prefix in (hidden := computed(state)):
+        raise ValueError(hidden[prefix])
     if not group:
-        others = ", ".join(map(repr, search(state, name, None, ()).taken)) or "none"
-        raise ValueError(
-            f"no batch norm of the form {name!r} at prefix {prefix!r}; there are: {others}"
-        )
-    for one, other in ((MEAN, VAR), (VAR, MEAN), (GAMMA, BETA), (BETA, GAMMA)):
-        lone = known.lone and one in (GAMMA, BETA)
-        if one in group and other not in group and not lone:
+        raise ValueError(_nothing_there(state, name, prefix))
+    for one, other in ((MEAN, VAR), (VAR, MEAN)):
+        if one in group and other not in group:
             missing = known.key(prefix, other)
             raise ValueError(f"{known.key(prefix, one)!r} is there, but not {missing!r}")
-    if known.tracked and MEAN not in group:
+    if BATCHES in group:
+        group[BATCHES] = counter(group[BATCHES])
+    if known.tracked and tracks and MEAN not in group:
         raise ValueError(
             f"there is no {known.key(prefix, MEAN)!r}: at prefix {prefix!r} is no batch norm"
         )
     return group
 
 
-def write(group: Group, name: str, prefix: str) -> dict[str, Any]:
+def _nothing_there(state: Mapping[str, Any], name: str, prefix: str) -> str:
+    """Return that there is no batch norm at a prefix, where there are, or of which form."""
+    others = ", ".join(map(repr, search(state, name, None, ()).taken)) or "none"
+    text = f"no batch norm of the form {name!r} at prefix {prefix!r}; there are: {others}"
+    for form_name in FORMS if others == "none" else ():
+        try:
+            like = search(state, form_name, None, ()).taken
+        except ValueError:
+            continue
+        if like:
+            return f"{text}. The keys are those of the form {form_name!r}, at {next(iter(like))!r}"
+    return text
+
+
+def counter(value: Any) -> NDArray[Any]:
+    """Return a number of batches as an integer; averages of checkpoints make floats of it."""
+    count = as_floats(value, "num_batches_tracked")
+    if count.size != 1 or count.dtype.kind != "f" or not abs(count.item()) < 2**63:
+        return count
+    return np.asarray(np.rint(count).astype(np.int64))
+
+
+def write(group: Group, name: str, prefix: str, whole: bool = True) -> dict[str, Any]:
     """Return a group under the keys of a form.
 
-    Scale and shift of a batch norm without them are 1 and 0 where the form always has them.
+    Scale and shift of a batch norm without them are 1 and 0 where the form always has them, unless
+    `whole` is False.
     """
     known = form(name)
     group = {role: value for role, value in group.items() if role in known.roles}
     if BATCHES in known.roles and VAR in group:
         group.setdefault(BATCHES, np.array(0, np.int64))
+        if "float" in str(getattr(group[BATCHES], "dtype", "")):
+            group[BATCHES] = counter(group[BATCHES])
     affine = {GAMMA, BETA} & set(group)
-    if known.affine or (affine and not known.lone):
+    if whole and (known.affine or (affine and not known.lone)):
         like = as_array(group[VAR] if VAR in group else group[next(iter(affine))])
         group.setdefault(GAMMA, np.ones_like(like))
         group.setdefault(BETA, np.zeros_like(like))
@@ -258,7 +336,7 @@ def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
 
     Computed in long double and rounded once.
     """
-    array = as_array(var, "running_var")
+    array = as_floats(var, "running_var")
     if ddof == to:
         return array
     if array.dtype.kind != "f":

@@ -7,22 +7,24 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-from ..layers import BatchNorm
-from ._layers import arrays_of, build, other_momentum
+from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
+from ._layers import INSTANCE, arrays_of, build, needs_eps, other_momentum
 
 
 def from_keras(
     weights: Mapping[str, Any],
     prefix: str = "",
     *,
-    epsilon: float = 1e-3,
+    epsilon: float | None = None,
     momentum: float = 0.99,
     axis: int = -1,
-    layer: type[BatchNorm] = BatchNorm,
+    layer: type[Any] = BatchNorm,
     running_ddof: int | None = None,
     count: ArrayLike | None = None,
-) -> BatchNorm:
-    """Return a layer with the weights of a Keras batch normalization.
+    state_ddof: int | None = None,
+    num_groups: int | None = None,
+) -> Any:
+    """Return a layer with the weights of a Keras batch normalization, or another normalization.
 
     Parameters
     ----------
@@ -31,19 +33,25 @@ def from_keras(
     prefix : str, default ""
         Where in `weights` the layer is, such as "sequential/batch_normalization".
     epsilon, momentum, axis
-        The Keras layer's, in Keras's sense: `momentum` weighs the old value. Keras's defaults.
+        The Keras layer's, in Keras's sense: `momentum` weighs the old value. Keras's defaults:
+        an epsilon of None is 1e-3, and 1e-6 for an RMSNorm.
     layer : type, default BatchNorm
-        `BatchNorm` or a form of it, such as `BatchNorm2d`.
+        As in `from_torch`.
     running_ddof : {None, 0, 1}
-        None: the layer follows the biased variance, as Keras does. 1: the unbiased one from now
-        on, and running_var is converted.
+        None: the layer follows the variance of the weights, biased as Keras has it. 1: the unbiased
+        one from now on, and running_var is converted.
     count : int or array_like, optional
         Values of a channel in a training batch, N * S; needed where the variance is converted.
+    state_ddof : {None, 0, 1}
+        Which variance the weights have, where it is not the biased one: 1 for what TensorFlow's
+        fused kernel left, which Keras 2 and TF1 use for inputs of 4 axes.
+    num_groups : int, optional
+        Of a GroupNorm: Keras' ``groups``.
 
     Returns
     -------
-    BatchNorm
-        A new layer in training mode with copies of the arrays; its `momentum` is 1 - `momentum`,
+    layer
+        A new one in training mode with copies of the arrays; its `momentum` is 1 - `momentum`,
         taken in decimal. A scale or a center that Keras left out is 1 or 0. Keras counts no
         batches: `num_batches_tracked` is 0.
 
@@ -52,19 +60,22 @@ def from_keras(
     TypeError, ValueError
         As in `from_torch`.
     """
-    options = {"eps": epsilon, "momentum": other_momentum(momentum), "axis": axis}
-    return build(weights, "keras", prefix, layer, running_ddof, count, **options)
+    if epsilon is None:
+        epsilon = 1e-6 if issubclass(layer, RMSNorm) else 1e-3
+    options: dict[str, Any] = {"eps": epsilon, "momentum": other_momentum(momentum), "axis": axis}
+    given: Any = (layer, running_ddof, count, state_ddof, num_groups)
+    return build(weights, "keras", prefix, *given, **options)
 
 
 def to_keras(
-    bn: BatchNorm, prefix: str = "", *, count: ArrayLike | None = None
+    bn: Any, prefix: str = "", *, count: ArrayLike | None = None
 ) -> dict[str, NDArray[Any]]:
     """Return the state of a layer as Keras has it.
 
     Parameters
     ----------
-    bn : BatchNorm
-        Left as it is.
+    bn : layer
+        Of any kind that cybn has; left as it is. An instance norm is a GroupNormalization there.
     prefix : str, default ""
         What the keys start with, without the slash.
     count : int or array_like, optional
@@ -81,24 +92,37 @@ def to_keras(
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer, or has an activation or no running statistics, or `count` is not
-        above 1.
+        If `bn` is no layer, or has an activation or `use_batch_statistics`, is a batch norm without
+        running statistics or an instance norm with them, or `count` is not above 1.
     """
-    return arrays_of(bn, "keras", prefix, count)
+    arrays = arrays_of(bn, "keras", prefix, count)
+    if isinstance(bn, RMSNorm):
+        return {key.removesuffix("gamma") + "scale": array for key, array in arrays.items()}
+    return arrays
 
 
-def keras_options(bn: BatchNorm) -> dict[str, Any]:
-    """Return what to give ``keras.layers.BatchNormalization`` for a layer like `bn`.
+def keras_options(bn: Any) -> dict[str, Any]:
+    """Return what to give the layer of ``keras.layers`` for one like `bn`.
+
+    A BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization; the last for
+    an instance norm, too. A batch norm that `freeze` was called on has ``trainable=False``.
 
     Raises
     ------
     ValueError
-        If the momentum is None: Keras has no mean of all batches.
+        If the momentum or eps is None: Keras has neither the mean of all batches nor an epsilon
+        of the input's type.
     """
-    return {
-        "axis": bn.axis,
-        "momentum": other_momentum(bn.momentum),
-        "epsilon": bn.eps,
-        "center": bn.affine,
-        "scale": bn.affine,
-    }
+    if isinstance(bn, LayerNorm | RMSNorm):
+        axes = list(range(-len(bn.normalized_shape), 0))
+        options: dict[str, Any] = {"axis": axes if len(axes) > 1 else -1, "epsilon": needs_eps(bn)}
+        if isinstance(bn, RMSNorm):
+            return options
+        return options | {"center": bn.beta is not None, "scale": bn.gamma is not None}
+    shared = {"axis": bn.axis, "epsilon": bn.eps, "center": bn.affine, "scale": bn.affine}
+    if isinstance(bn, (GroupNorm, *INSTANCE)):
+        groups = bn.num_groups if isinstance(bn, GroupNorm) else bn.num_features
+        return {"groups": groups} | shared
+    frozen = (bn.update_statistics, bn.use_batch_statistics, bn.train_affine) == (False,) * 3
+    trainable = {"trainable": False} if frozen else {}
+    return {"momentum": other_momentum(bn.momentum)} | shared | trainable

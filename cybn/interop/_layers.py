@@ -1,4 +1,4 @@
-"""A layer from a group of arrays, and back."""
+"""A layer of any kind from a group of arrays, and back."""
 
 from __future__ import annotations
 
@@ -6,29 +6,53 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._arguments import number
-from ..layers import BatchNorm, InstanceNorm
-from ._arrays import as_array
+from ..layers import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
+from ._arrays import as_floats
 from ._forms import BATCHES, BETA, GAMMA, MEAN, VAR, Group, form, read, variance, write
+
+# Layers by the names of the other libraries; those of each kind, in the order of this tuple.
+BATCH = BatchNorm
+INSTANCE = (InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
+FAMILY = (LayerNorm, RMSNorm, GroupNorm)  # without running statistics
+NORMS = (BATCH, *INSTANCE, *FAMILY)
 
 
 def build(
     state: Any,
     name: str,
     prefix: str,
-    layer: type[BatchNorm],
+    layer: type[Any],
     running_ddof: int | None,
     count: Any,
+    state_ddof: int | None = None,
+    num_groups: int | None = None,
     **options: Any,
-) -> BatchNorm:
+) -> Any:
     """Return a new layer with the arrays that `state` has under a prefix."""
-    group = read(state, name, prefix)
-    known = form(name).ddof
-    assert known is not None
+    family, batch = issubclass(layer, FAMILY), not issubclass(layer, (*INSTANCE, *FAMILY))
+    group = read(state, name, prefix, batch)
+    if family:
+        return family_layer(group, layer, num_groups, options["eps"], options["axis"])
+    if num_groups is not None:
+        raise ValueError(f"num_groups is {num_groups}; it is for layer=GroupNorm alone")
+    known = form(name).ddof if state_ddof is None else state_ddof
     ddof = known if running_ddof is None else running_ddof
-    if ddof not in (0, 1):
-        raise ValueError(f"running_ddof is {running_ddof}; it must be 0 (biased), 1 or None")
+    for what, value in (("state_ddof", known), ("running_ddof", ddof)):
+        if value not in (0, 1):
+            raise ValueError(f"{what} is {value}; it must be 0 (biased), 1 or None")
+    assert known is not None
+    assert ddof is not None
     if ddof != known and VAR in group:
         if count is None:
             raise ValueError(
@@ -39,47 +63,99 @@ def build(
     return layer_of(group, layer, running_ddof=ddof, **options)
 
 
-def layer_of(group: Group, layer: type[BatchNorm], **options: Any) -> BatchNorm:
-    """Return a new layer with the arrays of a group, and its other settings from `options`."""
-    vectors = {role: as_array(value, role) for role, value in group.items() if role != BATCHES}
+def _vectors(group: Group) -> tuple[dict[str, NDArray[Any]], type[np.floating[Any]]]:
+    """Return the arrays of a group, of one shape, and the type that holds all of them."""
+    vectors = {role: as_floats(value, role) for role, value in group.items() if role != BATCHES}
     shape = next(iter(vectors.values())).shape
-    if len(shape) != 1:
-        raise ValueError(f"{next(iter(vectors))} has shape {shape}; it must have shape (C,)")
     for role, array in vectors.items():  # before room is made for them
         if array.shape != shape:
             raise ValueError(f"{role} has shape {array.shape}; it must have shape {shape}")
     wide = any(array.dtype == np.float64 for array in vectors.values())
+    return vectors, np.float64 if wide else np.float32
+
+
+def layer_of(group: Group, layer: type[Any], **options: Any) -> Any:
+    """Return a new layer with the arrays of a group, and its other settings from `options`."""
+    vectors, dtype = _vectors(group)
+    name, first = next(iter(vectors.items()))
+    if first.ndim != 1:
+        raise ValueError(f"{name} has shape {first.shape}; it must have shape (C,)")
     affine, track = bool({GAMMA, BETA} & set(vectors)), VAR in vectors
-    bn = layer(
-        shape[0],
-        affine=affine,
-        track_running_stats=track,
-        dtype=np.float64 if wide else np.float32,
-        **options,
-    )
-    bn.load_state_dict(bn.state_dict() | group)  # a lone gamma or beta joins the layer's own
+    bn = layer(first.size, affine=affine, track_running_stats=track, dtype=dtype, **options)
+    counted = {BATCHES: group[BATCHES]} if BATCHES in group else {}
+    # A lone gamma or beta joins the layer's own.
+    bn.load_state_dict(bn.state_dict() | vectors | counted)
     return bn
 
 
-def arrays_of(bn: BatchNorm, name: str, prefix: str, count: Any) -> dict[str, Any]:
-    """Return copies of a layer's arrays under the keys of a form."""
-    if not isinstance(bn, BatchNorm | InstanceNorm):
-        raise TypeError(f"bn is of type {type(bn).__name__}; it must be a cybn.BatchNorm")
-    if bn.activation is not None:
+def family_layer(group: Group, layer: Any, num_groups: int | None, eps: Any, axis: int) -> Any:
+    """Return a new layer norm, RMS norm or group norm with the arrays of a group."""
+    vectors, dtype = _vectors({role: v for role, v in group.items() if role in (GAMMA, BETA)})
+    shape = next(iter(vectors.values())).shape
+    if issubclass(layer, GroupNorm):
+        if num_groups is None or len(shape) != 1:
+            raise ValueError(
+                f"num_groups is {num_groups}, and the arrays have the shape {shape}; a GroupNorm "
+                "needs num_groups= and arrays of shape (C,)"
+            )
+        norm: Any = layer(num_groups, shape[0], axis=axis, eps=eps, dtype=dtype)
+    elif issubclass(layer, RMSNorm):
+        if BETA in vectors:
+            raise ValueError("there is a shift, which an RMSNorm has not: give layer=LayerNorm")
+        norm = layer(shape, eps=eps, dtype=dtype)
+    else:
+        norm = layer(shape, eps=eps, bias=BETA in vectors, dtype=dtype)
+    norm.load_state_dict(norm.state_dict() | vectors)
+    return norm
+
+
+def check_norm(bn: Any) -> None:
+    """Refuse what is no layer of cybn, or does what other libraries' layers of its name do not."""
+    known: tuple[Any, ...] = NORMS
+    if not isinstance(bn, known):
+        raise TypeError(f"bn is of type {type(bn).__name__}; it must be a layer, as cybn.BatchNorm")
+    if getattr(bn, "activation", None) is not None:
         raise ValueError(
             f"bn has the activation {bn.activation!r}, which the other library has as a layer of "
             "its own: convert a copy whose activation is None (twin = copy.copy(bn); "
             "twin.activation = None), and put the activation after it there"
         )
+    if getattr(bn, "use_batch_statistics", None) is True and bn.track_running_stats:
+        raise ValueError(
+            "use_batch_statistics is True: bn normalizes with the statistics of each batch in "
+            "inference too, and a layer with its running statistics there would not. Convert a "
+            "copy whose use_batch_statistics is None"
+        )
+
+
+def arrays_of(bn: Any, name: str, prefix: str, count: Any) -> dict[str, Any]:
+    """Return copies of a layer's arrays under the keys of a form."""
+    check_norm(bn)
     known, group = form(name), dict(bn.state_dict())
-    if MEAN not in group and known.tracked:
+    if isinstance(bn, INSTANCE) and known.tracked:
+        if MEAN in group:
+            raise ValueError(
+                "track_running_stats is True, and an instance norm of that library has no running "
+                "statistics; set bn.track_running_stats = False to leave them behind"
+            )
+    elif not isinstance(bn, FAMILY) and MEAN not in group and known.tracked:
         raise ValueError(
             "track_running_stats is False, and a batch norm of that library always has running "
             "statistics"
         )
     if VAR in group and count is not None and known.ddof is not None:
         group[VAR] = variance(group[VAR], bn.running_ddof, known.ddof, count)
-    return write(group, name, prefix)
+    return write(group, name, prefix, whole=not isinstance(bn, FAMILY))
+
+
+def needs_eps(bn: Any) -> float:
+    """Return the eps of a layer; ValueError where it depends on the input's type."""
+    if bn.eps is None:
+        raise ValueError(
+            "eps is None, the machine epsilon of the input's dtype, which only PyTorch has as "
+            "well; set bn.eps to a number first, such as 1.1920929e-07 for float32"
+        )
+    return float(bn.eps)
 
 
 def other_momentum(momentum: float | None) -> float:

@@ -1,37 +1,72 @@
-"""ONNX: a BatchNormalization node, in both of its forms.
+"""ONNX: nodes of normalization, as plain data or protocol buffers.
 
-=========  =========================  ==================  ==========================================
-opset      statistics among inputs    attributes          outputs when training
-=========  =========================  ==================  ==========================================
-7 to 13    mean, var                  epsilon, momentum   y, mean, var, saved_mean, saved_var
-14 on      input_mean, input_var      and training_mode   y, running_mean, running_var
-=========  =========================  ==================  ==========================================
+======================  =====  =======================  ============================================
+node                    from   inputs after x           attributes
+======================  =====  =======================  ============================================
+BatchNormalization      7      scale, B, mean, var      epsilon, momentum
+BatchNormalization      14     ..., input_mean, ..._var epsilon, momentum, training_mode
+InstanceNormalization   1      scale, B                 epsilon
+LayerNormalization      17     scale, B, or scale       epsilon, axis
+GroupNormalization      21     scale, bias              epsilon, num_groups
+RMSNormalization        23     scale                    epsilon, axis
+======================  =====  =======================  ============================================
 
 Opset 14 says that the variance is the biased one; before, the standard does not say, and it is
-taken to be so. Nodes of opset 1 to 6 are read, not written.
+taken to be so. In training a BatchNormalization also gives its running statistics, before opset 14
+its batch's too. Nodes of opset 1 to 6 are read, not written.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .._arguments import integer_from
-from ..layers import BatchNorm
-from ._layers import arrays_of, build, other_momentum
+from .._arguments import integer_from, is_bfloat16
+from ..layers import BatchNorm, GroupNorm, InstanceNorm2d, LayerNorm, RMSNorm
+from ._arrays import as_floats
+from ._forms import BETA, GAMMA
+from ._layers import (
+    INSTANCE,
+    arrays_of,
+    build,
+    check_norm,
+    family_layer,
+    layer_of,
+    needs_eps,
+    other_momentum,
+)
 
 _FLOAT, _INT = 1, 2  # of onnx.AttributeProto
-_SETTINGS = ("epsilon", "momentum", "spatial")
+_SETTINGS = ("epsilon", "momentum", "spatial", "training_mode", "axis", "num_groups", "stash_type")
 _ROLES = ("scale", "B", "input_mean", "input_var")
+_BATCH = "BatchNormalization"
+
+
+class Operator(NamedTuple):
+    """A node of the family: its first opset, and what its inputs after x are called."""
+
+    opset: int
+    inputs: tuple[str, ...]
+    needs: int  # of the inputs
+    layer: type[Any]
+
+
+FAMILY = {
+    "InstanceNormalization": Operator(1, ("scale", "B"), 2, InstanceNorm2d),
+    "LayerNormalization": Operator(17, ("scale", "B"), 1, LayerNorm),
+    "GroupNormalization": Operator(21, ("scale", "bias"), 2, GroupNorm),
+    "RMSNormalization": Operator(23, ("scale",), 1, RMSNorm),
+}
+OPERATORS = (_BATCH, *FAMILY)
 
 
 class OnnxNode(NamedTuple):
-    """A BatchNormalization node in plain Python.
+    """A node of normalization in plain Python.
 
     Attributes
     ----------
@@ -41,7 +76,8 @@ class OnnxNode(NamedTuple):
         Their names; the first input is x, the first output y.
     attributes : dict of str to float or int
     initializers : dict of str to ndarray
-        The other four inputs, by name.
+        The other inputs, by name.
+    op_type : str
     """
 
     name: str
@@ -50,6 +86,7 @@ class OnnxNode(NamedTuple):
     outputs: tuple[str, ...]
     attributes: dict[str, float | int]
     initializers: dict[str, NDArray[Any]]
+    op_type: str = _BATCH
 
     def protos(self) -> tuple[Any, list[Any]]:
         """Return it as a ``NodeProto`` and a list of ``TensorProto``, with the package onnx.
@@ -61,7 +98,7 @@ class OnnxNode(NamedTuple):
         """
         onnx = _onnx()
         node = onnx.helper.make_node(
-            "BatchNormalization",
+            self.op_type,
             list(self.inputs),
             list(self.outputs),
             name=self.name,
@@ -80,47 +117,71 @@ def _onnx() -> Any:
 
 
 def to_onnx(
-    bn: BatchNorm,
+    bn: Any,
     name: str = "bn",
     *,
     x: str = "x",
     y: str = "y",
-    opset: int = 15,
+    opset: int | None = None,
     training: bool = False,
     count: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> OnnxNode:
-    """Return a layer as a BatchNormalization node.
+    """Return a layer as a node of normalization.
 
-    ONNX normalizes axis 1, whatever the layer's axis is.
+    But for layer and RMS norms, ONNX normalizes axis 1, whatever the layer's axis is.
 
     Parameters
     ----------
-    bn : BatchNorm
-        Left as it is.
+    bn : layer
+        Of any kind that cybn has; left as it is.
     name : str, default "bn"
         Of the node; its initializers are called name.scale, name.B and so on.
     x, y : str
         Names of the input and of the output.
-    opset : int, default 15
-        Which form: 7 to 13, or 14 on.
+    opset : int, optional
+        Which form. None: 15 for a batch norm, and the first that has the node for the others.
     training : bool, default False
-        Whether the node normalizes with the batch and gives new running statistics.
+        Whether the node of a batch norm normalizes with the batch and gives new running statistics.
     count : int or array_like, optional
         As in `to_keras`: ONNX follows the biased variance.
+    dtype : dtype, optional
+        Of the initializers, which must be that of x before opset 15: float32, float64, float16 or
+        bfloat16; that of the layer where None. Each value is rounded once.
 
     Returns
     -------
     OnnxNode
         Of copies, plain data; `protos` makes protocol buffers of it. A layer without gamma and
-        beta gives ones and zeros.
+        beta gives ones and zeros where the node needs them.
 
     Raises
     ------
     TypeError, ValueError
-        As in `to_keras`; ValueError too if `opset` is below 7, or the layer's momentum is None and
-        `training` is True. For inference such a node goes without momentum.
+        As in `to_keras`; ValueError too if `opset` is below the first that has the node, a value
+        does not fit `dtype`, or `training` is True and the layer's momentum is None, or it does not
+        train: `use_batch_statistics` or `update_statistics` is False. For inference such a node
+        goes without momentum.
     """
-    opset = integer_from("opset", opset, 7)
+    check_norm(bn)
+    if isinstance(bn, BatchNorm) and not isinstance(bn, INSTANCE):
+        node = _batch_node(bn, name, x, y, integer_from("opset", 15 if opset is None else opset, 7),
+                           training, count)  # fmt: skip
+    else:
+        node = _family_node(bn, name, x, y, opset)
+    arrays = {key: _cast(array, key, dtype) for key, array in node.initializers.items()}
+    return node._replace(initializers=arrays)
+
+
+def _batch_node(
+    bn: BatchNorm, name: str, x: str, y: str, opset: int, training: bool, count: Any
+) -> OnnxNode:
+    if training and not (bn.use_batch_statistics in (None, True) and bn.update_statistics):
+        raise ValueError(
+            f"use_batch_statistics is {bn.use_batch_statistics} and update_statistics is "
+            f"{bn.update_statistics}, so bn does not train as the node would; unfreeze() it, or "
+            "leave training out"
+        )
     arrays = arrays_of(bn, "onnx", name, count)
     if opset < 14:
         arrays = {_old_name(key): array for key, array in arrays.items()}
@@ -136,33 +197,81 @@ def to_onnx(
     return OnnxNode(name, opset, (x, *arrays), tuple(outputs), attributes, arrays)
 
 
+def _family_node(bn: Any, name: str, x: str, y: str, opset: int | None) -> OnnxNode:
+    kind = next(
+        kind
+        for kind, operator in FAMILY.items()
+        if isinstance(bn, INSTANCE if operator.layer is InstanceNorm2d else operator.layer)
+    )
+    first = FAMILY[kind].opset
+    opset = first if opset is None else integer_from("opset", opset, first)
+    arrays_of(bn, "keras", "", None)  # refuses what has statistics
+    attributes: dict[str, float | int] = {"epsilon": needs_eps(bn)}
+    if isinstance(bn, GroupNorm):
+        attributes["num_groups"] = bn.num_groups
+        shape: tuple[int, ...] = (bn.num_channels,)
+    elif isinstance(bn, INSTANCE):
+        shape = (bn.num_features,)
+    else:
+        shape = bn.normalized_shape
+        attributes["axis"] = -len(shape)
+    scale = np.ones(shape, bn.dtype) if bn.gamma is None else bn.gamma.copy()
+    given = [scale]
+    if bn.beta is not None or FAMILY[kind].needs == 2:
+        given.append(np.zeros(shape, bn.dtype) if bn.beta is None else bn.beta.copy())
+    names = [f"{name}.{part}" for part in FAMILY[kind].inputs]
+    arrays = dict(zip(names, given, strict=False))
+    return OnnxNode(name, opset, (x, *arrays), (y,), attributes, arrays, kind)
+
+
+def _cast(array: NDArray[Any], name: str, dtype: Any) -> NDArray[Any]:
+    """Return an initializer in the type that was asked for."""
+    if dtype is None:
+        return array
+    to = np.dtype(dtype)
+    if to not in (np.float16, np.float32, np.float64) and not is_bfloat16(to):
+        raise TypeError(f"dtype is {to}; it must be float32, float64, float16 or bfloat16")
+    with np.errstate(all="ignore"):
+        result = array.astype(to)
+        lost = np.isfinite(array) & ~np.isfinite(result.astype(np.float64))
+    if lost.any():
+        raise ValueError(f"{name} has the value {array[lost][0]}, which does not fit {to}")
+    return result
+
+
 def from_onnx(
     node: Any,
     initializers: Mapping[str, Any] | None = None,
     *,
     axis: int = 1,
-    layer: type[BatchNorm] = BatchNorm,
+    layer: type[Any] | None = None,
     running_ddof: int | None = None,
     count: ArrayLike | None = None,
-) -> BatchNorm:
-    """Return a layer with the state and the settings of a BatchNormalization node.
+    state_ddof: int | None = None,
+) -> Any:
+    """Return a layer with the state and the settings of a node of normalization.
 
     Parameters
     ----------
     node : OnnxNode or onnx.NodeProto
-        Of any opset.
+        A BatchNormalization of any opset, or an InstanceNormalization, LayerNormalization,
+        GroupNormalization (of opset 21, with a scale for each channel) or RMSNormalization.
     initializers : mapping of str to array_like or onnx.TensorProto, optional
         Where the node's inputs are found by name; those of an `OnnxNode` where None.
     axis : int, default 1
         The channel axis of the new layer's input; 1 in ONNX.
-    layer, running_ddof, count
+    layer : type, optional
+        `BatchNorm` where None, or `InstanceNorm2d` for an InstanceNormalization, which does not
+        say how many axes its input has; a form of these.
+    running_ddof, count, state_ddof
         As in `from_keras`.
 
     Returns
     -------
-    BatchNorm
-        A new layer with copies of the arrays. Settings that ONNX holds in float32 come back as the
-        shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0.
+    layer
+        A new one with copies of the arrays. Settings that ONNX holds in float32 come back as the
+        shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0. The momentum of
+        a node for inference plays no part; where it is none, it is ONNX's default.
 
     Raises
     ------
@@ -177,77 +286,62 @@ def from_onnx(
         inputs, attributes, found = node.inputs, dict(node.attributes), node.initializers
         initializers = found if initializers is None else initializers
     elif hasattr(node, "op_type") and hasattr(node, "attribute"):
-        if node.op_type != "BatchNormalization":
-            raise ValueError(f"the node is a {node.op_type}; it must be a BatchNormalization")
+        if node.op_type not in OPERATORS:
+            raise ValueError(f"the node is a {node.op_type}; it must be a {', '.join(OPERATORS)}")
         inputs = tuple(node.input)
         attributes = {a.name: _number(a) for a in node.attribute if a.name in _SETTINGS}
     else:
         raise TypeError(
             f"node is of type {type(node).__name__}; it must be an OnnxNode or an onnx.NodeProto"
         )
+    known = {} if initializers is None else initializers
     if not attributes.get("spatial", 1):
         raise ValueError("the node has spatial=0, with statistics for each position; not supported")
+    roles = _ROLES if node.op_type == _BATCH else FAMILY[node.op_type].inputs
     state = {}
-    for key, role in zip(inputs[1:], _ROLES, strict=False):
-        if key not in (initializers or {}):
+    for key, role in zip(inputs[1:], roles, strict=False):
+        if not key and role == "B":  # left out
+            continue
+        if key not in known:
             raise ValueError(f"the input {key!r}, {role} of the node, is not in initializers")
-        state[role] = _array((initializers or {})[key], key)
-    options = {
+        state[role] = tensor_array(known[key], key)
+    if node.op_type != _BATCH:
+        return _from_family(node.op_type, attributes, state, axis, layer)
+    momentum = attributes.get("momentum", 0.9)
+    if isfinite(momentum) and not 0 <= momentum <= 1 and not attributes.get("training_mode"):
+        momentum = 0.9
+    options: dict[str, Any] = {
         "eps": attributes.get("epsilon", 1e-5),
-        "momentum": other_momentum(attributes.get("momentum", 0.9)),
+        "momentum": other_momentum(momentum),
         "axis": axis,
     }
-    return build(state, "onnx", "", layer, running_ddof, count, **options)
+    kind = BatchNorm if layer is None else layer
+    return build(state, "onnx", "", kind, running_ddof, count, state_ddof, **options)
 
 
-def onnx_layers(model: Any, **options: Any) -> dict[str, BatchNorm]:
-    """Return a layer for each BatchNormalization node of an ONNX model's main graph.
-
-    Parameters
-    ----------
-    model : onnx.ModelProto
-        Its initializers and Constant nodes are looked in for the nodes' inputs.
-    **options
-        As in `from_onnx`.
-
-    Returns
-    -------
-    dict of str to BatchNorm
-        By the node's name, or that of its output where the name is empty or not the only one. By
-        the outputs of all nodes where even so two would have the same name.
-
-    Raises
-    ------
-    ValueError
-        As in `from_onnx`, and if two nodes have the same output, or one has none.
-    TypeError
-        If `model` is of another type.
-    """
-    if not hasattr(model, "graph"):
-        raise TypeError(f"model is of type {type(model).__name__}; it must be an onnx.ModelProto")
-    graph = model.graph
-    constants = [node for node in graph.node if node.op_type == "Constant"]
-    known: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = [node for node in graph.node if node.op_type == "BatchNormalization"]
-    if not all(len(node.output) for node in constants + nodes):
-        raise ValueError("a node has no output; the model is broken")
-    known |= {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
-    names = _distinct([n.name for n in nodes], [n.output[0] for n in nodes])
-    return {
-        name: from_onnx(node, known, **options) for name, node in zip(names, nodes, strict=True)
+def _from_family(
+    kind: str, attributes: dict[str, Any], state: dict[str, Any], axis: int, layer: Any
+) -> Any:
+    """Return a layer of the family with the arrays of a node."""
+    operator, eps = FAMILY[kind], attributes.get("epsilon", 1e-5)
+    if missing := [role for role in operator.inputs[: operator.needs] if role not in state]:
+        raise ValueError(f"the {kind} has no input {missing[0]}; the model is broken")
+    group = {
+        role: as_floats(state[name], name)
+        for role, name in zip((GAMMA, BETA), operator.inputs, strict=False)
+        if name in state
     }
-
-
-def _distinct(names: list[str], outputs: list[str]) -> list[str]:
-    """Return a name of its own for each node: its name, or that of its output."""
-    if len(set(outputs)) < len(outputs):
-        raise ValueError("two BatchNormalization nodes have the same output; the model is broken")
-    often = Counter(names)
-    mixed = [
-        name if name and often[name] == 1 else output
-        for name, output in zip(names, outputs, strict=True)
-    ]
-    return mixed if len(set(mixed)) == len(mixed) else outputs
+    if operator.layer is InstanceNorm2d:
+        return layer_of(group, InstanceNorm2d if layer is None else layer, eps=eps, axis=axis)
+    if operator.layer is GroupNorm:
+        return family_layer(group, GroupNorm, attributes.get("num_groups"), eps, axis)
+    rank, lead = group[GAMMA].ndim, attributes.get("axis", -1)
+    if lead < 0 and -lead != rank:
+        raise ValueError(
+            f"the {kind} normalizes {-lead} axes, and its scale has the shape "
+            f"{group[GAMMA].shape}; a layer needs one value for each place"
+        )
+    return family_layer(group, operator.layer, None, eps, axis)
 
 
 def _old_name(key: str) -> str:
@@ -256,7 +350,7 @@ def _old_name(key: str) -> str:
     return head + dot + leaf.removeprefix("input_")
 
 
-def _array(value: Any, name: str) -> Any:
+def tensor_array(value: Any, name: str) -> Any:
     """Return an initializer; a TensorProto as an array. No file is opened for it."""
     if not (hasattr(value, "data_type") and hasattr(value, "raw_data")):
         return value

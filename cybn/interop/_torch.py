@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-from ..layers import BatchNorm
+from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from ._layers import arrays_of, build
 
 
@@ -15,14 +15,16 @@ def from_torch(
     state: Mapping[str, Any],
     prefix: str = "",
     *,
-    eps: float = 1e-5,
+    eps: float | None = None,
     momentum: float | None = 0.1,
     axis: int = 1,
-    layer: type[BatchNorm] = BatchNorm,
+    layer: type[Any] = BatchNorm,
     running_ddof: int | None = None,
     count: ArrayLike | None = None,
-) -> BatchNorm:
-    """Return a layer with the state of a PyTorch batch norm.
+    state_ddof: int | None = None,
+    num_groups: int | None = None,
+) -> Any:
+    """Return a layer with the state of a PyTorch batch norm, or another of its normalizations.
 
     Parameters
     ----------
@@ -31,43 +33,55 @@ def from_torch(
     prefix : str, default ""
         Where in `state` the module is, such as "layer1.0.bn1".
     eps, momentum : float
-        The module's, which a state dict does not have. PyTorch's defaults, and cybn's.
+        The module's, which a state dict does not have. PyTorch's defaults, and cybn's: an eps of
+        None is 1e-5, and for an RMSNorm None itself.
     axis : int, default 1
         The channel axis of the new layer's input; 1 in PyTorch.
     layer : type, default BatchNorm
-        `BatchNorm` or a form of it, such as `BatchNorm2d`.
+        `BatchNorm` or a form of it, such as `BatchNorm2d`; or an `InstanceNorm1d`, `2d` or `3d`,
+        `LayerNorm`, `RMSNorm` or `GroupNorm`, where the state is that of one.
     running_ddof : {None, 1, 0}
-        None: the layer follows the unbiased variance, as PyTorch does. 0: the biased one from now
-        on, and running_var is converted.
+        None: the layer follows the variance of the state, unbiased as PyTorch has it. 0: the
+        biased one from now on, and running_var is converted.
     count : int or array_like, optional
         Values of a channel in a training batch, N * S; needed where the variance is converted.
+    state_ddof : {None, 0, 1}
+        Which variance the state has, where it is not that of the library: 0 biased, 1 unbiased.
+    num_groups : int, optional
+        Of a GroupNorm, which a state dict does not have either.
 
     Returns
     -------
-    BatchNorm
-        A new layer in training mode with copies of the arrays: float64 where one of them is, else
-        float32. Without running statistics where `state` has none.
+    layer
+        A new one in training mode with copies of the arrays: float64 where one of them is, else
+        float32. Without running statistics where `state` has none. A weight or a bias that stands
+        alone is joined by a bias of 0 or a weight of 1; counts of batches that are floats, as in
+        averaged checkpoints, are rounded.
 
     Raises
     ------
     TypeError
         If `state` is no mapping, or an array is of a type or on a device that NumPy does not read.
     ValueError
-        If there is no batch norm at `prefix`, or its arrays do not pass `load_state_dict`.
+        If there is no such layer at `prefix`, it is parametrized or pruned, or its arrays do not
+        pass `load_state_dict`.
     """
-    options = {"eps": eps, "momentum": momentum, "axis": axis}
-    return build(state, "torch", prefix, layer, running_ddof, count, **options)
+    if eps is None and not issubclass(layer, RMSNorm):
+        eps = 1e-5
+    options: dict[str, Any] = {"eps": eps, "momentum": momentum, "axis": axis}
+    given: Any = (layer, running_ddof, count, state_ddof, num_groups)
+    return build(state, "torch", prefix, *given, **options)
 
 
 def to_torch(
-    bn: BatchNorm, prefix: str = "", *, count: ArrayLike | None = None
+    bn: Any, prefix: str = "", *, count: ArrayLike | None = None
 ) -> dict[str, NDArray[Any]]:
     """Return the state of a layer as PyTorch has it.
 
     Parameters
     ----------
-    bn : BatchNorm
-        Left as it is.
+    bn : layer
+        Of any kind that cybn has; left as it is. Its mode and switches stay behind.
     prefix : str, default ""
         What the keys start with, without the dot.
     count : int or array_like, optional
@@ -83,14 +97,21 @@ def to_torch(
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer, or has an activation, or `count`
-        is not above 1.
+        If `bn` is no layer, or has an activation or `use_batch_statistics`, or `count` is not
+        above 1.
     """
     return arrays_of(bn, "torch", prefix, count)
 
 
-def torch_options(bn: BatchNorm) -> dict[str, Any]:
-    """Return what to give ``torch.nn.BatchNorm1d``, ``2d`` or ``3d`` for a module like `bn`."""
+def torch_options(bn: Any) -> dict[str, Any]:
+    """Return what to give the module of ``torch.nn`` of the same name for one like `bn`."""
+    if isinstance(bn, LayerNorm | RMSNorm):
+        shape = {"normalized_shape": bn.normalized_shape, "eps": bn.eps}
+        bias = {"bias": bn.beta is not None} if isinstance(bn, LayerNorm) else {}
+        return shape | {"elementwise_affine": bn.elementwise_affine} | bias
+    if isinstance(bn, GroupNorm):
+        groups = {"num_groups": bn.num_groups, "num_channels": bn.num_channels}
+        return groups | {"eps": bn.eps, "affine": bn.affine}
     return {
         "num_features": bn.num_features,
         "eps": bn.eps,

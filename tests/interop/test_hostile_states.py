@@ -255,7 +255,7 @@ def test_broken_onnx_tensors(tmp_path, monkeypatch):
         tensor(onnx, first, dims=[3], data_type=999, raw_data=data),
         tensor(onnx, first, dims=[3], data_type=0),
         tensor(onnx, first, dims=[3], data_type=8, string_data=[b"a"] * 3),
-        tensor(onnx, first, dims=[3], data_type=16, raw_data=data[:6]),
+        tensor(onnx, first, dims=[3], data_type=16, raw_data=data[:5]),
         tensor(onnx, first, dims=[30], data_type=22, raw_data=data[:2]),
         tensor(onnx, first, dims=[3], data_type=14, float_data=[1.0] * 5),
     ):

@@ -124,10 +124,15 @@ PASSED = {
         "one shape",
     ),
     "two lengths": ("torch", {"a.running_mean": V, "a.running_var": V[:2]}, "one shape"),
-    "weight, no bias": (
+    "a parametrized module": (
         "torch",
-        {"a.weight": V, "a.running_mean": V, "a.running_var": V},
-        "not both",
+        {"a.parametrizations.weight.original": V, "a.running_mean": V, "a.running_var": V},
+        "remove_parametrizations",
+    ),
+    "a pruned module": (
+        "torch",
+        {"a.weight_orig": V, "a.weight_mask": V, "a.running_mean": V, "a.running_var": V},
+        "prune.remove",
     ),
     "numbered keys of another layer": (
         "keras-h5",
@@ -187,8 +192,6 @@ def test_reading_one_layer_refuses(bn):
         interop.from_torch([("weight", V)])
     with pytest.raises(ValueError, match=r"'running_mean' is there, but not 'running_var'"):
         interop.from_torch({"weight": V, "bias": V, "running_mean": V})
-    with pytest.raises(ValueError, match=r"'weight' is there, but not 'bias'"):
-        interop.from_torch({"weight": V, "running_mean": V, "running_var": V})
     with pytest.raises(ValueError, match=r"no 'ln/moving_mean': at prefix 'ln' is no batch norm"):
         interop.from_keras({"ln/gamma": V, "ln/beta": V}, "ln")
     with pytest.raises(ValueError, match=r"running_var is -1.0 in channel 0"):

@@ -1,0 +1,213 @@
+"""The layers of an ONNX model: its nodes, wherever they are, and where their parameters come from.
+
+Exporters put parameters among the initializers, or behind nodes that compute the same every time:
+Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._layers import INSTANCE
+from ._onnx import OPERATORS, _onnx, from_onnx, tensor_array
+
+_DEEPEST = 50  # nodes behind each other, or graphs in each other
+_MOST = 1 << 24  # values that a ConstantOfShape may have
+_LISTS = ("value_float", "value_floats", "value_int", "value_ints")
+
+
+class OnnxLayers(dict[str, Any]):
+    """Layers by name, and why some nodes could not be read.
+
+    Attributes
+    ----------
+    passed_over : dict of str to str
+        The reason, by the name that the layer would have had.
+    """
+
+    passed_over: dict[str, str]
+
+
+class _Constants(Mapping[str, Any]):
+    """What is known of the values in a graph, and in those around it."""
+
+    def __init__(self, graph: Any, outer: _Constants | None) -> None:
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._nodes = {output: node for node in graph.node for output in node.output if output}
+        self._outer = outer
+        self._depth = 0
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._tensors:
+            return self._tensors[name]
+        if name in self._nodes:
+            self._depth += 1
+            try:
+                if self._depth > _DEEPEST:
+                    raise ValueError(f"{name} lies behind more than {_DEEPEST} nodes")
+                return self._compute(self._nodes[name], name)
+            finally:
+                self._depth -= 1
+        if self._outer is not None and name:
+            return self._outer[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[str(name)]
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _compute(self, node: Any, name: str) -> Any:
+        """Return the output of a node; KeyError where it is not always the same."""
+        given = {a.name: a for a in node.attribute}
+        if node.op_type == "Constant":
+            if "value" in given:
+                return given["value"].t
+            for kind in _LISTS:
+                if kind in given:
+                    a = given[kind]
+                    dtype = np.float32 if "float" in kind else np.int64
+                    values = {"value_float": a.f, "value_int": a.i}.get(kind)
+                    many = a.floats if "float" in kind else a.ints
+                    return np.array(list(many) if values is None else values, dtype)
+        if node.op_type not in _FOLLOWED or not node.input:
+            raise KeyError(name)
+        array = np.asarray(tensor_array(self[node.input[0]], node.input[0]))
+        if node.op_type == "ConstantOfShape":
+            shape = [int(size) for size in array.ravel()]
+            if prod(shape) > _MOST or min(shape, default=0) < 0:
+                raise ValueError(f"{name} has the shape {tuple(shape)}; that is no parameter")
+            value = tensor_array(given["value"].t, name) if "value" in given else np.float32(0)
+            return np.full(shape, np.asarray(value).ravel()[0])
+        if node.op_type == "Cast":
+            return array.astype(_onnx().helper.tensor_dtype_to_np_dtype(given["to"].i))
+        if node.op_type == "Identity":
+            return array
+        if node.op_type == "Reshape":
+            return array.reshape([int(n) for n in tensor_array(self[node.input[1]], name).ravel()])
+        return array.ravel()  # Squeeze, Unsqueeze: of a vector
+
+
+_FOLLOWED = ("ConstantOfShape", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
+
+class _Found(NamedTuple):
+    """A node, what is known in its graph, and where that lies in the model."""
+
+    node: Any
+    constants: _Constants
+    path: str
+    ranks: dict[str, int]
+    opset: int
+
+
+def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
+    """Return a layer for each node of normalization in an ONNX model.
+
+    In the main graph and in the graphs within it, such as the branches of an If.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Its initializers and constant nodes are looked in for the nodes' inputs.
+    **options
+        As in `from_onnx`; `layer`, `running_ddof`, `state_ddof` and `count` for batch norms alone.
+
+    Returns
+    -------
+    dict of str to layer
+        By the node's name, or that of its output where the name is empty or not the only one. By
+        the outputs of all nodes where even so two would have the same name. A node that cannot be
+        read is left out, and its ``passed_over`` says why, by name.
+
+    Raises
+    ------
+    ValueError
+        If there are nodes and none can be read, as in `from_onnx`; if two nodes have the same
+        output, or one has none.
+    TypeError
+        If `model` is of another type, or an option is unknown.
+    """
+    if not hasattr(model, "graph"):
+        raise TypeError(f"model is of type {type(model).__name__}; it must be an onnx.ModelProto")
+    opset = max((entry.version for entry in model.opset_import if not entry.domain), default=21)
+    found = list(_walk(model.graph, None, "", opset, 0))
+    names = _distinct(
+        [f"{n.path}{n.node.name}" if n.node.name else "" for n in found],
+        [f"{n.path}{n.node.output[0]}" for n in found],
+    )
+    layers, reasons = OnnxLayers(), dict[str, ValueError]()
+    for name, each in zip(names, found, strict=True):
+        try:
+            layers[name] = _layer(each, options)
+        except ValueError as error:
+            reasons[name] = error
+    if reasons and not layers:
+        first, reason = next(iter(reasons.items()))
+        raise ValueError(f"no node could be read; the first is {first!r}: {reason}") from reason
+    layers.passed_over = {name: str(reason) for name, reason in reasons.items()}
+    return layers
+
+
+def _layer(found: _Found, options: dict[str, Any]) -> Any:
+    kind = found.node.op_type
+    if kind == "BatchNormalization":
+        return from_onnx(found.node, found.constants, **options)
+    if kind == "GroupNormalization" and found.opset < 21:
+        raise ValueError(
+            f"a GroupNormalization of opset {found.opset} has a scale for each group, not for each "
+            "channel; onnx.version_converter.convert_version(model, 21) makes the other of it"
+        )
+    given = {"axis": options["axis"]} if "axis" in options else {}
+    if kind == "InstanceNormalization":
+        form = found.ranks.get(found.node.input[0], 4) - 3
+        given["layer"] = INSTANCE[form] if 0 <= form < len(INSTANCE) else INSTANCE[1]
+    return from_onnx(found.node, found.constants, **given)
+
+
+def _walk(
+    graph: Any, outer: _Constants | None, path: str, opset: int, depth: int
+) -> Iterator[_Found]:
+    """Yield the nodes of normalization of a graph and of those within it."""
+    if depth > _DEEPEST:
+        raise ValueError(f"the graphs are nested more than {_DEEPEST} deep; the model is broken")
+    constants = _Constants(graph, outer)
+    values = [*graph.input, *graph.value_info, *graph.output]
+    ranks = {
+        v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.HasField("tensor_type")
+    }
+    for index, node in enumerate(graph.node):
+        if node.op_type in (*OPERATORS, "Constant") and not len(node.output):
+            raise ValueError("a node has no output; the model is broken")
+        if node.op_type in OPERATORS and node.domain in ("", "ai.onnx"):
+            yield _Found(node, constants, path, ranks, opset)
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+            for i, branch in enumerate(inner):
+                within = f"{path}{node.name or index}/{attribute.name}{i or ''}/"
+                yield from _walk(branch, constants, within, opset, depth + 1)
+
+
+def _distinct(names: list[str], outputs: list[str]) -> list[str]:
+    """Return a name of its own for each node: its name, or that of its output."""
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("two BatchNormalization nodes have the same output; the model is broken")
+    often = Counter(names)
+    mixed = [
+        name if name and often[name] == 1 else output
+        for name, output in zip(names, outputs, strict=True)
+    ]
+    return mixed if len(set(mixed)) == len(mixed) else outputs
