@@ -33,9 +33,21 @@ def test_links_lead_somewhere(name):
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
+def test_sources_that_are_named_are_there():
+    """Those that CONTRIBUTING.md names without their folder."""
+    names = set(re.findall(r"`(\w+\.(?:py|pyx|pxd))`", text_of("CONTRIBUTING.md")))
+    assert names
+    for name in names:
+        assert (
+            any((ROOT / "cybn").rglob(name))
+            or any((ROOT / "tests").rglob(name))
+            or (ROOT / name).exists()
+        ), name
+
+
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
 def test_files_that_are_named_are_there(name):
-    paths = set(re.findall(r"(?<![\w/])(?:tests|bench|docs|\.ci)/[\w./-]*\w", text_of(name)))
+    paths = set(re.findall(r"(?<![\w/])(?:cybn|tests|bench|docs|\.ci)/[\w./-]*\w", text_of(name)))
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path

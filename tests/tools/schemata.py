@@ -27,7 +27,7 @@ cdef extern from * nogil:
 '''
 
 
-def switched(text, changes, included=False):
+def switched(text, changes):
     """Return Cython source with all `changes` behind switches.
 
     `changes` is a dict from the number of a fault to where it begins, where it ends, and what it
@@ -43,8 +43,6 @@ def switched(text, changes, included=False):
             arms[n] = span[: start - before] + new + span[end - before :]
         lines[first:last] = [choice(span, arms)]
     whole = "".join(lines)
-    if included:  # it finds the switch where it is included
-        return whole
     code = without_comments(whole)
     start = len(code) - len(code.lstrip())
     return f"{whole[:start]}{SWITCH.lstrip()}{whole[start:]}"
