@@ -160,7 +160,7 @@ def _in_place(
     tells = activation is None or (activation == "leaky_relu" and slope > 0)
     if lost or saved.residual is not None or not tells:
         return saved._replace(x=None)
-    return saved._replace(x=y, from_output=True, marks=marks_of(y, gamma, beta, None))
+    return saved._replace(x=y, from_output=True, marks=marks_of(y, gamma, beta))
 
 
 def through_fixed(
