@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from ._foreign import widened
-from .layers._trials import Trial
 from ._moments import Moments, Progress
+from .layers._trials import Trial
 
 __all__ = ["population_statistics"]
 

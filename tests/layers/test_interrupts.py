@@ -16,7 +16,7 @@ import pytest
 from layer_cases import KINDS, everything, trained, twin
 
 import cybn
-from cybn import _memory, _rows, _runtime, _statistics, functional
+from cybn import _dispatch, _memory, _runtime
 from cybn.layers import _trials
 
 pytestmark = pytest.mark.row(31)
@@ -268,19 +268,13 @@ def failing(function, after):
 
 
 PLACES = [
-    (functional, "_FORWARD"),
-    (functional, "_INFERENCE"),
-    (functional, "_BACKWARD"),
-    (functional, "_ABSORB"),
-    (functional, "_PLAIN_FORWARD"),
-    (functional, "_PLAIN_INFERENCE"),
-    (functional, "_PLAIN_BACKWARD"),
-    (_runtime.kernels, "empty"),
-    (_runtime.kernels, "empty_like"),
-    (_rows, "_FORWARD"),
-    (_rows, "_SMALL"),
-    (_rows, "_BACKWARD"),
-    (_statistics, "_KERNELS"),
+    (_dispatch, "forward"),
+    (_dispatch, "inference"),
+    (_dispatch, "backward"),
+    (_dispatch, "statistics"),
+    (_dispatch, "absorb"),
+    (_dispatch, "normalize_rows"),
+    (_dispatch, "normalize_rows_backward"),
     (np, "empty"),
     (np, "empty_like"),
 ]

@@ -19,7 +19,7 @@ BAD = [
     ("axis", 1.0, TypeError, "axis is 1.0; it must be an int"),
     ("running_ddof", 2, ValueError, "running_ddof is 2; it must be 0"),
     ("nan_policy", "ignore", ValueError, "nan_policy is 'ignore'; it must be one of propagate"),
-    ("activation", "gelu", ValueError, "activation is 'gelu'; it must be None or one of"),
+    ("activation", "swish", ValueError, "activation is 'swish'; it must be None or one of"),
     ("slope", np.inf, ValueError, "slope is inf; it must be finite"),
     ("virtual_batch_size", 0, ValueError, "virtual_batch_size is 0; it must be at least 1"),
     ("virtual_batch_size", 2.0, TypeError, "virtual_batch_size is 2.0; it must be an int, or None"),
