@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._memory import empty_cache, set_cache_limit
+from ._moments import Moments
 from ._runtime import get_num_threads, set_num_threads, show_config, threads
 from ._version import __version__
 from .family import (
@@ -48,7 +49,6 @@ from .layers import (
     Renorm,
     RMSNorm,
 )
-from ._moments import Moments
 from .population import population_statistics
 
 if TYPE_CHECKING:

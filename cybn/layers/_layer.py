@@ -36,9 +36,19 @@ class Saved(NamedTuple):
     from_output: bool = False  # whether x is the output, which tells what x was
 
 
-def marks_of(*arrays: NDArray[Any] | None) -> tuple[bytes | None, ...]:
+def marks_of(
+    x: NDArray[Any] | None,
+    gamma: NDArray[Any] | None,
+    beta: NDArray[Any] | None = None,
+    residual: NDArray[Any] | None = None,
+) -> tuple[bytes | None, ...]:
     """Return a few values of each array, all of a small one: most changes are seen in them."""
-    return tuple([None if array is None else _mark(array) for array in arrays])
+    return (
+        None if x is None else _mark(x),
+        None if gamma is None else _mark(gamma),
+        None if beta is None else _mark(beta),
+        None if residual is None else _mark(residual),
+    )
 
 
 def _mark(array: NDArray[Any]) -> bytes:

@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import functional
 from .._arguments import array
-from .._words import Masked
 from .._moments import Moments
+from .._words import Masked
 from . import _trials
 from ._layer import Saved, marks_of, same_memory
 from ._parts import require_two
@@ -160,7 +160,7 @@ def _in_place(
     tells = activation is None or (activation == "leaky_relu" and slope > 0)
     if lost or saved.residual is not None or not tells:
         return saved._replace(x=None)
-    return saved._replace(x=y, from_output=True, marks=marks_of(y, gamma, beta, None))
+    return saved._replace(x=y, from_output=True, marks=marks_of(y, gamma, beta))
 
 
 def through_fixed(
@@ -185,7 +185,7 @@ def backward(
     saved, x = self._last()
     own = self._own_gradients()
     axis, eps, activation, slope = saved.settings
-    mask, weights, lengths, _ = saved.selected
+    mask, weights, lengths, masked = saved.selected
     dx, dgamma, dbeta, *dresidual = saved.differentiate(
         dy,
         x,
@@ -200,6 +200,7 @@ def backward(
         mask=mask,
         weights=weights,
         lengths=lengths,
+        masked=masked,
         from_output=saved.from_output,
         out=out,
         out_residual=out_residual,

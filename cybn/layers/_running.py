@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _runtime, functional
-from .._words import NanPolicy
 from .._moments import Moments
+from .._words import NanPolicy
 from . import _settings, _state
 from ._sample_moments import SampleMoments
 

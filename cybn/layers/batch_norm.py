@@ -232,9 +232,9 @@ class BatchNorm(Layer):
             Added before the activation. Kept by reference for `backward`.
         mask, weights, lengths : array_like, optional
             Which positions count, and how often; as in `batch_norm`. Batch and running statistics
-            are those of what counts; `backward` gives 0 elsewhere, in eval mode too.
+            are those of what counts.
         masked : {"normalize", "zero"}, default "normalize"
-            What y is where a position does not count.
+            What y is where a position does not count; `backward` follows it.
         out : ndarray, optional
             Where y goes: shape and dtype of `x`. May be `x` itself; then `backward` works from
             y, if the activation is None or leaky_relu. May be `residual` itself; then there is

@@ -178,12 +178,12 @@ class InstanceNorm(Layer):
             trial.tell(self, batch)
             return y
         way = family.instance_norm_backward if by_itself else _passes.through_fixed
-        saved = Saved(way, given, x, marks_of(x, self._gamma, None, None), settings)
+        saved = Saved(way, given, x, marks_of(x, self._gamma), settings)
         if out is not None and same_memory(x, y):
             if by_itself:
                 saved = saved._replace(x=None)
             else:  # y tells what x was
-                marks = marks_of(y, self._gamma, self._beta, None)
+                marks = marks_of(y, self._gamma, self._beta)
                 saved = saved._replace(x=y, from_output=True, marks=marks)
         if learns and batch is not None:
             running.learn(batch, self, saved)

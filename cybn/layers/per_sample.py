@@ -57,7 +57,7 @@ class _PerSample(Layer):
         options, parameters = self._options(), [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(x, *parameters, **options, out=out, num_threads=num_threads)
         kept = None if out is not None and np.may_share_memory(x, out) else x
-        marks = marks_of(kept, self._gamma, None, None)
+        marks = marks_of(kept, self._gamma)
         self._saved = Saved(self._differentiate, statistics, kept, marks, options)
         return y
 

@@ -151,7 +151,7 @@ class Walk:
         o = self.options
         k |= {name: o[name] for name in ("axis", "eps", "activation", "slope")}
         gamma, beta = self.affine()
-        back = {name: v for name, v in k.items() if name != "masked"} | {"beta": beta}
+        back = k | {"beta": beta}
         if training or not o["track_running_stats"]:
             y, m = cybn.batch_norm(x, gamma, beta, **k)
             found = cybn.batch_norm_backward(dy, x, m, gamma, **back)

@@ -307,7 +307,7 @@ def test_a_failure_of_each_kernel_and_allocation(name, after, rng, monkeypatch, 
                     failures += 1
                     assert everything(trial) == before, (place, step)
     figure(31, "failed calls", failures, how="sum")
-    assert failures >= 3
+    assert failures >= 2
 
 
 @every_kind
