@@ -69,13 +69,9 @@ cdef object tensor(str name, object value, View* v, bint half):
 
 cdef int axis_of(object axis, const View* x) except -1:
     """Return the channel axis counted from the front."""
-    cdef Py_ssize_t at
-    if type(axis) is not int or x.ndim < 2:
+    if type(axis) is not int or x.ndim < 2 or not -x.ndim <= axis < x.ndim:
         axis = _arguments.channel_axis_of(tuple(x.shape[i] for i in range(x.ndim)), axis)
-    at = axis
-    if not -x.ndim <= at < x.ndim:
-        _arguments.channel_axis_of(tuple(x.shape[i] for i in range(x.ndim)), axis)
-    return at + x.ndim if at < 0 else at
+    return axis + x.ndim if axis < 0 else axis
 
 
 cdef int options(
@@ -551,7 +547,7 @@ def layout(x, int axis):
     cdef Fold f
     memset(&p, 0, sizeof(p))
     tensor("x", x, &v, True)
-    used = folded(&p, x, &v, axis % v.ndim, &f)
+    used = folded(&p, x, &v, axis + v.ndim if axis < 0 else axis, &f)
     return p.N, p.C, p.S, used is x
 
 

@@ -36,12 +36,12 @@ from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear, gather,
     on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, dot_columns,
+    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, dot_columns,
     dot_run, lanes_of, scale, sum_columns, sum_run, unscale)
 from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
-    SCALE, SCALE_DY, STAGED, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem, Route, Rows,
-    Tiling, Vector, ceiling, route_of, tiling_of)
+    SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem,
+    Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
 from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
@@ -175,7 +175,7 @@ cdef void coefficients(
                 unscale_terms(p, c0, n, co)
             if first or p.apply != UNSCALE or p.activation != IDENTITY:
                 scale_terms(p, c0, n, co)
-            if p.apply == SCALE_DY:     # dx as scale has y, of dy: (dy - 0) * a + 0
+            if not first and p.apply == SCALE_DY:   # dx as scale has y, of dy: (dy - 0) * a + 0
                 for i in range(n):
                     co[K + HI + i] = 0
                     co[K + A + i] = co[A + i]
@@ -190,7 +190,7 @@ cdef void columns_of(
     """The coefficients of m * S columns, `times` times: computed at the end, spread from there."""
     cdef Py_ssize_t slot, end = m * job.p.S - m
     coefficients(job, first, c0, m, co + end)
-    for slot in range(6):
+    for slot in range(3 if first else 6):
         spread(co + slot * ROOM, m, job.p.S, times)
 
 
@@ -225,7 +225,7 @@ cdef void reduce_by_run(
     const Job* job, const Tile* t, T of_type, double* out1, double* out2
 ) noexcept nogil:
     """Sums of channels c0..c1: run after run, to eight lanes of float64 a channel."""
-    cdef T co[COEFFICIENTS]
+    cdef T co[FIRST_TERMS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
     cdef double acc[BLOCK * 2 * WIDE]
@@ -307,7 +307,7 @@ cdef void add_staged(
     Py_ssize_t i,               # the first column
     Py_ssize_t w,
     const T* co, const T* kink, T* a, T* b,
-    T* room,                    # OUT (14, STAGED)
+    T* room,                    # OUT stages' (6, STAGED), and x and g (4, STAGED_COLUMNS)
 ) noexcept nogil:
     """Add the rows of a sweep that is not read in place: each is filled, then they are added up."""
     cdef const Problem* p = job.p
@@ -319,7 +319,8 @@ cdef void add_staged(
     cdef Py_ssize_t k, together = 4 if sums_alone(p) else 2, most = max(w, lanes_of(co[0]))
     x.pitch = g.pitch = 0
     for k in range(together):
-        of_x, of_g = room + (6 + k) * STAGED, room + (10 + k) * STAGED
+        of_x = room + 6 * STAGED + k * STAGED_COLUMNS
+        of_g = of_x + 4 * STAGED_COLUMNS
         x.at[k], g.at[k] = <const char*> of_x, <const char*> of_g
         memcpy(of_x, co + HI, most * sizeof(T))     # what there is no row for adds nothing
         clear(of_g, most)
@@ -357,9 +358,9 @@ cdef void add_rows(
     cdef bint whole = rows == (4 if sums_alone(p) else 2) and w >= lanes_of(co[0])
     if not whole or job.r.reduce_from == STAGED_PIECES:
         for s in range(sweeps):
-            for k in range(ceiling(w, STAGED)):
-                j = k * STAGED
-                add_staged(job, n + s * ahead, rows, apart, i + j, min(STAGED, w - j), co + j, kink,
+            for k in range(ceiling(w, STAGED_COLUMNS)):
+                j = k * STAGED_COLUMNS
+                add_staged(job, n + s * ahead, rows, apart, i + j, min(STAGED_COLUMNS, w - j), co + j, kink,
                            a + j, b + j, room)
         return
     x.pitch, dy.pitch = ahead * p.x.pitch, ahead * p.dy.pitch
@@ -381,10 +382,10 @@ cdef void reduce_by_column(
     Channels-last, the rows of a sweep lie far apart: a few long streams, which memory follows
     better than neighbouring rows. Rows of few channels are summed several as one.
     """
-    cdef T array[COEFFICIENTS]
+    cdef T array[FIRST_TERMS]
     cdef T sums_a[ROOM + 64]
     cdef T sums_b[ROOM + 64]
-    cdef T room[14 * STAGED]
+    cdef T room[6 * STAGED + 8 * STAGED_COLUMNS]
     cdef T kink[4]
     cdef const Problem* p = job.p
     cdef Py_ssize_t m = t.c1 - t.c0, step = job.t.sum_rows, w = m * p.S * step, i = t.c0 * p.S

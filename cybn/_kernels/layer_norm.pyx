@@ -387,7 +387,7 @@ cdef void reduce_down(
     const Job* job, Py_ssize_t n, Py_ssize_t k0, Py_ssize_t k1, T of_type
 ) noexcept nogil:
     """Fill slots k0..k1 of each channel of a sample."""
-    cdef T co[COEFFICIENTS]
+    cdef T co[TILE + LANES]     # sums need HI alone
     cdef Py_ssize_t C = job.p.G * job.p.K, i, k, m
     for i in range(ceiling(C, TILE)):
         m = min(TILE, C - i * TILE)

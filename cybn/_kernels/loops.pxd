@@ -41,6 +41,7 @@ cdef enum:                  # where each kind of coefficient begins
     K = 3 * ROOM            # dx: slope in x
     B = 4 * ROOM            # dx: constant
     COEFFICIENTS = 6 * ROOM + 64
+    FIRST_TERMS = 3 * ROOM + 64     # HI, A and Z, which are all that sums need
 
 cdef struct Lines:          # rows of memory that a loop goes through together
     const char* at[4]

@@ -81,7 +81,8 @@ cdef enum:
     BLOCK = 64              # most channels of a block of runs
     COLUMNS = 1568          # most columns of a block, channels-first
     BROAD = 2048            # the same, channels-last: a row stays in one piece
-    STAGED = 1024           # the same, where stages are run on it
+    STAGED_COLUMNS = 512    # the same, where stages are run on it
+    STAGED = 1024           # values of a piece that stages are run on: PIECE
     SUM_ROW = 64            # columns that several rows of few channels are summed as
     APPLY_ROW = 256         # the same, to be written
     CHUNK = 65536           # values that one chunk of a channel has, about
@@ -190,10 +191,11 @@ cdef inline Py_ssize_t block_of(
     """Channels of a block: long pieces, of which every thread gets several."""
     cdef Py_ssize_t tensors = 2 if p.reduce == DOTS else 1
     cdef bint staged = reduce_from(p) == STAGED_PIECES or apply_from(p) == STAGED_PIECES
-    cdef Py_ssize_t run = p.S * p.item, columns = STAGED if staged else COLUMNS
+    cdef Py_ssize_t run = p.S * p.item, columns = STAGED_COLUMNS if staged else COLUMNS
     cdef Py_ssize_t block, least = ceiling(p.C, 4 * t.threads)
     if p.S == 1:
-        columns = STAGED if staged or p.item != 4 or t.chunk_rows < 4 * t.threads else BROAD
+        if not staged:
+            columns = BROAD if p.item == 4 and t.chunk_rows >= 4 * t.threads else 1024
         return p.C if t.sum_rows > 1 else even(p.C, min(columns, p.C), 16)
     if sums_by_run(p) or (p.reduce == NO_SUMS and p.S >= RUN_APPLY and p.share == NULL):
         block = max(1, min(BLOCK, min(PIECE_BYTES // run, 4 * caches.l2 // (run * p.N * tensors))))

@@ -143,13 +143,13 @@ def test_signatures_are_the_promised_ones():
     fused = ["axis", "eps", "activation", "slope", "residual"]
     chosen = ["mask", "weights", "lengths"]
     forward = [*fused, *chosen, "masked", "out", "num_threads"]
-    back = ["beta", *fused, *chosen, "from_output", "out", "out_residual", "num_threads"]
+    back = ["beta", *fused, *chosen, "masked", "from_output", "out", "out_residual", "num_threads"]
     assert names == {
         "batch_norm": ["x", "gamma", "beta", *forward],
         "batch_norm_inference": ["x", "mean", "var", "gamma", "beta", *forward],
-        "batch_norm_backward": ["dy", "x", "_moments", "gamma", *back],
+        "batch_norm_backward": ["dy", "x", "moments", "gamma", *back],
         "batch_norm_inference_backward": ["dy", "x", "mean", "var", "gamma", *back],
-        "_moments": ["x", "axis", *chosen, "num_threads"],
+        "moments": ["x", "axis", *chosen, "num_threads"],
     }
 
 
@@ -201,7 +201,7 @@ def test_submodules_load_on_first_use():
 @pytest.mark.parametrize(
     "name",
     [
-        *("cybn", "cybn.functional", "cybn.moments", "cybn.layers.batch_norm", "cybn._runtime"),
+        *("cybn", "cybn.functional", "cybn._moments", "cybn.layers.batch_norm", "cybn._runtime"),
         *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
         *("cybn.interop._convert", "cybn.interop._flax"),
         *("cybn.layers._parts", "cybn.layers._trials", "cybn.layers.per_sample"),

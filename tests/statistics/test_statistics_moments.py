@@ -187,13 +187,20 @@ def poisoned(rng, axis, dtype=np.float32):
     return np.moveaxis(x, 1, axis), np.moveaxis(mask, 1, axis)
 
 
+def near(m, wanted):
+    """The same values in another order: the same but for the last bits."""
+    assert m.count == wanted.count
+    np.testing.assert_allclose(m.mean, wanted.mean, rtol=1e-14)
+    np.testing.assert_allclose(m.m2, wanted.m2, rtol=1e-13)
+
+
 @each_axis
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_masked_is_the_same_as_gathered(axis, dtype, rng):
     x, mask = poisoned(rng, axis, dtype)
     m = Moments.empty(C).update(x, axis=axis, mask=mask)
     valid = np.moveaxis(x, axis, -1)[np.moveaxis(mask, axis, -1)[..., 0]]
-    assert m == cybn.moments(valid.astype(float))
+    near(m, cybn.moments(valid.astype(float)))
     assert type(m.count) is int
     assert m.count == mask.sum()
 
@@ -209,7 +216,7 @@ def test_a_mask_that_differs_by_channel(rng):
     assert np.isnan(m.var()[2])
     for c in (0, 1, 3, 4):
         alone = cybn.moments(x[mask[:, c], c][:, None])
-        assert (m.mean[c], m.m2[c]) == (alone.mean[0], alone.m2[0])
+        np.testing.assert_allclose((m.mean[c], m.m2[c]), (alone.mean[0], alone.m2[0]), rtol=1e-14)
     twice = m.update(x)  # one count meets many
     np.testing.assert_array_equal(twice.count, mask.sum(0) + 50)
     everything = [np.concatenate([x[mask[:, c], c], x[:, c]]) for c in range(C)]
@@ -272,7 +279,7 @@ def test_lengths(axis, rng):
     valid = x.transpose(0, 2, 1)[mask[:, 0]]
     x = np.moveaxis(x, 1, axis)
     m = Moments.empty(C).update(x, axis=axis, lengths=lengths)
-    assert m == cybn.moments(valid)
+    near(m, cybn.moments(valid))
     m = Moments.empty(C).update(x, axis=axis, lengths=lengths, mask=np.arange(9) % 2 == 0)
     assert m.count == sum((n + 1) // 2 for n in lengths.tolist())
 

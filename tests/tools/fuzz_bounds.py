@@ -152,7 +152,11 @@ class Bounds:
     @np.errstate(all="ignore")
     def backward(self, dy, from_output=False):
         """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any."""
-        options = self.keywords() | {"from_output": from_output, "beta": self.beta}
+        options = self.keywords() | {
+            "from_output": from_output,
+            "beta": self.beta,
+            "masked": "zero",
+        }
         dy = dy.astype(self.wide)
         if self.fixed is None:
             exact = reference.batch_norm_backward(dy, self.wx, self.moments, self.gamma, **options)

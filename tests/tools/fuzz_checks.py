@@ -36,7 +36,7 @@ def call(case, a, threads, level):
     if case.op in FAMILY:
         return call_family(case, a, k)
     k |= {"beta": a.beta, "from_output": "from_output" in case.flags}
-    k["out_residual"] = a.out_residual
+    k |= {"out_residual": a.out_residual, "masked": "zero"}
     if case.op == "backward":
         found = cybn.batch_norm_backward(a.dy, a.x, a.moments, a.gamma, **k)
     else:
