@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "bars: what the bars need; -m bars measures nothing else")
     config.addinivalue_line("markers", "quick: part of a quick run")
+    config.addinivalue_line("filterwarnings", "default")  # what peers warn of ends no run
     names = config.getoption("--peers")
     try:
         peers, missing = load(names.split(",") if names else None)

@@ -65,8 +65,7 @@ def _speeds(axes: Any, records: list[Record], cache: int) -> None:
             values = line(peer="cybn", layout=layout, output=output)
             axes.plot(shapes, values, label=f"cybn {layout}, output {output}", **style)
     beyond = len({r["shape"] for r in records if r["nbytes"] > cache})
-    if 0 < beyond < len(shapes):
-        axes.axvline(beyond - 0.5, color=GREY, linestyle=":", linewidth=1)
+    axes.axvline(beyond - 0.5, color=GREY, linestyle=":", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("GB/s, at the least traffic; dotted: the last-level cache ends")
     axes.tick_params(axis="x", labelrotation=60)

@@ -1,7 +1,7 @@
 """Every case of `bench.cases`, and training steps of whole networks.
 
-Networks race as stock PyTorch, with cybn.torch, and without batch norm. Set ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184`` in the environment to
-see the same where glibc keeps freed memory.
+Networks race as stock PyTorch, with cybn.torch, and without batch norm; to see the same where glibc
+keeps freed memory, set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
 """
 
 from __future__ import annotations

@@ -24,21 +24,23 @@ CLASSES = 1000
 RATE = 1e-3  # small, so that rounding grows slowly
 
 
+def conv_bn(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list:
+    """Return a convolution, its batch norm and ReLU6."""
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU6(inplace=True)]
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut; the stride sits on the 3x3."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
-        out = width * 4
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
+        out, self.relu, self.downsample = width * 4, nn.ReLU(inplace=True), None
+        self.conv1, self.bn1, _ = conv_bn(channels, width, 1)
+        self.conv2, self.bn2, _ = conv_bn(width, width, 3, stride)
+        self.conv3, self.bn3, _ = conv_bn(width, out, 1)
         if stride != 1 or channels != out:
-            conv = nn.Conv2d(channels, out, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential(*conv_bn(channels, out, 1, stride)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -50,8 +52,7 @@ class Bottleneck(nn.Module):
 
 def resnet50() -> nn.Module:
     """Return a stem, four stages of bottlenecks, and a classifier."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)]
-    layers += [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    layers = [*conv_bn(3, 64, 7, 2)[:2], nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     channels = 64
     for i, count in enumerate((3, 4, 6, 3)):
         for j in range(count):
@@ -61,21 +62,14 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, *head)
 
 
-def conv_bn_relu6(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list:
-    """Return a convolution, its batch norm and ReLU6."""
-    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(out), nn.ReLU6(inplace=True)]
-
-
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project; the shortcut joins the narrow ends."""
 
     def __init__(self, channels: int, out: int, stride: int, expand: int) -> None:
         super().__init__()
         wide = channels * expand
-        layers = conv_bn_relu6(channels, wide, 1) if expand != 1 else []
-        layers += conv_bn_relu6(wide, wide, 3, stride, groups=wide)
-        layers += [nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)]
+        layers = conv_bn(channels, wide, 1) if expand != 1 else []
+        layers += [*conv_bn(wide, wide, 3, stride, groups=wide), *conv_bn(wide, out, 1)[:2]]
         self.layers = nn.Sequential(*layers)
         self.shortcut = stride == 1 and channels == out
 
@@ -87,12 +81,12 @@ def mobilenet_v2() -> nn.Module:
     """Return table 2 of the paper, at width 1: expand, channels, repeats, stride."""
     stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)]
     stages += [(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-    layers, channels = conv_bn_relu6(3, 32, 3, 2), 32
+    layers, channels = conv_bn(3, 32, 3, 2), 32
     for expand, out, repeats, stride in stages:
         for i in range(repeats):
             layers.append(InvertedResidual(channels, out, 1 if i else stride, expand))
             channels = out
-    layers += conv_bn_relu6(channels, 1280, 1)
+    layers += conv_bn(channels, 1280, 1)
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, CLASSES))
     return nn.Sequential(*layers, *head)
 

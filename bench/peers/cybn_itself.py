@@ -52,9 +52,9 @@ class Cybn(Peer):
                 else:
                     options = {"axis": axis, "num_threads": task.threads, **given}
                     call = bind(cybn, task, arrays, **options)
-                yield Contestant(layout, output, call, partial(_read, axis=axis))
+                yield Contestant(layout, output, call, partial(_read, layout=layout))
 
 
-def _read(result: Any, axis: int) -> Any:
+def _read(result: Any, layout: str) -> Any:
     y = first_of(result)
-    return np.moveaxis(y, axis, 1) if y.ndim > 2 and axis == -1 else y
+    return np.moveaxis(y, -1, 1) if layout == LAST else y

@@ -15,7 +15,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from ..task import EPS, FIRST, FRESH, LAST, REUSED, ROWS, Contestant, Data, Peer, Task, first_of
+from ..task import EPS, FIRST, FRESH, LAST, REUSED, Contestant, Data, Peer, Task, first_of
 
 ALL = [True, True, True]  # gradients that are asked for
 INPLACE = ("relu", "leaky_relu", "silu", "hardswish", "relu6")
@@ -38,8 +38,8 @@ class PyTorch(Peer):
         if task.masked:
             return
         self.torch.set_num_threads(task.threads)
-        rows = task.norm in ROWS
-        for layout in [FIRST] if rows or len(task.shape) == 2 else [FIRST, LAST]:
+        formats = [FIRST, LAST] if len(task.shape) in (4, 5) else [FIRST]  # as PyTorch has them
+        for layout in formats:
             t = self.tensors(task, data, layout)
             for output, call in self.calls(task, t, data, layout):
                 before = partial(self.torch.set_num_threads, task.threads)
