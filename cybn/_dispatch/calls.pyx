@@ -150,7 +150,7 @@ cdef int guard(
     """Raise where a result shares memory with an input, as it was given or as it is used."""
     if given is None:
         return 0
-    if given is used and v.data != NULL:
+    if given is used and v.data != NULL and u.data != NULL:
         if out is given:
             if may_be_input:
                 return 0
@@ -524,6 +524,8 @@ def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
     for i in range(4):
         if vectors[i].ndim != 1 or vectors[i].size != channels:
             raise ValueError("running statistics must be vectors of one length")
+    if vectors[0].storage != vectors[1].storage:
+        raise ValueError(f"mean is {mean.dtype} and var is {var.dtype}; they must be of one type")
     moved = [empty(channels), empty(channels)]
     cdef double* new_mean = <double*> PyArray_DATA(<const PyArrayObject*> moved[0])
     cdef double* new_var = <double*> PyArray_DATA(<const PyArrayObject*> moved[1])
