@@ -5,7 +5,8 @@ one a *row* of a sample: all D values of the normalized axes (layer, RMS), of a 
 (group), or of one channel (instance). Nothing crosses from sample to sample, so training and
 inference are the same, and results for a sample do not depend on the rest of the batch.
 
-Each function checks its arguments, folds them to rows (N, G, D), allocates, and calls one kernel.
+Each function passes its arguments on to the dispatch, which checks them, folds the arrays to rows
+(N, G, D), allocates, and calls one kernel. There are no activations, residuals or masks here.
 
 N = samples, G = groups of a sample, D = values of a group. C = channels, S = positions.
 """
@@ -56,8 +57,9 @@ def layer_norm(
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
         Read in place where the normalized axes lie in memory in C order and the others fold to
-        one, in any order; copied first where not. May be empty. Half types (bfloat16 is that of
-        ml_dtypes) are computed in float32, and results are rounded to them once, to nearest even.
+        one, in any order, with gaps between samples or not; copied first where not. May be empty.
+        Half types (bfloat16 is that of ml_dtypes) are computed in float32, and results are rounded
+        to them once, to nearest even.
     gamma, beta : array_like, shape ``x.shape[axis:]``, optional
         Scale and shift of each element of the normalized axes, float32 or float64; 1 and 0 where
         None. Rounded to the type that is computed in: float64 for float64, else float32.
@@ -66,7 +68,8 @@ def layer_norm(
     eps : float, default 1e-5
         Added to the variance. Positive.
     out : ndarray, optional
-        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise.
+        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise, nor
+        hold two values at one place.
     num_threads : int, optional
         Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
         any number.
@@ -81,10 +84,12 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If an array is of another dtype.
+        If an array is of another dtype; `gamma` and `beta` are of no half type.
     ValueError
-        If a shape does not fit, `eps` is not positive, or `out` is read-only or overlaps an
-        input in part.
+        If a shape does not fit, `eps` is not positive, or `out` is read-only, has several values at
+        one place, or overlaps an input in part.
+    RuntimeError
+        If another thread gives `x` a new shape during the call.
 
     Notes
     -----
@@ -275,8 +280,8 @@ def group_norm(
         Samples along axis 0. Read in place where each sample is dense, with its channels first,
         or last (channels-last memory, whatever `axis` is); copied first where not.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded
-        to the type that is computed in.
+        Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded to the
+        type that is computed in: float64 for float64, else float32.
     num_groups : int
         Number of groups; C must be a multiple of it.
     axis : int, default 1

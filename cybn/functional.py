@@ -1,7 +1,7 @@
 """Functions that remember nothing: arrays in, arrays out.
 
-Each passes its arguments on to the dispatch, which checks, folds to (N, C, S), allocates, and calls
-one kernel. Nothing is written before every check has passed.
+Each passes its arguments on to the dispatch, which checks them, folds the arrays to (N, C, S),
+allocates, and calls one kernel. Nothing is written before every check has passed.
 
 N = everything before the channel axis, C = channels, S = everything after it.
 """
@@ -53,8 +53,8 @@ def batch_norm(
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
         The batch. Read in place where its memory is contiguous in any order of its axes, or
-        channels-first and sliced along N; copied first where it is not. Half types (bfloat16 is
-        that of ml_dtypes) are widened to float32 as they are read, and results are rounded to
+        channels-first and sliced along N or C; copied first where it is not. Half types (bfloat16
+        is that of ml_dtypes) are widened to float32 as they are read, and results are rounded to
         them, to nearest even; what is beyond their largest value becomes infinite.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64; 1 and 0 where None.
@@ -62,9 +62,11 @@ def batch_norm(
         The channel axis; negative counts from the end.
     eps : float, default 1e-5
         Added to the variance. Positive.
-    activation : {None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu"}
-        f, computed before y leaves the cache. NaN stays NaN; relu, relu6 and leaky_relu leave
-        -0.0 as it is, and their derivative where their argument is 0 is that of negative ones.
+    activation : {None, "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", \
+            "gelu"}
+        f, computed before y leaves the cache. gelu is the exact one, by erf. NaN stays NaN, and
+        where f(0) is 0, -0.0 stays -0.0. The derivative of relu, relu6 and leaky_relu where their
+        argument is 0 is that of negative ones.
     slope : float, default 0.01
         Of leaky_relu below 0.
     residual : array_like, shape and dtype of `x`, optional
@@ -73,7 +75,7 @@ def batch_norm(
         True where a position counts, in all channels alike: broadcastable to the shape of `x`
         without its channel axis, such as (N, L) for (N, C, L) and (N, L, C); or with as many
         axes as `x`, of size 1 along that one. What does not count is left out of the statistics,
-        may be NaN there, and gets no gradient.
+        and may be NaN there.
     weights : array_like, optional
         How often each position counts: finite, not negative, and of a shape as that of `mask`. A
         weight of 0 masks out. Held in the type that is computed in, float32 for half types too.
@@ -82,10 +84,11 @@ def batch_norm(
         of batch and channels, such as L. Where several of the three are given, all must agree.
     masked : {"normalize", "zero"}, default "normalize"
         What y is where a position does not count: normalized like the rest, or 0, also with an
-        activation.
+        activation and a residual.
     out : ndarray, optional
         Where y goes: shape and dtype of `x`. May be `x` or `residual` itself; must not overlap
-        them otherwise. With the memory layout of `x` it is written in place, without a copy.
+        them otherwise, nor hold two values at one place. With the memory layout of `x` it is
+        written in place, without a copy.
     num_threads : int, optional
         Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
         any number.
@@ -101,11 +104,13 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an array is of another dtype.
+        If an array is of another dtype; `gamma` and `beta` are of no half type.
     ValueError
         If a shape does not fit, a channel has fewer than two values that count, `eps` is not
         positive, `activation` or `masked` is unknown, a weight is negative or not finite, or `out`
-        is read-only or overlaps an input in part.
+        is read-only, has several values at one place, or overlaps an input in part.
+    RuntimeError
+        If another thread gives `x` a new shape during the call.
 
     Notes
     -----
@@ -175,10 +180,10 @@ def batch_norm_inference(
 
     Raises
     ------
-    TypeError
-        If an array is not float32 or float64.
+    TypeError, RuntimeError
+        As in `batch_norm`; `mean` and `var` are of no half type either.
     ValueError
-        If a shape does not fit, `eps` is negative, or `out` is read-only or overlaps an input.
+        As in `batch_norm`; but any number of values will do, and `eps` may be 0.
     """
     y: NDArray[Any] = _dispatch.inference(
         x, mean, var, gamma, beta, axis, eps, activation, slope, residual, mask, weights, lengths,
@@ -221,9 +226,11 @@ def batch_norm_backward(
     gamma, beta : array_like, shape (C,), optional
         As given to `batch_norm`. beta matters only with an activation or `from_output`.
     axis, eps, activation, slope, residual, mask, weights, lengths, num_threads
-        As given to `batch_norm`. What the activation was given is computed again from `x`. Where a
-        position does not count, dy is not looked at, and dx and dresidual are 0, whatever `masked`
-        was.
+        As given to `batch_norm`. What the activation was given is computed again from `x`.
+    masked : {"normalize", "zero"}, default "normalize"
+        As given to `batch_norm`. With "normalize", dy counts where a position does not, as y there
+        depends on `x`, gamma and beta too; dx there is ``dy * f' * gamma / sqrt(var + eps)``. With
+        "zero" dy is not looked at there, and dx and dresidual are 0.
     from_output : bool, default False
         `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
         its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
@@ -247,9 +254,13 @@ def batch_norm_backward(
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or `moments` is no `Moments`.
+        If an array is of a dtype that `batch_norm` does not take, or `moments` is no `Moments`.
     ValueError
-        If shapes or dtypes do not fit, or `moments` has another count than a channel of `x`.
+        If shapes or dtypes do not fit, `moments` has another count than a channel of `x`,
+        `from_output` asks for what cannot be undone, or as in `batch_norm`; `out_residual` is
+        checked as `out` is.
+    RuntimeError
+        As in `batch_norm`.
     """
     if not isinstance(moments, Moments):
         raise TypeError(
@@ -292,8 +303,9 @@ def batch_norm_inference_backward(
     ----------
     dy, x, gamma, beta, axis, eps, activation, slope, residual, from_output, num_threads
         As in `batch_norm_backward`; `x` may be empty.
-    mask, weights, lengths
-        As in `batch_norm_backward`; weights matter only where they are 0.
+    mask, weights, lengths, masked
+        As in `batch_norm_backward`; they matter only with ``masked="zero"``, and weights only where
+        they are 0.
     mean, var : array_like, shape (C,)
         As given to `batch_norm_inference`.
     out : ndarray, optional
@@ -308,8 +320,8 @@ def batch_norm_inference_backward(
 
     Raises
     ------
-    TypeError, ValueError
-        As in `batch_norm_inference`.
+    TypeError, ValueError, RuntimeError
+        As in `batch_norm_backward`; but any number of values will do, and `eps` may be 0.
     """
     gradients: tuple[NDArray[Any], ...] = _dispatch.backward(
         dy, x, None, mean, var, gamma, beta, axis, eps, activation, slope, residual, mask, weights,
@@ -344,9 +356,9 @@ def moments(
     Raises
     ------
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is of another dtype.
     ValueError
-        If `x` has fewer than 2 axes, or no values that count.
+        If `x` has fewer than 2 axes, or a channel no values that count.
     """
     count, mean, m2 = _dispatch.statistics(x, axis, mask, weights, lengths, num_threads)
     return Moments._of_frozen(count, mean, m2)

@@ -33,6 +33,22 @@ def test_links_lead_somewhere(name):
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
+def anchors(page):
+    """Headings of a page, as links name them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
+def test_links_between_pages_lead_to_a_heading(page):
+    here = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", here.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        there = here.parent / path if path else here
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
 def test_sources_that_are_named_are_there():
     """Those that CONTRIBUTING.md names without their folder."""
     names = set(re.findall(r"`(\w+\.(?:py|pyx|pxd))`", text_of("CONTRIBUTING.md")))
