@@ -40,7 +40,7 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
 
-# What is inline in a .pxd file is part of a hot loop, with constants that decide what is left of it.
+# What is inline in a .pxd file is part of a hot loop; constants decide what is left of it.
 INLINE = ("CYTHON_INLINE", "inline __attribute__((always_inline, unused))")
 
 # Checks watch the source, which is the same at every level: one is enough, and a third of the time.

@@ -234,6 +234,11 @@ def check_destination(name: str, out: Any, x: NDArray[Any]) -> None:
         raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; give an array that may be written to")
+    check_places(name, out)
+
+
+def check_places(name: str, out: NDArray[Any]) -> None:
+    """Refuse an `out` of which several values lie at one place."""
     if shares_places(out):
         raise ValueError(
             f"{name} has strides {out.strides}, with several of its values at one place in memory; "
@@ -244,7 +249,9 @@ def check_destination(name: str, out: Any, x: NDArray[Any]) -> None:
 def shares_places(array: NDArray[Any]) -> bool:
     """Whether two values of an array may lie at one place in memory."""
     span = array.itemsize
-    for stride, size in sorted((abs(t), n) for t, n in zip(array.strides, array.shape, strict=True)):
+    for stride, size in sorted(
+        (abs(t), n) for t, n in zip(array.strides, array.shape, strict=True)
+    ):
         if size > 1:
             if stride < span:
                 break

@@ -13,7 +13,7 @@ from ._arguments import array as as_plain
 from ._arguments import channel_axis, check_mapping, tensor
 from ._chunks import Chunks, Sliced, is_sliced
 from ._runtime import thread_count
-from ._selection import SCALE_THEM, Selection, select
+from ._selection import Selection, select
 
 __all__ = ["Moments", "Progress"]
 
@@ -503,8 +503,10 @@ def _measure(
     threads: int,
 ) -> Statistics:
     """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
+    found: Statistics
     if selection is None:
-        return _dispatch.statistics(piece, axis, None, None, None, threads)
+        found = _dispatch.statistics(piece, axis, None, None, None, threads)
+        return found
     mask, weights = selection.at(index)
     channels = piece.shape[axis]
     if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
@@ -512,8 +514,9 @@ def _measure(
     counts, means, squares = [], [], []
     for c in range(channels):
         one = tuple(slice(c, c + 1) if i == axis else slice(None) for i in range(piece.ndim))
-        parts = (v if v is None or v.shape[axis] == 1 else v[one] for v in (mask, weights))
-        count, mean, m2 = _measure_selected(piece[one], axis, *parts, threads)
+        valid = mask if mask is None or mask.shape[axis] == 1 else mask[one]
+        often = weights if weights is None or weights.shape[axis] == 1 else weights[one]
+        count, mean, m2 = _measure_selected(piece[one], axis, valid, often, threads)
         counts.append(count)
         means.append(mean)
         squares.append(m2)
@@ -533,7 +536,8 @@ def _measure_selected(
     if not np.any(counts):
         none = np.zeros(piece.shape[axis])
         return 0 if weights is None else 0.0, none, none.copy()
-    return _dispatch.statistics(piece, axis, mask, weights, None, threads)
+    found: Statistics = _dispatch.statistics(piece, axis, mask, weights, None, threads)
+    return found
 
 
 def _restore(

@@ -354,7 +354,17 @@ def group_norm_backward(
     """
     gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
     gradients = _dispatch.normalize_rows_backward(
-        dy, x, axis, integer_from("num_groups", num_groups), _rows_of, moments, gamma, eps, True, out, num_threads
+        dy,
+        x,
+        axis,
+        integer_from("num_groups", num_groups),
+        _rows_of,
+        moments,
+        gamma,
+        eps,
+        True,
+        out,
+        num_threads,
     )
     return gradients
 

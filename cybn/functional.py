@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
-from ._selection import Positions, choose
 from ._arguments import channel_axis
 from ._moments import Moments
+from ._selection import Positions, choose
 
 __all__ = [
     "batch_norm",

@@ -248,8 +248,8 @@ def _normal(z: Array) -> Array:
     near = exact.astype(np.float64)
     erfc = np.vectorize(erfc_of, otypes=[np.float64])(near)
     rest = (exact - near) * np.exp(-(near.astype(np.longdouble) ** 2)) / np.sqrt(np.arctan(1.0))
-    value = (erfc - np.where(np.isfinite(z), rest, 0)) / 2
-    return value.astype(z.dtype)
+    value: Array = ((erfc - np.where(np.isfinite(z), rest, 0)) / 2).astype(z.dtype)
+    return value
 
 
 def _xhat(

@@ -1,8 +1,9 @@
 # cython: cdivision=True
 # NumPy's arrays as the dispatch sees them: through the fields of the array, whose places are fixed.
 #
-# Asking an array for its shape from Python takes as long as normalizing a thousand values. A View is
-# a copy of the fields, so nothing that another thread does to the array's shape can move it away.
+# Asking an array for its shape from Python takes as long as normalizing a thousand values. A View
+# is a copy of the fields, so nothing that another thread does to the array's shape can move it
+# away.
 
 cdef extern from *:
     """

@@ -4,8 +4,8 @@
 #
 # Every call goes this way, whatever is special about it: read the arrays, check, fold to (N, C, S),
 # allocate, run. Nothing is written before every check has passed. What the common case does not
-# need, such as converting a list, is a function of Python (checks.py, positions.py); it raises the
-# error where it finds the fault.
+# need, such as converting a list, is a function of Python (_arguments.py, _selection.py); it
+# raises the error where it finds the fault.
 #
 # N = everything before the channel axis, C = channels, S = everything after it.
 
@@ -17,11 +17,11 @@ from cybn._dispatch.arrays cimport (
     NPY_ARRAY_WRITEABLE, NPY_DOUBLE, Fold, PyArray_CLEARFLAGS, PyArray_DATA, PyArray_TYPE,
     PyArrayObject, View, apart, by_stride, fold, lies, same_place, same_shape, view_of)
 from cybn._kernels.activation cimport (
-    GELU, HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
+    GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
     AGAIN, BY_RUN, IN_DRESIDUAL, IN_DX, STAGED_PIECES, Caches, Route, Tiling, route_of, tiling_of,
-    BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SAMPLES, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
-    Kernels, Problem, RowProblem, RowTiling, Rows, Vector, chunks_of, row_tiling)
+    BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SAMPLES, SCALE, SCALE_DY, SERIAL, SUMS,
+    UNSCALE, Kernels, Problem, RowProblem, RowTiling, Rows, Vector, chunks_of, row_tiling)
 
 from numpy import ascontiguousarray, copyto, empty, errstate, moveaxis, ndarray, zeros
 from numpy import empty_like as any_empty_like
@@ -129,7 +129,7 @@ cdef object new_like(object x, const View* v):
 
 
 cdef object destination(str name, object out, object x, const View* like, View* v):
-    """Return where a result goes, `out` if it will do; v.data is NULL where it is not read as is."""
+    """Return where a result goes; v.data is NULL where it cannot be written in place."""
     if out is None:
         out = new_like(x, like)
         view_of(out, v, bfloat16)
@@ -201,9 +201,10 @@ cdef object beside(object array, View* v, object x, const Fold* f, Rows* rows):
     return array
 
 
-cdef object target(object out, View* v, object x, const Fold* f, Rows* rows):
+cdef object target(str name, object out, View* v, object x, const Fold* f, Rows* rows):
     """Take an output, and return it, or an array in its place that lies in memory as x does."""
     if v.data == NULL or not lies(v, f, False, &rows.pitch):
+        _arguments.check_places(name, out)
         out = any_empty_like(x)
         view_of(out, v, bfloat16)
         lies(v, f, False, &rows.pitch)
@@ -334,9 +335,9 @@ def forward(
     p.reduce, p.apply = SUMS, SCALE
     x = folded(&p, x, &vx, at, &f)
     residual = beside(residual, &vr, x, &f, &p.residual)
-    into = target(y, &vy, x, &f, &p.y)
-    held = take_shares(&p, positions, &f, &vx, zeroed)
-    sums = run(&p, &vx)
+    into = target("out", y, &vy, x, &f, &p.y)
+    _held = take_shares(&p, positions, &f, &vx, zeroed)
+    _sums = run(&p, &vx)
     mean, m2 = frozen(p.sums, p.C), frozen(p.sums + p.C, p.C)
     if into is not y:
         copyto(y, into)
@@ -358,8 +359,8 @@ def statistics(x, axis, mask, weights, lengths, num_threads):
         return 0, empty(0), empty(0)
     p.reduce, p.apply = SUMS, NO_WRITE
     x = folded(&p, x, &vx, at, &f)
-    held = take_shares(&p, positions, &f, &vx, False)
-    sums = run(&p, &vx)
+    _held = take_shares(&p, positions, &f, &vx, False)
+    _sums = run(&p, &vx)
     mean, m2 = frozen(p.sums, p.C), frozen(p.sums + p.C, p.C)
     return count_of(&p, positions), mean, m2
 
@@ -399,10 +400,10 @@ def inference(
     p.reduce, p.apply = NO_SUMS, SCALE
     x = folded(&p, x, &vx, at, &f)
     residual = beside(residual, &vr, x, &f, &p.residual)
-    into = target(y, &vy, x, &f, &p.y)
-    held = take_shares(&p, positions if zeroed else None, &f, &vx, zeroed)
+    into = target("out", y, &vy, x, &f, &p.y)
+    _held = take_shares(&p, positions if zeroed else None, &f, &vx, zeroed)
     p.count = 1
-    sums = run(&p, &vx)
+    _sums = run(&p, &vx)
     if into is not y:
         copyto(y, into)
     return y
@@ -482,13 +483,13 @@ def backward(
     x = folded(&p, x, &vx, at, &f)
     dy = beside(dy, &vd, x, &f, &p.dy)
     residual = beside(residual, &vr, x, &f, &p.residual)
-    into = target(dx, &vy, x, &f, &p.y)
+    into = target("out", dx, &vy, x, &f, &p.y)
     if kept is not None:
-        keep = target(kept, &vk, x, &f, &p.dresidual)
-    held = take_shares(&p, positions, &f, &vx, zeroed)
+        keep = target("out_residual", kept, &vk, x, &f, &p.dresidual)
+    _held = take_shares(&p, positions, &f, &vx, zeroed)
     if not through:
         p.count = 1
-    sums = run(&p, &vx)
+    _sums = run(&p, &vx)
     results = into, rounded(p.sums + p.C, p.C, dtype), rounded(p.sums, p.C, dtype)
     if into is not dx:
         copyto(dx, into)
@@ -688,6 +689,7 @@ cdef object row_output(object out, View* v, object x, int axis, const Fold* f, R
     if v.data != NULL and axis:
         channels_first(v, axis)
     if v.data == NULL or not lies(v, f, True, &rows.pitch):
+        _arguments.check_places("out", out)
         out = any_empty_like(x)
         view_of(out, v, bfloat16)
         if axis:
@@ -734,9 +736,9 @@ cdef object run_rows(RowProblem* p):
 def normalize_rows(
     x, axis, num_groups, gamma, beta, eps, bint centred, out, num_threads,
 ):
-    """Return y, mean and M2 of the rows, each (N * G,), and the form; `num_groups` as in form_of."""
+    """Return y, mean and M2 of the rows, (N * G,), and the form; `num_groups` as in form_of."""
     cdef RowProblem p
-    cdef View vx, vy, vg, vb, vm
+    cdef View vx, vy, vg, vb
     cdef Fold f
     memset(&p, 0, sizeof(p))
     given_x, given_g, given_b = x, gamma, beta
@@ -766,7 +768,7 @@ def normalize_rows(
     p.mean = <double*> PyArray_DATA(<const PyArrayObject*> mean)
     p.m2 = <double*> PyArray_DATA(<const PyArrayObject*> m2)
     p.gamma, p.beta = vg.data, vb.data
-    sums = run_rows(&p)
+    _sums = run_rows(&p)
     if into is not y:
         copyto(y, into)
     if f.split > 1:
@@ -821,7 +823,7 @@ def normalize_rows_backward(
     p.mean = <double*> PyArray_DATA(<const PyArrayObject*> mean)
     p.m2 = <double*> PyArray_DATA(<const PyArrayObject*> m2)
     p.gamma = vg.data
-    sums = run_rows(&p)
+    _sums = run_rows(&p)
     t = row_tiling(&p)
     C = p.G * p.K
     for k in range(1, t.chunks):        # in order

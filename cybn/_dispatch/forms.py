@@ -1,7 +1,7 @@
 """How an array falls into rows, for layer, RMS, group and instance normalization.
 
-A row is D neighbouring values that share one mean and variance. N = samples, G = groups of a sample,
-D = values of a group, S = neighbours that share a gamma and beta.
+A row is D neighbouring values that share one mean and variance. N = samples, G = groups of a
+sample, D = values of a group, S = neighbours that share a gamma and beta.
 """
 
 from __future__ import annotations

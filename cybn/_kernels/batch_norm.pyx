@@ -13,15 +13,16 @@
 #
 # f is the activation, and g = dy f'(what f was given).
 #
-# a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory, 8 where
-#    the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. Half types: half.
+# a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory, 8
+#    where the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. Half types:
+#    half.
 # b. Owned. A thread owns a block of channels and takes it through all three steps, in one parallel
 #    region without a barrier. Apply walks N backwards, over the lines touched last.
 # c. Shared. With fewer channels than threads could own, or channels-last, each step is a parallel
 #    loop over tiles of (chunk of N and S) x (block of channels), in one region.
-# d. The same bits. A channel's sums are taken chunk by chunk and merged in chunk order. Chunks depend
-#    on (N, C, S) alone. Blocks and schedules follow the machine: they move whole channels about,
-#    never the order inside one.
+# d. The same bits. A channel's sums are taken chunk by chunk and merged in chunk order. Chunks
+#    depend on (N, C, S) alone. Blocks and schedules follow the machine: they move whole channels
+#    about, never the order inside one.
 # e. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into z: the error
 #    of y does not grow with |mean| / std (docs/math.md, 6.4).
 
@@ -33,11 +34,11 @@ from libc.string cimport memcpy, memset
 from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear, gather,
-    on_line, spread, stream_end)
+    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    gather, on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, dot_columns,
-    dot_run, lanes_of, scale, sum_columns, sum_run, unscale)
+    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
+    dot_columns, dot_run, lanes_of, scale, sum_columns, sum_run, unscale)
 from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
     SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem,
@@ -360,8 +361,8 @@ cdef void add_rows(
         for s in range(sweeps):
             for k in range(ceiling(w, STAGED_COLUMNS)):
                 j = k * STAGED_COLUMNS
-                add_staged(job, n + s * ahead, rows, apart, i + j, min(STAGED_COLUMNS, w - j), co + j, kink,
-                           a + j, b + j, room)
+                add_staged(job, n + s * ahead, rows, apart, i + j,
+                           min(STAGED_COLUMNS, w - j), co + j, kink, a + j, b + j, room)
         return
     x.pitch, dy.pitch = ahead * p.x.pitch, ahead * p.dy.pitch
     while s < sweeps:

@@ -198,7 +198,8 @@ cdef inline void row_unscale(
             memcpy(ends, g, m * sizeof(T))
             memcpy(&ends[LANES], to_a, m * sizeof(T))
             memcpy(&ends[2 * LANES], to_b, m * sizeof(T))
-            at_x, at_dy = read(way, at_end, lanes, room), read(way, at_end + STRIP, lanes, room + LANES)
+            at_x = read(way, at_end, lanes, room)
+            at_dy = read(way, at_end + STRIP, lanes, room + LANES)
             g, to_a, to_b = &ends[0], &ends[LANES], &ends[2 * LANES]
         else:
             at_x = read(way, x + at * item, lanes, room)
@@ -208,7 +209,8 @@ cdef inline void row_unscale(
             to_a[j] += at_dy[j] * xhat
             to_b[j] += at_dy[j]
             v[j] = ((at_dy[j] * g[j] - c1) - xhat * c2) * r
-        put(way, stream and 0 <= i < e.strips, v, dx + at * item if m == lanes else at_end + 2 * STRIP)
+        put(way, stream and 0 <= i < e.strips, v,
+            dx + at * item if m == lanes else at_end + 2 * STRIP)
         if m < lanes:
             memcpy(dx + at * item, at_end + 2 * STRIP, m * item)
             memcpy(a + at, to_a, m * sizeof(T))

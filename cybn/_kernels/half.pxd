@@ -85,9 +85,6 @@ cdef extern from * nogil:
     Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
 
 
-
-
-
 cdef inline uint32_t bits(float f) noexcept nogil:
     cdef uint32_t u
     memcpy(&u, &f, sizeof(u))

@@ -17,16 +17,16 @@
 #   RUNS     longer S                              one for a run
 #   DOWN     channels-last                         one a column, as in batch normalization
 #
-# a. Blocks. The passes follow each other block by block, so the second look comes from L2. A block of
-#    runs is neighbouring groups of one sample; other blocks are one group of several samples, which
-#    share gamma and beta.
+# a. Blocks. The passes follow each other block by block, so the second look comes from L2. A block
+#    of runs is neighbouring groups of one sample; other blocks are one group of several samples,
+#    which share gamma and beta.
 # b. Slots. A row is summed in segments, each of which leaves its sums in a slot; they are added in
-#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and, weighted
-#    with gamma, the two sums of the row.
-# c. dgamma and dbeta are added up in float64 per chunk of N, and the chunks by the dispatch, in order.
-#    Owned: a thread takes a chunk of N of some groups through all passes. Shared: with few and long
-#    rows, each pass is a parallel loop. Both do the same sums in the same order: bits depend on the
-#    shape alone.
+#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and,
+#    weighted with gamma, the two sums of the row.
+# c. dgamma and dbeta are added up in float64 per chunk of N, and the chunks by the dispatch, in
+#    order. Owned: a thread takes a chunk of N of some groups through all passes. Shared: with few
+#    and long rows, each pass is a parallel loop. Both do the same sums in the same order: bits
+#    depend on the shape alone.
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
@@ -34,18 +34,18 @@ from libc.math cimport INFINITY, sqrt
 from libc.string cimport memcpy, memset
 
 from cybn._kernels.by_row cimport (
-    C1_OF_ROW, C2_OF_ROW, HI_OF_ROW, LO_OF_ROW, R_OF_ROW, ROW_TERMS, row_dots, row_scale, row_unscale,
-    turned_dots, turned_sums)
+    C1_OF_ROW, C2_OF_ROW, HI_OF_ROW, LO_OF_ROW, R_OF_ROW, ROW_TERMS, row_dots, row_scale,
+    row_unscale, turned_dots, turned_sums)
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
-    gather, item_of, read, spread, stream_end)
+    gather, read, spread, stream_end)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, lanes_of, scale,
     sum_columns, sum_run, unscale)
 from cybn._kernels.problem cimport (
-    ALONG, BRAIN, DOWN, FLOAT64, HALF, POSITIONS, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SEGMENT, SERIAL,
-    SHORT, STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
+    ALONG, BRAIN, DOWN, FLOAT64, HALF, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
+    STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
     ceiling, row_tiling)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
@@ -117,7 +117,7 @@ cdef void add_run(
 cdef void reduce_row(
     const Job* job, Py_ssize_t n, Py_ssize_t g, T shift, Py_ssize_t i, double* out
 ) noexcept nogil:
-    """Segment i of a row: in whole pieces; of runs and backward, nearly equal parts of a channel."""
+    """Segment i of a row, in whole pieces; backward, nearly equal parts of a channel."""
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t pieces = ceiling(p.D, PIECE), at = 0, end = p.D, m
     if p.backward:
@@ -630,7 +630,8 @@ cdef void apply_along(
 
 
 cdef void apply_channels(
-    const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t s0, Py_ssize_t s1, T of_type
+    const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t s0, Py_ssize_t s1,
+    T of_type,
 ) noexcept nogil:
     """y or dx of m channels of positions s0..s1: down in stretches, up in each of them."""
     cdef T co[COEFFICIENTS]

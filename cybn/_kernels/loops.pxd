@@ -9,21 +9,21 @@
 #
 # d = x - hi. g is dy, or dy times the slope of a piecewise-linear activation at d * a + z.
 #
-# a. Coefficients. `step` is 0 for a run, whose values have one channel and so one hi, a, k, b, z, and
-#    1 for columns, which have one each. It is a constant, so both forms come from one loop.
+# a. Coefficients. `step` is 0 for a run, whose values have one channel and so one hi, a, k, b, z,
+#    and 1 for columns, which have one each. It is a constant, so both forms come from one loop.
 # b. Rows. Column sums are loaded and stored once for four rows (sums) or two (dots), coefficients
 #    once for two rows. A run is a table of one strip a row.
 # c. Order. A lane of a run, and a column, collect at most FLUSH values before they go to float64:
 #    rounding in float32 cannot build up over a long channel.
-# d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds to
-#    that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
+# d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds
+#    to that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
 #    reads nothing beyond a row. Rows shorter than a strip are copied to one.
 
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of,
-    read, write)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of, read,
+    write)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
@@ -96,11 +96,11 @@ cdef inline void sum_strip(
     cdef const T* x1
     cdef const T* x2
     cdef const T* x3
-    cdef Py_ssize_t i, j, lanes = lanes_of(a[0])
+    cdef Py_ssize_t _, j, lanes = lanes_of(a[0])
     for j in range(lanes):
         va[j] = a[j]
         vb[j] = b[j]
-    for i in range(sweeps):
+    for _ in range(sweeps):
         x0 = read(way, x.at[0] + start, lanes, room)
         x1 = read(way, x.at[1] + start, lanes, room + LANES)
         x2 = read(way, x.at[2] + start, lanes, room + 2 * LANES)

@@ -2,14 +2,14 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
 # Batch normalization as a textbook would compile it: the page to begin with.
 #
-# x is (N, C, S): N samples, C channels, S positions. Every channel c has a mean and a variance of its
-# own, over all n and s. Threads take channels; a channel is read twice. The numbers are those of
-# docs/math.md.
+# x is (N, C, S): N samples, C channels, S positions. Every channel c has a mean and a variance of
+# its own, over all n and s. Threads take channels; a channel is read twice. The numbers are those
+# of docs/math.md.
 #
 # This is slow, and right for any shape: tests hold the kernels against it. batch_norm.pyx does the
-# same with values that are neighbours in memory done together (columns, strips of lanes), with blocks
-# of channels that stay in the caches, and with sums that do not lose digits. What each step gains
-# is measured by `python bench/steps.py`.
+# same with values that are neighbours in memory done together (columns, strips of lanes), with
+# blocks of channels that stay in the caches, and with sums that do not lose digits. What each step
+# gains is measured by `python bench/steps.py`.
 
 from cython.parallel cimport prange
 from libc.math cimport sqrt

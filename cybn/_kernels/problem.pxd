@@ -207,7 +207,7 @@ cdef inline Py_ssize_t block_of(
 
 
 cdef enum:
-    PIECE_BYTES = 200 << 10 # of a row that a block has at most
+    PIECE_BYTES = 200 << 10     # of a row that a block has at most
 
 
 cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept nogil:
@@ -320,7 +320,7 @@ cdef enum:
     FEWEST = 8              # rows of a block of long rows, if there are as many
     ROW_CHUNK = 32768       # values of a block of rows, and least of a chunk of N
     SEGMENT = 65536         # values of a segment, about
-    STRETCH_OF_RUNS = 16384 # values of a run, or of several, that a thread takes at once
+    STRETCH_OF_RUNS = 16384     # values of a run, or of several, that a thread takes at once
     POSITIONS = 64          # channels-last, of a cut, at least
     TILE = 1024             # columns of a tile
 

@@ -2,8 +2,8 @@
 # Mean and M2 of a channel, or of a row: the pivot, the rule that trusts it, and summing again.
 #
 # Sums are centred on a pivot: the mean of SAMPLES values spread over what is summed, rounded to T.
-# Where that lies more than two standard deviations from the mean, or squares left the range of T, the
-# values are summed again in float64 (docs/math.md, 6.2). Both kernels do it here.
+# Where that lies more than two standard deviations from the mean, or squares left the range of T,
+# the values are summed again in float64 (docs/math.md, 6.2). Both kernels do it here.
 
 from libc.math cimport INFINITY
 
@@ -13,7 +13,8 @@ from cybn._kernels.problem cimport SAMPLES
 cdef enum:
     STRETCH = 1024          # values between two additions of lanes to totals
 
-# Adds the sums of d = x - shift and of d * d, both times a power of two, to those of `whose` values.
+# Adds the sums of d = x - shift and of d * d, both times a power of two, to those of `whose`
+# values.
 ctypedef void (*Look)(const void* whose, double shift, double down, double* sums) noexcept nogil
 
 

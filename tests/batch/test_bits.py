@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
+import levels
 import numpy as np
 import pytest
 from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, lay, normal_case, same_bits
 from family_cases import group, layer
-import levels
 from levels import LEVELS
 
 import cybn

@@ -1,4 +1,4 @@
-"""The kernels beside the textbook: plain.pyx, which is the same formulas without any of the steps."""
+"""The kernels beside the textbook, plain.pyx: the same formulas, without any of the steps."""
 
 import numpy as np
 import pytest

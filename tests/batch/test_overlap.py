@@ -233,3 +233,27 @@ def test_memory_that_is_lent_is_looked_at_too(name):
     with pytest.raises(ValueError, match="out overlaps"):
         cybn.batch_norm(**given, out=memory[3:27].reshape(4, 6))
     assert (memory == 1).all()
+
+
+@pytest.mark.parametrize("strides", [(0, 8), (8, 8), (4, 12)], ids=str)
+def test_values_at_one_place_are_refused(strides):
+    """A result needs a place for each of its values."""
+    room = np.zeros(20)
+    if 4 in strides:  # of float32
+        room = room.view(np.float32)
+    x = np.arange(6, dtype=room.dtype).reshape(3, 2)
+    out = np.lib.stride_tricks.as_strided(room, (3, 2), strides)
+    m = cybn.moments(x)
+    for call in (
+        lambda: cybn.batch_norm(x, out=out),
+        lambda: cybn.batch_norm_inference(x, [0.0, 0.0], [1.0, 1.0], out=out),
+        lambda: cybn.batch_norm_backward(x, x, m, out=out),
+        lambda: cybn.layer_norm(x, out=out),
+        lambda: cybn.group_norm(x, num_groups=1, out=out),
+    ):
+        if strides == (4, 12):  # another order, each in its place
+            call()
+            continue
+        with pytest.raises(ValueError, match="several of its values at one place in memory"):
+            call()
+        assert not room.any()

@@ -2,11 +2,11 @@
 
 from functools import lru_cache
 
+import levels
 import numpy as np
 import pytest
 from bounds import ULP32, column, forward_bound
 from cases import AXES, DTYPES, backward_bound, exact_fill, lay, normal_case
-import levels
 from levels import LEVELS
 
 import cybn

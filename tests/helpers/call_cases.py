@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 import cybn
-from cybn import functional
+from cybn import _arguments, functional
 
 
 def within_samples(x):
@@ -403,7 +403,6 @@ bad(cybn.population_statistics, 1, [X])
 bad(functional.absorb, ZEROS, V, cybn.Moments.empty(4), 0.1, 1)
 bad(functional.absorb, ZEROS, FOUR, M, 0.1, 1)
 bad(functional.absorb, ZEROS, G, M, 0.1, 1)
-bad(functional.absorb, ZEROS[::-1], V, M, 0.1, 1)
 bad(cybn.set_num_threads, 0)
 bad(cybn.set_num_threads, True)
 bad(cybn.set_cache_limit, 1.5)
@@ -428,3 +427,13 @@ def error_of(call):
     except REFUSALS as error:
         return error
     return None
+
+
+# What the dispatch leaves to Python, and what only neighbours call.
+bad(cybn.batch_norm, X, axis=True)
+bad(cybn.batch_norm, [[1.0], [1.0, 2.0]])
+bad(cybn.batch_norm, X, out=np.lib.stride_tricks.as_strided(X.copy(), X.shape, (0,) * X.ndim))
+bad(functional.is_zero, "nothing")
+bad(_arguments.companion, "dy", X.astype(np.float64 if X.itemsize == 4 else np.float32), X)
+bad(_arguments.parameters, C, mean=None)
+bad(_arguments.parameters, C, mean=np.ones(C + 1))

@@ -2,12 +2,10 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import cybn
@@ -37,44 +35,6 @@ def test_clean(kind, figure):
 def test_a_build_says_what_it_is(capsys):
     cybn.show_config()
     assert re.search(rf"^build +{_runtime.host.build()}$", capsys.readouterr().out, re.MULTILINE)
-
-
-# ---- a debug build -----------------------------------------------------------------------
-
-in_debug = pytest.mark.skipif(
-    "debug" not in _runtime.host.build(), reason="of a build with CYBN_DEBUG=1"
-)
-SHARES = (None, None, 0.0, False, False)  # none
-
-
-@in_debug
-@pytest.mark.usefixtures("level")
-def test_arrays_that_are_too_small_are_errors():
-    kernels = _runtime.kernels_at(_runtime.level)
-    x, work = np.ones((2, 3, 4), np.float32), np.empty((3, 3))
-    statistics = kernels.statistics["float"]
-    statistics(x, work, *SHARES, 0, 1)
-    with pytest.raises(IndexError, match="Out of bounds"):
-        statistics(x[:0], work, *SHARES, 0, 1)
-    with pytest.raises(IndexError, match="Out of bounds"):
-        statistics(x, work[:0], *SHARES, 0, 1)
-
-
-ASSERTION = """
-import numpy as np
-from cybn import _runtime
-x = np.ones((2, 3, 4), np.float32)
-_runtime.kernels.statistics["float"](x, np.empty((7, 3)), None, None, 0.0, False, False, 0, 1)
-"""
-
-
-@in_debug
-def test_a_broken_assumption_ends_the_process():
-    """Room for three chunks, but two rows to cut: a caller and a kernel that do not agree."""
-    command = [sys.executable, "-P", "-c", ASSERTION]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGABRT
-    assert "Assertion" in done.stderr
 
 
 # ---- what is only printed ----------------------------------------------------------------
