@@ -45,6 +45,7 @@ PEERS = re.compile(r"test_torch_|_pytorch|_keras|_peers|test_mutation")
 PRELOADED = ["numpy", "numpy.testing", "pytest", "hypothesis", "hypothesis.strategies"]
 
 QUICK_BUILD = ('"-O3"', '"-O1"')
+AS_CALLS = ('"inline __attribute__((always_inline, unused))"', '"inline"')  # faults double a loop
 
 NUMBERS = {fault.name: number for number, fault in enumerate(FAULTS, 1)}
 
@@ -88,7 +89,10 @@ def furnish(folder):
         (folder / part).mkdir(parents=True, exist_ok=True)
         copy(names, folder / part)
     setup = folder / "sound" / "setup.py"
-    setup.write_text(replaced(setup.read_text("utf-8"), "", *QUICK_BUILD), "utf-8")
+    text = setup.read_text("utf-8")
+    for change in (QUICK_BUILD, AS_CALLS):
+        text = replaced(text, "", *change)
+    setup.write_text(text, "utf-8")
     level = os.environ | {"CYBN_LEVELS": "baseline"}
     plant_switches(folder / "sound" / "cybn")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]

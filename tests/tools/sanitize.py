@@ -65,7 +65,7 @@ KINDS = {
         ],
         [
             *("tools/test_sanitizers.py", "machine/test_memory.py", "machine/test_guard_pages.py"),
-            *("batch/test_plain.py", "batch/test_masks.py", "layers/test_running.py"),
+            *("batch/test_oracle.py", "batch/test_masks.py", "layers/test_running.py"),
             "family/test_family_small.py",
             "batch/test_half.py::test_odd_sizes",
             "batch/test_half.py::test_rounding_to_nearest_even",
