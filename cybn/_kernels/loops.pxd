@@ -62,8 +62,6 @@ cdef inline T bent(
 ) noexcept nogil:
     """dy times the slope at z; 0 where the slope is 0, whatever dy is."""
     cdef T s, one = 1
-    if bend == STRAIGHT:
-        return dy
     if bend == RECTIFIED:
         return 0 if z <= 0 else dy
     s = one if bend == STEPS else (z + <T> 1.5) * <T> (1.0 / 3)
@@ -215,7 +213,7 @@ cdef inline void dot_strip(
     const Lines* x,             # IN  (sweeps, 2, lanes)
     Py_ssize_t start,
     Py_ssize_t sweeps,
-    const T* co,                # IN  HI, A and Z of columns, or of one
+    const T* co,                # IN  HI and, with a bend, A and Z of columns, or of one
     const T* kink,              # IN  (4,)
     T* restrict a,              # IO  (lanes,)
     T* restrict b,              # IO  (lanes,)
@@ -240,8 +238,12 @@ cdef inline void dot_strip(
         for j in range(lanes):
             d0 = x0[j] - co[HI + j * step]
             d1 = x1[j] - co[HI + j * step]
-            g0 = bent(bend, dy0[j], d0 * co[A + j * step] + co[Z + j * step], kink)
-            g1 = bent(bend, dy1[j], d1 * co[A + j * step] + co[Z + j * step], kink)
+            g0 = dy0[j]
+            if bend != STRAIGHT:
+                g0 = bent(bend, g0, d0 * co[A + j * step] + co[Z + j * step], kink)
+            g1 = dy1[j]
+            if bend != STRAIGHT:
+                g1 = bent(bend, g1, d1 * co[A + j * step] + co[Z + j * step], kink)
             va[j] += g0 + g1
             vb[j] += g0 * d0 + g1 * d1
     for j in range(lanes):
@@ -480,7 +482,9 @@ cdef inline void unscale_strip(
     cdef Py_ssize_t j
     for j in range(lanes_of(v[0])):
         d = at_x[j] - co[HI + j * step]
-        g = bent(bend, at_dy[j], d * co[A + j * step] + co[Z + j * step], kink)
+        g = at_dy[j]
+        if bend != STRAIGHT:
+            g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], kink)
         v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
 
 
