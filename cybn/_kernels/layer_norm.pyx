@@ -755,7 +755,7 @@ cdef inline Way way_of(const RowProblem* p) noexcept nogil:
         return BFLOAT16
     if p.y.at == p.x.at or p.y.at == p.dy.at:
         return PLAIN
-    return STREAM if touched > min(caches.l3, 4 * caches.l2) else PLAIN
+    return STREAM if touched > min(caches.l3, 2 * caches.l2) else PLAIN
 
 
 cdef void run(const RowProblem* p, T of_type) noexcept nogil:

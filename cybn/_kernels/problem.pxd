@@ -239,7 +239,7 @@ cdef inline Way way_of(const Problem* p, const Tiling* t, const Caches* caches) 
         return PLAIN        # in place: these lines are in the caches already
     if gradient_of(p) == IN_DX:
         return PLAIN
-    if t.touched > min(caches.l3, 4 * caches.l2):
+    if t.touched > min(caches.l3, 2 * caches.l2):
         return STREAM       # and x stays in the last level for the second look
     return PLAIN
 

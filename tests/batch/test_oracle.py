@@ -129,9 +129,9 @@ def test_masks_are_stages(operation, masked):
 @pytest.mark.parametrize(
     ("options", "way"),
     [
-        ({}, "plain"),
+        ({"l2": 1 << 22}, "plain"),
         ({"l2": 1 << 18}, "stream"),
-        ({"l3": 1 << 20}, "stream"),
+        ({"l2": 1 << 22, "l3": 1 << 20}, "stream"),
         ({"l2": 1 << 18, "in_place": True}, "plain"),
         ({"l2": 1 << 18, "dtype": "e"}, "float16"),
         ({"l2": 1 << 18, "dtype": "E"}, "bfloat16"),
