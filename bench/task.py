@@ -236,4 +236,4 @@ class Peer:
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield a contestant for every layout and output; nothing for what it cannot do."""
-        raise NotImplementedError
+        raise NotImplementedError  # each peer has its own

@@ -110,6 +110,7 @@ class Layer(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
+            # A subclass that overrides forward is called by it, without a call between.
             cls.__call__ = cls.__dict__["forward"]  # type: ignore[method-assign]
 
     @property
@@ -207,7 +208,7 @@ class Layer(ABC):
         return arrays
 
     def _finish(self, own: list[NDArray[Any]], gradients: Sequence[Any]) -> None:
-        """Write the gradients, and let go of the last forward; or, interrupted, do neither."""
+        """Write the gradients and forget the last forward; or, interrupted, do neither."""
         if not self._train_affine:
             gradients = (0.0, 0.0)
         values = _state.fitting(own, gradients)

@@ -84,6 +84,7 @@ def _arrays(layer: Any) -> list[NDArray[Any]]:
 
 
 def _names(layer: Any) -> list[str]:
+    # The layer may be of any class, so its names are of no type that mypy knows.
     return layer._names + [f"grad_{name}" for name in layer._names]  # type: ignore[no-any-return]
 
 

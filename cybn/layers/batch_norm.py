@@ -275,7 +275,7 @@ class BatchNorm(Layer):
             num_threads: int | None = None,
         ) -> NDArray[Any]:
             """Do what `forward` does."""
-            raise NotImplementedError
+            raise NotImplementedError  # never run: for type checkers alone
 
     else:
         __call__ = forward
@@ -309,7 +309,7 @@ class BatchNorm(Layer):
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
         Goes through the batch statistics if that forward used them, else through the running
-        ones as constants. The input is let go of afterwards: one backward a forward.
+        ones as constants. The input is not kept afterwards: one backward a forward.
 
         Parameters
         ----------

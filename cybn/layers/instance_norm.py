@@ -198,7 +198,7 @@ class InstanceNorm(Layer):
     ) -> NDArray[Any]:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        As `BatchNorm.backward`, which see; `dy` has the shape that was given to `forward`.
+        As in `BatchNorm.backward`; `dy` has the shape that was given to `forward`.
         """
         dy = dy if isinstance(dy, np.ndarray) else array("dy", dy)
         if dy.ndim + 1 in self._axes:

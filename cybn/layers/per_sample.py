@@ -68,7 +68,7 @@ class _PerSample(Layer):
     ) -> NDArray[Any]:
         """Return the gradient of the last forward's input; fill the gradients of the parameters.
 
-        The input is let go of afterwards: one backward a forward.
+        The input is not kept afterwards: one backward a forward.
 
         Parameters
         ----------
