@@ -185,14 +185,27 @@ cdef void coefficients(
         c0 += n
 
 
+cdef inline int slots_of(const Problem* p, bint first) noexcept nogil:
+    """Which coefficients the loops of a pass read, a bit each: HI, A, Z, K, B, and one more."""
+    if first and (p.reduce == SUMS or p.activation == IDENTITY):
+        return 0b1
+    if first or p.apply == SCALE:
+        return 0b111
+    if p.apply == UNSCALE:
+        return 0b11011 if p.activation == IDENTITY else 0b11111
+    return 0b111111
+
+
 cdef void columns_of(
     const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t times, T* co
 ) noexcept nogil:
     """The coefficients of m * S columns, `times` times: computed at the end, spread from there."""
     cdef Py_ssize_t slot, end = m * job.p.S - m
+    cdef int wanted = slots_of(job.p, first)
     coefficients(job, first, c0, m, co + end)
-    for slot in range(3 if first else 6):
-        spread(co + slot * ROOM, m, job.p.S, times)
+    for slot in range(6):
+        if wanted >> slot & 1:
+            spread(co + slot * ROOM, m, job.p.S, times)
 
 
 cdef void kinks(const Problem* p, T* kink) noexcept nogil:
@@ -355,7 +368,7 @@ cdef void add_rows(
     cdef const Problem* p = job.p
     cdef Lines x
     cdef Lines dy
-    cdef Py_ssize_t s = 0, k, j
+    cdef Py_ssize_t s, k, j
     cdef bint whole = rows == (4 if sums_alone(p) else 2) and w >= lanes_of(co[0])
     if not whole or job.r.reduce_from == STAGED_PIECES:
         for s in range(sweeps):
@@ -365,14 +378,10 @@ cdef void add_rows(
                            min(STAGED_COLUMNS, w - j), co + j, kink, a + j, b + j, room)
         return
     x.pitch, dy.pitch = ahead * p.x.pitch, ahead * p.dy.pitch
-    while s < sweeps:
-        for k in range(rows):
-            x.at[k] = place(&p.x, p, n + k * apart, i)
-            dy.at[k] = place(&p.dy, p, n + k * apart, i)
-        k = min(job.t.sweeps, sweeps - s)
-        add_lines(job, job.r.way, job.r.bend, &dy, &x, k, w, co, kink, a, b)
-        s += k
-        n += k * ahead
+    for k in range(rows):
+        x.at[k] = place(&p.x, p, n + k * apart, i)
+        dy.at[k] = place(&p.dy, p, n + k * apart, i)
+    add_lines(job, job.r.way, job.r.bend, &dy, &x, sweeps, w, co, kink, a, b)
 
 
 cdef void reduce_by_column(
@@ -409,7 +418,7 @@ cdef void reduce_by_column(
         add_rows(job, t.n0 + done * ahead * step, together, apart * step, ahead * step, k, i, w, co,
                  kink, a, b, room)
         done += k
-        if k == FLUSH // together:
+        if done % (FLUSH // together) == 0 and done * together < rows:
             gather(a, m, p.S, step, out1 + t.c0)
             gather(b, m, p.S, step, out2 + t.c0)
     done *= together
@@ -436,10 +445,14 @@ cdef void find_pivots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) n
     cdef double v[SAMPLES]
     cdef T room[1]
     cdef Py_ssize_t c, i, at
+    cdef Py_ssize_t n[SAMPLES]
+    cdef Py_ssize_t s[SAMPLES]
+    for i in range(SAMPLES):
+        at = sample_of(i, p.N * p.S) if p.share == NULL else p.places[i]
+        n[i], s[i] = at // p.S, at % p.S
     for c in range(c0, c1):
         for i in range(SAMPLES):
-            at = sample_of(i, p.N * p.S) if p.share == NULL else p.places[i]
-            v[i] = fetch(&p.x, p, job.r.way, at // p.S, c * p.S + at % p.S, 1, room)[0]
+            v[i] = fetch(&p.x, p, job.r.way, n[i], c * p.S + s[i], 1, room)[0]
         pivot[c] = pivot_of(v, of_type)
 
 

@@ -47,21 +47,28 @@ cdef extern from * nogil:
     #include <immintrin.h>
     #endif
 
-    /* Write a strip past the caches; `to` begins on a cache line. A plain store first reads the
-       line that it writes to; whole lines written like this save that, and leave x in the caches
-       for the second look at it. */
-    static inline void cybn_stream_strip(const void *from, void *to) {
+    /* Write a cache line past the caches. A plain store first reads the line that it writes
+       to; whole lines written like this save that, and leave x in the caches for the second
+       look at it. */
+    static inline void cybn_stream_line(const void *from, void *to) {
     #if defined(__AVX512F__)
-        for (int i = 0; i < 2; i++)
-            _mm512_stream_si512((__m512i *)to + i, _mm512_loadu_si512((const __m512i *)from + i));
+        _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512((const __m512i *)from));
     #elif defined(__AVX__)
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 2; i++)
             _mm256_stream_si256((__m256i *)to + i, _mm256_loadu_si256((const __m256i *)from + i));
     #elif defined(__SSE2__)
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 4; i++)
             _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
     #else
-        memcpy(to, from, 128);
+        memcpy(to, from, 64);
+    #endif
+    }
+
+    /* Have a line at hand that will be written in part: such a store waits until the line has
+       come, and those past the caches wait behind it. */
+    static inline void cybn_expect(const void *line) {
+    #if defined(__GNUC__)
+        __builtin_prefetch(line, 1);
     #endif
     }
 
@@ -72,7 +79,8 @@ cdef extern from * nogil:
     #endif
     }
     """
-    void stream_strip "cybn_stream_strip"(const void* source, void* to)
+    void stream_line "cybn_stream_line"(const void* source, void* to)
+    void expect "cybn_expect"(const void* line)
     void stream_end "cybn_stream_end"()
 
 
@@ -104,7 +112,8 @@ cdef inline void write(
     if T is float and way >= FLOAT16:
         narrow(v, <uint16_t*> y, m, way == BFLOAT16)
     elif way == STREAM and m * <Py_ssize_t> sizeof(T) == STRIP:
-        stream_strip(v, y)
+        stream_line(v, y)
+        stream_line(v + LINE // <Py_ssize_t> sizeof(T), y + LINE)
     else:
         for j in range(m):
             (<T*> y)[j] = v[j]
@@ -202,12 +211,17 @@ cdef inline void spread(
     Py_ssize_t times,
 ) noexcept nogil:
     """Give each of m values to s columns, and repeat the row."""
-    cdef Py_ssize_t c, j
+    cdef Py_ssize_t c, j, k, strips = (s + WIDE - 1) // WIDE
     cdef T value
     if s > 1:
         for c in range(m):
             value = v[m * s - m + c]
-            for j in range(s):
-                v[c * s + j] = value
+            if c * s + strips * WIDE <= m * s - m + c:      # what it runs over comes next
+                for j in range(strips):
+                    for k in range(WIDE):
+                        v[c * s + j * WIDE + k] = value
+            else:
+                for j in range(s):
+                    v[c * s + j] = value
     for j in range(m * s, times * m * s):
         v[j] = v[j - m * s]

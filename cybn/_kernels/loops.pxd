@@ -22,8 +22,8 @@
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of, read,
-    write)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, expect, flush, item_of,
+    read, stream_line, write)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
@@ -73,6 +73,38 @@ cdef inline T bent(
 cdef inline Py_ssize_t lanes_of(T of_type) noexcept nogil:
     """Values of a strip."""
     return STRIP // <Py_ssize_t> sizeof(T)
+
+
+# ---- ends --------------------------------------------------------------------------------
+
+cdef struct Ends:               # of a row: what does not fill whole strips that begin on a line
+    Py_ssize_t head, strips, rest, lanes
+
+
+cdef inline Ends ends_of(const char* row, bint align, Py_ssize_t w, T of_type) noexcept nogil:
+    cdef Ends e
+    cdef Py_ssize_t lanes = lanes_of(of_type)
+    e.lanes = lanes
+    e.head = (-<size_t> row & (LINE - 1)) // sizeof(T) if align else 0
+    if e.head + lanes > w:      # no whole strip begins on a line
+        e.head = min(w, lanes)
+    e.strips = (w - e.head) // lanes
+    e.rest = w - e.head - e.strips * lanes
+    return e
+
+
+cdef inline void take_ends(Ends e, const T* v, Py_ssize_t w, T* ends) noexcept nogil:
+    """The first strip of a row and its last, where the row has more than whole strips."""
+    if e.head:
+        memcpy(ends, v, STRIP)
+    if e.rest:
+        memcpy(ends + e.lanes, v + w - e.lanes, STRIP)
+
+
+cdef inline void give_ends(Ends e, const T* ends, Py_ssize_t w, T* v) noexcept nogil:
+    """Put back what of them no whole strip has."""
+    memcpy(v, ends, e.head * sizeof(T))
+    memcpy(v + w - e.rest, ends + 2 * e.lanes - e.rest, e.rest * sizeof(T))
 
 
 # ---- sums --------------------------------------------------------------------------------
@@ -125,24 +157,22 @@ cdef inline void sum_columns(
     T* a,                       # IO  (w,) sums of d = x - hi
     T* b,                       # IO  (w,) sums of d * d
 ) noexcept nogil:
-    cdef T last_a[LANES]
-    cdef T last_b[LANES]
-    cdef T* to_a = &last_a[0]
-    cdef T* to_b = &last_b[0]
-    cdef Py_ssize_t lanes = lanes_of(a[0]), item = item_of(way, a[0])
-    cdef Py_ssize_t full = w // lanes, rest = w - full * lanes, i, at = w - lanes
-    if rest:
-        memcpy(last_a, a + at, STRIP)
-        memcpy(last_b, b + at, STRIP)
-    for i in range(0 if rest else 1, full + 1):
-        if i:
-            at = (i - 1) * lanes
-            to_a = a + at
-            to_b = b + at
-        sum_strip(way, 1, x, at * item, sweeps, hi + at, to_a, to_b)
-    if rest:
-        memcpy(a + w - rest, &last_a[lanes - rest], rest * sizeof(T))
-        memcpy(b + w - rest, &last_b[lanes - rest], rest * sizeof(T))
+    cdef T ends_a[2 * LANES]
+    cdef T ends_b[2 * LANES]
+    cdef Ends e = ends_of(x.at[0], way < FLOAT16, w, a[0])
+    cdef Py_ssize_t item = item_of(way, a[0]), i, at
+    take_ends(e, a, w, ends_a)
+    take_ends(e, b, w, ends_b)
+    for i in range(2):
+        at = 0 if i == 0 else w - e.lanes
+        if e.head if i == 0 else e.rest:
+            sum_strip(way, 1, x, at * item, sweeps, hi + at, ends_a + i * e.lanes,
+                      ends_b + i * e.lanes)
+    for i in range(e.strips):
+        at = e.head + i * e.lanes
+        sum_strip(way, 1, x, at * item, sweeps, hi + at, a + at, b + at)
+    give_ends(e, ends_a, w, a)
+    give_ends(e, ends_b, w, b)
 
 
 cdef inline Way end_of_run(
@@ -263,24 +293,22 @@ cdef inline void dot_columns(
     T* a,                       # IO  (w,) sums of g
     T* b,                       # IO  (w,) sums of g * (x - hi)
 ) noexcept nogil:
-    cdef T last_a[LANES]
-    cdef T last_b[LANES]
-    cdef T* to_a = &last_a[0]
-    cdef T* to_b = &last_b[0]
-    cdef Py_ssize_t lanes = lanes_of(a[0]), item = item_of(way, a[0])
-    cdef Py_ssize_t full = w // lanes, rest = w - full * lanes, i, at = w - lanes
-    if rest:
-        memcpy(last_a, a + at, STRIP)
-        memcpy(last_b, b + at, STRIP)
-    for i in range(0 if rest else 1, full + 1):
-        if i:
-            at = (i - 1) * lanes
-            to_a = a + at
-            to_b = b + at
-        dot_strip(way, 1, bend, dy, x, at * item, sweeps, co + at, kink, to_a, to_b)
-    if rest:
-        memcpy(a + w - rest, &last_a[lanes - rest], rest * sizeof(T))
-        memcpy(b + w - rest, &last_b[lanes - rest], rest * sizeof(T))
+    cdef T ends_a[2 * LANES]
+    cdef T ends_b[2 * LANES]
+    cdef Ends e = ends_of(x.at[0], way < FLOAT16, w, a[0])
+    cdef Py_ssize_t item = item_of(way, a[0]), i, at
+    take_ends(e, a, w, ends_a)
+    take_ends(e, b, w, ends_b)
+    for i in range(2):
+        at = 0 if i == 0 else w - e.lanes
+        if e.head if i == 0 else e.rest:
+            dot_strip(way, 1, bend, dy, x, at * item, sweeps, co + at, kink, ends_a + i * e.lanes,
+                      ends_b + i * e.lanes)
+    for i in range(e.strips):
+        at = e.head + i * e.lanes
+        dot_strip(way, 1, bend, dy, x, at * item, sweeps, co + at, kink, a + at, b + at)
+    give_ends(e, ends_a, w, a)
+    give_ends(e, ends_b, w, b)
 
 
 cdef inline void dot_table(
@@ -350,25 +378,49 @@ cdef inline void dot_run(
 
 # ---- where results go --------------------------------------------------------------------
 
-cdef struct Ends:               # of a row: what does not fill whole strips that begin on a line
-    Py_ssize_t head, strips, rest
+cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
+    """Write a strip."""
+    if stream:
+        write(STREAM, v, y, lanes_of(v[0]))
+    else:
+        write(way, v, y, lanes_of(v[0]))
 
 
-cdef inline Ends ends_of(const char* y, bint stream, Py_ssize_t w, T of_type) noexcept nogil:
-    cdef Ends e
-    cdef Py_ssize_t lanes = lanes_of(of_type)
-    e.head = (-<size_t> y & (LINE - 1)) // sizeof(T) if stream else 0
-    if e.head + lanes > w:      # no whole strip begins on a line
-        e.head = min(w, lanes)
-    e.strips = (w - e.head) // lanes
-    e.rest = w - e.head - e.strips * lanes
-    return e
+cdef inline void expect_ends(
+    Py_ssize_t bytes, Py_ssize_t step, const char* y0, const char* y1
+) noexcept nogil:
+    """Have the ends of the next rows at hand; those of a run's neighbour."""
+    cdef Py_ssize_t apart = y1 - y0
+    if step:
+        expect(y1 + apart)
+        expect(y1 + apart + bytes - 1)
+        expect(y1 + 2 * apart)
+        expect(y1 + 2 * apart + bytes - 1)
+    else:
+        expect(y0 + 2 * bytes - 1)
+
+
+cdef inline void put_ends(
+    Ends e, bint stream, Py_ssize_t item, Py_ssize_t w,
+    const char* ends,           # IN  (2, STRIP) the first strip of a row, and its last
+    char* y,                    # OUT (w,) what of it no whole strip has
+) noexcept nogil:
+    cdef Py_ssize_t rest = e.rest * item
+    if e.head:
+        memcpy(y, ends, e.head * item)
+    if rest:
+        ends += STRIP + e.lanes * item - rest
+        y += w * item - rest
+        if stream and rest >= LINE:
+            stream_line(ends, y)
+            ends, y, rest = ends + LINE, y + LINE, rest - LINE
+        memcpy(y, ends, rest)
 
 
 # ---- scale -------------------------------------------------------------------------------
 
 cdef inline void scale_strip(
-    Way way, Py_ssize_t step, bint clamped, bint added, bint stream,
+    Way way, Py_ssize_t step, bint clamped, bint added,
     const char* x,              # IN  (lanes,)
     const char* r,              # IN  (lanes,)
     T* v,                       # OUT (lanes,)
@@ -387,14 +439,6 @@ cdef inline void scale_strip(
         v[j] = clamp(z, low, high) if clamped else z
 
 
-cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
-    """Write a strip."""
-    if stream:
-        write(STREAM, v, y, lanes_of(v[0]))
-    else:
-        write(way, v, y, lanes_of(v[0]))
-
-
 cdef inline void scale_rows(
     Way way, Py_ssize_t step, bint clamped, bint added, bint stream, const char* x0, const char* x1,
     const char* r0, const char* r1, char* y0, char* y1, Py_ssize_t w, const T* co, T low, T high,
@@ -403,29 +447,34 @@ cdef inline void scale_rows(
     cdef T v0[LANES]
     cdef T v1[LANES]
     cdef char ends[4 * STRIP]
-    cdef char* to0
-    cdef char* to1
     cdef Ends e = ends_of(y0, stream, w, low)
     cdef Py_ssize_t lanes = lanes_of(low), item = item_of(way, low), i, at
-    for i in range(-2, e.strips):
-        at = 0 if i == -2 else (w - lanes if i == -1 else e.head + i * lanes)
-        if (i == -2 and e.head == 0) or (i == -1 and e.rest == 0):
+    if stream:
+        expect_ends(w * item, step, y0, y1)
+    for i in range(2):
+        at = 0 if i == 0 else w - lanes
+        if (e.head if i == 0 else e.rest) == 0:
             continue
-        scale_strip(way, step, clamped, added, stream, x0 + at * item, r0 + at * item, v0,
-                    co + at * step, low, high)
+        scale_strip(way, step, clamped, added, x0 + at * item, r0 + at * item, v0, co + at * step,
+                    low, high)
+        write(way, v0, &ends[i * STRIP], lanes)
         if step:
-            scale_strip(way, step, clamped, added, stream, x1 + at * item, r1 + at * item, v1,
+            scale_strip(way, step, clamped, added, x1 + at * item, r1 + at * item, v1,
                         co + at * step, low, high)
-        to0 = &ends[(2 + i) * STRIP] if i < 0 else y0 + at * item
-        put(way, stream and i >= 0, v0, to0)
+            write(way, v1, &ends[(2 + i) * STRIP], lanes)
+    for i in range(e.strips):
+        at = e.head + i * lanes
+        scale_strip(way, step, clamped, added, x0 + at * item, r0 + at * item, v0, co + at * step,
+                    low, high)
         if step:
-            to1 = &ends[(4 + i) * STRIP] if i < 0 else y1 + at * item
-            put(way, stream and i >= 0, v1, to1)
-    memcpy(y0, ends, e.head * item)
-    memcpy(y0 + (w - e.rest) * item, &ends[STRIP + (lanes - e.rest) * item], e.rest * item)
+            scale_strip(way, step, clamped, added, x1 + at * item, r1 + at * item, v1,
+                        co + at * step, low, high)
+        put(way, stream, v0, y0 + at * item)
+        if step:
+            put(way, stream, v1, y1 + at * item)
+    put_ends(e, stream, item, w, ends, y0)
     if step:
-        memcpy(y1, &ends[2 * STRIP], e.head * item)
-        memcpy(y1 + (w - e.rest) * item, &ends[3 * STRIP + (lanes - e.rest) * item], e.rest * item)
+        put_ends(e, stream, item, w, &ends[2 * STRIP], y1)
 
 
 cdef inline void scale(
@@ -496,28 +545,32 @@ cdef inline void unscale_rows(
     cdef T v0[LANES]
     cdef T v1[LANES]
     cdef char ends[4 * STRIP]
-    cdef char* to0
-    cdef char* to1
     cdef Ends e = ends_of(y0, stream, w, co[0])
     cdef Py_ssize_t lanes = lanes_of(co[0]), item = item_of(way, co[0]), i, at
-    for i in range(-2, e.strips):
-        at = 0 if i == -2 else (w - lanes if i == -1 else e.head + i * lanes)
-        if (i == -2 and e.head == 0) or (i == -1 and e.rest == 0):
+    if stream:
+        expect_ends(w * item, step, y0, y1)
+    for i in range(2):
+        at = 0 if i == 0 else w - lanes
+        if (e.head if i == 0 else e.rest) == 0:
             continue
+        unscale_strip(way, step, bend, dy0 + at * item, x0 + at * item, v0, co + at * step, kink)
+        write(way, v0, &ends[i * STRIP], lanes)
+        if step:
+            unscale_strip(way, step, bend, dy1 + at * item, x1 + at * item, v1, co + at * step,
+                          kink)
+            write(way, v1, &ends[(2 + i) * STRIP], lanes)
+    for i in range(e.strips):
+        at = e.head + i * lanes
         unscale_strip(way, step, bend, dy0 + at * item, x0 + at * item, v0, co + at * step, kink)
         if step:
             unscale_strip(way, step, bend, dy1 + at * item, x1 + at * item, v1, co + at * step,
                           kink)
-        to0 = &ends[(2 + i) * STRIP] if i < 0 else y0 + at * item
-        put(way, stream and i >= 0, v0, to0)
+        put(way, stream, v0, y0 + at * item)
         if step:
-            to1 = &ends[(4 + i) * STRIP] if i < 0 else y1 + at * item
-            put(way, stream and i >= 0, v1, to1)
-    memcpy(y0, ends, e.head * item)
-    memcpy(y0 + (w - e.rest) * item, &ends[STRIP + (lanes - e.rest) * item], e.rest * item)
+            put(way, stream, v1, y1 + at * item)
+    put_ends(e, stream, item, w, ends, y0)
     if step:
-        memcpy(y1, &ends[2 * STRIP], e.head * item)
-        memcpy(y1 + (w - e.rest) * item, &ends[3 * STRIP + (lanes - e.rest) * item], e.rest * item)
+        put_ends(e, stream, item, w, &ends[2 * STRIP], y1)
 
 
 cdef inline void unscale(

@@ -84,7 +84,7 @@ cdef enum:
     STAGED_COLUMNS = 512    # the same, where stages are run on it
     STAGED = 1024           # values of a piece that stages are run on: PIECE
     SUM_ROW = 64            # columns that several rows of few channels are summed as
-    APPLY_ROW = 256         # the same, to be written
+    APPLY_ROW = 1024        # the same, to be written
     CHUNK = 65536           # values that one chunk of a channel has, about
     MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
     SERIAL = 65536          # elements below which one thread is faster than two
@@ -94,7 +94,6 @@ cdef struct Tiling:
     Py_ssize_t sum_rows     # rows that are summed as one
     Py_ssize_t block, blocks            # channels a block, number of blocks
     Py_ssize_t apply_rows, apply_cols   # tiles of a block in the second pass, where shared
-    Py_ssize_t sweeps       # of rows, for which a strip of columns stays in registers
     Py_ssize_t touched      # bytes of all tensors
     bint owned              # a thread takes a block through all steps; else steps are shared
     int threads
@@ -192,13 +191,14 @@ cdef inline Py_ssize_t block_of(
     cdef Py_ssize_t tensors = 2 if p.reduce == DOTS else 1
     cdef bint staged = reduce_from(p) == STAGED_PIECES or apply_from(p) == STAGED_PIECES
     cdef Py_ssize_t run = p.S * p.item, columns = STAGED_COLUMNS if staged else COLUMNS
-    cdef Py_ssize_t block, least = ceiling(p.C, 4 * t.threads)
+    cdef Py_ssize_t block, held, least = ceiling(p.C, 4 * t.threads)
     if p.S == 1:
         if not staged:
             columns = BROAD if p.item == 4 and t.chunk_rows >= 4 * t.threads else 1024
         return p.C if t.sum_rows > 1 else even(p.C, min(columns, p.C), 16)
     if sums_by_run(p) or (p.reduce == NO_SUMS and p.S >= RUN_APPLY and p.share == NULL):
-        block = max(1, min(BLOCK, min(PIECE_BYTES // run, 4 * caches.l2 // (run * p.N * tensors))))
+        held = (4 if caches.l3 <= NEAR else 1) * caches.l2
+        block = max(1, min(BLOCK, min(PIECE_BYTES // run, held // (run * p.N * tensors))))
     else:
         block = max(1, columns // p.S)
     if t.owned:
@@ -208,6 +208,8 @@ cdef inline Py_ssize_t block_of(
 
 cdef enum:
     PIECE_BYTES = 200 << 10     # of a row that a block has at most
+    NEAR = 64 << 20             # bytes of a last level that few cores share: quick, so a block may
+                                # be larger than L2; a larger one is a slow mesh
 
 
 cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept nogil:
@@ -222,7 +224,6 @@ cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept no
     t.sum_rows = SUM_ROW // p.C if p.S == 1 and 2 * p.C <= SUM_ROW else 1
     t.block = block_of(p, &t, caches)
     t.blocks = ceiling(p.C, t.block)
-    t.sweeps = 8 if p.S == 1 and p.C <= 512 else 1
     t.apply_rows = t.chunk_rows
     t.apply_cols = t.chunk_cols
     if p.S == 1:
