@@ -4,7 +4,6 @@ Everything that does not depend on the machine stands in pyproject.toml.
 """
 
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
@@ -43,9 +42,14 @@ CLEARING = "-fno-tree-loop-distribute-patterns"
 # What is inline in a .pxd file is part of a hot loop; constants decide what is left of it.
 INLINE = ("CYTHON_INLINE", "inline __attribute__((always_inline, unused))")
 
+# What is built for. Cross-building names it in _PYTHON_HOST_PLATFORM, such as linux-aarch64, and
+# the compiler in CC; then what a probe compiles cannot be run.
+TARGET = sysconfig.get_platform()
+CROSS = "_PYTHON_HOST_PLATFORM" in os.environ
+
 # Checks watch the source, which is the same at every level: one is enough, and a third of the time.
 LEVELS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64") and BUILD == "release":
+if TARGET.endswith(("x86_64", "amd64")) and BUILD == "release":
     LEVELS["x86-64-v3"] = ["-march=x86-64-v3"]
     LEVELS["x86-64-v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
@@ -94,7 +98,7 @@ def warn(*lines):
 
 def openmp_flags():
     """Return the flags with which an OpenMP program compiles, links and runs, or none."""
-    why = failure(OPENMP_PROBE, ["-fopenmp"], run=True)
+    why = failure(OPENMP_PROBE, ["-fopenmp"], run=not CROSS)
     if why is None:
         return ["-fopenmp"]
     warn(
