@@ -22,6 +22,7 @@ from cybn._kernels.problem cimport (
     AGAIN, BY_RUN, IN_DRESIDUAL, IN_DX, STAGED_PIECES, Caches, Route, Tiling, route_of, tiling_of,
     BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SAMPLES, SCALE, SCALE_DY, SERIAL, SUMS,
     UNSCALE, Kernels, Problem, RowProblem, RowTiling, Rows, Vector, chunks_of, row_tiling)
+from cybn._kernels.waiting cimport Patience, Watch, learn, seconds, threads_now
 
 from numpy import ascontiguousarray, copyto, empty, errstate, moveaxis, ndarray, zeros
 from numpy import empty_like as any_empty_like
@@ -43,6 +44,7 @@ SMALL = SERIAL                  # values from which a call is not a small one
 
 cdef const Kernels* kernels = NULL
 cdef const Kernels* row_kernels = NULL
+cdef Patience patience          # with threads that do not come; zero at the start
 cdef int bfloat16 = -1          # NumPy's number of ml_dtypes' type, once an array of it was seen
 
 
@@ -261,6 +263,7 @@ cdef object run(Problem* p, const View* x):
 
     Other threads may use Python meanwhile, unless that takes as long to arrange.
     """
+    cdef Watch watch
     sums = None
     if p.reduce != NO_SUMS:
         sums = empty((2 * p.chunks + 1) * p.C)
@@ -270,9 +273,15 @@ cdef object run(Problem* p, const View* x):
             p.var.data, p.var.wide = p.sums + p.C, True
     if x.size < SERIAL:
         kernels.batch_norm(p)
-    else:
-        with nogil:
-            kernels.batch_norm(p)
+        return sums
+    p.threads = threads_now(&patience, p.threads)
+    p.watch, watch.worked = &watch, 0
+    with nogil:
+        watch.begun = seconds()
+        kernels.batch_norm(p)
+        watch.took = seconds() - watch.begun
+    if p.threads > 1:
+        learn(&patience, &watch)
     return sums
 
 
@@ -722,14 +731,21 @@ cdef object row_vector(str name, object value, object form, object dtype, View* 
 cdef object run_rows(RowProblem* p):
     """Run a kernel on rows; return the array that holds its sums."""
     cdef RowTiling t = row_tiling(p)
+    cdef Watch watch
     sums = empty(2 * p.N * p.G * t.slots + (2 * t.chunks * p.G * p.K if p.backward else 0))
     p.sums = <double*> PyArray_DATA(<const PyArrayObject*> sums)
     p.parts = p.sums + 2 * p.N * p.G * t.slots
     if p.N * p.G * p.D < SERIAL:
         row_kernels.rows(p)
-    else:
-        with nogil:
-            row_kernels.rows(p)
+        return sums
+    p.threads = threads_now(&patience, p.threads)
+    p.watch, watch.worked = &watch, 0
+    with nogil:
+        watch.begun = seconds()
+        row_kernels.rows(p)
+        watch.took = seconds() - watch.begun
+    if p.threads > 1:
+        learn(&patience, &watch)
     return sums
 
 

@@ -46,6 +46,7 @@ from cybn._kernels.problem cimport (
 from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
+from cybn._kernels.waiting cimport begun, ended
 
 cdef enum:
     PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
@@ -679,6 +680,7 @@ cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
     """All three steps for one block of channels."""
     cdef Tile t = tile_of(job, block, 1, 1, 0)
     cdef Py_ssize_t k
+    cdef double since = begun(job.p.watch)
     if job.p.reduce != NO_SUMS:
         if job.p.reduce == SUMS:
             find_pivots(job, t.c0, t.c1, of_type)
@@ -689,11 +691,13 @@ cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
     if job.p.apply != NO_WRITE:
         t = tile_of(job, block, 1, 1, 0)
         apply_tile(job, &t, of_type)
+    ended(job.p.watch, since)
 
 
 cdef void shared_tile(const Job* job, bint first, Py_ssize_t i, T of_type) noexcept nogil:
     """Tile i of the first pass, or of the second."""
     cdef Py_ssize_t blocks = job.t.blocks
+    cdef double since = begun(job.p.watch)
     cdef Tile t
     if first:
         t = tile_of(job, i % blocks, job.t.chunk_rows, job.t.chunk_cols, i // blocks)
@@ -701,15 +705,18 @@ cdef void shared_tile(const Job* job, bint first, Py_ssize_t i, T of_type) noexc
     else:
         t = tile_of(job, i % blocks, job.t.apply_rows, job.t.apply_cols, i // blocks)
         apply_tile(job, &t, of_type)
+    ended(job.p.watch, since)
 
 
 cdef void shared_part(const Job* job, bint pivots, Py_ssize_t i, T of_type) noexcept nogil:
     """Part i of what is done a channel: pivots, or finish."""
     cdef Py_ssize_t c0 = i * PART, c1 = min(c0 + PART, job.p.C)
+    cdef double since = begun(job.p.watch)
     if pivots:
         find_pivots(job, c0, c1, of_type)
     else:
         finish(job, c0, c1, of_type)
+    ended(job.p.watch, since)
 
 
 cdef void share(const Job* job, T of_type) noexcept nogil:

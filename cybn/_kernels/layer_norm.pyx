@@ -49,6 +49,7 @@ from cybn._kernels.problem cimport (
     ceiling, row_tiling)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
+from cybn._kernels.waiting cimport begun, ended
 
 cdef struct Job:
     const RowProblem* p
@@ -713,6 +714,7 @@ cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     """All passes over a span, block by block."""
     cdef Span all = span_of(job, i), s = all
     cdef double* parts = parts_of(job, i)
+    cdef double since = begun(job.p.watch)
     clear_parts(job, &s, parts)
     while s.n0 < all.n1:
         s.n1 = min(s.n0 + job.t.samples, all.n1)
@@ -720,31 +722,38 @@ cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
         finish(job, &s, parts, of_type)
         apply(job, &s, parts, 0, job.t.tiles, of_type)
         s.n0 = s.n1
+    ended(job.p.watch, since)
 
 
 cdef void share_reduce(const Job* job, Py_ssize_t parts, Py_ssize_t i, T of_type) noexcept nogil:
     """Part i of the sums of all rows."""
     cdef Py_ssize_t row = i // parts, k = i % parts, groups = job.p.G // job.t.apart
+    cdef double since = begun(job.p.watch)
     cdef Span s
     s.n0, s.g0 = row // job.t.apart, row % job.t.apart * groups
     s.n1, s.g1 = s.n0 + 1, s.g0 + groups
     reduce(job, &s, k * job.t.shared // parts, (k + 1) * job.t.shared // parts, of_type)
+    ended(job.p.watch, since)
 
 
 cdef void share_finish(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     cdef Span s = span_of(job, i)
+    cdef double since = begun(job.p.watch)
     clear_parts(job, &s, parts_of(job, i))
     finish(job, &s, parts_of(job, i), of_type)
+    ended(job.p.watch, since)
 
 
 cdef void share_apply(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     """One tile of all rows of a span."""
     cdef Py_ssize_t t = i % job.t.tiles
     cdef Span all = span_of(job, i // job.t.tiles), s = all
+    cdef double since = begun(job.p.watch)
     while s.n0 < all.n1:
         s.n1 = min(s.n0 + job.t.samples, all.n1)
         apply(job, &s, parts_of(job, i // job.t.tiles), t, t + 1, of_type)
         s.n0 = s.n1
+    ended(job.p.watch, since)
 
 
 cdef inline Way way_of(const RowProblem* p) noexcept nogil:

@@ -18,6 +18,7 @@ from cybn._kernels.activation cimport (
     HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, Activation)
 from cybn._kernels.lanes cimport BFLOAT16, FLOAT16, LINE, PLAIN, STREAM, Way
 from cybn._kernels.loops cimport RAMP, RECTIFIED, STEPS, STRAIGHT, Bend
+from cybn._kernels.waiting cimport Watch
 
 cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
@@ -71,6 +72,7 @@ cdef struct Problem:
     double* sums            # OUT (2 * chunks + 1, C): two results, and at the end the pivots
     Py_ssize_t chunks       # of each channel: count_chunks
     int threads
+    Watch* watch            # OUT; NULL where nobody asks
 
 # ---- tiling ------------------------------------------------------------------------------
 
@@ -306,6 +308,7 @@ cdef struct RowProblem:     # N samples of G groups of D = K * S values that sha
     double* sums            # OUT (N * G * slots, 2)
     double* parts           # OUT (chunks, 2, G * K): dgamma, dbeta, to be added in order
     int threads
+    Watch* watch            # OUT; NULL where nobody asks
 
 cdef enum RowLoops:
     TURNED                  # rows so short that lanes are rows
