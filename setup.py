@@ -15,6 +15,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 KERNELS = ["batch_norm", "layer_norm"]
+DISPATCH = ["arguments", "selection", "batch_norm", "rows"]
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).
@@ -146,8 +147,8 @@ def extensions():
 
     host = extension("_kernels.host", "_kernels/host", [], [("CYBN_BUILD", f'"{BUILD}"')])
     plain = extension("_kernels.plain", "_kernels/plain", [])
-    calls = extension("_dispatch.calls", "_dispatch/calls", [])
-    yield from translated([host, plain, calls], "shared")
+    dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", []) for name in DISPATCH]
+    yield from translated([host, plain, *dispatch], "shared")
     for level, flags in LEVELS.items():
         why = failure("int main(void) { return 0; }", flags)
         if why is not None:

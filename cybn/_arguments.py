@@ -9,14 +9,12 @@ from operator import index
 from typing import Any
 
 import numpy as np
-from numpy.exceptions import TooHardError
 from numpy.typing import ArrayLike, NDArray
 
 from . import _foreign
-from ._memory import empty_like
 
 # How hard to look for a shared element before calling two views overlapping.
-_MOST_WORK: Any = 10_000
+MOST_WORK: Any = 10_000
 
 _MOST_AXES = 64  # of an array: lists nested deeper are none
 
@@ -30,11 +28,6 @@ _PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: F32, 8: F64}
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Whether this is the bfloat16 of the package ml_dtypes, which need not be imported here."""
     return dtype.itemsize == 2 and dtype.name == "bfloat16"
-
-
-def storage(dtype: np.dtype[Any]) -> str:
-    """Return one char for a tensor's dtype: d, f, e (float16) or E (bfloat16)."""
-    return dtype.char if dtype.kind == "f" else "E"
 
 
 def is_masked(value: Any) -> bool:
@@ -98,14 +91,6 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
     plain = _PLAIN[dtype.itemsize]
     # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
     return value.astype(plain, copy=False).view(plain)
-
-
-def gradient_pair(
-    dy: ArrayLike, x: ArrayLike, half: bool = True
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return dy and x as arrays of one shape and dtype."""
-    x = tensor("x", x, half)
-    return companion("dy", dy, x), x
 
 
 def number(name: str, value: Any) -> float:
@@ -224,132 +209,6 @@ def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str
     return arrays, char
 
 
-def check_destination(name: str, out: Any, x: NDArray[Any]) -> None:
-    """Refuse an `out` that a result like `x` cannot be written to."""
-    if not isinstance(out, np.ndarray) or is_masked(out):
-        raise TypeError(f"{name} is of type {type(out).__name__}; it must be a plain NumPy array")
-    if out.shape != x.shape:
-        raise ValueError(f"{name} has shape {out.shape}; it must have the shape of x, {x.shape}")
-    if out.dtype != x.dtype:
-        raise ValueError(f"{name} is {out.dtype}; it must have the dtype of x, {x.dtype}")
-    if not out.flags.writeable:
-        raise ValueError(f"{name} is read-only; give an array that may be written to")
-    check_places(name, out)
-
-
-def check_places(name: str, out: NDArray[Any]) -> None:
-    """Refuse an `out` of which several values lie at one place."""
-    if shares_places(out):
-        raise ValueError(
-            f"{name} has strides {out.strides}, with several of its values at one place in memory; "
-            "give an array whose values lie apart, such as np.empty_like(x)"
-        )
-
-
-def shares_places(array: NDArray[Any]) -> bool:
-    """Whether two values of an array may lie at one place in memory."""
-    span = array.itemsize
-    for stride, size in sorted(
-        (abs(t), n) for t, n in zip(array.strides, array.shape, strict=True)
-    ):
-        if size > 1:
-            if stride < span:
-                break
-            span += stride * (size - 1)
-    else:
-        return False
-    if array.size > _MOST_WORK:
-        return True  # nobody means such strides; finding out would take longer than a copy
-    offsets = np.zeros(1, np.intp)
-    for stride, size in zip(array.strides, array.shape, strict=True):
-        offsets = np.add.outer(offsets, np.arange(size) * stride).ravel()
-    offsets.sort()
-    return bool((np.diff(offsets) < array.itemsize).any())
-
-
-def destination(
-    out: NDArray[Any] | None,
-    x: NDArray[Any],
-    inputs: tuple[NDArray[Any] | None, ...],
-    name: str = "out",
-    may_be_input: bool = True,
-) -> NDArray[Any]:
-    """Return the array that the result goes to: `out` if it will do, a new one if it is None."""
-    if out is None:
-        return empty_like(x)
-    check_destination(name, out, x)
-    apart(out, *inputs, name=name, may_be_input=may_be_input)
-    return out
-
-
-def apart(out: Any, *inputs: Any, name: str = "out", may_be_input: bool = True) -> None:
-    """Raise ValueError where `out` shares memory with an input, unless it is that input.
-
-    Asked of what the caller gave, too, as what had to be copied first shares nothing any more.
-    """
-    if not isinstance(out, np.ndarray):
-        return
-    for array in inputs:
-        if not isinstance(array, np.ndarray) or (array is out and may_be_input):
-            continue
-        if array is out or _overlap(out, array, may_be_input):
-            raise ValueError(
-                f"{name} overlaps an input{' in part' * may_be_input}, and would overwrite values "
-                f"not yet read; give {'the input itself, or ' * may_be_input}memory of its own"
-            )
-
-
-def _overlap(out: NDArray[Any], array: NDArray[Any], unless_same: bool) -> bool:
-    """Whether the two share memory, other than as the same view of it where `unless_same`."""
-    if out.flags.owndata and array.flags.owndata:
-        return False  # they are not one object
-    if not np.may_share_memory(out, array):
-        return False
-    same = unless_same and (
-        out.__array_interface__["data"] == array.__array_interface__["data"]
-        and out.shape == array.shape
-        and all(
-            a == b or size == 1
-            for a, b, size in zip(out.strides, array.strides, out.shape, strict=True)
-        )
-    )
-    try:
-        return not same and np.shares_memory(out, array, _MOST_WORK)
-    except TooHardError:
-        return True
-
-
-def check_batch(shape: tuple[int, ...], axis: int, positions: Any, least: int) -> None:
-    """Refuse a batch of which fewer than `least` values a channel count."""
-    size = prod(shape)
-    if positions is not None and positions.number < least and size:
-        raise ValueError(
-            f"mask, weights or lengths leave {positions.number} of {positions.shares.size} values "
-            f"a channel; at least {least} must count, as one value has no variance. Train with "
-            "more values a channel, or normalize with running statistics: eval() on a layer that "
-            "has them, or batch_norm_inference"
-        )
-    count = size // shape[axis] if shape[axis] else least
-    if count == 0:
-        raise ValueError(f"x has shape {shape}: it has no values to take statistics of")
-    if count < least:
-        raise ValueError(
-            f"x has shape {shape}: one value a channel has no variance, and would be "
-            "normalized to beta whatever it is. Train with more values a channel, or normalize "
-            "with running statistics: eval() on a layer that has them, or batch_norm_inference"
-        )
-
-
-def check_count(count: Any, need: Any, size: int) -> None:
-    """Refuse moments that are not those of x: of another count."""
-    if size and (isinstance(count, np.ndarray) or count != need):
-        raise ValueError(
-            f"moments has count {count}; a channel of x has {need} values. "
-            "Give the Moments that batch_norm returned for this x, and the same mask, weights "
-            "and lengths"
-        )
-
-
 def check_invertible(
     gamma: NDArray[Any] | None, activation: str | None, slope: float, residual: Any
 ) -> None:
@@ -365,4 +224,66 @@ def check_invertible(
         raise ValueError(
             f"gamma is 0 in channel {np.flatnonzero(gamma == 0)[0]}: y does not tell what x was. "
             "Keep x, and give that"
+        )
+
+
+def check_places(name: str, out: NDArray[Any]) -> None:
+    """Refuse an `out` of which several values lie, or may lie, at one place."""
+    span = out.itemsize
+    for stride, size in sorted((abs(t), n) for t, n in zip(out.strides, out.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                break
+            span += stride * (size - 1)
+    else:
+        return
+    if out.size <= MOST_WORK:  # more would take longer to look at than to copy
+        steps = [np.arange(n) * t for n, t in zip(out.shape, out.strides, strict=True)]
+        places = np.sort(sum(np.ix_(*steps)), axis=None)
+        if (np.diff(places) >= out.itemsize).all():
+            return
+    raise ValueError(
+        f"{name} has strides {out.strides}, with several of its values at one place in memory; "
+        "give an array whose values lie apart, such as np.empty_like(x)"
+    )
+
+
+def check_batch(shape: tuple[int, ...], axis: int, number: int | None, least: int) -> None:
+    """Refuse a batch of which fewer than `least` values a channel count; None: all count."""
+    count = prod(shape) // shape[axis] if shape[axis] else least
+    if number is not None and number < least:
+        raise ValueError(
+            f"mask, weights or lengths leave {number} of {count} values "
+            f"a channel; at least {least} must count, as one value has no variance. Train with "
+            "more values a channel, or normalize with running statistics: eval() on a layer that "
+            "has them, or batch_norm_inference"
+        )
+    if count == 0:
+        raise ValueError(f"x has shape {shape}: it has no values to take statistics of")
+    if count < least:
+        raise ValueError(
+            f"x has shape {shape}: one value a channel has no variance, and would be "
+            "normalized to beta whatever it is. Train with more values a channel, or normalize "
+            "with running statistics: eval() on a layer that has them, or batch_norm_inference"
+        )
+
+
+def check_count(count: Any, need: Any) -> None:
+    """Refuse moments that are not those of x: of another count."""
+    if isinstance(count, np.ndarray) or count != need:
+        raise ValueError(
+            f"moments has count {count}; a channel of x has {need} values. "
+            "Give the Moments that batch_norm returned for this x, and the same mask, weights "
+            "and lengths"
+        )
+
+
+def check_degrees(total: float, ddof: int) -> None:
+    """Refuse weights whose sum leaves the running variance no divisor."""
+    if not total > ddof:
+        raise ValueError(
+            f"weights sum to {total}; the sum must be more than running_ddof="
+            f"{ddof}, as the running variance is m2 / (sum - running_ddof). "
+            "Scale the weights so that one says how often a value counts, or make the layer "
+            "with running_ddof=0"
         )

@@ -12,8 +12,8 @@ from . import _dispatch
 from ._arguments import array as as_plain
 from ._arguments import channel_axis, check_mapping, tensor
 from ._chunks import Chunks, Sliced, is_sliced
+from ._dispatch import Selection, select
 from ._runtime import thread_count
-from ._selection import Selection, select
 
 __all__ = ["Moments", "Progress"]
 
@@ -503,10 +503,8 @@ def _measure(
     threads: int,
 ) -> Statistics:
     """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
-    found: Statistics
     if selection is None:
-        found = _dispatch.statistics(piece, axis, None, None, None, threads)
-        return found
+        return _statistics(piece, axis, None, None, threads)
     mask, weights = selection.at(index)
     channels = piece.shape[axis]
     if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
@@ -536,8 +534,14 @@ def _measure_selected(
     if not np.any(counts):
         none = np.zeros(piece.shape[axis])
         return 0 if weights is None else 0.0, none, none.copy()
-    found: Statistics = _dispatch.statistics(piece, axis, mask, weights, None, threads)
-    return found
+    return _statistics(piece, axis, mask, weights, threads)
+
+
+def _statistics(
+    piece: NDArray[Any], axis: int, mask: Any, weights: Any, threads: int
+) -> Statistics:
+    found = _dispatch.statistics(piece, axis, (mask, weights, None, "normalize"), threads)
+    return found.count, found.mean, found.m2
 
 
 def _restore(
@@ -588,3 +592,6 @@ def _add(
     left = np.where(np.isfinite(left), left, 0.0)  # an infinite or NaN mean leaves nothing
     total = rough + left
     return total, left - (total - rough)
+
+
+_dispatch.use_moments(Moments)

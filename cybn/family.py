@@ -105,10 +105,8 @@ def layer_norm(
     (array([[-1.,  1.],
            [ 0.,  0.]]), array([2., 2.]))
     """
-    y, mean, m2, form = _dispatch.normalize_rows(
-        x, axis, None, gamma, beta, eps, True, out, num_threads
-    )
-    return y, Moments._of_frozen(form.size, mean, m2)
+    settings = axis, None, eps
+    return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
 
 
 def layer_norm_backward(
@@ -153,11 +151,10 @@ def layer_norm_backward(
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
     """
-    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    gradients = _dispatch.normalize_rows_backward(
-        dy, x, axis, None, _rows_of, moments, gamma, eps, True, out, num_threads
+    settings = axis, None, eps
+    return _dispatch.normalize_rows_backward(
+        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
     )
-    return gradients
 
 
 # ---- RMS normalization -------------------------------------------------------------------
@@ -209,10 +206,9 @@ def rms_norm(
     >>> y.round(6), mean_square
     (array([[1.2, 1.6, 0. , 0. ]]), array([6.25]))
     """
-    y, _, squares, form = _dispatch.normalize_rows(
-        x, axis, None, gamma, None, eps, False, out, num_threads
-    )
-    return y, squares / max(1, form.size)
+    settings = axis, None, eps
+    y, squares = _dispatch.normalize_rows(x, gamma, None, settings, False, out, num_threads)
+    return y, squares.m2 / max(1, squares.count)
 
 
 def rms_norm_backward(
@@ -250,7 +246,7 @@ def rms_norm_backward(
         As in `layer_norm_backward`.
     """
     dx, dgamma, _ = _dispatch.normalize_rows_backward(
-        dy, x, axis, None, _squares_of, mean_square, gamma, eps, False, out, num_threads
+        dy, x, _squares_of, mean_square, gamma, (axis, None, eps), False, out, num_threads
     )
     return dx, dgamma
 
@@ -313,10 +309,8 @@ def group_norm(
     >>> y.round(6), m.mean
     (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
     """
-    y, mean, m2, form = _dispatch.normalize_rows(
-        x, axis, integer_from("num_groups", num_groups), gamma, beta, eps, True, out, num_threads
-    )
-    return y, Moments._of_frozen(form.size, mean, m2)
+    settings = axis, integer_from("num_groups", num_groups), eps
+    return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
 
 
 def group_norm_backward(
@@ -352,21 +346,10 @@ def group_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
     """
-    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    gradients = _dispatch.normalize_rows_backward(
-        dy,
-        x,
-        axis,
-        integer_from("num_groups", num_groups),
-        _rows_of,
-        moments,
-        gamma,
-        eps,
-        True,
-        out,
-        num_threads,
+    settings = axis, integer_from("num_groups", num_groups), eps
+    return _dispatch.normalize_rows_backward(
+        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
     )
-    return gradients
 
 
 # ---- instance normalization --------------------------------------------------------------
@@ -417,10 +400,8 @@ def instance_norm(
     (array([[[-1.,  1.],
             [-1.,  1.]]]), array([2., 7.]))
     """
-    y, mean, m2, form = _dispatch.normalize_rows(
-        x, axis, 0, gamma, beta, eps, True, out, num_threads
-    )
-    return y, Moments._of_frozen(form.size, mean, m2)
+    settings = axis, 0, eps
+    return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
 
 
 def instance_norm_backward(
@@ -455,11 +436,10 @@ def instance_norm_backward(
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
     """
-    gradients: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    gradients = _dispatch.normalize_rows_backward(
-        dy, x, axis, 0, _rows_of, moments, gamma, eps, True, out, num_threads
+    settings = axis, 0, eps
+    return _dispatch.normalize_rows_backward(
+        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
     )
-    return gradients
 
 
 # ---- shared ------------------------------------------------------------------------------

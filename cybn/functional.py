@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
-from ._arguments import channel_axis
+from ._arguments import channel_axis_of
+from ._dispatch import Positions, choose
 from ._moments import Moments
-from ._selection import Positions, choose
 
 __all__ = [
     "batch_norm",
@@ -128,11 +127,8 @@ def batch_norm(
     >>> y.ravel().round(6), m.mean, m.var()
     (array([-1.,  1.]), array([2.]), array([1.]))
     """
-    y, count, mean, m2 = _dispatch.forward(
-        x, gamma, beta, axis, eps, activation, slope, residual, mask, weights, lengths, masked, out,
-        num_threads,
-    )  # fmt: skip
-    return y, Moments._of_frozen(count, mean, m2)
+    settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
+    return _dispatch.forward(x, gamma, beta, residual, settings, selected, out, num_threads)
 
 
 def batch_norm_inference(
@@ -185,11 +181,10 @@ def batch_norm_inference(
     ValueError
         As in `batch_norm`; but any number of values will do, and `eps` may be 0.
     """
-    y: NDArray[Any] = _dispatch.inference(
-        x, mean, var, gamma, beta, axis, eps, activation, slope, residual, mask, weights, lengths,
-        masked, out, num_threads,
-    )  # fmt: skip
-    return y
+    settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
+    return _dispatch.inference(
+        x, mean, var, gamma, beta, residual, settings, selected, out, num_threads
+    )
 
 
 def batch_norm_backward(
@@ -267,12 +262,11 @@ def batch_norm_backward(
             f"moments is of type {type(moments).__name__}; it must be the Moments that "
             "batch_norm returned for x"
         )
-    gradients: tuple[NDArray[Any], ...] = _dispatch.backward(
-        dy, x, (moments.count, moments.mean, moments.m2), None, None, gamma, beta, axis, eps,
-        activation, slope, residual, mask, weights, lengths, masked, from_output, out, out_residual,
+    settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
+    return _dispatch.backward(
+        dy, x, moments, gamma, beta, residual, settings, selected, from_output, out, out_residual,
         num_threads,
     )  # fmt: skip
-    return gradients
 
 
 def batch_norm_inference_backward(
@@ -323,11 +317,11 @@ def batch_norm_inference_backward(
     TypeError, ValueError, RuntimeError
         As in `batch_norm_backward`; but any number of values will do, and `eps` may be 0.
     """
-    gradients: tuple[NDArray[Any], ...] = _dispatch.backward(
-        dy, x, None, mean, var, gamma, beta, axis, eps, activation, slope, residual, mask, weights,
-        lengths, masked, from_output, out, out_residual, num_threads,
+    settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
+    return _dispatch.backward(
+        dy, x, (mean, var), gamma, beta, residual, settings, selected, from_output, out,
+        out_residual, num_threads,
     )  # fmt: skip
-    return gradients
 
 
 def moments(
@@ -360,8 +354,8 @@ def moments(
     ValueError
         If `x` has fewer than 2 axes, or a channel no values that count.
     """
-    count, mean, m2 = _dispatch.statistics(x, axis, mask, weights, lengths, num_threads)
-    return Moments._of_frozen(count, mean, m2)
+    selected = mask, weights, lengths, "normalize"
+    return _dispatch.statistics(x, axis, selected, num_threads)
 
 
 def absorb(
@@ -395,13 +389,7 @@ def absorb(
     """
     if len(batch) != mean.size:
         raise ValueError(f"batch has {len(batch)} channels; it must have {mean.size}")
-    if weight == 0:
-        return mean.copy(), var.copy()
-    if weight == 1:
-        mean = var = np.zeros_like(mean)
-    moved: tuple[NDArray[Any], NDArray[Any]]
-    moved = _dispatch.absorb(mean, var, batch.mean, batch.m2, batch.count - ddof, weight)
-    return moved
+    return _dispatch.absorb(mean, var, batch.mean, batch.m2, batch.count - ddof, weight)
 
 
 def positions_of(
@@ -412,7 +400,7 @@ def positions_of(
     lengths: ArrayLike | None = None,
 ) -> Positions | None:
     """Return which positions of `x` count; None where all of them count once."""
-    return choose(x.shape, channel_axis(x, axis), mask, weights, lengths)
+    return choose(x.shape, channel_axis_of(x.shape, axis), mask, weights, lengths)
 
 
 def is_zero(masked: str) -> bool:

@@ -1,10 +1,14 @@
 """From the arguments of a public call to a kernel call: checks, layout, masks, allocation.
 
-``calls`` is compiled once, and calls the kernels of the instruction level that `_runtime` chose.
+The modules are compiled once, and call the kernels of the level that `_runtime` chose.
 """
 
+from typing import Any
+
 from .._runtime import kernels, row_kernels
-from .calls import (
+from . import batch_norm, rows
+from .arguments import destination, use_moments
+from .batch_norm import (
     ACTIVATIONS,
     SMALL,
     absorb,
@@ -12,26 +16,42 @@ from .calls import (
     forward,
     inference,
     layout,
-    normalize_rows,
-    normalize_rows_backward,
+    learn,
+    marks,
     route,
     statistics,
-    use,
 )
+from .rows import normalize_rows, normalize_rows_backward
+from .selection import Positions, Selection, choose, select
 
 __all__ = [
     "ACTIVATIONS",
     "SMALL",
+    "Positions",
+    "Selection",
     "absorb",
     "backward",
+    "choose",
+    "destination",
     "forward",
     "inference",
     "layout",
+    "learn",
+    "marks",
     "normalize_rows",
     "normalize_rows_backward",
     "route",
+    "select",
     "statistics",
     "use",
+    "use_moments",
 ]
+
+
+def use(capsule: Any, row_capsule: Any) -> None:
+    """Call the kernels of one instruction level from now on."""
+    batch_norm.use(capsule)
+    rows.use(row_capsule)
+
 
 use(kernels.KERNELS, row_kernels.KERNELS)

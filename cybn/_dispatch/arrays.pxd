@@ -13,15 +13,18 @@ cdef extern from *:
     ctypedef struct PyArrayObject
     enum:
         NPY_BOOL
+        NPY_INTP
         NPY_FLOAT
         NPY_DOUBLE
         NPY_HALF
         NPY_ARRAY_ALIGNED
+        NPY_ARRAY_C_CONTIGUOUS
         NPY_ARRAY_WRITEABLE
     int PyArray_TYPE(const PyArrayObject*) noexcept
     int PyArray_FLAGS(const PyArrayObject*) noexcept
     bint PyArray_ISNOTSWAPPED(const PyArrayObject*) noexcept
     int PyArray_NDIM(const PyArrayObject*) noexcept
+    Py_ssize_t PyArray_ITEMSIZE(const PyArrayObject*) noexcept
     Py_ssize_t* PyArray_DIMS(const PyArrayObject*) noexcept
     Py_ssize_t* PyArray_STRIDES(const PyArrayObject*) noexcept
     void* PyArray_DATA(const PyArrayObject*) noexcept
@@ -34,7 +37,8 @@ cdef enum:
 
 cdef struct View:
     char* data
-    Storage storage
+    bint ready              # aligned native floats: what a kernel can read
+    Storage storage         # where it is ready
     int ndim
     int flags
     Py_ssize_t item, size   # bytes of a value, number of values
@@ -49,33 +53,29 @@ cdef struct Fold:           # how an array of any rank becomes (N, C, S) in plac
 
 
 cdef inline bint view_of(object array, View* v, int bfloat16) noexcept:
-    """Look at an aligned array of native floats; False where it is none.
+    """Look at an array; return whether it is one of aligned native floats.
 
     `bfloat16` is the number of that type, or -1 while no such array was seen.
     """
     cdef const PyArrayObject* a = <const PyArrayObject*> array
     cdef int i, kind = PyArray_TYPE(a)
-    v.flags = PyArray_FLAGS(a)
-    if not v.flags & NPY_ARRAY_ALIGNED or not PyArray_ISNOTSWAPPED(a):
-        return False
-    if kind == NPY_FLOAT:
-        v.storage, v.item = FLOAT32, 4
-    elif kind == NPY_DOUBLE:
-        v.storage, v.item = FLOAT64, 8
-    elif kind == NPY_HALF:
-        v.storage, v.item = HALF, 2
-    elif kind == bfloat16:
-        v.storage, v.item = BRAIN, 2
-    else:
-        return False
-    v.data = <char*> PyArray_DATA(a)
-    v.ndim = PyArray_NDIM(a)
-    v.size = 1
+    v.flags, v.item, v.size = PyArray_FLAGS(a), PyArray_ITEMSIZE(a), 1
+    v.data, v.ndim = <char*> PyArray_DATA(a), PyArray_NDIM(a)
     for i in range(v.ndim):
-        v.shape[i] = PyArray_DIMS(a)[i]
-        v.strides[i] = PyArray_STRIDES(a)[i]
+        v.shape[i], v.strides[i] = PyArray_DIMS(a)[i], PyArray_STRIDES(a)[i]
         v.size *= v.shape[i]
-    return True
+    v.ready = v.flags & NPY_ARRAY_ALIGNED and PyArray_ISNOTSWAPPED(a)
+    if kind == NPY_FLOAT:
+        v.storage = FLOAT32
+    elif kind == NPY_DOUBLE:
+        v.storage = FLOAT64
+    elif kind == NPY_HALF:
+        v.storage = HALF
+    elif kind == bfloat16:
+        v.storage = BRAIN
+    else:
+        v.ready = False
+    return v.ready
 
 
 cdef inline void extent(const View* v, char** low, char** high) noexcept:
@@ -185,3 +185,36 @@ cdef inline bint fold(const View* v, int axis, Fold* f) noexcept:
     for k in range(f.split + 1, v.ndim):
         f.S *= v.shape[f.order[k]]
     return lies(v, f, False, &f.pitch)
+
+
+# ---- rows: (N, G, D) -----------------------------------------------------------------------
+
+cdef inline void channels_first(View* v, int axis) noexcept:
+    """Take an axis for axis 1."""
+    cdef Py_ssize_t size = v.shape[axis], stride = v.strides[axis]
+    while axis > 1:
+        v.shape[axis], v.strides[axis] = v.shape[axis - 1], v.strides[axis - 1]
+        axis -= 1
+    v.shape[1], v.strides[1] = size, stride
+
+
+cdef inline bint fold_rows(
+    const View* v, int lead, bint grouped, bint* last, Fold* f
+) noexcept:
+    """How an array folds into rows in place: in C order or, grouped, with its channels last."""
+    cdef int k
+    last[0] = False
+    f.split, f.S = lead, 0
+    by_stride(v, 0, lead, f.order)
+    for k in range(lead, v.ndim):
+        f.order[k] = k
+    if lies(v, f, True, &f.pitch):
+        return True
+    if not grouped:
+        return False
+    last[0] = True
+    by_stride(v, 2, v.ndim, f.order)        # into order[2:], and from there one place down
+    for k in range(2, v.ndim):
+        f.order[k - 1] = f.order[k]
+    f.order[v.ndim - 1] = 1
+    return lies(v, f, True, &f.pitch)

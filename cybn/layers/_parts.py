@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import functional
-from .._arguments import channel_axis, check_eps, companion, destination, number, tensor
+from .._arguments import channel_axis, check_eps, companion, number, tensor
+from .._dispatch import destination
 from .._moments import Moments
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from cases import DTYPES, FAMILIES, normal_case
 
 import cybn
 from cybn import _dispatch, _memory
-from cybn._dispatch import calls
+from cybn._dispatch import arguments
 from cybn._kernels import plain
 
 SHAPES = [*FAMILIES, (1, 1, 2), (2, 3, 1), (5, 7, 31), (4, 2, 256), (33, 5, 49)]
@@ -57,7 +57,7 @@ def test_x_that_is_reshaped_meanwhile_is_refused(rng, monkeypatch):
         return _memory.empty_like(like)
 
     calls_before = []
-    monkeypatch.setattr(calls, "kept_empty_like", reshaping)
+    monkeypatch.setattr(arguments, "kept_empty_like", reshaping)
     with pytest.raises(RuntimeError, match="x was given another shape during the call"):
         cybn.batch_norm(x)
     assert calls_before == [(4, 2, 40000)]

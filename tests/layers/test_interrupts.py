@@ -17,7 +17,6 @@ from layer_cases import KINDS, everything, trained, twin
 
 import cybn
 from cybn import _dispatch, _memory, _runtime
-from cybn._dispatch import calls
 from cybn.layers import _trials
 
 pytestmark = pytest.mark.row(31)
@@ -276,8 +275,6 @@ PLACES = [
     (_dispatch, "absorb"),
     (_dispatch, "normalize_rows"),
     (_dispatch, "normalize_rows_backward"),
-    (calls, "empty"),
-    (calls, "any_empty_like"),
     (np, "empty"),
     (np, "empty_like"),
 ]

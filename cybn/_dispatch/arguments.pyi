@@ -1,0 +1,12 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+def use_moments(moments: type) -> None: ...
+def destination(
+    out: NDArray[Any] | None,
+    x: NDArray[Any],
+    inputs: tuple[NDArray[Any] | None, ...],
+    name: str = "out",
+    may_be_input: bool = True,
+) -> NDArray[Any]: ...

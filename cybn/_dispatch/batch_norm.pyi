@@ -1,0 +1,92 @@
+from typing import Any, TypeAlias
+
+from numpy.typing import ArrayLike, NDArray
+
+from .._moments import Moments
+
+Array: TypeAlias = NDArray[Any]
+Settings: TypeAlias = tuple[int, float, str | None, float]  # axis, eps, activation, slope
+Selected: TypeAlias = tuple[  # mask, weights, lengths, masked
+    ArrayLike | None, ArrayLike | None, ArrayLike | None, str
+]
+
+ACTIVATIONS: dict[str, int]
+SMALL: int
+
+def use(capsule: Any) -> None: ...
+def statistics(x: ArrayLike, axis: int, selected: Selected, num_threads: int | None) -> Moments: ...
+def forward(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    residual: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, Moments]: ...
+def learn(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    residual: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    out: Array | None,
+    num_threads: int | None,
+    running_mean: Array,
+    running_var: Array,
+    weight: float,
+    ddof: int,
+) -> tuple[Array, Moments, Array, Array]: ...
+def inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    residual: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    out: Array | None,
+    num_threads: int | None,
+) -> Array: ...
+def backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    statistics: Moments | tuple[ArrayLike, ...],
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    residual: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    from_output: bool,
+    out: Array | None,
+    out_residual: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, ...]: ...
+def absorb(
+    mean: Array, var: Array, batch_mean: Array, batch_m2: Array, degrees: Any, weight: float
+) -> tuple[Array, Array]: ...
+def marks(
+    x: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None
+) -> tuple[bytes | None, ...]: ...
+def layout(x: ArrayLike, axis: int) -> tuple[int, int, int, bool]: ...
+def route(
+    operation: str,
+    N: int,
+    C: int,
+    S: int,
+    dtype: str = "f",
+    *,
+    activation: str | None = None,
+    residual: bool = False,
+    mask: bool = False,
+    weights: bool = False,
+    masked: str = "normalize",
+    in_place: bool = False,
+    from_output: bool = False,
+    threads: int = 1,
+    l2: int = ...,
+    l3: int = ...,
+) -> dict[str, str]: ...

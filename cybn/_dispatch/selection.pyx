@@ -1,0 +1,338 @@
+# cython: language_level=3
+# cython: cdivision=True
+# Mask, weights and lengths: which values count, and how often.
+#
+# `select` checks what was given, for calls and for statistics of data larger than memory;
+# `take_shares` makes of it what kernels read, one share a position.
+
+from libc.math cimport INFINITY
+from libc.string cimport memset
+
+from cybn._dispatch.arguments cimport Call, X, look, new_vector, shape_of
+from cybn._dispatch.arrays cimport MOST_AXES, PyArray_DATA, PyArrayObject, View
+from cybn._kernels.problem cimport FLOAT64, NO_SUMS, SAMPLES, SCALE, Problem
+
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from .._arguments import array, tensor
+
+SCALE_THEM = "scale them all, which changes no result but the count"
+
+
+class Selection(NamedTuple):
+    """What selects values, as it was given, with the axes of x or of size 1 along them.
+
+    Nothing is converted, and weights are not looked at, before `at` is asked for a part: what was
+    given may be larger than memory.
+    """
+
+    mask: object            # bool
+    weights: object         # of a type that float64 can be made of
+    ends: object            # intp, of each sample
+    places: object          # intp, 0, 1, 2, ... along the axis that has an end
+
+    def at(self, index):
+        """Return mask and weights of one piece of x, not both None; ValueError for bad weights."""
+        mask = cut(self.mask, index)
+        if self.ends is not None:
+            valid = np.asarray(cut(self.places, index) < cut(self.ends, index))
+            mask = valid if mask is None else mask & valid
+        weights = cut(self.weights, index)
+        return mask, None if weights is None else finite(weights)
+
+
+class Positions(NamedTuple):
+    """Which positions count, and how often, where that is the same in every channel."""
+
+    shares: object          # bool, or float64 where weighted; as x, but 1 along the channel axis
+    number: int             # how many positions count
+    total: float            # the sum of the shares; an int where they are bool
+
+
+def select(tuple shape, axis, mask, weights, lengths):
+    """Check what selects the values of an array of this shape; None where all of them count."""
+    if mask is None and weights is None and lengths is None:
+        return None
+    ends = places = None
+    if mask is not None:
+        if type(mask) is not ndarray:
+            mask = array("mask", mask)
+        if mask.dtype.kind != "b":
+            raise TypeError(
+                f"mask is {mask.dtype}; it must be bool, True where a value counts. "
+                "Convert it: np.asarray(mask) > 0")
+        mask = spread("mask", mask, shape, axis)
+    if weights is not None:
+        weights = array("weights", weights)
+        if weights.dtype.kind not in "bui":
+            tensor("weights", np.empty(0, weights.dtype))       # raises unless of floats
+        weights = spread("weights", weights, shape, axis)
+    if lengths is not None:
+        ends, places = ends_of(shape, axis, lengths)
+    return Selection(mask, weights, ends, places)
+
+
+def choose(tuple shape, axis, mask, weights, lengths):
+    """Return the `Positions` that count; None where all of them count once."""
+    found = select(shape, axis, mask, weights, lengths)
+    if found is None:
+        return None
+    require_alike(found, shape, axis)
+    one = (*shape[:axis], 1, *shape[axis + 1:])
+    valid, often = found.at((slice(None),) * len(shape))
+    if often is None:
+        shares = np.broadcast_to(np.asarray(valid), one)
+        count = int(np.count_nonzero(shares))
+        return None if count == shares.size else Positions(shares, count, count)
+    shares = np.broadcast_to(np.where(True if valid is None else valid, often, 0.0), one)
+    with np.errstate(all="ignore"):
+        total = finite_sum(float(shares.sum()))
+    return Positions(shares, int(np.count_nonzero(shares)), total)
+
+
+# ---- checks ------------------------------------------------------------------------------
+
+cdef object cut(object array, object index):
+    """Return the part of an array, or of what it is broadcast to, that belongs to a piece."""
+    if array is None:
+        return None
+    return array[tuple([
+        slice(None) if size == 1 else piece
+        for size, piece in zip(array.shape, index, strict=True)])]
+
+
+cdef str fitting(tuple shape, Py_ssize_t axis):
+    """Return what the shape of a mask must be, in words."""
+    rest = shape[:axis] + shape[axis + 1:]
+    return (
+        f"broadcastable to {rest}, the shape of x without its channel axis, or with as many axes "
+        f"as x to its shape, {shape}")
+
+
+cdef object spread(str name, object given, tuple shape, Py_ssize_t axis):
+    """Return `given` with as many axes as x; ValueError where it cannot be broadcast to it.
+
+    One that has fewer is for all channels alike, whatever the sizes happen to be.
+    """
+    cdef tuple sizes = given.shape
+    cdef Py_ssize_t i, lack = len(shape) - len(sizes)
+    if lack > 0:
+        sizes = (1,) * (lack - 1) + sizes
+        sizes = sizes[:axis] + (1,) + sizes[axis:]
+    if len(sizes) != len(shape) or not all([
+            sizes[i] == 1 or sizes[i] == shape[i] for i in range(len(shape))]):
+        raise ValueError(f"{name} has shape {given.shape}; it must be {fitting(shape, axis)}")
+    return given.reshape(sizes) if lack > 0 else given
+
+
+cdef int require_alike(object found, tuple shape, Py_ssize_t axis) except -1:
+    """Raise ValueError where a selection differs by channel."""
+    for name, given in (("mask", found.mask), ("weights", found.weights)):
+        if given is not None and given.shape[axis] != 1:
+            raise ValueError(
+                f"{name} has shape {given.shape}; it must be the same for all channels: "
+                f"{fitting(shape, axis)}, and of size 1 on axis {axis}. "
+                "Moments.update takes one for each channel")
+    return 0
+
+
+cdef object finite(object weights):
+    """Return weights as float64; ValueError where one is negative or not finite."""
+    wide = weights.astype(np.float64, copy=False)
+    good = np.isfinite(wide) & (wide >= 0)
+    if not good.all():
+        raise ValueError(
+            f"weights has the value {wide[~good][0]}; all must be finite and not negative")
+    return wide
+
+
+cdef double finite_sum(double total) except -1:
+    if not isfinite(total):
+        raise ValueError(f"weights sum to {total}; {SCALE_THEM}")
+    return total
+
+
+cdef tuple ends_of(tuple shape, Py_ssize_t axis, object lengths):
+    """Return where each sample ends, and the places along the axis that it ends along."""
+    others = [i for i in range(len(shape)) if i != axis]
+    if len(others) < 2:
+        raise ValueError(
+            f"x has shape {shape}: lengths needs an axis beside the batch and the channels, "
+            "such as L in (N, C, L)")
+    batch, along = others[:2]
+    given = array("lengths", lengths)
+    if given.dtype.kind not in "ui":
+        raise TypeError(f"lengths is {given.dtype}; it must be integers")
+    if given.shape != (shape[batch],):
+        raise ValueError(
+            f"lengths has shape {given.shape}; it must have shape ({shape[batch]},), "
+            "one for each sample")
+    if given.size and not 0 <= given.min() <= given.max() <= shape[along]:
+        raise ValueError(
+            f"lengths lie in {given.min()}..{given.max()}; "
+            f"they must lie in 0..{shape[along]}, the size of axis {along}")
+    sizes = [1] * len(shape)
+    sizes[batch] = -1
+    ends = given.astype(np.intp).reshape(sizes)
+    sizes[batch], sizes[along] = 1, -1
+    return ends, np.arange(shape[along]).reshape(sizes)
+
+
+# ---- shares ------------------------------------------------------------------------------
+
+cdef struct Reader:         # a mask, weights or ends, at the positions of x
+    const char* data        # NULL: there are none
+    Py_ssize_t strides[MOST_AXES]       # along the axes of positions; 0 where it is broadcast
+
+cdef struct Scan:
+    Reader mask, weights, ends
+    int axes                # of positions, as they lie in memory
+    Py_ssize_t sizes[MOST_AXES]
+    int along               # the one of them that has an end
+    Py_ssize_t counted      # positions that count
+    double total, left      # the sum of the weights, and what rounding left of it
+    double low, high        # of the weights that count
+    bint bad                # a weight is negative or not finite
+
+ctypedef fused T:
+    float
+    double
+
+
+cdef int take_shares(Call* c, Problem* p, tuple selected) except -1:
+    """Tell the problem which positions count; nothing where all of them count once."""
+    cdef Scan s
+    mask, weights, lengths, masked = selected
+    if masked != "normalize" and masked != "zero":
+        raise ValueError(f"masked is {masked!r}; it must be 'normalize' or 'zero'")
+    if mask is None and weights is None and lengths is None:
+        return 0
+    shape = shape_of(&c.at[X].view)
+    found = select(shape, c.axis, mask, weights, lengths)
+    require_alike(found, shape, c.axis)
+    if c.at[X].view.size == 0:
+        return 0
+    if weights is not None:
+        weights = found.weights.astype(np.float64, copy=False)
+    prepare(c, &s, found.mask, weights, found.ends)
+    shares = new_vector(p.N * p.S, p.storage == FLOAT64)
+    p.share = PyArray_DATA(<const PyArrayObject*> shares)
+    if p.storage == FLOAT64:
+        scan(&s, <double*> p.share)
+    else:
+        scan(&s, <float*> p.share)
+    if s.bad:
+        finite(found.weights)
+    c.counted, c.total = s.counted, finite_sum(s.total + s.left)
+    if (weights is None and s.counted == p.N * p.S) or (
+            p.apply == SCALE and p.reduce == NO_SUMS and masked == "normalize"):
+        p.share = NULL
+        return 0
+    if p.storage != FLOAT64 and not (<float> s.low > 0 and <float> s.high < INFINITY):
+        raise ValueError(
+            f"weights lie in {s.low}..{s.high}, which {shares.dtype} cannot hold; {SCALE_THEM}")
+    p.weighted, p.zeroed = weights is not None, masked == "zero"
+    p.M = shares.sum(dtype=np.float64) if p.weighted else s.counted
+    if p.storage == FLOAT64:
+        find_places(p, <double*> p.share, s.counted)
+    else:
+        find_places(p, <float*> p.share, s.counted)
+    (<list> c.held).append(shares)
+    return 0
+
+
+cdef int prepare(
+    const Call* c, Scan* s, object mask, object weights, object ends
+) except -1:
+    """Say how the scan reads each of the three, along the axes of positions."""
+    cdef int k, axis
+    memset(s, 0, sizeof(Scan))
+    s.low = INFINITY
+    for k in range(c.at[X].view.ndim):
+        axis = c.fold.order[k]
+        if axis != c.axis:
+            if axis == (1 if c.axis > 1 else 2):
+                s.along = s.axes
+            s.sizes[s.axes] = c.at[X].view.shape[axis]
+            read(&s.mask, mask, axis, s.axes)
+            read(&s.weights, weights, axis, s.axes)
+            read(&s.ends, ends, axis, s.axes)
+            s.axes += 1
+    return 0
+
+
+cdef int read(Reader* r, object array, int axis, int k) except -1:
+    """Say where an array is, and how far it steps along one axis of x."""
+    cdef View v
+    if array is not None:
+        look(array, &v)
+        r.data = v.data
+        r.strides[k] = v.strides[axis] if v.shape[axis] > 1 else 0
+    return 0
+
+
+cdef void scan(Scan* s, T* shares) noexcept:
+    """Write how often each position counts, in the order in which they lie in memory."""
+    cdef Py_ssize_t at[MOST_AXES]
+    cdef Py_ssize_t i, from_mask, from_weights, from_ends, place
+    cdef int k, last = s.axes - 1
+    cdef double value, sum
+    cdef bint counts
+    memset(at, 0, sizeof(at))
+    while True:
+        from_mask = from_weights = from_ends = 0
+        for k in range(last):
+            from_mask += at[k] * s.mask.strides[k]
+            from_weights += at[k] * s.weights.strides[k]
+            from_ends += at[k] * s.ends.strides[k]
+        for i in range(s.sizes[last]):
+            value, counts = 1, True
+            if s.weights.data != NULL:
+                value = (<const double*> (
+                    s.weights.data + from_weights + i * s.weights.strides[last]))[0]
+                s.bad |= not 0 <= value < INFINITY
+            if s.mask.data != NULL:
+                counts = s.mask.data[from_mask + i * s.mask.strides[last]] != 0
+            if s.ends.data != NULL:
+                place = i if s.along == last else at[s.along]
+                counts &= place < (<const Py_ssize_t*> (
+                    s.ends.data + from_ends + i * s.ends.strides[last]))[0]
+            if counts and value > 0:
+                add(s, value)
+            else:
+                value = 0
+            shares[i] = <T> value
+        shares += s.sizes[last]
+        k = last - 1
+        while k >= 0 and at[k] + 1 == s.sizes[k]:
+            at[k] = 0
+            k -= 1
+        if k < 0:
+            return
+        at[k] += 1
+
+
+cdef inline void add(Scan* s, double value) noexcept:
+    """Count a position that counts; the rounding of the sum is kept beside it (Kahan)."""
+    cdef double rough = s.total + (value + s.left)
+    s.left = (value + s.left) - (rough - s.total) if rough < INFINITY else 0
+    s.total = rough
+    s.counted += 1
+    s.low, s.high = min(s.low, value), max(s.high, value)
+
+
+cdef void find_places(Problem* p, const T* shares, Py_ssize_t counted) noexcept:
+    """Choose positions that count, spread over all of them; the first of all where none does."""
+    cdef Py_ssize_t i = 0, found = -1
+    cdef int k
+    for k in range(SAMPLES):
+        p.places[k] = 0
+        while counted and found < k * counted // SAMPLES + counted // (2 * SAMPLES):
+            found += shares[i] > 0
+            i += 1
+        if counted:
+            p.places[k] = i - 1
