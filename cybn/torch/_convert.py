@@ -1,21 +1,32 @@
-"""Swapping the batch norms of a model for those of cybn, in place, and back."""
+"""Swapping the norms of a model for those of cybn, in place, and back."""
 
 from __future__ import annotations
 
 import logging
+import warnings
+from typing import Any
 
+import torch
 from torch import nn
 
-from ._graph import followers
-from .modules import ACTIVATIONS, BATCH_NORMS, STOCK
+from ._classes import class_for, is_norm, why_not
+from ._fuse import Fusing
+from .modules import KEPT, Converted, stock_class
 
 __all__ = ["convert", "revert"]
 
 logger = logging.getLogger("cybn.torch")
 
 
-def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
-    """Let cybn compute every batch norm of a model; in place.
+def convert(
+    model: nn.Module,
+    *,
+    fuse: bool = False,
+    memory_format: torch.memory_format | None = None,
+    sync: bool = False,
+    process_group: Any = None,
+) -> nn.Module:
+    """Let cybn compute every norm of a model; in place.
 
     A module stays the object that it is and changes its class, so its parameters, buffers, hooks,
     mode and name stay too, and so does what refers to it: optimizers, other modules.
@@ -23,15 +34,21 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place. `torch.nn.BatchNorm1d`, `2d` and `3d` are swapped; subclasses of those,
-        lazy and synchronized batch norms are left as they are.
+        Changed in place. Batch, layer, RMS, group and instance norms are converted; so is every
+        module whose forward calls the functions of `torch.nn.functional` for these, such as timm's
+        norms with an activation inside, and frozen batch norms.
     fuse : bool, default False
-        Compute a ReLU, ReLU6, SiLU or LeakyReLU *module* together with the batch norm before it,
-        where all traces by `torch.fx` show that it alone takes what the batch norm returns, in the
-        same call of the same module. A batch norm with an activation returns activated values;
-        hooks on either of the two, which would see the difference, turn this off for as long as
-        they are there. Surgery on a fused model (replacing the activation, slicing, taking
-        features in between) needs `revert` first. False undoes an earlier True.
+        Compute an activation, or the sum with a residual and an activation, together with the
+        batch norm before it. Which ones is learned in the first call of each mode; what comes
+        otherwise later gets the right values, and turns fusing off for that module. False
+        undoes an earlier True.
+    memory_format : torch.memory_format, optional
+        Such as `torch.channels_last`: put the weights of convolutions into it. Inputs should be in
+        it, too: ``x = x.to(memory_format=torch.channels_last)``.
+    sync : bool, default False
+        Take the statistics of batch norms over all processes of `torch.distributed`.
+    process_group : ProcessGroup, optional
+        Which processes; all of them where None.
 
     Returns
     -------
@@ -41,25 +58,67 @@ def convert(model: nn.Module, *, fuse: bool = False) -> nn.Module:
     Raises
     ------
     TypeError
-        If `model` is no module.
+        If `model` is no module, or `memory_format` no memory format.
+
+    Warns
+    -----
+    UserWarning
+        If nothing in the model is computed by cybn.
 
     Notes
     -----
-    What changed is logged to the logger "cybn.torch": a summary at level INFO, and each module at
-    level DEBUG. `revert` undoes it.
+    `report` says what is computed by what, and why. What changed is logged to the logger
+    "cybn.torch": a summary at level INFO, and each module at level DEBUG. `revert` undoes it.
     """
     _check(model)
+    if memory_format is not None and not isinstance(memory_format, torch.memory_format):
+        raise TypeError(
+            f"memory_format is {memory_format!r}; it must be a torch.memory_format, such as "
+            "torch.channels_last"
+        )
     norms = 0
     for name, module in model.named_modules():
-        if type(module) in BATCH_NORMS:
-            module.__class__ = BATCH_NORMS[type(module)]
+        if sync and _synchronize(module, process_group):
             norms += 1
-            logger.debug("%s: batch norm by cybn", name or "the model")
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in STOCK:
-            logger.debug("%s: left as it is, a %s", name or "the model", type(module).__name__)
-    fused = _fuse(model, followers(model) if fuse else {})
-    logger.info("%d batch norms converted, %d with the activation after them", norms, fused)
+            continue
+        cls = class_for(module)
+        if cls is not None:
+            module.__class__ = cls
+            logger.debug("%s: computed by cybn", name or "the model")
+        elif not isinstance(module, Converted):
+            if is_norm(module):
+                logger.debug("%s: left as it is; %s", name or "the model", why_not(module))
+            continue
+        norms += 1
+        if fuse:
+            module.__dict__["_cybn_fusing"] = Fusing()
+        else:
+            module.__dict__.pop("_cybn_fusing", None)
+    if memory_format is not None:
+        model.to(memory_format=memory_format)
+    if not norms:
+        warnings.warn(
+            "nothing was converted: the model has no norm that cybn.torch knows; "
+            "print(cybn.torch.report(model)) says why",
+            stacklevel=2,
+        )
+    logger.info("%d norms converted", norms)
     return model
+
+
+def _synchronize(module: nn.Module, process_group: Any) -> bool:
+    """Let a batch norm take its statistics over all processes; return whether it does."""
+    from .sync import SyncBatchNorm  # needs torch.distributed, which a build may lack
+
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    stock = stock_class(type(module))
+    if stock not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        return False
+    module.__dict__["_cybn_before"] = stock
+    module.__class__ = SyncBatchNorm
+    module.process_group = process_group
+    return True
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -83,11 +142,15 @@ def revert(model: nn.Module) -> nn.Module:
     _check(model)
     count = 0
     for name, module in model.named_modules():
-        if type(module) in STOCK:
-            module.__dict__.pop("follower", None)
-            module.__class__ = STOCK[type(module)]
-            count += 1
-            logger.debug("%s: a %s of PyTorch again", name or "the model", type(module).__name__)
+        before = module.__dict__.pop("_cybn_before", None)
+        cls = stock_class(type(module)) if before is None else before
+        for key in KEPT:
+            module.__dict__.pop(key, None)
+        if cls is type(module):
+            continue
+        module.__class__ = cls
+        count += 1
+        logger.debug("%s: a %s of PyTorch again", name or "the model", cls.__name__)
     logger.info("%d modules reverted", count)
     return model
 
@@ -95,22 +158,3 @@ def revert(model: nn.Module) -> nn.Module:
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
-
-
-def _fuse(model: nn.Module, found: dict[nn.Module, nn.Module | None]) -> int:
-    """Give each batch norm the activation that was found to follow it; return how many."""
-    names = {module: name for name, module in model.named_modules()}
-    fused = 0
-    for norm in model.modules():
-        if type(norm) not in BATCH_NORMS.values():
-            continue
-        activation = found.get(norm)
-        if activation is None:
-            norm.__dict__.pop("follower", None)
-            logger.debug("%s: no activation module is certain to follow", names[norm])
-            continue
-        activation.__class__ = ACTIVATIONS.get(type(activation), type(activation))
-        norm.follower = (activation,)
-        fused += 1
-        logger.debug("%s: computes %s too", names[norm], names[activation])
-    return fused

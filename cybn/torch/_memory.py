@@ -1,32 +1,135 @@
 """Memory for large results: page faults cost more than the normalization itself.
 
-What forward returns lives until backward, and comes from `np.empty`, which asks for huge pages.
-The C library keeps some of that memory, and PyTorch's own tensors are then put on it, huge pages
-and all. Keeping it here for the next forward was slower: PyTorch then had to get fresh memory.
+What forward returns lives until backward, and is PyTorch's own memory, for which huge pages are
+asked for where the system gives them on request: a two hundredth of the page faults.
 
-What backward returns dies at once, and goes to the blocks that are used again (cybn._memory).
+What backward returns dies at once. Large gradients go to storages that are kept here and used
+again. A storage that no tensor refers to any longer is free, however the last one died.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import ctypes
+import mmap
+import os
+from threading import Lock
+
 import torch
 from torch import Tensor
 
-from .._memory import ALIGNMENT, LEAST, blocks, empty_cache, on
+from .._memory import LEAST, rounded
+from .._memory import blocks as _arrays
 
-__all__ = ["empty_cache", "empty_like"]
+__all__ = ["empty", "empty_cache"]
+
+_HUGE = 4 << 20  # bytes from which huge pages are asked for
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
-def empty_like(x: Tensor, *, brief: bool) -> Tensor:
-    """Return an uninitialized tensor that lies in memory as `x` does; `brief` if it dies soon."""
-    if x.nbytes < LEAST or not (
-        x.is_contiguous()
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    ):
-        return torch.empty_like(x, requires_grad=False)
-    like = x.detach().numpy()
-    if brief:
-        return torch.from_numpy(blocks.array(like))
-    return torch.from_numpy(on(np.empty(like.nbytes + ALIGNMENT, np.uint8), like))
+class Storages:
+    """Storages under gradients; one that nothing but this list refers to is free."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew; the storages of living tensors stay theirs."""
+        self._kept: list[tuple[int, torch.UntypedStorage]] = []  # those used last at the end
+        self._lock = Lock()
+
+    def clear(self) -> None:
+        """Give the free storages back to the system; the others go back as their tensors die."""
+        with self._lock:
+            self._kept = []
+
+    def held(self) -> tuple[int, int]:
+        """Return the bytes of storages in use and of free ones."""
+        with self._lock:
+            free = sum(size for size, storage in self._kept if _is_free(storage))
+            return sum(size for size, _ in self._kept) - free, free
+
+    def take(self, nbytes: int) -> torch.UntypedStorage:
+        """Return a storage of about so many bytes, one used before if there is one."""
+        size = rounded(nbytes)
+        with self._lock:
+            found = None
+            for i in range(len(self._kept) - 1, -1, -1):
+                kept, storage = self._kept[i]
+                if kept == size and storage.nbytes() == size and _is_free(storage):
+                    found = self._kept.pop(i)[1]
+                    break
+            if found is None:
+                self._make_room(_arrays.limit - size)
+                found = torch.UntypedStorage(size)
+                _ask_for_huge_pages(found.data_ptr(), size)
+            if self._total() + size <= _arrays.limit:
+                self._kept.append((size, found))
+            return found
+
+    def _total(self) -> int:
+        return sum(size for size, _ in self._kept)
+
+    def _make_room(self, most: int) -> None:
+        """Drop free storages, the one not used for longest first, until all take `most` bytes."""
+        over, kept = self._total() - most, []
+        for size, storage in self._kept:
+            if over > 0 and _is_free(storage):
+                over -= size
+            else:
+                kept.append((size, storage))
+        self._kept = kept
+
+
+def _is_free(storage: torch.UntypedStorage) -> bool:
+    return torch._C._storage_Use_Count(storage._cdata) == 1
+
+
+storages = Storages()
+if hasattr(os, "register_at_fork"):  # another thread may have held the lock
+    os.register_at_fork(after_in_child=storages.forget)
+
+
+def empty_cache() -> None:
+    """Give memory that is kept for the next results back to the system.
+
+    Gradients of 1 MiB and more are written to memory of earlier ones that are gone, because new
+    memory costs page faults. `cybn.set_cache_limit` says how much is kept at most.
+    """
+    storages.clear()
+    _arrays.clear()
+
+
+def empty(like: Tensor, memory_format: torch.memory_format, *, brief: bool) -> Tensor:
+    """Return an uninitialized tensor of the shape and type of another; `brief` if it dies soon."""
+    nbytes = like.numel() * like.element_size()
+    if not brief or nbytes < LEAST or nbytes > _arrays.limit:
+        new = torch.empty_like(like, memory_format=memory_format, requires_grad=False)
+        if nbytes >= _HUGE:
+            _ask_for_huge_pages(new.data_ptr(), nbytes)
+        return new
+    strides = torch.empty_like(like, memory_format=memory_format, device="meta").stride()
+    storage = storages.take(nbytes)
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape, strides)
+
+
+def _ask_for_huge_pages(address: int, nbytes: int) -> None:
+    """Say that memory will be used as a whole. It is advice: nothing is checked."""
+    if _madvise is not None:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            _madvise(start, length, _ADVICE)
+
+
+def _find_madvise() -> ctypes._FuncPointer | None:  # type: ignore[name-defined]
+    if _ADVICE is None:
+        return None
+    try:
+        found = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found
+
+
+_madvise = _find_madvise()

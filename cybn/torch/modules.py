@@ -1,221 +1,178 @@
-"""PyTorch's batch norms with cybn's kernels, and activations that know when they are done."""
+"""PyTorch's normalization modules with cybn's functions beneath them."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
+from torch import fx, nn
 
-from .. import _runtime, functional
-from ._function import Options, batch_norm
+from ._functional import current
+from ._rebind import rebound
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+]
 
-# Types of x that the kernels know, and the types of parameters and statistics that go with each.
-# Everything else is PyTorch's.
-DTYPES = {torch.float32: (torch.float32,), torch.float64: (torch.float64,)}
-
-_PLAIN = (Tensor, nn.Parameter)  # no subclasses: those mean something else by every operation
-_DONE = "_cybn_activation_done"
-
-
-def _watched() -> bool:
-    """Whether someone looks at the operations of PyTorch, and must see its own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )
+# What cybn keeps in the dictionary of a module.
+KEPT = ("_cybn_fusing", "_cybn_reason")
 
 
-class _Converted(nn.Module):
-    """What stands before a class of PyTorch in the order of bases."""
+class Converted(nn.Module):
+    """What stands before a class of PyTorch, or of a user's, in the order of bases."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return what `torch.jit.script` compiles, and puts in this one's place: PyTorch's own."""
-        stock = STOCK.get(type(self))
-        if stock is None:  # a subclass of the user's
-            return self
+        stock = stock_class(type(self))
         twin: nn.Module = object.__new__(stock)
-        twin.__dict__ = {k: v for k, v in self.__dict__.items() if k != "follower"}
+        twin.__dict__ = {k: v for k, v in self.__dict__.items() if k not in KEPT}
         return twin
-
-    def _one_step(self, input: fx.Proxy) -> fx.Proxy:
-        """Stand in a traced graph as one module, as PyTorch's own classes do."""
-        tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-
-
-class _BatchNorm(_Converted):
-    """Computes with cybn what it can, and leaves the rest to the class after it."""
-
-    follower: tuple[nn.Module] | None = None  # activation computed here; a tuple, so no submodule
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that PyTorch gives it
-        """Normalize `input`, of shape (N, C, ...), as PyTorch's module of the same name does."""
-        if torch.compiler.is_compiling():
-            return super().forward(input)
-        if isinstance(input, fx.Proxy):
-            return self._one_step(input)
-        if type(input) not in _PLAIN or _watched():
-            return super().forward(input)
-        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        batch_statistics = self.training or (mean is None and var is None)
-        if not self._is_ours(input, batch_statistics, weight, bias, mean, var):
-            return super().forward(input)
-        follower = self._follower()
-        options = Options(float(self.eps), *(() if follower is None else follower._activation()))
-        if batch_statistics:
-            y, moments = batch_norm(input, weight, bias, None, None, options)
-            if self.training and self.track_running_stats:
-                self._absorb(moments, mean, var)
-        else:
-            y, _ = batch_norm(input, weight, bias, mean, var, options)
-        if follower is not None:
-            setattr(y, _DONE, follower)
-        return y
-
-    def _is_ours(self, x: Tensor, batch_statistics: bool, *vectors: Tensor | None) -> bool:
-        """Whether the kernels take these; PyTorch has the answer, or the error, where not."""
-        self._check_input_dim(x)
-        dtypes, channels = DTYPES.get(x.dtype), self.num_features
-        if (
-            dtypes is None
-            or not x.is_cpu
-            or x.layout is not torch.strided
-            or x.is_neg()
-            or x.shape[1] != channels
-            or not x.numel() > (channels if batch_statistics else 0)
-            or not 0 < self.eps < np.inf
-            or (vectors[2] is None) != (vectors[3] is None)
-        ):
-            return False
-        if not all(
-            v is None
-            or (type(v) in _PLAIN and v.is_cpu and v.dtype in dtypes and v.shape == (channels,))
-            for v in vectors
-        ):
-            return False
-        # Statistics that are one number for all channels cannot be written.
-        return channels == 1 or not any(v is not None and v.stride() == (0,) for v in vectors[2:])
-
-    def _absorb(self, batch: Any, mean: Tensor | None, var: Tensor | None) -> None:
-        """Move the running statistics, in place: they may be shared.
-
-        One thread at a time, and all in one call, so that they move together or not at all.
-        """
-        with _runtime.turn:
-            momentum = self.momentum
-            batches = self.num_batches_tracked
-            old, new = [], []
-            if batches is not None:
-                old, new = [batches], [batches + 1]
-            if momentum is None:
-                momentum = 0.0 if batches is None else 1.0 / float(new[0])
-            if mean is not None and var is not None:
-                a, b = (np.ascontiguousarray(v.detach().numpy()) for v in (mean, var))
-                old += [mean.detach(), var.detach()]
-                new += map(torch.from_numpy, functional.absorb(a, b, batch, momentum, 1))
-            if old:
-                torch._foreach_copy_(old, new)
-
-    def _follower(self) -> Any:
-        """Return the activation computed here, unless a hook or a compiled call is in between."""
-        if self.follower is None:
-            return None
-        (follower,) = self.follower
-        if not isinstance(follower, _Activation):  # reverted without this one
-            return None
-        if follower._compiled_call_impl is not None:  # follower.compile(): it cannot see the mark
-            return None
-        hooked = any(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in (self, follower)
-        )
-        return None if hooked or nn.modules.module._has_any_global_hook() else follower
 
     def extra_repr(self) -> str:
         """Return the stock representation, with the activation where one is computed here."""
         text = super().extra_repr()
-        return f"{text}, then {type(self.follower[0]).__name__}" if self.follower else text
+        fusing = self.__dict__.get("_cybn_fusing")
+        also = fusing.describe()[0] if fusing is not None else ""
+        return f"{text}, then {also}" if also else text
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle modules whose class was made here by the class that it was made of."""
+        cls = type(self)
+        if "_cybn_stock" in cls.__dict__ and cls not in STOCK:
+            state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+            return _empty, (cls._cybn_stock,), state
+        return super().__reduce_ex__(protocol)
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+def _empty(stock: type) -> nn.Module:
+    """Return a converted module without state, for `pickle` and `copy`."""
+    from ._classes import converted_class  # which imports this module
+
+    cls = converted_class(stock)
+    if cls is None:
+        raise TypeError(f"{stock.__name__} is no class that cybn.torch converts any more")
+    return object.__new__(cls)  # type: ignore[no-any-return]
+
+
+def forward_of(original: Callable[..., Any], computed: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that runs `computed`, and stands in graphs as one module."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return computed(self, *args, **kwargs)
+        if args and isinstance(args[0], fx.Proxy):
+            tracer = args[0].tracer
+            path = tracer.path_of_module(self)
+            return tracer.create_proxy("call_module", path, args, kwargs)
+        before, current.module = current.module, self
+        try:
+            return computed(self, *args, **kwargs)
+        finally:
+            current.module = before
+
+    forward.__doc__ = original.__doc__ or "Normalize, as the class of the same name does."
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
+
+
+def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
+    """Return the methods of a class that normalize, with cybn's functions, and its forward.
+
+    Empty where there are none.
+    """
+    found: dict[str, Callable[..., Any]] = {}
+    for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, method in owner.__dict__.items():
+            if getattr(cls, name, None) is method and (new := rebound(method)) is not None:
+                found[name] = new
+    if found:
+        original: Any = cls.forward  # type: ignore[attr-defined]
+        found["forward"] = forward_of(original, found.get("forward", original))
+    return found
+
+
+class BatchNorm1d(Converted, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L), computed by cybn."""
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(Converted, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` for (N, C, H, W), computed by cybn."""
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(Converted, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` for (N, C, D, H, W), computed by cybn."""
 
 
-class _Activation(_Converted):
-    """Passes on what a batch norm has activated already, and activates everything else."""
-
-    name = ""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the activation of `input`."""
-        if torch.compiler.is_compiling():
-            return super().forward(input)
-        if isinstance(input, fx.Proxy):
-            return self._one_step(input)
-        if type(input) is Tensor and input.__dict__.get(_DONE) is self:
-            del input.__dict__[_DONE]  # this once
-            return input
-        return super().forward(input)
-
-    def _activation(self) -> tuple[Any, ...]:
-        return (self.name,)
+class InstanceNorm1d(Converted, nn.InstanceNorm1d):
+    """`torch.nn.InstanceNorm1d` for (N, C, L) and (C, L), computed by cybn."""
 
 
-class ReLU(_Activation, nn.ReLU):
-    """`torch.nn.ReLU` after batch norms that compute it."""
-
-    name = "relu"
+class InstanceNorm2d(Converted, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` for (N, C, H, W) and (C, H, W), computed by cybn."""
 
 
-class ReLU6(_Activation, nn.ReLU6):
-    """`torch.nn.ReLU6` after batch norms that compute it."""
-
-    name = "relu6"
+class InstanceNorm3d(Converted, nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` for (N, C, D, H, W) and (C, D, H, W), computed by cybn."""
 
 
-class SiLU(_Activation, nn.SiLU):
-    """`torch.nn.SiLU` after batch norms that compute it."""
-
-    name = "silu"
+class GroupNorm(Converted, nn.GroupNorm):
+    """`torch.nn.GroupNorm`, computed by cybn."""
 
 
-class LeakyReLU(_Activation, nn.LeakyReLU):
-    """`torch.nn.LeakyReLU` after batch norms that compute it."""
-
-    name = "leaky_relu"
-
-    def _activation(self) -> tuple[Any, ...]:
-        return self.name, float(self.negative_slope)
+class LayerNorm(Converted, nn.LayerNorm):
+    """`torch.nn.LayerNorm`, computed by cybn."""
 
 
-BATCH_NORMS: dict[type, type] = {
+class RMSNorm(Converted, nn.RMSNorm):
+    """`torch.nn.RMSNorm`, computed by cybn."""
+
+
+NORMS: dict[type, type] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
+    nn.GroupNorm: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
 }
-ACTIVATIONS: dict[type, type] = {
-    nn.ReLU: ReLU,
-    nn.ReLU6: ReLU6,
-    nn.SiLU: SiLU,
-    nn.LeakyReLU: LeakyReLU,
-}
-STOCK = {ours: stock for stock, ours in (BATCH_NORMS | ACTIVATIONS).items()}
+STOCK = {ours: stock for stock, ours in NORMS.items()}
+for _stock, _ours in NORMS.items():
+    for _name, _method in methods_of(_stock).items():
+        setattr(_ours, _name, _method)
+
+
+def stock_class(cls: type) -> type:
+    """Return the class that a class of cybn's, or one derived from such, stands for."""
+    if cls in STOCK:
+        return STOCK[cls]
+    if not issubclass(cls, Converted):
+        return cls
+    made_of = cls.__dict__.get("_cybn_stock")
+    if made_of is not None:
+        return made_of  # type: ignore[no-any-return]
+    return derived(cls, tuple(stock_class(base) for base in cls.__bases__))
+
+
+def derived(cls: type, bases: tuple[type, ...]) -> type:
+    """Return a class like `cls` with other bases."""
+    if bases == cls.__bases__:
+        return cls
+    namespace = {
+        name: value
+        for name, value in cls.__dict__.items()
+        if name not in ("__dict__", "__weakref__")
+    }
+    return type(cls)(cls.__name__, bases, namespace)

@@ -13,7 +13,7 @@ import cybn.torch
 from cybn.torch import modules
 
 STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-OURS = {rank: modules.BATCH_NORMS[stock] for rank, stock in STOCK.items()}
+OURS = {rank: modules.NORMS[stock] for rank, stock in STOCK.items()}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 each_rank = pytest.mark.parametrize("rank", [2, 3, 4, 5])

@@ -1,20 +1,28 @@
-"""A fixture that the tests of cybn.torch share."""
+"""Fixtures that the tests of cybn.torch share."""
 
 import pytest
-
-from cybn import functional
 
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """List the calls that reach cybn.functional."""
+    """List the kernel calls of eager modules: which pass, and of which norm."""
+    from cybn.torch import _autograd
+
     calls = []
-    for name in functional.__all__:
-        f = getattr(functional, name)
+    for name in ("forward", "backward"):
+        f = getattr(_autograd, name)
 
-        def call(*args, _f=f, _name=name, **kwargs):
-            calls.append((_name, kwargs))
-            return _f(*args, **kwargs)
+        def call(norm, *args, _f=f, _name=name):
+            calls.append((_name, norm))
+            return _f(norm, *args)
 
-        monkeypatch.setattr(functional, name, call)
+        monkeypatch.setattr(_autograd, name, call)
     return calls
+
+
+@pytest.fixture
+def fuse_all(monkeypatch):
+    """Fuse calls of any size."""
+    from cybn.torch import _fuse
+
+    monkeypatch.setattr(_fuse, "LEAST", 0)

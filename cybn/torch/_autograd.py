@@ -1,0 +1,106 @@
+"""The kernels in PyTorch's autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._calls import Norm, absorb, backward, forward
+from ._formulas import gradients
+
+__all__ = ["Running", "normalize"]
+
+
+class Running(NamedTuple):
+    """Running statistics that a forward moves, and how far."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+def normalize(
+    norm: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    running: Running | None = None,
+) -> Tensor:
+    """Normalize with `mean` and `var`, or with the statistics of the batch or the rows.
+
+    Tensors are of types that the kernels know, on the CPU, and strided. `running` moves.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Normalize.apply(x, weight, bias, residual, mean, var, norm, running)
+    y, statistics = forward(norm, x, weight, bias, residual, mean, var)
+    if running is not None and statistics is not None:
+        absorb(norm, x, statistics, *running)
+    return y
+
+
+class _Normalize(torch.autograd.Function):
+    """Statistics move before tensors are saved, as PyTorch's do: a checkpoint may stop there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        norm: Norm,
+        running: Running | None,
+    ) -> Tensor:
+        y, ctx.statistics = forward(norm, x, weight, bias, residual, mean, var)
+        if running is not None and ctx.statistics is not None:
+            absorb(norm, x, ctx.statistics, *running)
+        ctx.norm = norm
+        if mean is not None and var is not None:
+            # Training the same module before backward moves its statistics: these must not follow.
+            mean, var = mean.clone(), var.clone()
+        ctx.save_for_backward(x, weight, bias, residual, mean, var)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() or _is_foreign(dy):  # create_graph=True; batched gradients
+            found = gradients(ctx.norm, dy, *inputs, wanted)
+        else:
+            found = backward(ctx.norm, dy, *inputs, ctx.statistics)
+            found = _typed(found, inputs)
+        return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 4
+
+
+def _is_foreign(dy: Tensor) -> bool:
+    """Whether this is no plain tensor in memory, such as one of torch.vmap's."""
+    return (
+        type(dy) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_legacy_batchedtensor(dy)
+        or not dy.is_cpu
+        or dy.layout is not torch.strided
+    )
+
+
+def _typed(
+    found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return gradients in the types of their inputs: those of half parameters are float32."""
+    return tuple(
+        g if g is None or t is None or g.dtype is t.dtype else g.to(t.dtype)
+        for g, t in zip(found, inputs, strict=False)
+    )

@@ -1,0 +1,181 @@
+"""Kernel calls on tensors: no autograd, no checks that the dispatch does not make itself.
+
+One `Norm` says which normalization is meant, for forward, backward, the custom operators and the
+formulas of PyTorch alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _dispatch, _runtime
+from ._arrays import array, vector
+from ._memory import empty
+
+__all__ = ["Norm", "Statistics", "absorb", "backward", "forward", "format_of"]
+
+Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Norm(NamedTuple):
+    """Which normalization, and with what; all that does not change from call to call."""
+
+    kind: str  # "batch", "layer", "rms", "group" or "instance"
+    eps: float
+    dims: int = 0  # last axes that are normalized, for layer and rms
+    groups: int = 0  # for group
+    activation: str | None = None
+    slope: float = 0.01
+
+    def rows(self, x: Tensor) -> tuple[int, int | None]:
+        """Return the axis and the number of groups as the dispatch takes them."""
+        if self.kind == "group":
+            return 1, self.groups
+        if self.kind == "instance":
+            return 1, 0
+        return x.dim() - self.dims, None
+
+
+def format_of(norm: Norm, x: Tensor) -> torch.memory_format:
+    """Return the memory format that PyTorch gives the result."""
+    if norm.kind in ("layer", "instance") or x.is_contiguous():
+        return torch.contiguous_format
+    if norm.kind == "rms":
+        return torch.preserve_format
+    last = _FORMATS.get(x.dim())
+    if last is not None and _steps_as_last(x):
+        return last
+    return torch.contiguous_format
+
+
+def _steps_as_last(x: Tensor) -> bool:
+    """Whether the steps of `x` rise as those of a channels-last tensor do, gaps and all."""
+    steps, shape = x.stride(), x.shape
+    if steps[1] == 0:
+        return False
+    least = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        if shape[axis] == 0 or steps[axis] < least:
+            return False
+        if axis == 0 and least == steps[1]:  # all but the channels are 1 wide
+            return False
+        least = steps[axis] * max(shape[axis], 1)
+    return True
+
+
+def _threads(x: Tensor) -> int:
+    """Return the threads for a call; small ones take one anyway, and are quicker to say so."""
+    return torch.get_num_threads() if x.numel() >= _dispatch.SMALL else 1
+
+
+def forward(
+    norm: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> tuple[Tensor, Statistics | None]:
+    """Return y, and the statistics of the batch or the rows where no others are given."""
+    y = empty(x, format_of(norm, x), brief=False)
+    (gamma, _w), (beta, _b) = vector(weight), vector(bias)
+    inputs, out, threads = array(x), array(y), _threads(x)
+    if norm.kind != "batch":
+        axis, groups = norm.rows(x)
+        centred = norm.kind != "rms"
+        found = _dispatch.normalize_rows(
+            inputs, axis, groups, gamma, beta, norm.eps, centred, out, threads
+        )
+        return y, found[1:3]
+    added = None if residual is None else array(residual)
+    stages = (1, norm.eps, norm.activation, norm.slope, added, None, None, None, "normalize", out)
+    if mean is None:
+        _, _, *found = _dispatch.forward(inputs, gamma, beta, *stages, threads)
+        return y, (found[0], found[1])
+    (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
+    _dispatch.inference(inputs, fixed_mean, fixed_var, gamma, beta, *stages, threads)
+    return y, None
+
+
+def backward(
+    norm: Norm,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    statistics: Statistics | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, weight, bias and the residual."""
+    form = format_of(norm, x)
+    dx = empty(x, form, brief=True)
+    dy = dy.resolve_conj().resolve_neg()
+    (gamma, _w), (beta, _b) = vector(weight), vector(bias)
+    gradient, inputs, out, threads = array(dy), array(x), array(dx), _threads(x)
+    if norm.kind != "batch":
+        axis, groups = norm.rows(x)
+        _, dgamma, dbeta = _dispatch.normalize_rows_backward(
+            gradient, inputs, axis, groups, _as_they_are, statistics, gamma, norm.eps,
+            norm.kind != "rms", out, threads,
+        )  # fmt: skip
+        return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta), None
+    added = dresidual = kept = None
+    if residual is not None:
+        dresidual = empty(x, form, brief=True)
+        added, kept = array(residual), array(dresidual)
+    if statistics is not None:
+        moments = x.numel() // x.shape[1], *statistics
+        fixed: tuple[Any, Any] = (None, None)
+    else:
+        moments = None
+        (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
+        fixed = fixed_mean, fixed_var
+    _, dgamma, dbeta, *_rest = _dispatch.backward(
+        gradient, inputs, moments, *fixed, gamma, beta if norm.activation else None, 1, norm.eps,
+        norm.activation, norm.slope, added, None, None, None, "normalize", False, out, kept,
+        threads,
+    )  # fmt: skip
+    return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta), dresidual
+
+
+def _as_they_are(_form: Any, statistics: Statistics) -> Statistics:
+    return statistics
+
+
+def absorb(
+    norm: Norm,
+    x: Tensor,
+    statistics: Statistics,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+) -> None:
+    """Move running statistics, in place: they may be shared.
+
+    One thread at a time, and both in one call, so that they move together or not at all.
+    """
+    mean, m2 = statistics
+    count = x.numel() // x.shape[1]
+    if norm.kind == "instance":  # the mean over the samples, as PyTorch takes it
+        samples = x.shape[0]
+        mean, m2 = (v.reshape(samples, -1).mean(0) for v in (mean, m2))
+        count //= samples
+    if momentum == 0:
+        return
+    with _runtime.turn:
+        old = [running_mean.detach(), running_var.detach()]
+        (a, _a), (b, _b) = vector(old[0]), vector(old[1])
+        if momentum == 1:  # what was there may be NaN
+            a = b = np.zeros_like(a)
+        new = _dispatch.absorb(a, b, mean, m2, count - 1, momentum)
+        torch._foreach_copy_(old, [torch.from_numpy(v) for v in new])

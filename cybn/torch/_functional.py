@@ -1,0 +1,302 @@
+"""The normalizations of `torch.nn.functional`, with the same signatures, computed by cybn.
+
+What the kernels do not take goes to PyTorch, with the reason kept for `cybn.torch.report`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from math import inf, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import _autograd, _fuse, _operators
+from ._arrays import DTYPES
+from ._autograd import Running
+from ._calls import Norm
+
+__all__ = ["FUNCTIONS", "current"]
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
+_HALF = (torch.float16, torch.bfloat16)
+_EPS = {torch.float64: torch.finfo(torch.float64).eps}
+
+
+class _Current(threading.local):
+    """The module whose forward is running: where reasons are kept, and what is fused."""
+
+    module: nn.Module | None = None
+
+
+current = _Current()
+
+
+# ---- what the kernels take ---------------------------------------------------------------
+
+
+def _refusal(
+    x: Tensor, eps: float, shape: Sequence[int], vectors: tuple[Tensor | None, ...]
+) -> str | None:
+    """Return why the kernels do not take a call, or None where they do.
+
+    `vectors` are weight, bias, mean and variance, each of which must be of `shape`.
+    """
+    eager = not torch.compiler.is_compiling()
+    if eager and (why := _unusual(x)) is not None:
+        return why
+    if x.dtype not in DTYPES:
+        if x.dtype is torch.bfloat16:
+            return "bfloat16 needs the package ml_dtypes"
+        return f"the input is {x.dtype}"
+    if not x.is_cpu:
+        return f"the input is on {x.device}"
+    if not 0 < eps < inf:
+        return f"eps is {eps}"
+    dtype = None
+    for v in vectors:
+        if v is None:
+            continue
+        if eager and (type(v) not in _PLAIN or v.is_neg()) and not _is_traced(v):
+            return f"a parameter or statistic is a {type(v).__name__}"
+        if not v.is_cpu:
+            return f"a parameter or statistic is on {v.device}"
+        if v.dtype is not x.dtype and not (v.dtype is torch.float32 and x.dtype in _HALF):
+            return f"the input is {x.dtype}, and a parameter or statistic {v.dtype}"
+        if dtype is not None and v.dtype is not dtype:
+            return "parameters and statistics are of two types"
+        if v.shape != shape:
+            return f"a parameter or statistic has shape {tuple(v.shape)}"
+        dtype = v.dtype
+    return None
+
+
+def _unusual(x: Tensor) -> str | None:
+    """Return what is unusual about a tensor or about the call, outside graphs."""
+    if type(x) not in _PLAIN and not _is_traced(x):
+        return f"the input is a {type(x).__name__}"
+    if x.layout is not torch.strided or x.is_neg():
+        return "the input is not a plain strided tensor"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    return None
+
+
+def _is_traced(x: Any) -> bool:
+    return _traced() and isinstance(x, Tensor)
+
+
+def _traced() -> bool:
+    """Whether operations are recorded, or done by someone else, and must be operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _explain(why: str | None) -> None:
+    """Keep the reason why the last call of the module went to PyTorch; None where it did not."""
+    if not torch.compiler.is_compiling():
+        module = current.module
+        if module is not None:
+            module.__dict__["_cybn_reason"] = why
+
+
+def _run(
+    norm: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    running: Running | None = None,
+) -> Tensor:
+    if _traced():
+        return _operators.normalize(norm, x, weight, bias, mean, var, running)
+    module = current.module
+    if module is not None:
+        known = module.__dict__
+        if known.get("_cybn_reason", known) is not None:
+            known["_cybn_reason"] = None
+        fusing = known.get("_cybn_fusing")
+        if fusing is not None:
+            return _fuse.normalize(fusing, module, norm, x, weight, bias, mean, var, running)
+    return _autograd.normalize(norm, x, weight, bias, None, mean, var, running)
+
+
+# ---- the functions -----------------------------------------------------------------------
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do what `torch.nn.functional.batch_norm` does."""
+    x = input
+    if type(x) is _fuse.Pending:
+        x = x.plain()
+    vectors = weight, bias, running_mean, running_var
+    if x.dim() < 2:
+        why: str | None = f"the input has {x.dim()} axes"
+    elif (running_mean is None) != (running_var is None):
+        why = "one of the running statistics is missing"
+    else:
+        channels = x.shape[1]
+        why = _refusal(x, eps, (channels,), vectors) or _batch_refusal(
+            x, channels, running_mean, running_var, training
+        )
+    if why is not None:
+        _explain(why)
+        return F.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    norm = Norm("batch", eps)
+    if not training:
+        return _run(norm, x, weight, bias, running_mean, running_var)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, momentum)
+    return _run(norm, x, weight, bias, None, None, running)
+
+
+def _batch_refusal(
+    x: Tensor, channels: int, mean: Tensor | None, var: Tensor | None, training: bool
+) -> str | None:
+    if x.numel() <= (channels if training else 0):
+        return "there is no more than one value a channel"
+    if mean is None or var is None:
+        return None if training else "there are no running statistics"
+    if mean.requires_grad or var.requires_grad:
+        return "a running statistic requires a gradient"
+    if training and channels > 1 and (mean.stride() == (0,) or var.stride() == (0,)):
+        return "one number is the running statistic of all channels"
+    return None
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do what `torch.nn.functional.instance_norm` does."""
+    x = input
+    if type(x) is _fuse.Pending:
+        x = x.plain()
+    if x.dim() < 3:
+        why: str | None = f"the input has {x.dim()} axes"
+    elif (running_mean is None) != (running_var is None):
+        why = "one of the running statistics is missing"
+    else:
+        channels = x.shape[1]
+        why = _refusal(x, eps, (channels,), (weight, bias, running_mean, running_var))
+        if why is None and x.numel() <= x.shape[0] * channels:
+            why = "there is no more than one position"
+        why = why or _batch_refusal(x, channels, running_mean, running_var, use_input_stats)
+    if why is not None:
+        _explain(why)
+        return F.instance_norm(
+            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    if not use_input_stats:
+        return _run(Norm("batch", eps), x.contiguous(), weight, bias, running_mean, running_var)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, momentum)
+    return _run(Norm("instance", eps), x, weight, bias, None, None, running)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do what `torch.nn.functional.group_norm` does."""
+    x = input
+    if type(x) is _fuse.Pending:
+        x = x.plain()
+    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
+        why: str | None = f"the input has shape {tuple(x.shape)}"
+    elif x.numel() <= num_groups:
+        why = "there is no more than one value a group"
+    else:
+        why = _refusal(x, eps, (x.shape[1],), (weight, bias))
+    if why is not None:
+        _explain(why)
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    return _run(Norm("group", eps, groups=num_groups), x, weight, bias)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do what `torch.nn.functional.layer_norm` does."""
+    x = input
+    if type(x) is _fuse.Pending:
+        x = x.plain()
+    why = _rows_refusal(x, eps, normalized_shape, weight, bias)
+    if why is not None:
+        _explain(why)
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    return _run(Norm("layer", eps, len(normalized_shape)), x, weight, bias)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Do what `torch.nn.functional.rms_norm` does."""
+    x = input
+    if type(x) is _fuse.Pending:
+        x = x.plain()
+    least = _EPS.get(x.dtype, torch.finfo(torch.float32).eps) if eps is None else eps
+    why = _rows_refusal(x, least, normalized_shape, weight, None)
+    if why is not None:
+        _explain(why)
+        return F.rms_norm(x, normalized_shape, weight, eps)
+    return _run(Norm("rms", least, len(normalized_shape)), x, weight, None)
+
+
+def _rows_refusal(
+    x: Tensor, eps: float, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> str | None:
+    dims = len(shape)
+    if not 0 < dims <= x.dim() or tuple(x.shape[x.dim() - dims :]) != tuple(shape):
+        return f"the input has shape {tuple(x.shape)}"
+    if prod(x.shape) == 0:
+        return "the input is empty"
+    return _refusal(x, eps, torch.Size(shape), (weight, bias))
+
+
+FUNCTIONS = {
+    "batch_norm": batch_norm,
+    "instance_norm": instance_norm,
+    "group_norm": group_norm,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+}

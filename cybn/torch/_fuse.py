@@ -1,0 +1,370 @@
+"""A batch norm together with what follows it: an activation, or a sum with a residual and one.
+
+What follows is not guessed from the code. The first call in each mode returns an ordinary result
+that notes which operation takes it (`Watched`). From then on a call returns a result that is
+not computed yet (`Pending`), which the operation that was expected computes in one pass with
+itself. Whatever else comes first computes the plain result, which is then what it was without
+fusing, and turns fusing off for that module: replaced activations, slices of models and features
+taken in between get the right values.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ._autograd import Running
+from ._autograd import normalize as normalize_now
+from ._calls import Norm, format_of
+
+__all__ = ["Fusing", "Pending", "normalize"]
+
+LEAST = 1 << 14  # values; below, two calls are as quick as one with its bookkeeping
+
+Activation = tuple[str, float]
+
+
+class Fusing:
+    """What was learned about one module, in training and in evaluation."""
+
+    def __init__(self) -> None:
+        self.expects: dict[bool, tuple[Activation, bool] | None] = {}  # by mode; bool: a residual
+        self.why: dict[bool, str] = {}  # not, by mode
+        self.follower: Any = None  # a weak reference to the activation's module, if it is one
+
+    def __reduce__(self) -> Any:  # a copy learns for itself
+        return Fusing, ()
+
+    def describe(self) -> tuple[str, str]:
+        """Return what is computed together with the module, and why not more."""
+        found = [self.expects[mode] for mode in sorted(self.expects) if self.expects[mode]]
+        if found:
+            (name, _), added = found[0]
+            return f"add, {name}" if added else name, ""
+        if self.why:
+            return "", next(iter(self.why.values()))
+        return "", "not called yet: the first call in each mode shows what follows"
+
+    def learn(self, mode: bool, activation: Activation, added: bool) -> None:
+        """Note what followed."""
+        follower = _caller()
+        self.follower = None if follower is None else weakref.ref(follower)
+        self.expects[mode] = activation, added
+
+    def refuse(self, mode: bool, why: str) -> None:
+        """Note that nothing is to be computed together from now on."""
+        self.expects[mode] = None
+        self.why[mode] = why
+
+
+def _caller() -> nn.Module | None:
+    """Return the module without children whose forward is running, if there is one."""
+    frame: Any = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            leaf = isinstance(module, nn.Module) and not module._modules
+            return module if leaf else None
+        frame = frame.f_back
+    return None
+
+
+def normalize(
+    fusing: Fusing,
+    module: nn.Module,
+    norm: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    running: Running | None,
+) -> Tensor:
+    """Return the result, watched or pending where that can gain something."""
+    mode = module.training
+    if (
+        norm.kind != "batch"
+        or x.numel() < LEAST
+        or _is_looked_at(module)
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
+        return normalize_now(norm, x, weight, bias, None, mean, var, running)
+    if mode not in fusing.expects:
+        y = normalize_now(norm, x, weight, bias, None, mean, var, running)
+        y.__class__ = Watched
+        y._cybn = fusing, mode, False
+        return y
+    expected = fusing.expects[mode]
+    follower = None if fusing.follower is None else fusing.follower()
+    if expected is None or (follower is not None and _is_looked_at(follower)):
+        return normalize_now(norm, x, weight, bias, None, mean, var, running)
+    moves = [] if running is None else [running]
+    return Pending.of(fusing, expected, (norm, x, weight, bias, mean, var), moves)
+
+
+def _is_looked_at(module: nn.Module) -> bool:
+    """Whether hooks see what lies in between, or compiled code that knows no pending results."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+# ---- operations that can be computed together --------------------------------------------
+
+
+def _relu6(args: Any, kwargs: Any) -> Activation | None:
+    limits = [*args[1:3], kwargs.get("min_val", 0), kwargs.get("max_val", 6)][:2]
+    return ("relu6", 0.0) if list(map(float, limits)) == [0.0, 6.0] else None
+
+
+def _gelu(args: Any, kwargs: Any) -> Activation | None:
+    return ("gelu", 0.0) if kwargs.get("approximate", "none") == "none" else None
+
+
+def _leaky(args: Any, kwargs: Any) -> Activation:
+    slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", 0.01)
+    return "leaky_relu", float(slope)
+
+
+def _named(name: str) -> Callable[[Any, Any], Activation | None]:
+    return lambda args, kwargs: (name, 0.0)
+
+
+_nn = torch._C._nn
+_ACTIVATIONS: dict[Any, Callable[[Any, Any], Activation | None]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _named("relu")),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _named("relu")),
+    **dict.fromkeys((F.relu6, _nn.relu6), _named("relu6")),
+    **dict.fromkeys((F.silu, _nn.silu, _nn.silu_), _named("silu")),
+    **dict.fromkeys((F.hardswish, _nn.hardswish, _nn.hardswish_), _named("hardswish")),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _named("sigmoid")),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _named("sigmoid")),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), _named("tanh")),
+    **dict.fromkeys((torch.tanh_, Tensor.tanh_), _named("tanh")),
+    **dict.fromkeys((F.hardtanh, _nn.hardtanh, _nn.hardtanh_), _relu6),
+    **dict.fromkeys((F.leaky_relu, _nn.leaky_relu, _nn.leaky_relu_), _leaky),
+    F.gelu: _gelu,
+}
+_ADDITIONS = {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
+}  # fmt: skip
+_IN_PLACE = {
+    torch.relu_, Tensor.relu_, _nn.silu_, _nn.hardswish_, torch.sigmoid_, Tensor.sigmoid_,
+    torch.tanh_, Tensor.tanh_, _nn.hardtanh_, _nn.leaky_relu_, Tensor.add_, Tensor.__iadd__,
+}  # fmt: skip
+_GETTERS = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__,
+    Tensor.layout.__get__, Tensor.is_cpu.__get__, Tensor.size, Tensor.dim, Tensor.numel,
+    Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__,
+    torch.is_floating_point, torch.numel,
+}  # fmt: skip
+
+
+def _activation(func: Any, args: Any, kwargs: Any) -> tuple[Activation | None, bool]:
+    """Return the activation that a call computes, and whether it writes over its input."""
+    read = _ACTIVATIONS.get(func)
+    if read is None or not args:
+        return None, False
+    inplace = func in _IN_PLACE or kwargs.get("inplace", False) or any(a is True for a in args)
+    return read(args, kwargs), bool(inplace)
+
+
+def _other(func: Any, args: Any, kwargs: Any, one: Tensor) -> Any:
+    """Return what a call adds to `one`, if it adds a tensor to it that is as large."""
+    if func not in _ADDITIONS or kwargs or len(args) != 2 or args[0] is args[1]:
+        return None
+    other = args[1] if args[0] is one else args[0]
+    fits = (
+        type(other) in (Tensor, Watched)
+        and other.shape == one.shape
+        and other.dtype is one.dtype
+        and other.is_cpu
+        and other.layout is torch.strided
+        and not other.is_neg()
+        and (func not in _IN_PLACE or args[0] is one)
+    )
+    return other if fits else None
+
+
+# ---- the first call ----------------------------------------------------------------------
+
+
+class Watched(Tensor):
+    """An ordinary tensor that notes the first operation that takes it, once."""
+
+    _cybn: tuple[Fusing, bool, bool]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Note `func`, and call it."""
+        kwargs = kwargs or {}
+        if func in _GETTERS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        watched: list[Watched] = []
+        tree_map_only(Watched, watched.append, (args, kwargs))
+        notes = []
+        for t in watched:
+            if t.__class__ is Watched:  # it may be there twice
+                t.__class__ = Tensor
+                notes.append((t, *t.__dict__.pop("_cybn")))
+        sums = None
+        for t, fusing, mode, added in notes:
+            activation, _ = _activation(func, args, kwargs)
+            if activation is not None and args[0] is t:
+                fusing.learn(mode, activation, added)
+            elif not added and sums is None and _other(func, args, kwargs, t) is not None:
+                sums = fusing, mode, True
+            else:
+                fusing.refuse(mode, f"{_name(func)} takes what it returns")
+        y = func(*args, **kwargs)
+        if sums is not None and type(y) is Tensor:
+            y.__class__ = Watched
+            y._cybn = sums
+        return y
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    owner = getattr(func, "__self__", None)
+    return getattr(owner, "__name__", name) if name == "__get__" else name
+
+
+# ---- later calls -------------------------------------------------------------------------
+
+
+class Pending(Tensor):
+    """A result that is computed by the first operation that takes it; it has no memory."""
+
+    @staticmethod
+    def of(
+        fusing: Fusing,
+        expected: tuple[Activation, bool],
+        arguments: Any,
+        moves: list[Running | None],
+    ) -> Pending:
+        """Return the pending result of a call of `normalize_now`; statistics in `moves` move."""
+        norm, x, weight, bias, _, _ = arguments
+        grad = torch.is_grad_enabled()
+        with torch._C.DisableTorchFunctionSubclass():
+            self = Tensor._make_wrapper_subclass(
+                Pending, x.shape, _strides(norm, x), dtype=x.dtype, device=x.device,
+                requires_grad=grad and any(
+                    t is not None and t.requires_grad for t in (x, weight, bias)
+                ),
+            )  # fmt: skip
+            if self.requires_grad:
+                self.register_hook(_lost)
+        self.fusing, self.expected, self.arguments, self.moves = fusing, expected, arguments, moves
+        self.versions = _version(x), None
+        self.grad_mode = grad
+        self.residual = self.value = None
+        return self
+
+    def plain(self) -> Tensor:
+        """Return what the call returns without fusing, and fuse no more."""
+        if self.value is None:
+            why = "another operation than before took what it returns"
+            for mode, expected in self.fusing.expects.items():
+                if expected is not None:
+                    self.fusing.refuse(mode, why)
+            self.value = self.compute(None, 0.0)
+        return self.value
+
+    def compute(self, activation: str | None, slope: float) -> Tensor:
+        """Return the result, with the residual if there is one."""
+        norm, x, weight, bias, mean, var = self.arguments
+        residual = self.residual
+        if self.versions != (_version(x), _version(residual)):
+            raise RuntimeError(
+                "the input or the residual of a fused batch norm was changed in place before its "
+                "result was used; convert the model without fuse=True"
+            )
+        running = self.moves.pop() if self.moves else None
+        norm = norm._replace(activation=activation, slope=slope)
+        with torch.set_grad_enabled(self.grad_mode):
+            if activation is None and residual is not None:
+                return normalize_now(norm, x, weight, bias, None, mean, var, running) + residual
+            return normalize_now(norm, x, weight, bias, residual, mean, var, running)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute what was expected in one pass, and everything else with the plain result."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _GETTERS:
+                return func(*args, **kwargs)
+            one = args[0] if args else None
+            if type(one) is Pending and one.value is None:
+                activation, inplace = _activation(func, args, kwargs)
+                if activation and one.expected == (activation, one.residual is not None):
+                    y = one.compute(*activation)
+                    if inplace:
+                        one.value = y
+                    return y
+            total = _sum(func, args, kwargs)
+            if total is not None:
+                return total
+        args, kwargs = tree_map_only(Pending, Pending.plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse: whatever comes here went past PyTorch's Python functions."""
+        raise RuntimeError(
+            f"{func} reached the pending result of a fused batch norm from outside Python's torch "
+            "functions; convert the model without fuse=True"
+        )
+
+
+def _sum(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Return a pending sum where a residual is added to a pending result that expects one."""
+    for one in args[:2] if func in _ADDITIONS else ():
+        if type(one) is Pending and one.value is None and one.residual is None and one.expected[1]:
+            other = _other(func, args, kwargs, one)
+            if other is None:
+                continue
+            total = one
+            if func not in _IN_PLACE:
+                total = Pending.of(one.fusing, one.expected, one.arguments, one.moves)
+                total.grad_mode = one.grad_mode
+            total.residual, total.versions = other, (one.versions[0], _version(other))
+            return total
+    return None
+
+
+def _version(x: Tensor | None) -> int | None:
+    """Return how often a tensor was written to; None where nobody counts."""
+    return None if x is None or x.is_inference() else x._version
+
+
+def _strides(norm: Norm, x: Tensor) -> tuple[int, ...] | None:
+    if x.is_contiguous():
+        return None
+    like = torch.empty_like(x, memory_format=format_of(norm, x), device="meta")
+    return like.stride()
+
+
+def _lost(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "a gradient reached the pending result of a fused batch norm, which something else than "
+        "one of PyTorch's Python functions has used; convert the model without fuse=True"
+    )

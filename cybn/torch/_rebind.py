@@ -1,0 +1,87 @@
+"""The forward of a module, with other functions in the place of those that normalize.
+
+A forward of PyTorch, of timm, or of a user's, ends in `F.batch_norm`, `F.layer_norm` or one of
+their kin. The same code runs here with names that lead to cybn's functions, so whatever else it
+does, such as counting batches or activating, stays what it was.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ._functional import FUNCTIONS
+
+__all__ = ["rebound"]
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    getattr(home, name): ours
+    for name, ours in FUNCTIONS.items()
+    for home in (F, torch)
+    if home is F or name == "rms_norm"  # torch's others take their arguments in another order
+}
+_DEPTH = 2  # calls of functions that call functions
+
+
+class _Namespace(types.SimpleNamespace):
+    """A module with some of its names leading elsewhere."""
+
+    def __init__(self, module: types.ModuleType, **names: Any) -> None:
+        super().__init__(**names)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+_FUNCTIONAL = _Namespace(F, **FUNCTIONS)
+_NN = _Namespace(torch.nn, functional=_FUNCTIONAL)
+_TORCH = _Namespace(torch, nn=_NN)
+_SPACES: dict[Any, _Namespace] = {F: _FUNCTIONAL, torch.nn: _NN, torch: _TORCH}
+
+
+def rebound(function: Any, depth: int = _DEPTH) -> Callable[..., Any] | None:
+    """Return a function that does what `function` does with cybn's normalizations.
+
+    None where it is no function of Python, or does not seem to normalize by PyTorch's functions.
+    """
+    if not isinstance(function, types.FunctionType):
+        return None
+    code, before = function.__code__, function.__globals__
+    names = set(code.co_names)
+    changes: dict[str, Any] = {}
+    for name in names & before.keys():
+        value = before[name]
+        if (ours := _replacement(value, names, depth)) is not None:
+            changes[name] = ours
+    if not changes:
+        return None
+    after = {**before, **changes}
+    after.pop("__name__", None)  # torch.compile would look names up in the module of that name
+    new = types.FunctionType(
+        code, after, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__module__ = function.__module__
+    return new
+
+
+def _replacement(value: Any, names: set[str], depth: int) -> Any:
+    """Return what a global name is to lead to, or None for what it leads to now."""
+    if isinstance(value, types.ModuleType):
+        used = names & FUNCTIONS.keys()
+        if value is F:
+            return _FUNCTIONAL if used else None
+        return _SPACES.get(value) if used and "functional" in names else None
+    try:
+        if value in _REPLACED:
+            return _REPLACED[value]
+    except TypeError:  # it cannot be hashed
+        return None
+    if depth and isinstance(value, types.FunctionType) and "torch." not in value.__module__ + ".":
+        return rebound(value, depth - 1)
+    return None
