@@ -28,8 +28,8 @@ import cybn
 from cybn.demo.data import batches, load_digits
 from cybn.demo.network import AveragePool, Conv3x3, Dense, Flatten, Network, Plain, ReLU, Sigmoid
 
-SEEDS = range(int(os.environ.get("CYBN_GALLERY_SEEDS", "5")))
-STEPS, BATCH, NOISE = 600, 32, 16
+SEEDS = range(min(3, int(os.environ.get("CYBN_GALLERY_SEEDS", "5"))))
+STEPS, BATCH, NOISE = 900, 32, 16
 threadpool_limits(1, user_api="blas")  # the matrices are small
 
 
