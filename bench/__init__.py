@@ -5,7 +5,7 @@
     pytest bench -k "resnet50 and backward"       what the names say
     pytest bench --peers pytorch,onednn           some peers only
     pytest bench --benchmark-json=figures.json    keep the figures; the machine is in the file
-    python -m bench.report figures.json --pages docs/performance.md README.md
+    python -m bench.report figures.json --pages docs/performance.md docs/performance-tables.md
 
 Each result is checked against `cybn.reference` before it is timed, all contestants of a case take
 turns, and the figure is the median of their turns. What is where: cases.py has the cases, peers/ a

@@ -419,7 +419,7 @@ cdef void reduce_by_column(
         add_rows(job, t.n0 + done * ahead * step, together, apart * step, ahead * step, k, i, w, co,
                  kink, a, b, room)
         done += k
-        if done % (FLUSH // together) == 0 and done * together < rows:
+        if done % (FLUSH // together) == 0 and (done * together < rows or left):
             gather(a, m, p.S, step, out1 + t.c0)
             gather(b, m, p.S, step, out2 + t.c0)
     done *= together

@@ -96,8 +96,8 @@ def fold_conv(
         A layer, or a batch norm of ``torch.nn`` or ``cybn.torch``, whose running statistics are
         used whatever its mode; or two arrays of shape (C,), as from `BatchNorm.scale_shift`.
     layout : {"torch", "onnx", "keras", "keras-depthwise", "flax"}
-        torch, onnx: (out, in / groups, *taps); keras, flax: (*taps, in / groups, out);
-        keras-depthwise: (*taps, in, multiplier), without `groups`.
+        torch, onnx: (out, in / groups, taps...); keras, flax: (taps..., in / groups, out);
+        keras-depthwise: (taps..., in, multiplier), without `groups`.
     groups : int, default 1
         Groups of the convolution.
 
@@ -137,7 +137,7 @@ def fold_conv_transpose(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the transposed convolution before it.
 
-    With groups, an output channel g * O + o sits in column o of the weight for the inputs of
+    With groups, an output channel g * O + o is in column o of the weight for the inputs of
     group g alone: the same column holds other output channels for other groups.
 
     Parameters
@@ -145,8 +145,8 @@ def fold_conv_transpose(
     weight, bias, bn
         As in `fold_conv`.
     layout : {"torch", "onnx", "keras", "flax"}
-        torch, onnx: (in, out / groups, *taps); keras: (*taps, out, in); flax, with its
-        ``transpose_kernel=False``: (*taps, in, out). The last two have no groups.
+        torch, onnx: (in, out / groups, taps...); keras: (taps..., out, in); flax, with its
+        ``transpose_kernel=False``: (taps..., in, out). The last two have no groups.
     groups : int, default 1
         Groups of the convolution.
 

@@ -9,20 +9,67 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the pages are not beside the tests")
 
 
+# Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. A block that cannot
+# be run is marked where it stands: ```python fragment.
+RUN = {"README.md", "index.md", "fifteen-minutes.md", "training-loop.md", "speed.md", "interop.md"}
+RUN |= {"inference.md", "which-norm.md", "statistics.md", "padded-sequences.md"}
+
+
+def text_of(page):
+    return (ROOT / page if page == "README.md" else DOCS / page).read_text("utf-8")
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", text_of(page), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(p.name for p in DOCS.glob("*.md"))])
+def test_every_block_is_run_or_marked_as_a_fragment(page):
+    assert bool(blocks(page)) == (page in RUN)
+
+
 def run(page, **changes):
     """Run the Python blocks of a page in one namespace, and return it."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S))
+    code = "\n".join(blocks(page))
     for old, new in changes.values():
         assert old in code
         code = code.replace(old, new)
     names = {"__name__": page}
     exec(compile(code, page, "exec"), names)
     return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "index.md", "speed.md"])
+def test_short_examples(page):
+    names = run(page)
+    assert np.all(np.isfinite(names["y"]))
+
+
+def test_readme_is_short():
+    assert len(text_of("README.md").splitlines()) < 90
+
+
+def test_fifteen_minutes(capsys):
+    names = run("fifteen-minutes.md")
+    out = capsys.readouterr().out.splitlines()
+    said = re.findall(r"print\(.*?\)  # (.*?)(?::.*)?$", text_of("fifteen-minutes.md"), re.M)
+    assert len(said) == 6
+    assert out == said
+
+
+def test_training_loop(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    names = run("training-loop.md", epochs=("range(20)", "range(2)"), place=("/tmp/", f"{tmp_path}/"))
+    assert names["same"]
+    assert names["one"].shape == (1, 10)
+    assert names["accuracy"] > 0.8
+    assert re.fullmatch(r"loss [\d.]+, test accuracy [\d.]+%\n", capsys.readouterr().out)
 
 
 def test_interop(tmp_path):

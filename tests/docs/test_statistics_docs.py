@@ -1,4 +1,4 @@
-"""The examples of docs/statistics.md, and the scripts that it quotes."""
+"""The examples of the pages on statistics and padding, and the scripts that they quote."""
 
 import doctest
 import os
@@ -12,11 +12,12 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_statistics_page():
-    text = (DOCS / "statistics.md").read_text("utf-8")
+@pytest.mark.parametrize(("page", "least"), [("statistics.md", 45), ("padded-sequences.md", 15)])
+def test_examples(page, least):
+    text = (DOCS / page).read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "statistics.md", None, 0)
-    assert len(test.examples) > 50
+    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, None, 0)
+    assert len(test.examples) > least
     assert len(re.findall(r"^>>>", text, re.MULTILINE)) == len(test.examples)
     assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
@@ -25,16 +26,6 @@ def run(script, *arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setenv("MPLBACKEND", "Agg")
     return runpy.run_path(os.fspath(DOCS / "examples" / script), run_name="__main__")
-
-
-def test_brain(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("nibabel")
-    pytest.importorskip("matplotlib").use("Agg")
-    picture = tmp_path / "brain.png"
-    run("brain.py", "--picture", os.fspath(picture), monkeypatch=monkeypatch)
-    assert picture.stat().st_size > 10_000
-    for row in capsys.readouterr().out.splitlines():  # the page has this very table
-        assert row in (DOCS / "statistics.md").read_text("utf-8")
 
 
 @pytest.mark.slow
