@@ -44,14 +44,20 @@ DOORS = {
     "_runtime": {"_version", "_kernels"},
     "_selection": {"_arguments"},
     "_dispatch": {"_arguments", "_memory", "_runtime", "_selection"},
-    "_moments": {"_arguments", "_chunks", "_dispatch", "_runtime", "_selection"},
+    "_counts": {"_arguments"},
+    "_merging": {"_counts"},
+    "_measuring": {"_arguments", "_chunks", "_counts", "_dispatch", "_selection"},
+    "_moments": {"_arguments", "_counts", "_measuring", "_merging", "_runtime", "_selection"},
     "functional": {"_moments", "_arguments", "_dispatch", "_selection"},
     "family": {"_moments", "_arguments", "_dispatch"},
-    "layers": {"family", "functional", "_moments", "_arguments", "_runtime", "_words"},
+    "layers": {
+        *("family", "functional", "_moments", "_counts", "_merging"),
+        *("_arguments", "_runtime", "_words"),
+    },
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"_moments"},
-    "population": {"layers", "_moments", "_foreign"},
+    "population": {"layers", "_moments", "_measuring", "_foreign"},
     "": {
         *("layers", "family", "functional", "_moments", "population"),
         *("folding", "interop"),  # on first use
