@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
-from ._arguments import array as as_plain
-from ._arguments import channel_axis, check_mapping, tensor
-from ._chunks import Chunks, Sliced, is_sliced
-from ._dispatch import Selection, select
+from ._arguments import channel_axis
+from ._counts import Count, counted, frozen, is_nothing, parts_of, short, vector
+from ._dispatch import select
+from ._measuring import Progress, float_array, measured
+from ._merging import Part, merged
 from ._runtime import thread_count
 
-__all__ = ["Moments", "Progress"]
-
-Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
-Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
-
-_MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several may be
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
-
-
-def _vector(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return `values` as a vector of numbers, not copied yet."""
-    given = as_plain(name, values)
-    if given.dtype.kind not in "biuf":
-        raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
-    if given.ndim != 1:
-        raise ValueError(f"{name} has shape {given.shape}; it must have shape (C,)")
-    return given
-
-
-def _frozen(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Return a read-only float64 copy."""
-    array = np.array(values, dtype=np.float64)
-    array.setflags(write=False)
-    return array
-
-
-def _counted(count: Any, channels: int) -> Count:
-    """Return `count` as an int, a float, or a read-only (C,) array of either."""
-    array = as_plain("count", count)
-    if array.ndim == 0 and array.dtype.kind != "f" and hasattr(count, "__index__"):
-        result: Count = int(count)  # of any size
-        least: Any = result
-    elif array.dtype.kind not in "iuf":
-        raise TypeError(f"count is {count!r}; it must be an int, a float, or an array of one type")
-    elif array.ndim == 0:
-        result = least = float(array)
-    else:
-        if array.shape != (channels,):
-            raise ValueError(
-                f"count has shape {array.shape}; it must be one number, or have shape ({channels},)"
-            )
-        result = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-        if array.dtype.kind == "u" and array.max(initial=0) > _MOST:
-            raise ValueError(f"count is {array.max()}; one for each channel is at most {_MOST}")
-        result.setflags(write=False)
-        least = result.min(initial=0)
-    if not least >= 0:
-        raise ValueError(f"count is {least}; it must not be negative")
-    if not _is_finite(result):
-        raise ValueError(f"count is {count}; it must be finite")
-    return result
-
-
-def _is_finite(count: Count) -> bool:
-    """Whether a count is no infinity; an int of any size is none."""
-    return isinstance(count, int) or bool(np.isfinite(count).all())
+__all__ = ["Moments"]
 
 
 class Moments:
@@ -127,13 +72,13 @@ class Moments:
     _rest: NDArray[np.float64] | None  # what rounding left of the mean; None: nothing
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
-        mean, m2 = _vector(mean, "mean"), _vector(m2, "m2")
+        mean, m2 = vector(mean, "mean"), vector(m2, "m2")
         if mean.shape != m2.shape:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
-        mean, m2 = _frozen(mean), _frozen(m2)
-        count = _counted(count, mean.size)
+        mean, m2 = frozen(mean), frozen(m2)
+        count = counted(count, mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
         self._set(count, mean, m2)
@@ -320,7 +265,7 @@ class Moments:
         too. So `cybn.moments` of float64 data of one piece (262144 values, or 32 a channel) gives
         the same bits; with more, or with float32, it may differ in its last ones.
         """
-        data = _float_array(x)
+        data = float_array(x)
         axis = channel_axis(data, axis)
         if data.shape[axis] != len(self):
             raise ValueError(
@@ -332,11 +277,7 @@ class Moments:
         if data.size == 0:
             return self
         total = self
-        pieces = Chunks(data.shape, data.strides, axis)
-        for index in pieces if progress is None else progress(pieces):
-            part = data.read(index, pieces.last) if isinstance(data, Sliced) else data[index]
-            piece = tensor("x", part).astype(np.float64, copy=False)
-            count, mean, m2 = _measure(piece, axis, index, selection, threads)
+        for count, mean, m2 in measured(data, axis, selection, threads, progress):
             total = total.merge(Moments._adopt(count, mean, m2))
         return total
 
@@ -367,27 +308,21 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
-        if type(other) is not type(self) and not _is_nothing(self.count):
+        if type(other) is not type(self) and not is_nothing(self.count):
             raise TypeError(
                 f"other is of type {type(other).__name__}, statistics within samples, of an "
                 "instance norm: merge them with their like only"
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
-        if _is_nothing(self.count):
+        if is_nothing(self.count):
             return other
-        if _is_nothing(other.count):
+        if is_nothing(other.count):
             return self
-        count = _sum(self.count, other.count)
-        with np.errstate(all="ignore"):  # infinite means give NaN, and stay visible
-            share = _share(other.count, count)
-            delta = (other.mean - self.mean) + (_rest(other) - _rest(self))
-            mean, rest = _add(self.mean, _rest(self), delta * share)
-            m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
-            # A channel that one side is empty in has no delta, and its square may be infinite.
-            one_sided = np.asarray((self.count == 0) | (other.count == 0))
-            m2 = np.where(one_sided, self.m2 + other.m2, m2)
-        return Moments._adopt(count, mean, m2, rest)
+        return Moments._adopt(*merged(self._parts(), other._parts()))
+
+    def _parts(self) -> Part:
+        return self.count, self.mean, self.m2, 0.0 if self._rest is None else self._rest
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return all that `from_state_dict` needs, as plain arrays for `numpy.savez` and others.
@@ -404,7 +339,7 @@ class Moments:
             If the count is 2**63 or more.
         """
         dtype = np.int64 if isinstance(self.count, int) else None
-        rest = np.zeros(len(self)) + _rest(self)
+        rest = np.zeros(len(self)) + self._parts()[3]
         return {
             "count": np.array(self.count, dtype),
             "mean": self.mean.copy(),
@@ -428,23 +363,13 @@ class Moments:
         TypeError
             If `state` is no mapping, or a value is not of numbers.
         """
-        check_mapping(state)
-        required = {"count", "mean", "m2"}
-        if not required <= set(state) <= required | {"rest"}:
-            raise ValueError(
-                f"the state has the keys {sorted(map(str, state))}; it must have "
-                "count, mean, m2 and may have rest"
-            )
-        count = as_plain("count", state["count"])
-        given = cls(count[()] if count.ndim == 0 else count, state["mean"], state["m2"])
-        if "rest" not in state:
+        count, mean, m2, rest = parts_of(state)
+        given = cls(count, mean, m2)
+        if rest is None:
             return given
-        rest = _vector(state["rest"], "rest")
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
-        if not np.isfinite(rest).all():
-            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
-        return cls._adopt(given.count, given.mean, given.m2, _frozen(rest))
+        return cls._adopt(given.count, given.mean, given.m2, rest)
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
@@ -459,7 +384,7 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]  # equal by value, and arrays have no hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.count, self.mean, self.m2, self._rest)
+        return Moments._adopt, (self.count, self.mean, self.m2, self._rest)
 
     def __copy__(self) -> Moments:
         return self
@@ -468,130 +393,9 @@ class Moments:
         return self
 
     def __repr__(self) -> str:
-        def short(v: NDArray[Any]) -> str:
-            return np.array2string(v, precision=6, threshold=6, edgeitems=3, separator=", ")
-
-        count = short(self.count) if isinstance(self.count, np.ndarray) else f"{self.count}"
-        var = self.m2 if _is_nothing(self.count) else self.var()
-        return f"{type(self).__name__}(count={count}, mean={short(self.mean)}, var={short(var)})"
-
-
-def _float_array(x: Any) -> Any:
-    """Return `x` as an array, not converted or read yet; TypeError unless it can be."""
-    if is_sliced(x):
-        array: Any = Sliced(x, lambda piece: as_plain("x", piece))
-    else:
-        array = x if type(x) is np.ndarray or isinstance(x, np.memmap) else as_plain("x", x)
-    try:
-        if isinstance(array, Sliced):
-            tensor("x", np.empty(0, array.dtype))
-        else:
-            tensor("x", array[..., :0] if array.ndim else array)
-    except TypeError as error:
-        raise TypeError(
-            f"{error}. Where that does not fit in memory, piece by piece: "
-            "m = m.update(piece.astype(np.float32))"
-        ) from None
-    return array
-
-
-def _measure(
-    piece: NDArray[Any],
-    axis: int,
-    index: tuple[slice, ...],
-    selection: Selection | None,
-    threads: int,
-) -> Statistics:
-    """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
-    if selection is None:
-        return _statistics(piece, axis, None, None, threads)
-    mask, weights = selection.at(index)
-    channels = piece.shape[axis]
-    if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
-        return _measure_selected(piece, axis, mask, weights, threads)
-    counts, means, squares = [], [], []
-    for c in range(channels):
-        one = tuple(slice(c, c + 1) if i == axis else slice(None) for i in range(piece.ndim))
-        valid = mask if mask is None or mask.shape[axis] == 1 else mask[one]
-        often = weights if weights is None or weights.shape[axis] == 1 else weights[one]
-        count, mean, m2 = _measure_selected(piece[one], axis, valid, often, threads)
-        counts.append(count)
-        means.append(mean)
-        squares.append(m2)
-    kind = np.int64 if weights is None else np.float64
-    return np.array(counts, kind), np.concatenate(means), np.concatenate(squares)
-
-
-def _measure_selected(
-    piece: NDArray[Any],
-    axis: int,
-    mask: NDArray[np.bool_] | None,
-    weights: NDArray[np.float64] | None,
-    threads: int,
-) -> Statistics:
-    """Return count, mean and M2 of a piece whose mask and weights are the same in all channels."""
-    counts = mask if weights is None else weights > 0 if mask is None else mask & (weights > 0)
-    if not np.any(counts):
-        none = np.zeros(piece.shape[axis])
-        return 0 if weights is None else 0.0, none, none.copy()
-    return _statistics(piece, axis, mask, weights, threads)
-
-
-def _statistics(
-    piece: NDArray[Any], axis: int, mask: Any, weights: Any, threads: int
-) -> Statistics:
-    found = _dispatch.statistics(piece, axis, (mask, weights, None, "normalize"), threads)
-    return found.count, found.mean, found.m2
-
-
-def _restore(
-    count: Count,
-    mean: NDArray[np.float64],
-    m2: NDArray[np.float64],
-    rest: NDArray[np.float64] | None,
-) -> Moments:
-    """Return the moments that were pickled."""
-    return Moments._adopt(count, mean, m2, rest)
-
-
-def _is_nothing(count: Count) -> bool:
-    return not isinstance(count, np.ndarray) and count == 0
-
-
-def _sum(a: Count, b: Count) -> Count:
-    """Return the count of two parts; OverflowError where it is beyond its type."""
-    try:
-        with np.errstate(all="ignore"):
-            total = a + b
-    except OverflowError:
-        raise OverflowError(f"the counts {a} and {b} are too large to be added") from None
-    # Two counts of int64 wrap round to a negative one.
-    if not _is_finite(total) or np.any(np.asarray(total) < 0):
-        raise OverflowError(f"the counts {a} and {b} are too large to be added")
-    return total
-
-
-def _rest(moments: Moments) -> NDArray[np.float64] | float:
-    return 0.0 if moments._rest is None else moments._rest
-
-
-def _share(part: Count, whole: Count) -> NDArray[np.float64] | float:
-    """Return part / whole, 0 where the whole is 0."""
-    if not isinstance(whole, np.ndarray):
-        return part / whole
-    return np.divide(part, whole, out=np.zeros(whole.size), where=whole > 0)
-
-
-def _add(
-    mean: NDArray[np.float64], rest: NDArray[np.float64] | float, step: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean + rest + step as a rounded sum and what that leaves over (Knuth's two-sum)."""
-    rough = mean + step
-    back = rough - mean
-    left = (mean - (rough - back)) + (step - back) + rest
-    left = np.where(np.isfinite(left), left, 0.0)  # an infinite or NaN mean leaves nothing
-    total = rough + left
-    return total, left - (total - rough)
+        var = self.m2 if is_nothing(self.count) else self.var()
+        numbers = f"count={short(self.count)}, mean={short(self.mean)}, var={short(var)}"
+        return f"{type(self).__name__}({numbers})"
 
 
 _dispatch.use_moments(Moments)

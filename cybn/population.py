@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from ._foreign import widened
-from ._moments import Moments, Progress
+from ._measuring import Progress
+from ._moments import Moments
 from .layers._trials import Trial
 
 __all__ = ["population_statistics"]

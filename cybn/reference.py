@@ -529,17 +529,22 @@ def _deliver(y: Array, out: Array | None) -> Array:
 def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array]:
     """Return mean (C, 1), deviations (C, M) and M2 (C, 1), by the corrected two-pass.
 
-    Of the values that count, each w times; the deviations are those of all.
+    Of the values that count, each w times; the deviations are those of all. A sum may be beyond
+    float64 where the mean is not: so huge values are scaled by a power of two. Where M2 is beyond
+    it, the deviations are taken for 0, as what they are divided by is infinite.
     """
     count, valid = w.sum(), w[0] > 0  # (62)
+    most = np.abs(rows[:, valid]).max(axis=1, keepdims=True)
+    down = np.where(np.isfinite(most) & (most > 2.0**900), 2.0**-600, 1)
+    rows = rows * down
     v, w = rows[:, valid], w[:, valid]
     pivot = (w * v).sum(axis=1, keepdims=True) / count  # (1), (63)
     pivot = np.clip(pivot, v.min(axis=1, keepdims=True), v.max(axis=1, keepdims=True))  # (31)
     residual = (w * (v - pivot)).sum(axis=1, keepdims=True) / count  # (30)
     e = (rows - pivot) - residual  # (2), (33)
-    m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True)  # (3), (64)
-    mean = pivot + residual  # (32)
-    return mean, e, m2
+    m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True) / down / down  # (3), (64)
+    mean = (pivot + residual) / down  # (32)
+    return mean, np.where(np.isposinf(m2), 0, e / down), m2
 
 
 def _shares(

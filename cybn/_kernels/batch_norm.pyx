@@ -129,6 +129,7 @@ cdef inline void scale_terms(
     load(&p.gamma, c, n, 1, gamma)
     load(&p.beta, c, n, 0, beta)
     for i in range(n):
+        mean[i] = 0 if r[i] == INFINITY else mean[i]    # so x - mean is finite, and y is beta
         r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
@@ -152,6 +153,7 @@ cdef inline void unscale_terms(
     load(&p.gamma, c, n, 1, gamma)
     load_xhat_scale(p, c, n, xhat)
     for i in range(n):
+        mean[i] = 0 if r[i] == INFINITY else mean[i]
         r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
         slope = -r[i] * xhat[i] * p.sums[p.C + c + i] / p.M
         co[HI + i] = <T> mean[i]
@@ -534,7 +536,9 @@ cdef void finish_dots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) n
         load_xhat_scale(p, c, n, r)
         load(&p.mean, c, n, 0, mean)
         for i in range(n):
-            dgamma[c + i] = (dgamma[c + i] - (mean[i] - <T> mean[i]) * dbeta[c + i]) * r[i]
+            if r[i] != 0:       # else xhat is 0, and a sum that is infinite no matter
+                r[i] *= (dgamma[c + i] - (mean[i] - <T> mean[i]) * dbeta[c + i])
+            dgamma[c + i] = r[i]
 
 
 cdef void finish(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:

@@ -480,7 +480,7 @@ cdef void finish_backward(
         part += 2 * job.t.cuts
         s2 -= lo * s1
         if by_channel:
-            dgamma[c] += s2 * r
+            dgamma[c] += s2 * r if r != 0 else 0
             dgamma[C + c] += s1
             s1 *= gamma[c]
             s2 *= gamma[c]
@@ -509,10 +509,10 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     cdef const double* total = p.sums + row * job.t.slots * 2
     cdef Row c
     c.r = rstd(job, row)
-    c.hi = <T> p.mean[row]
-    c.lo = p.mean[row] - c.hi
+    c.hi = <T> p.mean[row] if c.r != 0 else 0   # where m2 is infinite, y is beta
+    c.lo = p.mean[row] - c.hi if c.r != 0 else 0
     c.c1 = total[0] / p.D if p.backward and p.centred else 0
-    c.c2 = total[1] * c.r / p.D if p.backward else 0
+    c.c2 = total[1] * c.r / p.D if p.backward and c.r != 0 else 0
     return c
 
 

@@ -126,6 +126,7 @@ cdef inline void settle(
     if not centred:
         m2[0] = sums[1]
         return
-    m2[0] = sums[1] - sums[0] * (sums[0] / M)
-    m2[0] = 0 if m2[0] < 0 else m2[0]
+    m2[0] = sums[1]             # infinite where it is beyond float64
+    if is_finite(sums[1]):
+        m2[0] = max(0, sums[1] - sums[0] * (sums[0] / M))
     mean[0] += sums[0] / M

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._arguments import check_mapping, integer
-from .._moments import Moments, _is_nothing, _sum
+from .._counts import is_nothing
+from .._merging import between, sum_of
+from .._moments import Moments
 
 __all__ = ["SampleMoments"]
 
@@ -48,7 +50,7 @@ class SampleMoments(Moments):
                 "all channels have as many values"
             )
         samples = integer("samples", samples)
-        least = int(not _is_nothing(self.count))
+        least = int(not is_nothing(self.count))
         if not least <= samples <= self.count:
             raise ValueError(
                 f"samples is {samples}; with count {self.count} it must be at least {least} and "
@@ -73,7 +75,11 @@ class SampleMoments(Moments):
         mean, m2 = (v.reshape(-1, channels) for v in (each.mean, each.m2))
         assert isinstance(each.count, int)
         samples = len(mean) if each.count else 0  # of no positions there is nothing to count
-        return _restore(each.count * len(mean), mean.mean(0), m2.sum(0), samples)
+        with np.errstate(all="ignore"):
+            pooled = mean.mean(0)
+            if not np.isfinite(pooled).all():  # the sum may be beyond float64, the mean is not
+                pooled = np.where(np.isfinite(pooled), pooled, (mean * 2.0**-60).mean(0) * 2.0**60)
+            return _restore(each.count * len(mean), pooled, m2.sum(0), samples)
 
     def _degrees(self, ddof: int) -> Any:
         return self.count - ddof * self.samples  # each sample has a mean of its own
@@ -107,7 +113,7 @@ class SampleMoments(Moments):
             If the counts are too large to be added.
         """
         if not isinstance(other, SampleMoments):
-            if isinstance(other, Moments) and _is_nothing(other.count) and len(other) == len(self):
+            if isinstance(other, Moments) and is_nothing(other.count) and len(other) == len(self):
                 return self
             raise TypeError(
                 f"other is of type {type(other).__name__}; these are statistics within samples, "
@@ -115,13 +121,13 @@ class SampleMoments(Moments):
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")
-        if _is_nothing(self.count):
+        if is_nothing(self.count):
             return other
-        if _is_nothing(other.count):
+        if is_nothing(other.count):
             return self
-        count = _sum(self.count, other.count)
+        count = sum_of(self.count, other.count)
         with np.errstate(all="ignore"):
-            mean = self.mean + (other.mean - self.mean) * (other.count / count)
+            mean = between(self.mean, other.mean, other.count / count)
             m2 = self.m2 + other.m2
         return _restore(count, mean, m2, self.samples + other.samples)
 

@@ -17,7 +17,7 @@ from .. import _dispatch, _runtime
 from ._arrays import array, vector
 from ._memory import empty
 
-__all__ = ["Norm", "Statistics", "absorb", "backward", "forward", "format_of"]
+__all__ = ["Norm", "Statistics", "absorb", "backward", "format_of", "forward"]
 
 Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2
 

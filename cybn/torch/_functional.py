@@ -160,9 +160,7 @@ def batch_norm(
         )
     if why is not None:
         _explain(why)
-        return F.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     norm = Norm("batch", eps)
     if not training:
         return _run(norm, x, weight, bias, running_mean, running_var)

@@ -209,9 +209,7 @@ class Watched(Tensor):
     _cybn: tuple[Fusing, bool, bool]
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note `func`, and call it."""
         kwargs = kwargs or {}
         if func in _GETTERS:
@@ -304,9 +302,7 @@ class Pending(Tensor):
             return normalize_now(norm, x, weight, bias, residual, mean, var, running)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute what was expected in one pass, and everything else with the plain result."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():

@@ -65,7 +65,9 @@ def test_fifteen_minutes(capsys):
 
 def test_training_loop(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    names = run("training-loop.md", epochs=("range(20)", "range(2)"), place=("/tmp/", f"{tmp_path}/"))
+    names = run(
+        "training-loop.md", epochs=("range(20)", "range(2)"), place=("/tmp/", f"{tmp_path}/")
+    )
     assert names["same"]
     assert names["one"].shape == (1, 10)
     assert names["accuracy"] > 0.8

@@ -171,11 +171,15 @@ for number, activation in enumerate(ACTIVATIONS):
         ):
             residual = (number + len(shape)) % 2 == 0 or dtype == "float64"
             named = [activation] + ["residual"] * residual
-            add_batch(function, shape, axis, dtype, *named, activation=activation, residual=residual)
+            add_batch(
+                function, shape, axis, dtype, *named, activation=activation, residual=residual
+            )
 for function in FUNCTIONS:
     add_batch(function, (3, 5, 1071), 1, "float32", "residual", residual=True)
     add_batch(function, (40, 6, 17), -1, "float64", "residual", residual=True)
-    add_batch(function, (40, 6, 17), -1, "float16", "residual gelu", residual=True, activation="gelu")
+    add_batch(
+        function, (40, 6, 17), -1, "float16", "residual gelu", residual=True, activation="gelu"
+    )
 
 # 11 samples of 4 channels and 60 positions. What does not count is NaN.
 MASK = words(7, 11 * 60).reshape(11, 60) % np.uint64(3) > 0

@@ -43,14 +43,20 @@ DOORS = {
     "_chunks": set(),
     "_runtime": {"_version", "_kernels"},
     "_dispatch": {"_arguments", "_memory", "_runtime"},
-    "_moments": {"_arguments", "_chunks", "_dispatch", "_runtime"},
+    "_counts": {"_arguments"},
+    "_merging": {"_counts"},
+    "_measuring": {"_arguments", "_chunks", "_counts", "_dispatch"},
+    "_moments": {"_arguments", "_counts", "_dispatch", "_measuring", "_merging", "_runtime"},
     "functional": {"_moments", "_arguments", "_dispatch"},
     "family": {"_moments", "_arguments", "_dispatch"},
-    "layers": {"family", "functional", "_dispatch", "_moments", "_arguments", "_runtime", "_words"},
+    "layers": {
+        *("family", "functional", "_dispatch", "_moments", "_counts", "_merging"),
+        *("_arguments", "_runtime", "_words"),
+    },
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"_moments"},
-    "population": {"layers", "_moments", "_foreign"},
+    "population": {"layers", "_moments", "_measuring", "_foreign"},
     "": {
         *("layers", "family", "functional", "_moments", "population"),
         *("folding", "interop"),  # on first use

@@ -140,7 +140,13 @@ def test_kinds_of_modules(make, kernel_calls):
 
 
 def test_what_is_left_alone(caplog):
-    kinds = [ByHand(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), FrozenBatchNormOtherwise(3), nn.ReLU()]
+    kinds = [
+        ByHand(3),
+        nn.SyncBatchNorm(3),
+        nn.LazyBatchNorm2d(),
+        FrozenBatchNormOtherwise(3),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(*kinds)
     types = [type(m) for m in model]
     with caplog.at_level(logging.DEBUG, "cybn.torch"), pytest.warns(UserWarning, match="nothing"):

@@ -184,7 +184,9 @@ def test_modes_are_learned_apart(kernel_calls):
     model = Follows(lambda m, x: F.relu(m.bn(x)) if m.training else m.bn(x)).double()
     other = fused(model)
     for training in (True, False, True, False):
-        assert_same(results(other.train(training), image()), results(model.train(training), image()))
+        assert_same(
+            results(other.train(training), image()), results(model.train(training), image())
+        )
     assert computed(kernel_calls) == [None, None, "relu", None]
 
 
@@ -324,7 +326,9 @@ def test_surgery(name, training):
     """A fused model that was changed computes what a stock model changed alike does."""
     model = stack(nn.ReLU).train(training)
     other = fused(model, image())
-    first = image() if name not in ("the norm alone", "a part", "another place") else image(4, 4, 8, 8)
+    first = (
+        image() if name not in ("the norm alone", "a part", "another place") else image(4, 4, 8, 8)
+    )
     parts = []
     for m in (other, model):
         torch.manual_seed(2)

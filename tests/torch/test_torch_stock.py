@@ -18,7 +18,6 @@ from torch_cases import (  # noqa: E402
 import cybn.torch  # noqa: E402
 from cybn.torch import _arrays  # noqa: E402
 
-
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -1,0 +1,95 @@
+"""What `Moments` are made of: counts, and vectors of one number a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._arguments import array, check_mapping
+
+__all__ = ["Count", "counted", "frozen", "is_finite", "is_nothing", "parts_of", "short", "vector"]
+
+Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
+
+_MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several may be
+
+
+def counted(count: Any, channels: int) -> Count:
+    """Return `count` as an int, a float, or a read-only (C,) array of either."""
+    given = array("count", count)
+    if given.ndim == 0 and given.dtype.kind != "f" and hasattr(count, "__index__"):
+        result: Count = int(count)  # of any size
+        least: Any = result
+    elif given.dtype.kind not in "iuf":
+        raise TypeError(f"count is {count!r}; it must be an int, a float, or an array of one type")
+    elif given.ndim == 0:
+        result = least = float(given)
+    else:
+        if given.shape != (channels,):
+            raise ValueError(
+                f"count has shape {given.shape}; it must be one number, or have shape ({channels},)"
+            )
+        result = given.astype(np.float64 if given.dtype.kind == "f" else np.int64)
+        if given.dtype.kind == "u" and given.max(initial=0) > _MOST:
+            raise ValueError(f"count is {given.max()}; one for each channel is at most {_MOST}")
+        result.setflags(write=False)
+        least = result.min(initial=0)
+    if not least >= 0:
+        raise ValueError(f"count is {least}; it must not be negative")
+    if not is_finite(result):
+        raise ValueError(f"count is {count}; it must be finite")
+    return result
+
+
+def is_finite(count: Count) -> bool:
+    """Whether a count is no infinity; an int of any size is none."""
+    return isinstance(count, int) or bool(np.isfinite(count).all())
+
+
+def is_nothing(count: Count) -> bool:
+    return not isinstance(count, np.ndarray) and count == 0
+
+
+def vector(values: ArrayLike, name: str) -> NDArray[Any]:
+    """Return `values` as a vector of numbers, not copied yet."""
+    given = array(name, values)
+    if given.dtype.kind not in "biuf":
+        raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
+    if given.ndim != 1:
+        raise ValueError(f"{name} has shape {given.shape}; it must have shape (C,)")
+    return given
+
+
+def frozen(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a read-only float64 copy."""
+    own = np.array(values, dtype=np.float64)
+    own.setflags(write=False)
+    return own
+
+
+def parts_of(state: Mapping[str, Any]) -> tuple[Any, Any, Any, NDArray[np.float64] | None]:
+    """Return count, mean, M2 and the rest of the mean, if it is there, of a state."""
+    check_mapping(state)
+    required = {"count", "mean", "m2"}
+    if not required <= set(state) <= required | {"rest"}:
+        raise ValueError(
+            f"the state has the keys {sorted(map(str, state))}; it must have "
+            "count, mean, m2 and may have rest"
+        )
+    count = array("count", state["count"])
+    rest = None
+    if "rest" in state:
+        rest = frozen(vector(state["rest"], "rest"))
+        if not np.isfinite(rest).all():
+            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
+    return count[()] if count.ndim == 0 else count, state["mean"], state["m2"], rest
+
+
+def short(value: Count) -> str:
+    """Return a number, or a vector, in few words."""
+    if not isinstance(value, np.ndarray):
+        return f"{value}"
+    return np.array2string(value, precision=6, threshold=6, edgeitems=3, separator=", ")

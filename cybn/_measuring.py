@@ -1,0 +1,99 @@
+"""Statistics of an array of any size: it is walked in pieces, each of which is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _dispatch
+from ._arguments import array, tensor
+from ._chunks import Chunks, Sliced, is_sliced
+from ._counts import Count
+from ._dispatch import Selection
+
+__all__ = ["Progress", "float_array", "measured"]
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
+Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
+
+
+def float_array(x: Any) -> Any:
+    """Return `x` as an array, not converted or read yet; TypeError unless it can be."""
+    if is_sliced(x):
+        given: Any = Sliced(x, lambda piece: array("x", piece))
+    else:
+        given = x if type(x) is np.ndarray or isinstance(x, np.memmap) else array("x", x)
+    try:
+        if isinstance(given, Sliced):
+            tensor("x", np.empty(0, given.dtype))
+        else:
+            tensor("x", given[..., :0] if given.ndim else given)
+    except TypeError as error:
+        raise TypeError(
+            f"{error}. Where that does not fit in memory, piece by piece: "
+            "m = m.update(piece.astype(np.float32))"
+        ) from None
+    return given
+
+
+def measured(
+    data: Any, axis: int, selection: Selection | None, threads: int, progress: Progress | None
+) -> Iterator[Statistics]:
+    """Yield count, mean and M2 of each piece of what `float_array` returned, in float64."""
+    pieces = Chunks(data.shape, data.strides, axis)
+    for index in pieces if progress is None else progress(pieces):
+        part = data.read(index, pieces.last) if isinstance(data, Sliced) else data[index]
+        piece = tensor("x", part).astype(np.float64, copy=False)
+        yield _measure(piece, axis, index, selection, threads)
+
+
+def _measure(
+    piece: NDArray[Any],
+    axis: int,
+    index: tuple[slice, ...],
+    selection: Selection | None,
+    threads: int,
+) -> Statistics:
+    """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
+    if selection is None:
+        return _statistics(piece, axis, None, None, threads)
+    mask, weights = selection.at(index)
+    channels = piece.shape[axis]
+    if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
+        return _measure_selected(piece, axis, mask, weights, threads)
+    counts, means, squares = [], [], []
+    for c in range(channels):
+        one = tuple(slice(c, c + 1) if i == axis else slice(None) for i in range(piece.ndim))
+        valid = mask if mask is None or mask.shape[axis] == 1 else mask[one]
+        often = weights if weights is None or weights.shape[axis] == 1 else weights[one]
+        count, mean, m2 = _measure_selected(piece[one], axis, valid, often, threads)
+        counts.append(count)
+        means.append(mean)
+        squares.append(m2)
+    kind = np.int64 if weights is None else np.float64
+    return np.array(counts, kind), np.concatenate(means), np.concatenate(squares)
+
+
+def _measure_selected(
+    piece: NDArray[Any],
+    axis: int,
+    mask: NDArray[np.bool_] | None,
+    weights: NDArray[np.float64] | None,
+    threads: int,
+) -> Statistics:
+    """Return count, mean and M2 of a piece whose mask and weights are the same in all channels."""
+    counts = mask if weights is None else weights > 0 if mask is None else mask & (weights > 0)
+    if not np.any(counts):
+        none = np.zeros(piece.shape[axis])
+        return 0 if weights is None else 0.0, none, none.copy()
+    return _statistics(piece, axis, mask, weights, threads)
+
+
+def _statistics(
+    piece: NDArray[Any], axis: int, mask: Any, weights: Any, threads: int
+) -> Statistics:
+    found = _dispatch.statistics(piece, axis, (mask, weights, None, "normalize"), threads)
+    return found.count, found.mean, found.m2
