@@ -6,7 +6,7 @@ one a *row* of a sample: all D values of the normalized axes (layer, RMS), of a 
 inference are the same, and results for a sample do not depend on the rest of the batch.
 
 Each function passes its arguments on to the dispatch, which checks them, folds the arrays to rows
-(N, G, D), allocates, and calls one kernel. There are no activations, residuals or masks here.
+(N, G, D), allocates, and calls one kernel. There are no activations and no residuals here.
 
 N = samples, G = groups of a sample, D = values of a group. C = channels, S = positions.
 """
@@ -19,8 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
-from ._arguments import integer_from, tensor
+from ._arguments import tensor
 from ._dispatch.forms import Form
+from ._grouped import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    rows_of,
+)
 from ._moments import Moments
 
 __all__ = [
@@ -153,7 +160,7 @@ def layer_norm_backward(
     """
     settings = axis, None, eps
     return _dispatch.normalize_rows_backward(
-        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
+        dy, x, rows_of, moments, gamma, settings, True, out, num_threads
     )
 
 
@@ -251,213 +258,7 @@ def rms_norm_backward(
     return dx, dgamma
 
 
-# ---- group normalization -----------------------------------------------------------------
-
-
-def group_norm(
-    x: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    num_groups: int,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], Moments]:
-    """Normalize each group of neighbouring channels of each sample.
-
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``, with mean and biased variance taken over
-    the C / `num_groups` channels of a group and all positions (Wu and He 2018).
-
-    Parameters
-    ----------
-    x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        Samples along axis 0. Read in place where each sample is dense, with its channels first,
-        or last (channels-last memory, whatever `axis` is); copied first where not.
-    gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded to the
-        type that is computed in: float64 for float64, else float32.
-    num_groups : int
-        Number of groups; C must be a multiple of it.
-    axis : int, default 1
-        The channel axis, not that of the samples; negative counts from the end.
-    eps, out, num_threads
-        As in `layer_norm`.
-
-    Returns
-    -------
-    y : ndarray
-        `out`, or a new array with the dtype and memory layout of `x`.
-    moments : Moments
-        Count, mean and M2 of each group of each sample: N * `num_groups`, samples first.
-
-    Raises
-    ------
-    TypeError
-        If an array is of another dtype, or `num_groups` no int.
-    ValueError
-        As in `layer_norm`, and if the channels do not split into `num_groups` groups, or `x` has
-        but one value a group and one sample.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cybn
-    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
-    >>> y, m = cybn.group_norm(x, num_groups=2, eps=1e-12)
-    >>> y.round(6), m.mean
-    (array([[-1.,  1., -1.,  1.]]), array([ 2., 20.]))
-    """
-    settings = axis, integer_from("num_groups", num_groups), eps
-    return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
-
-
-def group_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    moments: Moments,
-    gamma: ArrayLike | None = None,
-    *,
-    num_groups: int,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Gradients of `group_norm`.
-
-    Parameters
-    ----------
-    dy, x, moments, out
-        As in `layer_norm_backward`; `moments` are those that `group_norm` returned.
-    gamma, num_groups, axis, eps, num_threads
-        As given to `group_norm`.
-
-    Returns
-    -------
-    dx : ndarray
-        `out`, or a new array with the dtype and memory layout of `x`.
-    dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `layer_norm_backward` and `group_norm`.
-    """
-    settings = axis, integer_from("num_groups", num_groups), eps
-    return _dispatch.normalize_rows_backward(
-        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
-    )
-
-
-# ---- instance normalization --------------------------------------------------------------
-
-
-def instance_norm(
-    x: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], Moments]:
-    """Normalize each channel of each sample over its positions.
-
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ulyanov, Vedaldi and Lempitsky 2016):
-    `group_norm` with a group for each channel.
-
-    Parameters
-    ----------
-    x : array_like of float32, float64, float16 or bfloat16, at least 3 axes
-        As in `group_norm`, with more than one position.
-    gamma, beta, axis, eps, out, num_threads
-        As in `group_norm`.
-
-    Returns
-    -------
-    y : ndarray
-        `out`, or a new array with the dtype and memory layout of `x`.
-    moments : Moments
-        Count, mean and M2 of each channel of each sample: N * C, samples first.
-
-    Raises
-    ------
-    TypeError
-        If an array is of another dtype.
-    ValueError
-        As in `group_norm`, and if a channel has but one position.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cybn
-    >>> y, m = cybn.instance_norm(np.array([[[1.0, 3.0], [5.0, 9.0]]]), eps=1e-12)
-    >>> y.round(6), m.mean
-    (array([[[-1.,  1.],
-            [-1.,  1.]]]), array([2., 7.]))
-    """
-    settings = axis, 0, eps
-    return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
-
-
-def instance_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    moments: Moments,
-    gamma: ArrayLike | None = None,
-    *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Gradients of `instance_norm`.
-
-    Parameters
-    ----------
-    dy, x, moments, out
-        As in `layer_norm_backward`; `moments` are those that `instance_norm` returned.
-    gamma, axis, eps, num_threads
-        As given to `instance_norm`.
-
-    Returns
-    -------
-    dx : ndarray
-        `out`, or a new array with the dtype and memory layout of `x`.
-    dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `layer_norm_backward` and `instance_norm`.
-    """
-    settings = axis, 0, eps
-    return _dispatch.normalize_rows_backward(
-        dy, x, _rows_of, moments, gamma, settings, True, out, num_threads
-    )
-
-
 # ---- shared ------------------------------------------------------------------------------
-
-
-def _rows_of(form: Form, moments: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and M2 of the rows of x; an error where these are not its moments."""
-    if not isinstance(moments, Moments):
-        raise TypeError(
-            f"moments is of type {type(moments).__name__}; it must be the Moments that the "
-            "forward returned for x"
-        )
-    if (len(moments), moments.count) != (form.rows, form.size):
-        raise ValueError(
-            f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
-            f"{form.size}. Give the Moments that the forward returned for this x"
-        )
-    return moments.mean, moments.m2
 
 
 def _squares_of(

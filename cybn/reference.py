@@ -387,6 +387,9 @@ def group_norm(
     num_groups: int,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
@@ -395,7 +398,10 @@ def group_norm(
     scale, shift = (
         _spread(v, default, moved, num_groups) for v, default in ((gamma, 1), (beta, 0))
     )
-    y, moments = _normalize_rows(rows, scale, shift, eps)
+    w = _row_shares(x, axis, num_groups, mask, lengths)
+    y, moments = _normalize_rows(rows, scale, shift, eps, w)
+    if masked == "zero" and w is not None:
+        y = np.where(w > 0, y, 0)
     return _deliver(np.moveaxis(y.reshape(moved), 1, axis), out), moments
 
 
@@ -408,13 +414,19 @@ def group_norm_backward(
     num_groups: int,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return dx, dgamma and dbeta of `group_norm`."""
     (g, _), (rows, moved) = _groups(dy, axis, num_groups), _groups(x, axis, num_groups)
     scale = _spread(gamma, 1, moved, num_groups)
-    dx, *sums = _row_gradients(g, rows, moments, scale, eps)
+    w = _row_shares(x, axis, num_groups, mask, lengths)
+    if masked == "zero" and w is not None:
+        g = np.where(w > 0, g, 0)
+    dx, *sums = _row_gradients(g, rows, moments, scale, eps, w)
     dgamma, dbeta = (v.reshape(moved[1], -1).sum(axis=1) for v in sums)
     return _deliver(np.moveaxis(dx.reshape(moved), 1, axis), out), dgamma, dbeta
 
@@ -426,12 +438,16 @@ def instance_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
     """Normalize each channel of each sample; return y and the moments."""
     groups = np.shape(x)[axis]
-    return group_norm(x, gamma, beta, num_groups=groups, axis=axis, eps=eps, out=out)
+    options: dict[str, Any] = {"mask": mask, "lengths": lengths, "masked": masked, "out": out}
+    return group_norm(x, gamma, beta, num_groups=groups, axis=axis, eps=eps, **options)
 
 
 def instance_norm_backward(
@@ -442,43 +458,64 @@ def instance_norm_backward(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    masked: str = "normalize",
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return dx, dgamma and dbeta of `instance_norm`."""
     groups = np.shape(x)[axis]
+    options: dict[str, Any] = {"mask": mask, "lengths": lengths, "masked": masked, "out": out}
     return group_norm_backward(
-        dy, x, moments, gamma, num_groups=groups, axis=axis, eps=eps, out=out
+        dy, x, moments, gamma, num_groups=groups, axis=axis, eps=eps, **options
     )
 
 
 @np.errstate(all="ignore")
 def _normalize_rows(
-    rows: Array, gamma: Array | float, beta: Array | float, eps: float
+    rows: Array, gamma: Array | float, beta: Array | float, eps: float, w: Array | None = None
 ) -> tuple[Array, Moments]:
-    """Return y of rows (N, G, D), with gamma and beta for (G, D), and their moments."""
+    """Return y of rows (N, G, D), with gamma and beta for (G, D), and their moments.
+
+    Where w, of shape (N, 1, D), is 0, a value does not count.
+    """
     n, groups, count = rows.shape
-    mean, e, m2 = _statistics(rows.reshape(n * groups, count), np.ones((1, count)))
-    rstd = 1 / np.sqrt(m2 / count + eps)  # (4), (5)
+    if w is None:
+        mean, e, m2 = _statistics(rows.reshape(n * groups, count), np.ones((1, count)))
+        sizes: Any = count
+    else:
+        parts = [_statistics(row, keep) for row, keep in zip(rows, w, strict=True)]
+        mean, e, m2 = (np.concatenate(v) for v in zip(*parts, strict=True))
+        sizes = np.repeat(w.sum(axis=2).astype(np.int64).ravel(), groups)
+    rstd = 1 / np.sqrt(m2 / np.reshape(sizes, (-1, 1)) + eps)  # (4), (5)
     xhat = (e * rstd).reshape(rows.shape)  # (6)
-    return gamma * xhat + beta, Moments(count, mean[:, 0], m2[:, 0])  # (46)
+    return gamma * xhat + beta, Moments(sizes, mean[:, 0], m2[:, 0])  # (46)
 
 
 @np.errstate(all="ignore")
 def _row_gradients(
-    g: Array, rows: Array, moments: Moments, gamma: Array | float, eps: float
+    g: Array,
+    rows: Array,
+    moments: Moments,
+    gamma: Array | float,
+    eps: float,
+    w: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return dx of rows (N, G, D), and dgamma and dbeta for (G, D)."""
+    """Return dx of rows (N, G, D), and dgamma and dbeta for (G, D); w as in `_normalize_rows`."""
     by_row = (*rows.shape[:2], 1)
     e = rows - moments.mean.reshape(by_row)  # (2)
     rstd = 1 / np.sqrt(moments.var().reshape(by_row) + eps)  # (5)
     xhat = e * rstd  # (6)
+    if w is not None:
+        xhat = np.where((w == 0) & (g == 0), 0, xhat)  # else NaN * 0 = NaN
     dbeta = g.sum(axis=0)  # (47)
     dgamma = (g * xhat).sum(axis=0)  # (48)
     dz = g * gamma  # (49)
-    c1 = dz.mean(axis=2, keepdims=True)  # (50)
-    c2 = (dz * xhat).mean(axis=2, keepdims=True)  # (50)
-    dx = rstd * (dz - c1 - xhat * c2)  # (51)
+    count = np.reshape(moments.count, (-1, 1, 1)) if w is None else w.sum(axis=2, keepdims=True)
+    c1 = dz.sum(axis=2, keepdims=True) / count  # (50)
+    c2 = (dz * xhat).sum(axis=2, keepdims=True) / count  # (50)
+    dx = rstd * (dz - (1 if w is None else w) * (c1 + xhat * c2))  # (51)
     return dx, dgamma, dbeta
 
 
@@ -497,6 +534,19 @@ def _groups(x: ArrayLike, axis: int, groups: int) -> tuple[Array, tuple[int, ...
     """Return `x` as wide (N, G, D), and its shape with the channels on axis 1."""
     moved = np.moveaxis(_wide(x), axis, 1)
     return moved.reshape(len(moved), groups, prod(moved.shape[1:]) // groups), moved.shape
+
+
+def _row_shares(
+    x: ArrayLike, axis: int, groups: int, mask: ArrayLike | None, lengths: ArrayLike | None
+) -> Array | None:
+    """Return how often each value of a row counts, shape (N, 1, D); None: once."""
+    if mask is None and lengths is None:
+        return None
+    n, each = len(np.asarray(x)), np.shape(x)[axis] // groups
+    w = _shares(x, axis, mask, None, lengths).reshape(n, 1, 1, -1)
+    if w.all():
+        return None
+    return np.broadcast_to(w, (n, 1, each, w.shape[3])).reshape(n, 1, -1)
 
 
 def _spread(

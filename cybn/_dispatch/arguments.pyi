@@ -6,7 +6,7 @@ def use_moments(moments: type) -> None: ...
 def destination(
     out: NDArray[Any] | None,
     x: NDArray[Any],
-    inputs: tuple[NDArray[Any] | None, ...],
+    inputs: tuple[Any, ...],
     name: str = "out",
     may_be_input: bool = True,
 ) -> NDArray[Any]: ...

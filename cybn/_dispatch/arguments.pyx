@@ -201,7 +201,7 @@ def destination(out, x, tuple inputs, str name="out", bint may_be_input=True):
     held = []
     begin(&c, held, x)
     for i, array in enumerate(inputs, X + 1):
-        if array is not None:
+        if isinstance(array, ndarray):
             c.at[<int> i].given = <PyObject*> array
             replace(&c, i, array)
     take_output(&c, k, name, out)

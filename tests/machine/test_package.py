@@ -48,7 +48,8 @@ DOORS = {
     "_measuring": {"_arguments", "_chunks", "_counts", "_dispatch"},
     "_moments": {"_arguments", "_counts", "_dispatch", "_measuring", "_merging", "_runtime"},
     "functional": {"_moments", "_arguments", "_dispatch"},
-    "family": {"_moments", "_arguments", "_dispatch"},
+    "_grouped": {"functional", "_moments", "_arguments", "_dispatch", "_words"},
+    "family": {"_grouped", "_moments", "_arguments", "_dispatch"},
     "layers": {
         *("family", "functional", "_dispatch", "_moments", "_counts", "_merging"),
         *("_arguments", "_runtime", "_words"),
