@@ -36,6 +36,11 @@ DIRECTIVES = {
 }
 FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
 
+# Strips have a constant number of lanes. gcc's -O3 unrolls whatever else has few rounds as well, and
+# splits and copies loops: half as many bytes again, and twice the time to compile.
+SHORT = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+SHORT += ["-fpeel-loops", "--param=max-completely-peel-times=4"]
+
 # Lanes of 128 bytes are cleared by two vector stores. gcc would call memset, as a `rep stos` that
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
@@ -92,6 +97,11 @@ def failure(source, flags, run=False):
     return None
 
 
+def supported(*flags):
+    """Return whether the compiler takes flags, without a warning."""
+    return failure("int main(void) { return 0; }", ["-Werror", *flags]) is None
+
+
 def warn(*lines):
     """Print lines that stand out in a build log."""
     print("=" * 78, *(f"cybn: {line}" for line in lines), "=" * 78, sep="\n", file=sys.stderr)
@@ -112,9 +122,12 @@ def openmp_flags():
 
 def build_flags():
     """Return the flags of this kind of build, to compile with and to link with."""
-    compiling = ["-O1", "-g1"] if BUILD != "release" else ["-O3", "-g0"]
-    compiling += ["-UNDEBUG"] if DEBUG else ["-DNDEBUG"]
-    if DEBUG and failure("int main(void) { return 0; }", [FILLED]) is None:
+    if BUILD == "release":
+        fast = SHORT if supported(*SHORT) else ["-O3"]
+        strip = ["-Wl,-s"] if TARGET.startswith("linux") else []
+        return [*fast, "-g0", "-DNDEBUG"], strip
+    compiling = ["-O1", "-g1", "-UNDEBUG" if DEBUG else "-DNDEBUG"]
+    if DEBUG and supported(FILLED):
         compiling.append(FILLED)
     if not SANITIZE:
         return compiling, []
@@ -127,7 +140,7 @@ def extensions():
     openmp = openmp_flags()
     compiling, linking = build_flags()
     common = compiling + STRICT + openmp
-    if failure("int main(void) { return 0; }", ["-Werror", CLEARING]) is None:
+    if supported(CLEARING):
         common.append(CLEARING)
 
     def extension(name, source, flags, macros=()):
@@ -150,9 +163,8 @@ def extensions():
     dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", []) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
     for level, flags in LEVELS.items():
-        why = failure("int main(void) { return 0; }", flags)
-        if why is not None:
-            warn(f"The compiler knows no {level}: built without that level.", why)
+        if not supported(*flags):
+            warn(f"The compiler does not know {level}: built without that level.")
             continue
         folder = level.replace("-", "_")
         modules = [
