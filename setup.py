@@ -4,6 +4,7 @@ Everything that does not depend on the machine stands in pyproject.toml.
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,10 @@ from setuptools import Extension, setup
 
 KERNELS = ["batch_norm", "layer_norm"]
 DISPATCH = ["arguments", "selection", "batch_norm", "rows"]
+
+# Where the files of this tree are on the web, such as the address of its main branch. There is no
+# such place yet; when there is, it also goes into [project.urls] of pyproject.toml.
+HOME = ""
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).
@@ -36,21 +41,27 @@ DIRECTIVES = {
 }
 FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
 
+# What of -O3 makes the code longer and not faster: copies of loops and functions, and unrolling what
+# has more rounds than a strip of lanes has vectors. Half as many bytes again, and as much time.
+SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fno-split-loops"]
+SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
+
 # Lanes of 128 bytes are cleared by two vector stores. gcc would call memset, as a `rep stos` that
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
-
-# What is inline in a .pxd file is part of a hot loop; constants decide what is left of it.
-INLINE = ("CYTHON_INLINE", "inline __attribute__((always_inline, unused))")
 
 # What is built for. Cross-building names it in _PYTHON_HOST_PLATFORM, such as linux-aarch64, and
 # the compiler in CC; then what a probe compiles cannot be run.
 TARGET = sysconfig.get_platform()
 CROSS = "_PYTHON_HOST_PLATFORM" in os.environ
+WINDOWS = TARGET.startswith("win")  # Microsoft's compiler; untried, and its one level is baseline
+
+# What is inline in a .pxd file is part of a hot loop; constants decide what is left of it.
+ALWAYS = "__forceinline" if WINDOWS else "inline __attribute__((always_inline, unused))"
 
 # Checks watch the source, which is the same at every level: one is enough, and a third of the time.
 LEVELS = {"baseline": []}
-if TARGET.endswith(("x86_64", "amd64")) and BUILD == "release":
+if TARGET.endswith("x86_64") and BUILD == "release":
     LEVELS["x86-64-v3"] = ["-march=x86-64-v3"]
     LEVELS["x86-64-v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
@@ -77,6 +88,8 @@ int main(void) {
 def failure(source, flags, run=False):
     """Return why a C program does not compile, link and, if asked, run; None if it does."""
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
+    for name in ("CPPFLAGS", "LDFLAGS"):
+        flags = [*flags, *os.environ.get(name, "").split()]
     with tempfile.TemporaryDirectory() as folder:
         code, program = Path(folder, "probe.c"), Path(folder, "probe")
         code.write_text(source)
@@ -92,29 +105,54 @@ def failure(source, flags, run=False):
     return None
 
 
+def supported(*flags):
+    """Return whether the compiler takes flags, without a warning."""
+    return failure("int main(void) { return 0; }", ["-Werror", *flags]) is None
+
+
+def description():
+    """Return the README for the page of a package index, which has no files beside it.
+
+    Links into the tree lead to HOME; as long as there is none, their words alone are left.
+    """
+    text = Path(__file__).with_name("README.md").read_text("utf-8")
+    link = re.compile(r"!?\[([^]]*)\]\((?!https?://|#)([^)]+)\)")
+    return link.sub(rf"[\1]({HOME}/\2)" if HOME else r"\1", text)
+
+
 def warn(*lines):
     """Print lines that stand out in a build log."""
     print("=" * 78, *(f"cybn: {line}" for line in lines), "=" * 78, sep="\n", file=sys.stderr)
 
 
 def openmp_flags():
-    """Return the flags with which an OpenMP program compiles, links and runs, or none."""
-    why = failure(OPENMP_PROBE, ["-fopenmp"], run=not CROSS)
+    """Return the flags with which an OpenMP program compiles, and those with which it links."""
+    if WINDOWS:
+        return ["/openmp"], []
+    compiling, linking = ["-fopenmp"], ["-fopenmp"]
+    if TARGET.startswith("macosx"):  # Apple's clang, and libomp of wherever LDFLAGS say; untried
+        compiling, linking = ["-Xpreprocessor", "-fopenmp"], ["-lomp"]
+    why = failure(OPENMP_PROBE, compiling + linking, run=not CROSS)
     if why is None:
-        return ["-fopenmp"]
+        return compiling, linking
     warn(
         "NO OPENMP. The kernels are built serial: one thread, whatever is asked for.",
         "Install a compiler with OpenMP (gcc with libgomp, clang with libomp) and build again.",
         why,
     )
-    return []
+    return [], []
 
 
 def build_flags():
     """Return the flags of this kind of build, to compile with and to link with."""
-    compiling = ["-O1", "-g1"] if BUILD != "release" else ["-O3", "-g0"]
-    compiling += ["-UNDEBUG"] if DEBUG else ["-DNDEBUG"]
-    if DEBUG and failure("int main(void) { return 0; }", [FILLED]) is None:
+    if WINDOWS:
+        return ["/O2", "/fp:precise", "/DNDEBUG"], []
+    if BUILD == "release":
+        fast = SHORT if supported(*SHORT) else ["-O3"]
+        strip = ["-Wl,-s"] if TARGET.startswith("linux") else []
+        return [*fast, *STRICT, "-g0", "-DNDEBUG"], strip
+    compiling = [*STRICT, "-O1", "-g1", "-UNDEBUG" if DEBUG else "-DNDEBUG"]
+    if DEBUG and supported(FILLED):
         compiling.append(FILLED)
     if not SANITIZE:
         return compiling, []
@@ -124,11 +162,10 @@ def build_flags():
 
 def extensions():
     """Return the extensions; each level is translated into a folder of its own."""
-    openmp = openmp_flags()
     compiling, linking = build_flags()
-    common = compiling + STRICT + openmp
-    if failure("int main(void) { return 0; }", ["-Werror", CLEARING]) is None:
-        common.append(CLEARING)
+    parallel, with_openmp = openmp_flags()
+    if not WINDOWS and supported(CLEARING):
+        compiling.append(CLEARING)
 
     def extension(name, source, flags, macros=()):
         return Extension(
@@ -137,8 +174,8 @@ def extensions():
             include_dirs=[numpy.get_include()],  # for the places of an array's fields alone
             define_macros=[("Py_LIMITED_API", "0x030b0000")] * ABI3 + list(macros),
             py_limited_api=ABI3,
-            extra_compile_args=common + flags,
-            extra_link_args=linking + openmp,
+            extra_compile_args=compiling + parallel + flags,
+            extra_link_args=linking + with_openmp,
         )
 
     def translated(modules, folder):
@@ -150,19 +187,21 @@ def extensions():
     dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", []) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
     for level, flags in LEVELS.items():
-        why = failure("int main(void) { return 0; }", flags)
-        if why is not None:
-            warn(f"The compiler knows no {level}: built without that level.", why)
+        if flags and not supported(*flags):
+            warn(f"The compiler does not know {level}: built without that level.")
             continue
         folder = level.replace("-", "_")
+        inline = [("CYTHON_INLINE", ALWAYS)]
         modules = [
-            extension(f"_kernels.{kernel}_{folder}", f"_kernels/{kernel}", flags, [INLINE])
+            extension(f"_kernels.{kernel}_{folder}", f"_kernels/{kernel}", flags, inline)
             for kernel in KERNELS
         ]
         yield from translated(modules, folder)
 
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=list(extensions()),
     options={
         "build": {"build_base": FOLDER},

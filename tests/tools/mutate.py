@@ -44,7 +44,7 @@ SUITE = ("tests", "docs", "pyproject.toml", "README.md")
 PEERS = re.compile(r"test_torch_|_pytorch|_keras|_peers|test_mutation")
 PRELOADED = ["numpy", "numpy.testing", "pytest", "hypothesis", "hypothesis.strategies"]
 
-QUICK_BUILD = ('"-O3"', '"-O1"')
+QUICK_BUILD = ('SHORT if supported(*SHORT) else ["-O3"]', '["-O1"]')
 AS_CALLS = ('"inline __attribute__((always_inline, unused))"', '"inline"')  # faults double a loop
 
 NUMBERS = {fault.name: number for number, fault in enumerate(FAULTS, 1)}
