@@ -83,7 +83,7 @@ cdef inline Tile tile_of(
 
 # ---- coefficients: a value a channel -----------------------------------------------------
 
-cdef inline void load(
+cdef void load(
     const Vector* v, Py_ssize_t c, Py_ssize_t n, double absent, double* restrict out
 ) noexcept nogil:
     """Widen v[c:c + n] into out."""
@@ -291,15 +291,15 @@ cdef void add_lines(
 ) noexcept nogil:
     """Add rows to the sums of their columns, with what is to be done as constants."""
     if sums_alone(job.p):
-        if way == FLOAT16:
+        if T is float and way == FLOAT16:
             sum_columns(FLOAT16, x, sweeps, w, co, a, b)
-        elif way == BFLOAT16:
+        elif T is float and way == BFLOAT16:
             sum_columns(BFLOAT16, x, sweeps, w, co, a, b)
         else:
             sum_columns(PLAIN, x, sweeps, w, co, a, b)
-    elif way == FLOAT16:
+    elif T is float and way == FLOAT16:
         dot_columns(FLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
-    elif way == BFLOAT16:
+    elif T is float and way == BFLOAT16:
         dot_columns(BFLOAT16, STRAIGHT, dy, x, sweeps, w, co, kink, a, b)
     elif T is float and bend == RECTIFIED:
         dot_columns(PLAIN, RECTIFIED, dy, x, sweeps, w, co, kink, a, b)
@@ -612,6 +612,13 @@ cdef inline void apply_rows(
         memcpy(place(&p.y, p, n0, i), y0, bytes)
 
 
+cdef void write_piece(
+    const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
+) noexcept nogil:
+    """y or dx of values i..i + m of row n, by stages; compiled once for runs and columns."""
+    apply_piece(job.p, &job.r, n, i, m, co, step, room)
+
+
 cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
     """y or dx of channels c0..c1, run after run, the last rows first."""
     cdef T co[COEFFICIENTS]
@@ -625,8 +632,7 @@ cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
             i = (t.c0 + c) * job.p.S + t.s0
             if job.r.apply_from == STAGED_PIECES:
                 for j in range(ceiling(length, STAGED)):
-                    apply_piece(job.p, &job.r, n, i + j * STAGED, min(STAGED, length - j * STAGED),
-                                co + c, 0, room)
+                    write_piece(job, n, i + j * STAGED, min(STAGED, length - j * STAGED), co + c, 0, room)
             else:
                 apply_rows(job, 0, n, n, i, length, co + c, kink)
 
@@ -661,7 +667,7 @@ cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nog
         end = min(n + group, t.n1)
         while n < end:
             if staged:
-                apply_piece(job.p, &job.r, n, i, w * min(step, end - n), co, 1, room)
+                write_piece(job, n, i, w * min(step, end - n), co, 1, room)
                 n += step
             else:
                 two = n + 2 * step <= end

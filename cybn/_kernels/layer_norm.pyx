@@ -165,9 +165,9 @@ cdef void reduce_along(
         at = s.g0 * p.D + t * job.t.tile
         for n in range(rows):
             x, dy = place(&p.x, job, s.n0 + n, at), place(&p.dy, job, s.n0 + n, at)
-            if job.way == FLOAT16:
+            if T is float and job.way == FLOAT16:
                 row_dots(FLOAT16, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
-            elif job.way == BFLOAT16:
+            elif T is float and job.way == BFLOAT16:
                 row_dots(BFLOAT16, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
             else:
                 row_dots(PLAIN, dy, x, gamma, m, shift[n], acc + n * 2 * WIDE)
@@ -296,15 +296,15 @@ cdef void add_lines(
 ) noexcept nogil:
     """Add rows to the sums of their columns."""
     if job.p.backward:
-        if way == FLOAT16:
+        if T is float and way == FLOAT16:
             dot_columns(FLOAT16, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
-        elif way == BFLOAT16:
+        elif T is float and way == BFLOAT16:
             dot_columns(BFLOAT16, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
         else:
             dot_columns(PLAIN, STRAIGHT, dy, x, sweeps, w, co, co, a, b)
-    elif way == FLOAT16:
+    elif T is float and way == FLOAT16:
         sum_columns(FLOAT16, x, sweeps, w, co, a, b)
-    elif way == BFLOAT16:
+    elif T is float and way == BFLOAT16:
         sum_columns(BFLOAT16, x, sweeps, w, co, a, b)
     else:
         sum_columns(PLAIN, x, sweeps, w, co, a, b)
@@ -611,17 +611,17 @@ cdef void apply_along(
         terms[C1_OF_ROW], terms[C2_OF_ROW] = <T> rows[n - s.n0].c1, <T> rows[n - s.n0].c2
         x, y = place(&p.x, job, n, at), place(&p.y, job, n, at)
         if not p.backward:
-            if job.way == FLOAT16:
+            if T is float and job.way == FLOAT16:
                 row_scale(FLOAT16, False, x, gamma, beta, y, m, terms)
-            elif job.way == BFLOAT16:
+            elif T is float and job.way == BFLOAT16:
                 row_scale(BFLOAT16, False, x, gamma, beta, y, m, terms)
             else:
                 row_scale(PLAIN, stream, x, gamma, beta, y, m, terms)
             continue
         dy = place(&p.dy, job, n, at)
-        if job.way == FLOAT16:
+        if T is float and job.way == FLOAT16:
             row_unscale(FLOAT16, False, dy, x, gamma, y, m, terms, a, b)
-        elif job.way == BFLOAT16:
+        elif T is float and job.way == BFLOAT16:
             row_unscale(BFLOAT16, False, dy, x, gamma, y, m, terms, a, b)
         else:
             row_unscale(PLAIN, stream, dy, x, gamma, y, m, terms, a, b)

@@ -216,9 +216,9 @@ cdef inline void sum_run(
         for k in range(4):
             lines.at[k] = x + k * strip
         lines.pitch = 4 * strip
-        if way == FLOAT16:
+        if T is float and way == FLOAT16:
             sum_strip(FLOAT16, 0, &lines, 0, m // sweep, &hi, a, b)
-        elif way == BFLOAT16:
+        elif T is float and way == BFLOAT16:
             sum_strip(BFLOAT16, 0, &lines, 0, m // sweep, &hi, a, b)
         else:
             sum_strip(PLAIN, 0, &lines, 0, m // sweep, &hi, a, b)
@@ -316,9 +316,9 @@ cdef inline void dot_table(
     const T* kink, T* a, T* b,
 ) noexcept nogil:
     """dot_strip of a run, with what is to be done as constants."""
-    if way == FLOAT16:
+    if T is float and way == FLOAT16:
         dot_strip(FLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
-    elif way == BFLOAT16:
+    elif T is float and way == BFLOAT16:
         dot_strip(BFLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
     elif T is float and bend == RECTIFIED:
         dot_strip(PLAIN, 0, RECTIFIED, dy, x, 0, sweeps, co, kink, a, b)
@@ -495,18 +495,18 @@ cdef inline void scale(
     cdef const char* x1 = x.at[1]
     cdef bint stream = way == STREAM
     if r != NULL:
-        if way == FLOAT16:
+        if T is float and way == FLOAT16:
             scale_rows(FLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
                        low, high)
-        elif way == BFLOAT16:
+        elif T is float and way == BFLOAT16:
             scale_rows(BFLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
                        low, high)
         else:
             scale_rows(PLAIN, step, True, True, stream, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
                        low, high)
-    elif way == FLOAT16:
+    elif T is float and way == FLOAT16:
         scale_rows(FLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
-    elif way == BFLOAT16:
+    elif T is float and way == BFLOAT16:
         scale_rows(BFLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
     elif clamped:
         scale_rows(PLAIN, step, True, False, stream, x0, x1, x0, x1, y0, y1, w, co, low, high)
@@ -591,9 +591,9 @@ cdef inline void unscale(
     cdef const char* dy0 = dy.at[0]
     cdef const char* dy1 = dy.at[1]
     cdef bint stream = way == STREAM
-    if way == FLOAT16:
+    if T is float and way == FLOAT16:
         unscale_rows(FLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
-    elif way == BFLOAT16:
+    elif T is float and way == BFLOAT16:
         unscale_rows(BFLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
     elif T is float and bend == RECTIFIED:
         unscale_rows(PLAIN, step, RECTIFIED, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
