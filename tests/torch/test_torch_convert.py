@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 from torch_cases import twin  # noqa: E402
 
@@ -48,7 +48,10 @@ class Own(nn.Module):
         self.weight = nn.Parameter(torch.rand(channels) + 0.5)
 
     def forward(self, x, *, scale=1.0):
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight).movedim(-1, 1) * scale
+        return (
+            functional.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight).movedim(-1, 1)
+            * scale
+        )
 
 
 class ByHand(nn.BatchNorm2d):
@@ -140,7 +143,13 @@ def test_kinds_of_modules(make, kernel_calls):
 
 
 def test_what_is_left_alone(caplog):
-    kinds = [ByHand(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), FrozenBatchNormOtherwise(3), nn.ReLU()]
+    kinds = [
+        ByHand(3),
+        nn.SyncBatchNorm(3),
+        nn.LazyBatchNorm2d(),
+        FrozenBatchNormOtherwise(3),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(*kinds)
     types = [type(m) for m in model]
     with caplog.at_level(logging.DEBUG, "cybn.torch"), pytest.warns(UserWarning, match="nothing"):
