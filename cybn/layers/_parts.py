@@ -217,8 +217,8 @@ def _selected(
     """Return the mask or the weights of a part, with no lengths, and `masked`."""
     if shares is None:
         return None, None, None, masked
-    is_mask = shares.dtype == np.bool_
-    return shares[index] if is_mask else None, None if is_mask else shares[index], None, masked
+    here = shares[index]
+    return (here, None, None, masked) if here.dtype == np.bool_ else (None, here, None, masked)
 
 
 def _backward(
