@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ._foreign import widened
 from ._measuring import Progress
 from ._moments import Moments
-from .layers._trials import Trial
+from ._trials import Trial
 
 __all__ = ["population_statistics"]
 

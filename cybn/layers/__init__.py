@@ -1,23 +1,4 @@
-"""Layers: objects that remember gamma, beta, running statistics and mode.
-
-A layer is put together of parts, which it owns:
-
-====================  ====================================================================
-batch_norm.py         BatchNorm and its 1d, 2d and 3d forms: what they are made of
-_passes.py            its forward and backward
-instance_norm.py      InstanceNorm in its 1d, 2d and 3d forms
-per_sample.py         LayerNorm, RMSNorm and GroupNorm
-_layer.py             Layer, what all of them are: parameters, mode, state
-_settings.py          attributes that are checked whenever one is assigned
-_running.py           running statistics: how batches move them, how they are read and set
-_sample_moments.py    those within samples, of an instance norm
-_parts.py             ways to normalize: ghost batches, batch renormalization
-_trials.py            preview: forwards without a trace
-_snapshots.py         snapshot, restore, drift
-_explain.py           a layer in words, and the conventions of other libraries
-_state.py             checking a state before anything is changed
-====================  ====================================================================
-"""
+"""Layers: objects that remember gamma, beta, running statistics and mode."""
 
 from ._layer import Layer
 from ._parts import Renorm

@@ -4,65 +4,20 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _runtime
 from .._arguments import array
-from . import _state
+from . import _passes, _state
 from ._running import Running, RunningStatistics
 from ._settings import Parameter, Setting, flag, float_type
 from ._state import Keys
 
-__all__ = ["ALL", "Layer", "Saved", "marks_of", "same_memory"]
-
-ALL = (None, None, None, "normalize")  # positions count
-_WHOLE = 2048  # bytes of an array that are remembered one and all
-
-
-class Saved(NamedTuple):
-    """What backward needs of the last forward, and what it was computed with."""
-
-    differentiate: Callable[..., tuple[NDArray[Any], ...]]  # the function of the gradients
-    statistics: Any  # what that function takes after dy and x
-    x: NDArray[Any] | None  # None where an output was written over it
-    marks: tuple[bytes | None, ...]  # what `marks_of` gave
-    settings: Any  # of the layer: they may have been assigned since
-    residual: NDArray[Any] | None = None
-    selected: tuple[Any, Any, Any, str] = ALL  # mask, weights, lengths and `masked`
-    from_output: bool = False  # whether x is the output, which tells what x was
-
-
-def marks_of(
-    x: NDArray[Any] | None,
-    gamma: NDArray[Any] | None,
-    beta: NDArray[Any] | None = None,
-    residual: NDArray[Any] | None = None,
-) -> tuple[bytes | None, ...]:
-    """Return a few values of each array, all of a small one: most changes are seen in them."""
-    return (
-        None if x is None else _mark(x),
-        None if gamma is None else _mark(gamma),
-        None if beta is None else _mark(beta),
-        None if residual is None else _mark(residual),
-    )
-
-
-def _mark(array: NDArray[Any]) -> bytes:
-    if array.nbytes <= _WHOLE:
-        return array.tobytes()
-    return array[tuple([slice(None, None, n // 2 or 1) for n in array.shape])].tobytes()
-
-
-def same_memory(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
-    """Whether two arrays start at one address; they then are one, or `out` was refused."""
-    if a is None or b is None:
-        return False
-    start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return start
+__all__ = ["Layer"]
 
 
 class Layer(ABC):
@@ -92,7 +47,6 @@ class Layer(ABC):
     _axis: int
     _eps: Any
     _train_affine = True
-    _by_sample: ClassVar[bool] = False  # whether statistics are those within samples
     _axes: ClassVar[dict[int, str]] = {}  # rank -> name of its axes; empty: any rank
     _channels: ClassVar[str] = "num_features"  # what the size of the channel axis is called
 
@@ -105,13 +59,17 @@ class Layer(ABC):
         self._grad_gamma = np.zeros(shape, self._dtype) if scale else None
         self._grad_beta = np.zeros(shape, self._dtype) if shift else None
         self._names = [name for name, has in (("gamma", scale), ("beta", shift)) if has]
-        self._saved: Saved | None = None
+        self._saved: _passes.Saved | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
+        own = cls.__dict__
+        if "forward" in own and "__call__" not in own:
             # A subclass that overrides forward is called by it, without a call between.
-            cls.__call__ = cls.__dict__["forward"]  # type: ignore[method-assign]
+            cls.__call__ = own["forward"]  # type: ignore[method-assign]
+        if "_axes" in own and cls.__doc__:  # a form of another class, whose parameters it has
+            before, title, parameters = (cls.__mro__[1].__doc__ or "").partition("Parameters\n")
+            cls.__doc__ += "\n" + before[before.rfind("\n") :] + title + parameters
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -124,13 +82,59 @@ class Layer(ABC):
     def forward(
         self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
     ) -> NDArray[Any]:
-        """Normalize `x`, and keep what `backward` needs."""
+        """Normalize `x`, and keep what `backward` needs.
 
-    @abstractmethod
+        Parameters
+        ----------
+        x : array_like of float32, float64, float16 or bfloat16
+            Kept by reference for `backward`.
+        out : ndarray, optional
+            Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,
+            which needs it, unless y tells what it was: see the layer.
+        num_threads : int, optional
+            Threads for this call; `cybn.get_num_threads` where None.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new array with the dtype and memory layout of `x`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in the function of the layer's name, and if the shape of `x` is not the layer's.
+        """
+
     def backward(
         self, dy: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
     ) -> Any:
-        """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`."""
+        """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
+
+        The input is not kept afterwards: one backward a forward.
+
+        Parameters
+        ----------
+        dy : array_like, shape and dtype of the last forward's input
+            Gradient with respect to y.
+        out : ndarray, optional
+            Where dx goes; may be `dy` itself.
+        num_threads
+            As in `forward`.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a new array with the dtype and memory layout of the input.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward since the last backward, or it wrote over its input and y does
+            not tell what that was, or x (y, where that was written over x) or gamma has changed.
+        TypeError, ValueError
+            If `dy` or `out` does not fit the input.
+        """
+        return _passes.backward(self, dy, out, None, num_threads)
 
     def __call__(
         self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
@@ -146,8 +150,6 @@ class Layer(ABC):
     def eval(self) -> Self:
         """Switch to eval mode; return the layer."""
         return self.train(False)
-
-    # ---- what passes share ---------------------------------------------------------------
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
         """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
@@ -169,57 +171,6 @@ class Layer(ABC):
             )
         return x
 
-    def _last(self) -> tuple[Saved, NDArray[Any]]:
-        """Return what the last forward left, and its x; RuntimeError where backward cannot be."""
-        saved = self._saved
-        if saved is None:
-            raise RuntimeError("backward needs a forward before it; each backward takes up one")
-        x = saved.x
-        if x is None:
-            raise RuntimeError(
-                "the last forward wrote its output over its input or residual, which backward "
-                "needs; give forward another out"
-            )
-        had = saved.marks
-        beta = None if had[2] is None else self._beta
-        residual = None if had[3] is None else saved.residual
-        now = marks_of(x, self._gamma, beta, residual)
-        if now != had:
-            names = "y" if saved.from_output else "x", "gamma", "beta", "residual"
-            changed = [name for name, a, b in zip(names, now, had, strict=True) if a != b]
-            over = ", which wrote y over its input," * saved.from_output
-            raise RuntimeError(
-                f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed since "
-                f"the last forward{over} and backward needs what was there. Call backward first, "
-                "and then change it, or give forward a copy"
-            )
-        return saved, x
-
-    def _own_gradients(self) -> list[NDArray[Any]]:
-        """Return the arrays of the gradients; ValueError unless all can be written to."""
-        return self._own([f"grad_{name}" for name in self._names])
-
-    def _own(self, names: list[str]) -> list[NDArray[Any]]:
-        """Return arrays of the layer; ValueError unless all can be written to in place."""
-        arrays: list[NDArray[Any]] = [getattr(self, f"_{name}") for name in names]
-        for name, own in zip(names, arrays, strict=True):
-            if not own.flags.writeable:
-                raise ValueError(f"{name} of this layer must be a writeable array; it is read-only")
-        return arrays
-
-    def _finish(self, own: list[NDArray[Any]], gradients: Sequence[Any]) -> None:
-        """Write the gradients and forget the last forward; or, interrupted, do neither."""
-        if not self._train_affine:
-            gradients = (0.0, 0.0)
-        values = _state.fitting(own, gradients)
-        both = len(own) == 2
-        # Neither a call nor a loop from here on: Python looks for interrupts there alone.
-        if both:
-            own[0][...], own[1][...] = values
-        elif own:
-            own[0][...] = values[0]
-        self._saved = None
-
     # ---- parameters and state ------------------------------------------------------------
 
     def parameters(self) -> list[NDArray[Any]]:
@@ -229,6 +180,14 @@ class Layer(ABC):
     def gradients(self) -> list[NDArray[Any]]:
         """Return the gradients in the order of `parameters`."""
         return [getattr(self, f"_grad_{name}") for name in self._names if self._train_affine]
+
+    def _own(self, names: Sequence[str]) -> list[NDArray[Any]]:
+        """Return arrays of the layer; ValueError unless all can be written to in place."""
+        arrays: list[NDArray[Any]] = [getattr(self, f"_{name}") for name in names]
+        for name, own in zip(names, arrays, strict=True):
+            if not own.flags.writeable:
+                raise ValueError(f"{name} of this layer must be a writeable array; it is read-only")
+        return arrays
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of all that `load_state_dict` needs.
@@ -261,12 +220,10 @@ class Layer(ABC):
 
         Raises
         ------
-        TypeError
-            If `state` is no mapping.
-        ValueError
-            If keys do not fit and `strict` is True, a shape or dtype is wrong, running_mean is
-            not finite, or running_var is not finite or, with eps added, not positive. The layer
-            is unchanged.
+        TypeError, ValueError
+            If `state` is not a mapping; keys do not fit and `strict` is True, a shape or dtype is
+            wrong, running_mean is not finite, or running_var is not finite or, with eps added, not
+            positive. The layer is unchanged.
         """
         running = self._running
         keys = _state.check_keys(state, self.state_dict(), flag("strict", strict))

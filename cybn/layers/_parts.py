@@ -6,7 +6,6 @@ the kernels could read in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial, reduce
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,36 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import functional
-from .._arguments import channel_axis, check_eps, companion, number, tensor
-from .._dispatch import destination
+from .. import _arguments, _dispatch, functional
+from .._arguments import number
 from .._moments import Moments
+from ._passes import Way
 
 if TYPE_CHECKING:
     from ._running import Running
 
-__all__ = ["WHOLE", "Renorm", "Way", "parts_of"]
-
-
-class Way(NamedTuple):
-    """How a layer normalizes by the batch: three functions in the place of cybn's own.
-
-    They take what `batch_norm`, `batch_norm_backward` and `moments` take. The first returns y and
-    what the second is given after dy and x: `Moments`, or what has a `merged` to make them.
-    """
-
-    forward: Callable[..., tuple[NDArray[Any], Any]]
-    backward: Callable[..., tuple[NDArray[Any], ...]]
-    measure: Callable[..., Moments]
-
-
-WHOLE = Way(functional.batch_norm, functional.batch_norm_backward, functional.moments)
+__all__ = ["Renorm", "parts_of"]
 
 
 def parts_of(size: int | None, limits: Renorm | None, running: Running) -> Way:
     """Return the way of ghost batches of `size` samples, renormalized where there are limits."""
     forward = partial(_forward, size=size, limits=limits, running=running)
-    return Way(forward, _backward, functional.moments)
+    return Way(forward, _backward, _merged, inverts=True)
 
 
 class Renorm:
@@ -62,10 +46,8 @@ class Renorm:
 
     Parameters
     ----------
-    r_max : float, default 3
-        At least 1.
-    d_max : float, default 5
-        At least 0.
+    r_max, d_max : float, default 3 and 5
+        At least 1, and at least 0.
 
     Raises
     ------
@@ -155,17 +137,12 @@ class Part(NamedTuple):
     where: tuple[slice, ...]
     moments: Moments
     correction: Correction | None
-    selected: dict[str, Any]  # its mask or weights, if any
+    selected: tuple[Any, Any, None, str]  # its mask and weights, if any, and `masked`
 
 
-class Parts(NamedTuple):
-    """What a forward in parts leaves for its backward."""
-
-    parts: list[Part]
-
-    def merged(self) -> Moments:
-        """Return the moments of the whole batch."""
-        return reduce(Moments.merge, [part.moments for part in self.parts])
+def _merged(parts: list[Part]) -> Moments:
+    """Return the moments of the whole batch."""
+    return reduce(Moments.merge, [part.moments for part in parts])
 
 
 def cut(
@@ -201,117 +178,77 @@ def cut(
     return [(*before, slice(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def require_two(x: NDArray[Any], axis: int, count: float, selected: dict[str, Any]) -> None:
-    """Refuse a batch of which fewer than two values a channel count, in the words of batch_norm."""
-    if count < 2:
-        functional.batch_norm(x, axis=axis, **selected)
-
-
 def _forward(
-    x: NDArray[Any],
-    gamma: NDArray[Any] | None,
-    beta: NDArray[Any] | None,
-    *,
-    size: int | None,
-    limits: Renorm | None,
-    running: Running,
-    axis: int,
-    residual: NDArray[Any] | None,
-    mask: Any,
-    weights: Any,
-    lengths: Any,
-    out: NDArray[Any] | None,
-    **options: Any,
-) -> tuple[NDArray[Any], Parts]:
-    """Normalize each part by its own statistics, or renormalize it."""
-    x = tensor("x", x)
-    axis = channel_axis(x, axis)
-    check_eps(options["eps"])
-    functional.is_zero(options["masked"])  # known, or an error
-    positions = functional.positions_of(x, axis, mask=mask, weights=weights, lengths=lengths)
+    x: Any, gamma: Any, beta: Any, residual: Any, settings: Any, selected: Any, out: Any,
+    num_threads: int | None, *, size: int | None, limits: Renorm | None, running: Running,
+) -> tuple[NDArray[Any], list[Part]]:  # fmt: skip
+    """Normalize each part by its own statistics, or renormalize it; see `Way`."""
+    axis, eps, *_ = settings
+    *places, masked = selected
+    x = _arguments.tensor("x", x)
+    axis = _arguments.channel_axis(x, axis)
+    _arguments.check_eps(eps)
+    functional.is_zero(masked)  # known, or an error
+    positions = functional.positions_of(x, axis, *places)
+    number_of = None if positions is None else positions.number
+    _arguments.check_batch(x.shape, axis, number_of, 2)
     shares = None if positions is None else positions.shares
-    number_of = x.size // max(1, x.shape[axis]) if positions is None else positions.number
-    require_two(x, axis, number_of, {} if positions is None else _selected(shares, ...))
-    residual = None if residual is None else companion("residual", residual, x)
-    y = destination(out, x, (x, residual, gamma, beta))
+    residual = None if residual is None else _arguments.companion("residual", residual, x)
+    y = _dispatch.destination(out, x, (x, residual, gamma, beta))
     parts = []
-    for index in cut(x.shape, axis, size, shares):
-        selected = _selected(shares, index)
-        options |= {"out": y[index], "residual": None if residual is None else residual[index]}
+    for i in cut(x.shape, axis, size, shares):
+        chosen = _selected(shares, i, masked)
+        more: Any = None if residual is None else residual[i], settings, chosen, y[i], num_threads
         correction = None
         if limits is None:
-            _, moments = functional.batch_norm(
-                x[index], gamma, beta, axis=axis, **selected, **options
-            )
+            _, moments = _dispatch.forward(x[i], gamma, beta, *more)
         else:
-            threads = options["num_threads"]
-            moments = functional.moments(x[index], axis=axis, num_threads=threads, **selected)
-            correction = Correction.of(moments, running, limits, options["eps"])
-            scale, shift = correction.compose(gamma, beta)
-            functional.batch_norm_inference(
-                x[index],
-                moments.mean,
-                moments.var(),
-                scale,
-                shift,
-                axis=axis,
-                **selected,
-                **options,
-            )
-        parts.append(Part(index, moments, correction, selected))
-    return y, Parts(parts)
+            moments = _dispatch.statistics(x[i], axis, chosen, num_threads)
+            correction = Correction.of(moments, running, limits, eps)
+            affine = correction.compose(gamma, beta)
+            _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)
+        parts.append(Part(i, moments, correction, chosen))
+    return y, parts
 
 
-def _selected(shares: NDArray[Any] | None, index: Any) -> dict[str, Any]:
-    """Return the mask or the weights of a part as a keyword of the functions."""
+def _selected(
+    shares: NDArray[Any] | None, index: Any, masked: str
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None, None, str]:
+    """Return the mask or the weights of a part, with no lengths, and `masked`."""
     if shares is None:
-        return {}
-    return {"mask" if shares.dtype == np.bool_ else "weights": shares[index]}
+        return None, None, None, masked
+    here = shares[index]
+    return (here, None, None, masked) if here.dtype == np.bool_ else (None, here, None, masked)
 
 
 def _backward(
-    dy: Any,
-    x: NDArray[Any],
-    parts: Parts,
-    gamma: NDArray[Any] | None,
-    *,
-    beta: NDArray[Any] | None,
-    axis: int,
-    residual: NDArray[Any] | None,
-    mask: Any,
-    weights: Any,
-    lengths: Any,
-    out: NDArray[Any] | None,
-    out_residual: NDArray[Any] | None,
-    **options: Any,
-) -> tuple[NDArray[Any], ...]:
-    """Return dx, dgamma, dbeta and, where there is a residual, its gradient.
+    dy: Any, x: Any, parts: list[Part], gamma: Any, beta: Any, residual: Any, settings: Any,
+    selected: Any, from_output: bool, out: Any, out_residual: Any, num_threads: int | None,
+) -> tuple[NDArray[Any], ...]:  # fmt: skip
+    """Return dx, dgamma, dbeta and, where there is a residual, its gradient; see `Way`.
 
     dgamma and dbeta are sums over the parts, in float64.
     """
-    x = tensor("x", x)
-    dy, axis = companion("dy", dy, x), channel_axis(x, axis)
-    dx = destination(out, x, (x, dy, residual, gamma, beta))
+    x = _arguments.tensor("x", x)
+    dy, axis = _arguments.companion("dy", dy, x), _arguments.channel_axis(x, settings[0])
+    dx = _dispatch.destination(out, x, (x, dy, residual, gamma, beta))
     dresidual = None
     if residual is not None:
         inputs = (dx, x, dy, residual)
-        dresidual = destination(out_residual, x, inputs, "out_residual", may_be_input=False)
+        dresidual = _dispatch.destination(
+            out_residual, x, inputs, "out_residual", may_be_input=False
+        )
     ones = np.ones(x.shape[axis])
     dtype = ones.dtype if gamma is None else gamma.dtype
     gamma = ones if gamma is None else gamma.astype(np.float64)  # so that sums come in float64
     gradients = []
-    for part in parts.parts:
-        i, (scale, shift) = part.where, (gamma, beta)
-        if part.correction is not None:
-            scale, shift = part.correction.compose(gamma, beta)
-        options |= {"beta": shift, "out": dx[i]}
-        if residual is not None and dresidual is not None:
-            options |= {"residual": residual[i], "out_residual": dresidual[i]}
-        _, dgamma, dbeta, *_ = functional.batch_norm_backward(
-            dy[i], x[i], part.moments, scale, axis=axis, **part.selected, **options
-        )
-        if part.correction is not None:
-            dgamma = part.correction.gradient(dgamma, dbeta)
+    for i, moments, correction, chosen in parts:
+        affine = (gamma, beta) if correction is None else correction.compose(gamma, beta)
+        given: Any = None if residual is None else residual[i], settings, chosen, from_output
+        outs: Any = dx[i], None if dresidual is None else dresidual[i], num_threads
+        _, dgamma, dbeta, *_ = _dispatch.backward(dy[i], x[i], moments, *affine, *given, *outs)
+        if correction is not None:
+            dgamma = correction.gradient(dgamma, dbeta)
         gradients.append(np.array([dgamma, dbeta]))
     with np.errstate(all="ignore"):  # what is beyond the dtype is infinite, as in the kernels
         dgamma, dbeta = reduce(np.add, gradients).astype(dtype)

@@ -1,210 +1,194 @@
-"""The two passes of a batch norm: forward, which may learn, and backward."""
+"""The two passes of a layer: forward, which may move running statistics, and backward.
+
+`forward` is that of batch and instance norms; `backward` serves every layer. What differs from
+layer to layer is its `Way` to normalize by a batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from numpy.typing import ArrayLike, NDArray
 
-from .. import functional
+from .. import _dispatch, _trials
 from .._arguments import array
 from .._moments import Moments
-from .._words import Masked
-from . import _trials
-from ._layer import Saved, marks_of, same_memory
-from ._parts import require_two
+from . import _state
 from ._running import Running
 
 if TYPE_CHECKING:
-    from .batch_norm import BatchNorm
+    from ._layer import Layer
+    from ._tracking import Tracking
 
-__all__ = ["backward", "forward", "measure", "through_fixed"]
+__all__ = ["ALL", "WHOLE", "Saved", "Way", "backward", "forward"]
+
+Array: TypeAlias = NDArray[Any]
+
+Selected: TypeAlias = tuple[Any, Any, Any, str]  # mask, weights, lengths and masked
+
+ALL: Selected = (None, None, None, "normalize")  # every position counts
+_new = tuple.__new__  # takes half the time of the constructor of a NamedTuple
+
+
+class Way(NamedTuple):
+    """How a layer normalizes by the batch.
+
+    ``forward(x, gamma, beta, residual, settings, selected, out, num_threads)`` returns y and its
+    statistics; ``backward(dy, x, statistics, gamma, beta, residual, settings, selected,
+    from_output, out, out_residual, num_threads)`` returns the gradients; ``pool(statistics)``
+    returns the moments of the batch. Settings are axis, eps, activation and slope.
+    """
+
+    forward: Callable[..., tuple[Array, Any]]
+    backward: Callable[..., tuple[Array, ...]]
+    pool: Callable[[Any], Moments]
+    inverts: bool = False  # whether backward can work from y
+
+
+WHOLE = Way(_dispatch.forward, _dispatch.backward, lambda moments: moments, inverts=True)
+
+
+class Saved(NamedTuple):
+    """What backward needs of the last forward, and what it was computed with."""
+
+    differentiate: Callable[..., tuple[Array, ...]]  # `Way.backward`
+    statistics: Any
+    x: Array | None  # None where an output was written over it
+    marks: tuple[bytes | None, ...]  # a few values of each array: most changes are seen in them
+    residual: Array | None
+    settings: Any  # of the layer: they may have been assigned since
+    selected: Selected = ALL
+    from_output: bool = False  # whether x is the output, which tells what x was
 
 
 def forward(
-    self: BatchNorm,
+    self: Tracking,
     x: ArrayLike,
     residual: ArrayLike | None,
-    mask: ArrayLike | None,
-    weights: ArrayLike | None,
-    lengths: ArrayLike | None,
-    masked: Masked,
-    out: NDArray[Any] | None,
+    selected: Selected,
+    out: Array | None,
     num_threads: int | None,
-) -> NDArray[Any]:
-    """Do what `BatchNorm.forward` says."""
+) -> Array:
+    """Normalize a batch; in training, move the running statistics."""
     x = self._admit(x)
     if residual is not None:
         residual = array("residual", residual)
     running, trial = self._running, _trials.active(self)
-    training = self._training if trial is None else trial.training
+    before, training = running.values, self._training if trial is None else trial.training
     learns = trial is None and training and running.tracks and running.updates
-    noted = learns or (trial is not None and trial.note is not None)
-    if learns and (out is not None or weights is not None):
-        selected = {"mask": mask, "weights": weights, "lengths": lengths}
-        _foresee(self, x, out, num_threads, selected)
-    gamma, beta, axis, eps = self._gamma, self._beta, self._axis, self._eps
-    activation, slope = self._activation, self._slope
-    y: NDArray[Any]
+    gamma, beta, activation = self._gamma, self._beta, self._activation
+    settings = self._axis, self._eps, activation, self._slope
+    given = gamma, beta, residual, settings, selected, out, num_threads
+    y: Array
     batch: Moments | None = None
+    after: Running | None = None
+    statistics: Any
     if running.normalizes_by_batch(training):
         way = self._way(training)
-        y, statistics = way.forward(
-            x,
-            gamma,
-            beta,
-            axis=axis,
-            eps=eps,
-            activation=activation,
-            slope=slope,
-            residual=residual,
-            mask=mask,
-            weights=weights,
-            lengths=lengths,
-            masked=masked,
-            out=out,
-            num_threads=num_threads,
-        )
-        differentiate = way.backward
-        batch = statistics if isinstance(statistics, Moments) else statistics.merged()
+        refused = running.policy == "raise" or (selected[1] is not None and way is not WHOLE)
+        if learns and out is not None and refused:
+            # Nothing is written before the batch is known to be one to learn from.
+            running.after(before, self._measure(x, selected, num_threads, least=2))
+        if learns and way is WHOLE:
+            weight = running.weight(before)
+            mean, var = before.mean, before.var
+            y, batch, mean, var = _dispatch.learn(x, *given, mean, var, weight, running.ddof)
+            statistics, after = batch, _new(Running, (mean, var, before.batches + 1))
+        else:
+            y, statistics = way.forward(x, *given)
+            if running.tracks:
+                batch = way.pool(statistics)
     else:
-        if noted:  # before out, which may be x
-            batch = measure(
-                self, x, learns, num_threads, mask=mask, weights=weights, lengths=lengths
-            )
-        differentiate, statistics = through_fixed, running.values
-        y = functional.batch_norm_inference(
-            x,
-            statistics.mean,
-            statistics.var,
-            gamma,
-            beta,
-            axis=axis,
-            eps=eps,
-            activation=activation,
-            slope=slope,
-            residual=residual,
-            mask=mask,
-            weights=weights,
-            lengths=lengths,
-            masked=masked,
-            out=out,
-            num_threads=num_threads,
-        )
+        if learns or trial is not None:  # before out, which may be x
+            batch = self._measure(x, selected, num_threads, least=2 if learns else 1)
+            if learns:
+                after = running.after(before, batch)
+        way, statistics = WHOLE, before
+        y = _dispatch.inference(x, before.mean, before.var, *given)
     if trial is not None:
         trial.tell(self, batch)
         return y
-    saved = Saved(
-        differentiate,
-        statistics,
-        x,
-        marks_of(x, gamma, beta if activation else None, residual if activation else None),
-        (axis, eps, activation, slope),
-        residual,
-    )
-    if mask is not None or weights is not None or lengths is not None:
-        saved = saved._replace(selected=(*deepcopy((mask, weights, lengths)), masked))
+    marks: Any = (x, gamma, beta, residual) if activation else (x, gamma, None, None)
+    kept: Array | None = x
+    inverts = False
     if out is not None:
-        saved = _in_place(saved, y, gamma, beta)
+        kept, inverts = _kept(way, x, y, residual, activation, self._slope)
+        marks = (kept, gamma, beta, None) if inverts else (kept, *marks[1:])
+    if selected is not ALL:
+        selected = (*deepcopy(selected[:3]), selected[3])
+    found = _dispatch.marks(*marks)
+    saved: Saved = _new(
+        Saved, (way.backward, statistics, kept, found, residual, settings, selected, inverts)
+    )
     if learns and batch is not None:
-        running.learn(batch, self, saved)
+        running.learn(before, after, batch, self, saved)
     else:
         self._saved = saved
     return y
 
 
-def _foresee(
-    bn: BatchNorm, x: NDArray[Any], out: Any, num_threads: int | None, selected: dict[str, Any]
-) -> None:
-    """Refuse a batch that the running statistics could not learn from, before out is written."""
-    running, weights = bn._running, selected["weights"]
-    positions = None
-    if weights is not None:
-        positions = functional.positions_of(x, bn._axis, **selected)
-    if positions is not None and positions.total <= running.ddof:
-        raise ValueError(
-            f"weights sum to {positions.total}; the sum must be more than running_ddof="
-            f"{running.ddof}, as the running variance is m2 / (sum - running_ddof). "
-            "Scale the weights so that one says how often a value counts, or make the layer "
-            "with running_ddof=0"
-        )
-    if out is not None and running.policy == "raise":
-        running.after(running.values, measure(bn, x, True, num_threads, **selected))
-
-
-def measure(
-    bn: BatchNorm,
-    x: NDArray[Any],
-    learns: bool = False,
-    num_threads: int | None = None,
-    **selected: Any,
-) -> Moments:
-    """Return the moments of a batch; ValueError where it is too small to learn from."""
-    batch = bn._way(False).measure(x, axis=bn._axis, num_threads=num_threads, **selected)
-    if learns:
-        positions = functional.positions_of(x, bn._axis, **selected)
-        number: Any = batch.count if positions is None else positions.number
-        require_two(x, bn._axis, number, selected)
-    return batch
-
-
-def _in_place(
-    saved: Saved, y: NDArray[Any], gamma: NDArray[Any] | None, beta: NDArray[Any] | None
-) -> Saved:
-    """Return what backward may need; y where it took the place of x, and tells what x was."""
-    _, _, activation, slope = saved.settings
-    lost = activation is not None and same_memory(saved.residual, y)
-    if not lost and not same_memory(saved.x, y):
-        return saved
+def _kept(
+    way: Way, x: Array, y: Array, residual: Array | None, activation: str | None, slope: float
+) -> tuple[Array | None, bool]:
+    """Return what backward is to read, None where it is lost, and whether that is y."""
+    lost = activation is not None and _same_memory(residual, y)
+    if not lost and not _same_memory(x, y):
+        return x, False
     tells = activation is None or (activation == "leaky_relu" and slope > 0)
-    if lost or saved.residual is not None or not tells:
-        return saved._replace(x=None)
-    return saved._replace(x=y, from_output=True, marks=marks_of(y, gamma, beta))
+    if lost or residual is not None or not tells or not way.inverts:
+        return None, False
+    return y, True
 
 
-def through_fixed(
-    dy: Any, x: NDArray[Any], running: Running, gamma: Any, **options: Any
-) -> tuple[NDArray[Any], ...]:
-    """Return the gradients of a forward by running statistics."""
-    return functional.batch_norm_inference_backward(
-        dy, x, running.mean, running.var, gamma, **options
+def _same_memory(a: Array | None, b: Array) -> bool:
+    """Whether two arrays start at one address; they then are one, or `out` was refused."""
+    return a is not None and a.ctypes.data == b.ctypes.data
+
+
+def backward(self: Layer, dy: Any, out: Any, out_residual: Any, num_threads: int | None) -> Any:
+    """Return dx and, where there was a residual, its gradient; fill the gradients."""
+    saved, x = _last(self)
+    own = self._own([f"grad_{name}" for name in self._names])
+    given = self._gamma, self._beta, *saved[4:]  # residual and what follows it
+    dx, *gradients = saved.differentiate(
+        dy, x, saved.statistics, *given, out, out_residual, num_threads
     )
+    values = _state.fitting(own, gradients if self._train_affine else (0.0, 0.0))
+    both = len(own) == 2
+    # Neither a call nor a loop from here on: Python looks for interrupts there alone.
+    if both:
+        own[0][...], own[1][...] = values
+    elif own:
+        own[0][...] = values[0]
+    self._saved = None
+    return dx if saved.residual is None else (dx, gradients[2])
 
 
-def backward(
-    self: BatchNorm,
-    dy: ArrayLike,
-    out: NDArray[Any] | None,
-    out_residual: NDArray[Any] | None,
-    num_threads: int | None,
-) -> Any:
-    """Do what `BatchNorm.backward` says."""
-    if _trials.active(self) is not None:
-        raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
-    saved, x = self._last()
-    own = self._own_gradients()
-    axis, eps, activation, slope = saved.settings
-    mask, weights, lengths, masked = saved.selected
-    dx, dgamma, dbeta, *dresidual = saved.differentiate(
-        dy,
-        x,
-        saved.statistics,
-        self._gamma,
-        beta=self._beta,
-        axis=axis,
-        eps=eps,
-        activation=activation,
-        slope=slope,
-        residual=saved.residual,
-        mask=mask,
-        weights=weights,
-        lengths=lengths,
-        masked=masked,
-        from_output=saved.from_output,
-        out=out,
-        out_residual=out_residual,
-        num_threads=num_threads,
-    )
-    self._finish(own, (dgamma, dbeta))
-    return (dx, *dresidual) if dresidual else dx
+def _last(self: Layer) -> tuple[Saved, Array]:
+    """Return what the last forward left, and its x; RuntimeError where backward cannot be."""
+    saved = self._saved
+    if saved is None:
+        raise RuntimeError(
+            "call forward before backward; each forward can be used by one backward only"
+        )
+    x, had = saved.x, saved.marks
+    if x is None:
+        raise RuntimeError(
+            "the last forward wrote its output over its input or residual, which backward "
+            "needs; give forward another out"
+        )
+    beta = None if had[2] is None else self._beta
+    residual = None if had[3] is None else saved.residual
+    now = _dispatch.marks(x, self._gamma, beta, residual)
+    if now != had:
+        names = "y" if saved.from_output else "x", "gamma", "beta", "residual"
+        changed = [name for name, a, b in zip(names, now, had, strict=True) if a != b]
+        over = ", which wrote y over its input," * saved.from_output
+        raise RuntimeError(
+            f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed since "
+            f"the last forward{over} and backward needs what was there. Call backward first, "
+            "and then change it, or give forward a copy"
+        )
+    return saved, x

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import (
-    Any,
-    Generic,
-    Self,
-    SupportsFloat,
-    SupportsIndex,
-    TypeVar,
-    cast,
-    get_args,
-    overload,
-)
+from typing import Any, Generic, Self, SupportsFloat, TypeVar, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import functional
-from .._arguments import check_eps, integer_from, number
+from .._arguments import check_eps, number
 from .._words import Activation, NanPolicy
 from . import _state
 from ._parts import Renorm
@@ -36,13 +26,8 @@ class Setting(Generic[Kept, Given]):
 
     It is kept under its name with an underscore before it, in the layer or in a part of it. The
     code that runs in every forward reads it there: a look-up here takes three times as long.
-
-    Parameters
-    ----------
-    check : callable
-        Given the name and a value, it returns the value to keep, or raises.
-    place : str, optional
-        Where it is kept, seen from the layer: ``"_running.momentum"``.
+    `check`, given the name and a value, returns the value to keep, or raises. `place` is where it
+    is kept, seen from the layer: ``"_running.momentum"``.
     """
 
     def __init__(self, check: Callable[[str, Given], Kept], place: str = "") -> None:
@@ -79,7 +64,7 @@ class Fixed(Setting[Kept, Given]):
         super().__set__(layer, value)
 
 
-class Parameter:
+class Parameter(Setting[NDArray[Any] | Any, ArrayLike | None]):
     """gamma, beta or a gradient: one array for the life of a layer, or None where it has none.
 
     What is assigned is checked, converted and copied into that array, so that an optimizer which
@@ -87,16 +72,8 @@ class Parameter:
     made without, and who made it so knows.
     """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name, self._kept_as = name, f"_{name}"
-
-    @overload
-    def __get__(self, layer: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, layer: object, owner: type) -> NDArray[Any] | Any: ...
-    def __get__(self, layer: object | None, owner: type) -> Any:
-        """Return the array, or None."""
-        return self if layer is None else getattr(layer, self._kept_as)
+    def __init__(self) -> None:
+        self._place = ""
 
     def __set__(self, layer: object, value: ArrayLike | None) -> None:
         """Copy a value that will do into the array."""
@@ -120,12 +97,16 @@ def flag(name: str, value: bool) -> bool:
     return bool(value)
 
 
-def flag_or_none(name: str, value: bool | None) -> bool | None:
-    """Return a bool, or None."""
-    try:
-        return None if value is None else flag(name, value)
-    except TypeError as error:
-        raise TypeError(f"{error}, or None") from None
+def optional(check: Callable[[str, Given], Kept]) -> Callable[[str, Given | None], Kept | None]:
+    """Return the check that takes None too, and says so in its errors."""
+
+    def checked(name: str, value: Given | None) -> Kept | None:
+        try:
+            return None if value is None else check(name, value)
+        except TypeError as error:
+            raise TypeError(f"{error}, or None") from None
+
+    return checked
 
 
 def positive(name: str, value: SupportsFloat) -> float:
@@ -135,11 +116,6 @@ def positive(name: str, value: SupportsFloat) -> float:
     return eps
 
 
-def positive_or_none(name: str, value: SupportsFloat | None) -> float | None:
-    """Return a positive, finite eps, or None."""
-    return None if value is None else positive(name, value)
-
-
 def not_negative(name: str, value: SupportsFloat) -> float:
     """Return a finite eps; 0 will do in inference, and is refused by a training forward."""
     eps = number(name, value)
@@ -147,10 +123,10 @@ def not_negative(name: str, value: SupportsFloat) -> float:
     return eps
 
 
-def momentum(name: str, value: SupportsFloat | None) -> float | None:
-    """Return the weight of a batch, or None."""
-    weight = None if value is None else number(name, value)
-    if weight is not None and not 0 <= weight <= 1:
+def momentum(name: str, value: SupportsFloat) -> float:
+    """Return the weight of a batch."""
+    weight = number(name, value)
+    if not 0 <= weight <= 1:
         raise ValueError(
             f"{name} is {weight}; it must be in [0, 1], or None for the mean of all batches"
         )
@@ -188,17 +164,9 @@ def nan_policy(name: str, value: NanPolicy) -> NanPolicy:
     return value
 
 
-def virtual_batch_size(name: str, value: SupportsIndex | None) -> int | None:
-    """Return a number of samples, or None."""
-    try:
-        return None if value is None else integer_from(name, value)
-    except TypeError as error:
-        raise TypeError(f"{error}, or None") from None
-
-
-def renorm(name: str, value: Renorm | None) -> Renorm | None:
-    """Return the limits of batch renormalization, or None."""
-    if not (value is None or isinstance(value, Renorm)):
+def renorm(name: str, value: Renorm) -> Renorm:
+    """Return the limits of batch renormalization."""
+    if not isinstance(value, Renorm):
         raise TypeError(
             f"{name} is {value!r}; it must be a Renorm, such as Renorm(r_max=3, d_max=5)"
         )
@@ -206,7 +174,7 @@ def renorm(name: str, value: Renorm | None) -> Renorm | None:
 
 
 def nothing(name: str, value: None) -> None:
-    """Return None: for an option that this kind of layer does not have."""
+    """Return None, for an option that this kind of layer does not have."""
     if value is not None:
         raise ValueError(f"{name} is {value!r}; it must be None, as this kind of layer has none")
 

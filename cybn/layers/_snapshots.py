@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _runtime
 from .._moments import Moments
-from ._running import Running, refuse_within_samples, switches
+from ._running import Running
 
 __all__ = ["Drift", "Snapshot", "drift", "restore", "snapshot"]
 
@@ -56,14 +56,6 @@ class Drift(NamedTuple):
         return np.flatnonzero(~near)
 
 
-@np.errstate(all="ignore")
-def measure(batch: Moments, running: Running, ddof: int, eps: float) -> Drift:
-    """Return the drift of `batch`, its variance taken as the running one takes it."""
-    var = running.var.astype(np.float64) + eps
-    shift = (batch.mean - running.mean) / np.sqrt(var)
-    return Drift(shift, np.log((batch.var(ddof) + eps) / var))
-
-
 def snapshot(self: Any) -> Snapshot:
     """Return a copy of gamma, beta, gradients, running statistics, mode and switches.
 
@@ -73,19 +65,15 @@ def snapshot(self: Any) -> Snapshot:
     statistics = self._running
     with _runtime.turn:
         running, seen = statistics.values, statistics.seen
-    affine = [array.copy() for array in _arrays(self)]
+    affine = [getattr(self, f"_{name}").copy() for name in _names(self)]
+    switches = statistics.updates, statistics.by_batch, self._train_affine
     seen = None if seen is None else (seen[0], seen[1].copy())
-    return Snapshot(affine, running.copy(), self.training, switches(self), statistics.tracks, seen)
-
-
-def _arrays(layer: Any) -> list[NDArray[Any]]:
-    """Return parameters and gradients, whether they are trained or not."""
-    return [getattr(layer, f"_{name}") for name in _names(layer)]
+    return Snapshot(affine, running.copy(), self.training, switches, statistics.tracks, seen)
 
 
 def _names(layer: Any) -> list[str]:
-    # The layer may be of any class, so its names are of no type that mypy knows.
-    return layer._names + [f"grad_{name}" for name in layer._names]  # type: ignore[no-any-return]
+    """Return the names of parameters and gradients, whether they are trained or not."""
+    return [*layer._names, *(f"grad_{name}" for name in layer._names)]
 
 
 def restore(self: Layer, snapshot: Snapshot) -> Layer:
@@ -101,10 +89,8 @@ def restore(self: Layer, snapshot: Snapshot) -> Layer:
 
     Raises
     ------
-    TypeError
-        If it is no snapshot.
-    ValueError
-        If it is that of another kind of layer. The layer is unchanged.
+    TypeError, ValueError
+        If it is not a snapshot, or that of another kind of layer. The layer is unchanged.
     """
     if not isinstance(snapshot, Snapshot):
         raise TypeError(
@@ -134,8 +120,7 @@ def restore(self: Layer, snapshot: Snapshot) -> Layer:
 def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
     """Measure how far the statistics of a batch lie from the running ones, per channel.
 
-    So it does whatever the switches say, also where `use_batch_statistics` has inference
-    normalize by something else than the running statistics.
+    So it does whatever the switches say, also where `use_batch_statistics` is True.
 
     Parameters
     ----------
@@ -153,11 +138,10 @@ def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
     Raises
     ------
     RuntimeError
-        If the layer has no running statistics, or `data` is None and no batch has moved
-        them.
+        If the layer has no running statistics, or `data` is None and no batch has moved them.
     TypeError, ValueError
-        If `data` is not a batch that the layer takes, or moments of other channels, or
-        statistics within samples where this is no instance norm.
+        If `data` is not a batch that the layer takes, or moments of other channels, or the
+        within-sample statistics of an instance norm where this is not one.
     """
     statistics = self._running
     if not statistics.tracks:
@@ -171,18 +155,15 @@ def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
             )
         batch, running = seen
     else:
-        batch, running = _moments_of(self, data), statistics.values
-    return measure(batch, running, statistics.ddof, self._eps)
-
-
-def _moments_of(layer: Any, data: ArrayLike | Moments) -> Moments:
-    """Return the moments of a batch, which may be given as such; of this layer's channels."""
-    if not isinstance(data, Moments):
-        moments: Moments = layer._measure(layer._admit(data))
-        return moments
-    refuse_within_samples(layer, "data", data)
-    if len(data) != layer._num_features:
-        raise ValueError(
-            f"data has {len(data)} channels; this layer has num_features={layer._num_features}"
-        )
-    return data
+        batch, running = data, statistics.values
+        if not isinstance(data, Moments):
+            batch = self._measure(self._admit(data))
+        self._refuse_within_samples("data", batch)
+        if len(batch) != self.num_features:
+            raise ValueError(
+                f"data has {len(batch)} channels; this layer has num_features={self.num_features}"
+            )
+    with np.errstate(all="ignore"):
+        var = running.var.astype(np.float64) + self._eps
+        shift = (batch.mean - running.mean) / np.sqrt(var)
+        return Drift(shift, np.log((batch.var(statistics.ddof) + self._eps) / var))

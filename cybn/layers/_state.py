@@ -13,13 +13,12 @@ from .. import _arguments
 
 _MOST_BATCHES = int(np.iinfo(np.int64).max)
 
-_OURS = {"gamma", "beta", "running_mean", "running_var", "num_batches_tracked"}
-
-# Last parts of the keys that other libraries give to what a batch norm holds.
+# Keys that tell whose state it is, by their last parts.
 _ELSEWHERE = {
-    "torch": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
-    "keras": {"gamma", "beta", "moving_mean", "moving_variance"},
-    "flax": {"scale", "bias", "mean", "var"},
+    "weight": "torch",
+    "moving_mean": "keras",
+    "moving_variance": "keras",
+    "scale": "flax",
 }
 
 
@@ -44,10 +43,9 @@ def check_keys(state: Mapping[str, Any], expected: Iterable[str], strict: bool) 
 
 
 def _advice(unexpected: list[str]) -> str:
-    foreign = set(unexpected) - _OURS
-    tails = {key.replace("/", ".").rpartition(".")[2].partition(":")[0] for key in foreign}
-    for library, known in _ELSEWHERE.items():
-        if tails and tails <= known:
+    for key in unexpected:
+        library = _ELSEWHERE.get(key.replace("/", ".").rpartition(".")[2].partition(":")[0])
+        if library:
             return (
                 f"Such keys are those of {library}: cybn.interop.from_{library}(state, prefix) "
                 "makes a layer of them, and its state_dict() is one that fits"

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .. import family
+from .. import _dispatch, family
 from .._arguments import array, integer, integer_from
-from ._layer import Layer, Saved, marks_of
-from ._settings import Fixed, Setting, flag, positive, positive_or_none
+from ._layer import Layer
+from ._passes import Saved
+from ._settings import Fixed, Setting, flag, optional, positive
 
 __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
 
-class _PerSample(Layer):
+class PerSample(Layer):
     """A layer whose passes are two functions of the family; it names them and their keywords."""
 
     _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Any]]]
@@ -31,73 +32,25 @@ class _PerSample(Layer):
     def forward(
         self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
     ) -> NDArray[Any]:
-        """Normalize; the same in both modes.
-
-        Parameters
-        ----------
-        x : array_like of float32, float64, float16 or bfloat16
-            Kept by reference for `backward`.
-        out : ndarray, optional
-            Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,
-            which needs it.
-        num_threads : int, optional
-            Threads for this call; `cybn.get_num_threads` where None.
-
-        Returns
-        -------
-        ndarray
-            `out`, or a new array with the dtype and memory layout of `x`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As in the function of the layer's name, and if the shape of `x` is not the layer's.
-        """
         x = self._admit(x)
         options, parameters = self._options(), [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(x, *parameters, **options, out=out, num_threads=num_threads)
         kept = None if out is not None and np.may_share_memory(x, out) else x
-        marks = marks_of(kept, self._gamma)
-        self._saved = Saved(self._differentiate, statistics, kept, marks, options)
+        marks = _dispatch.marks(kept, self._gamma, None, None)
+        self._saved = Saved(self._differentiate, statistics, kept, marks, None, options)
         return y
 
-    __call__ = forward
+
+def _gradients_by(function: Callable[..., tuple[NDArray[Any], ...]]) -> Any:
+    """Return a function of the family with the arguments of `Way.backward`."""
 
     def backward(
-        self, dy: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
-    ) -> NDArray[Any]:
-        """Return the gradient of the last forward's input; fill the gradients of the parameters.
+        dy: Any, x: Any, statistics: Any, gamma: Any, beta: Any, residual: Any, options: Any,
+        selected: Any, from_output: bool, out: Any, out_residual: Any, num_threads: int | None,
+    ) -> tuple[NDArray[Any], ...]:  # fmt: skip
+        return function(dy, x, statistics, gamma, **options, out=out, num_threads=num_threads)
 
-        The input is not kept afterwards: one backward a forward.
-
-        Parameters
-        ----------
-        dy : array_like, shape and dtype of the last forward's input
-            Gradient with respect to y.
-        out : ndarray, optional
-            Where dx goes; may be `dy` itself.
-        num_threads : int, optional
-            Threads for this call; `cybn.get_num_threads` where None.
-
-        Returns
-        -------
-        ndarray
-            `out`, or a new array with the dtype and memory layout of the input.
-
-        Raises
-        ------
-        RuntimeError
-            If there was no forward since the last backward, or it wrote over its input, or x or
-            gamma has changed since.
-        TypeError, ValueError
-            If `dy` or `out` does not fit the input.
-        """
-        saved, x = self._last()
-        own = self._own_gradients()
-        given = dy, x, saved.statistics, self._gamma
-        dx, *found = saved.differentiate(*given, **saved.settings, out=out, num_threads=num_threads)
-        self._finish(own, found)
-        return dx
+    return staticmethod(backward)
 
 
 def _sizes(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -114,14 +67,22 @@ def _sizes(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-class _LastAxes(_PerSample):
-    """What LayerNorm and RMSNorm share: the shape they normalize over."""
+class LastAxes(PerSample):
+    """A norm over the last axes of its input, whose shape it is told: LayerNorm or RMSNorm."""
 
     normalized_shape = Fixed(_sizes)
     elementwise_affine = Fixed(flag)
 
+    def __init__(
+        self, normalized_shape: Any, eps: Any, elementwise_affine: bool, bias: bool, dtype: Any
+    ) -> None:
+        self.normalized_shape = normalized_shape
+        self.eps = eps
+        self.elementwise_affine = scale = elementwise_affine
+        super().__init__(self.normalized_shape, scale, scale and flag("bias", bias), dtype)
+
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
-        x = x if isinstance(x, np.ndarray) else array("x", x)
+        x = array("x", x)
         if x.shape[-len(self._shape) :] != self._shape:
             raise ValueError(
                 f"x has shape {x.shape}; its last axes must have the shape "
@@ -132,8 +93,15 @@ class _LastAxes(_PerSample):
     def _options(self) -> dict[str, Any]:
         return {"axis": -len(self._shape), "eps": self._eps}
 
+    def __repr__(self) -> str:
+        eps = "None" if self._eps is None else f"{self._eps:g}"
+        bias = "_beta" in self._takes and self.elementwise_affine and self.beta is None
+        affine = f"elementwise_affine={self.elementwise_affine}"
+        more = [affine, *["bias=False"] * bias]
+        return self._describe(f"{self.normalized_shape}", f"eps={eps}", *more)
 
-class LayerNorm(_LastAxes):
+
+class LayerNorm(LastAxes):
     """Layer normalization: each sample over its last axes.
 
     Parameters
@@ -152,19 +120,13 @@ class LayerNorm(_LastAxes):
 
     Attributes
     ----------
-    gamma, beta : ndarray of `normalized_shape`, or None
-        Scale and shift; 1 and 0 at the start. Change them in place, or assign values.
-    grad_gamma, grad_beta : ndarray of `normalized_shape`, or None
-        Their gradients, overwritten in place by each `backward`; 0 at the start.
-    training : bool
-        The mode, for the sake of uniformity: both compute the same.
+    gamma, beta, grad_gamma, grad_beta : ndarray of `normalized_shape`, or None
+        As in `Layer`; so is `training`, although both modes compute the same.
 
     Raises
     ------
-    ValueError
-        If an argument is out of its range.
-    TypeError
-        If `normalized_shape` holds anything but ints, or `dtype` is neither float32 nor float64.
+    ValueError, TypeError
+        If an argument is out of its range or of another type.
 
     Notes
     -----
@@ -187,7 +149,7 @@ class LayerNorm(_LastAxes):
     eps = Setting(positive)
 
     _normalize = staticmethod(family.layer_norm)
-    _differentiate = staticmethod(family.layer_norm_backward)
+    _differentiate = _gradients_by(family.layer_norm_backward)
 
     def __init__(
         self,
@@ -198,23 +160,10 @@ class LayerNorm(_LastAxes):
         bias: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = normalized_shape
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        super().__init__(
-            self.normalized_shape,
-            self.elementwise_affine,
-            self.elementwise_affine and flag("bias", bias),
-            dtype,
-        )
-
-    def __repr__(self) -> str:
-        bias = ["bias=False"] if self.elementwise_affine and self.beta is None else []
-        affine = f"elementwise_affine={self.elementwise_affine}"
-        return self._describe(f"{self.normalized_shape}", f"eps={self.eps:g}", affine, *bias)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, dtype)
 
 
-class RMSNorm(_LastAxes):
+class RMSNorm(LastAxes):
     """RMS normalization: each sample divided by its root mean square over its last axes.
 
     Parameters
@@ -227,18 +176,13 @@ class RMSNorm(_LastAxes):
     elementwise_affine : bool, default True
         Whether the layer has gamma. It never has a beta.
     dtype : dtype, default float32
-        Of gamma and its gradient: float32 or float64. Inputs may be either, or a half type,
-        whatever this is.
+        Of gamma and its gradient, as in `LayerNorm`.
 
     Attributes
     ----------
-    gamma : ndarray of `normalized_shape`, or None
-        Scale; 1 at the start. Change it in place, or assign values.
-    grad_gamma : ndarray of `normalized_shape`, or None
-        Its gradient, overwritten in place by each `backward`; 0 at the start.
+    gamma, grad_gamma : ndarray of `normalized_shape`, or None
+        As in `Layer`; so is `training`, although both modes compute the same.
     beta, grad_beta : None
-    training : bool
-        The mode, for the sake of uniformity: both compute the same.
 
     Raises
     ------
@@ -257,10 +201,10 @@ class RMSNorm(_LastAxes):
     array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
 
-    eps = Setting(positive_or_none)
+    eps = Setting(optional(positive))
 
     _normalize = staticmethod(family.rms_norm)
-    _differentiate = staticmethod(family.rms_norm_backward)
+    _differentiate = _gradients_by(family.rms_norm_backward)
     _takes = ("_gamma",)
 
     def __init__(
@@ -271,18 +215,10 @@ class RMSNorm(_LastAxes):
         elementwise_affine: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.normalized_shape = normalized_shape
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        super().__init__(self.normalized_shape, self.elementwise_affine, False, dtype)
-
-    def __repr__(self) -> str:
-        eps = "None" if self.eps is None else f"{self.eps:g}"
-        affine = f"elementwise_affine={self.elementwise_affine}"
-        return self._describe(f"{self.normalized_shape}", f"eps={eps}", affine)
+        super().__init__(normalized_shape, eps, elementwise_affine, False, dtype)
 
 
-class GroupNorm(_PerSample):
+class GroupNorm(PerSample):
     """Group normalization: each group of neighbouring channels of each sample.
 
     Parameters
@@ -292,36 +228,23 @@ class GroupNorm(_PerSample):
     num_channels : int
         C, the number of channels: a multiple of `num_groups`.
     axis : int, default 1
-        The channel axis of the input, whose axis 0 holds the samples; negative counts from the
-        end. Channels elsewhere than on axis 1 cost a copy of the input and of the result.
+        The channel axis of the input, whose axis 0 holds the samples; negative counts from the end.
     eps : float, default 1e-5
         Added to the variance. Positive.
     affine : bool, default True
         Whether the layer has gamma and beta.
     dtype : dtype, default float32
-        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, or a half
-        type, whatever this is.
+        Of gamma, beta and their gradients, as in `LayerNorm`.
 
     Attributes
     ----------
-    gamma, beta : ndarray, shape (C,), or None
-        Scale and shift; 1 and 0 at the start. Change them in place, or assign values.
-    grad_gamma, grad_beta : ndarray, shape (C,), or None
-        Their gradients, overwritten in place by each `backward`; 0 at the start.
-    training : bool
-        The mode, for the sake of uniformity: both compute the same.
+    gamma, beta, grad_gamma, grad_beta : ndarray, shape (C,), or None
+        As in `Layer`; so is `training`, although both modes compute the same.
 
     Raises
     ------
-    ValueError
-        If an argument is out of its range, or the channels do not split into the groups.
-    TypeError
-        If a number is no int, or `dtype` is neither float32 nor float64.
-
-    Notes
-    -----
-    The input of a forward is kept by reference, not copied, until the next forward or backward:
-    do not change it in between. A call that raises has changed nothing.
+    ValueError, TypeError
+        As in `LayerNorm`, and if the channels do not split into the groups.
 
     References
     ----------
@@ -343,7 +266,7 @@ class GroupNorm(_PerSample):
     eps = Setting(positive)
 
     _normalize = staticmethod(family.group_norm)
-    _differentiate = staticmethod(family.group_norm_backward)
+    _differentiate = _gradients_by(family.group_norm_backward)
     _channels: ClassVar[str] = "num_channels"
 
     def __init__(

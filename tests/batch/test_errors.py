@@ -298,7 +298,7 @@ def test_layer_out(training, bn):
 def test_layer_backward(training, bn):
     bn.train(training)
     before = snapshot(bn)
-    with pytest.raises(RuntimeError, match="backward needs a forward before it"):
+    with pytest.raises(RuntimeError, match="call forward before backward"):
         bn.backward(X)
     assert snapshot(bn) == before
     bn(X)

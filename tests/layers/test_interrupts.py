@@ -16,8 +16,7 @@ import pytest
 from layer_cases import KINDS, everything, trained, twin
 
 import cybn
-from cybn import _dispatch, _memory, _runtime
-from cybn.layers import _trials
+from cybn import _dispatch, _memory, _runtime, _trials
 
 pytestmark = pytest.mark.row(31)
 

@@ -337,7 +337,7 @@ def test_copies_do_not_hold_the_input(rng):
     y = bn(x)
     assert len(pickle.dumps(bn)) == len(pickle.dumps(cybn.BatchNorm(C)))
     for twin in (copy.copy(bn), copy.deepcopy(bn)):
-        with pytest.raises(RuntimeError, match="needs a forward"):
+        with pytest.raises(RuntimeError, match="call forward before backward"):
             twin.backward(y)
     bn.backward(y)
 
@@ -376,7 +376,7 @@ def test_input_is_let_go_of_by_the_next_forward(rng):
 def test_one_backward_a_forward(rng):
     x, bn = normal(rng, (9, C)), cybn.BatchNorm(C)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="needs a forward"):
+        with pytest.raises(RuntimeError, match="call forward before backward"):
             bn.backward(x)
         bn(x)
         bn.backward(x)

@@ -28,7 +28,7 @@ def test_restore_goes_back_to_the_bit(options, rng):
         assert snapshot(bn) == before
         for array, same in zip(bn.parameters() + bn.gradients(), arrays, strict=True):
             assert array is same
-        with pytest.raises(RuntimeError, match="needs a forward"):
+        with pytest.raises(RuntimeError, match="call forward before backward"):
             bn.backward(x)
     bn.running_mean[:] = 5
     twin = cybn.BatchNorm(C, **options).restore(taken)  # the snapshot is not the layer's

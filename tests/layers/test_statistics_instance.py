@@ -8,7 +8,7 @@ import pytest
 from cases import same_bits
 
 import cybn
-from cybn.layers._sample_moments import SampleMoments
+from cybn._sample_moments import SampleMoments
 
 C = 3
 

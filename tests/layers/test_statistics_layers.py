@@ -234,7 +234,7 @@ def test_backward_after_a_raise_is_that_of_the_forward_before(rng):
     assert same_bits(bn.backward(dy), twin.backward(dy))
     with pytest.raises(FloatingPointError):
         bn(dirty)
-    with pytest.raises(RuntimeError, match="backward needs a forward"):
+    with pytest.raises(RuntimeError, match="call forward before backward"):
         bn.backward(dirty)
 
 

@@ -228,7 +228,7 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.rule(seed=st.integers(0, 999))
     def backward(self, seed):
         if self.model.saved is None:
-            with pytest.raises(RuntimeError, match="backward needs a forward"):
+            with pytest.raises(RuntimeError, match="call forward before backward"):
                 self.bn.backward(np.ones((2, C)))
             return
         dy = np.random.default_rng(seed).standard_normal(self.model.saved[0].shape)

@@ -50,14 +50,16 @@ DOORS = {
     "functional": {"_moments", "_arguments", "_dispatch"},
     "_grouped": {"functional", "_moments", "_arguments", "_dispatch", "_words"},
     "family": {"_grouped", "_moments", "_arguments", "_dispatch"},
+    "_sample_moments": {"_arguments", "_counts", "_merging", "_moments"},
+    "_trials": {"_moments"},
     "layers": {
-        *("family", "functional", "_dispatch", "_moments", "_counts", "_merging"),
+        *("family", "functional", "_dispatch", "_moments", "_sample_moments", "_trials"),
         *("_arguments", "_runtime", "_words"),
     },
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments", "_foreign"},
     "reference": {"_moments"},
-    "population": {"layers", "_moments", "_measuring", "_foreign"},
+    "population": {"layers", "_moments", "_measuring", "_foreign", "_trials"},
     "": {
         *("layers", "family", "functional", "_moments", "population"),
         *("folding", "interop"),  # on first use
@@ -210,7 +212,7 @@ def test_submodules_load_on_first_use():
         *("cybn", "cybn.functional", "cybn._moments", "cybn.layers.batch_norm", "cybn._runtime"),
         *("cybn.folding", "cybn.folding._folds", "cybn.interop", "cybn.interop._arrays"),
         *("cybn.interop._convert", "cybn.interop._flax"),
-        *("cybn.layers._parts", "cybn.layers._trials", "cybn.layers.per_sample"),
+        *("cybn.layers._parts", "cybn._trials", "cybn.layers.per_sample"),
         "cybn.population",
         "cybn.family",
     ],

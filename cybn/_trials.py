@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Generic, TypeVar, cast
 from weakref import ref
 
-from .._moments import Moments
+from ._moments import Moments
 
 __all__ = ["Trial", "active", "preview"]
 

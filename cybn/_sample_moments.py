@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import check_mapping, integer
-from .._counts import is_nothing
-from .._merging import between, sum_of
-from .._moments import Moments
+from ._arguments import check_mapping, integer
+from ._counts import is_nothing
+from ._merging import between, sum_of
+from ._moments import Moments
 
 __all__ = ["SampleMoments"]
 

@@ -1,0 +1,246 @@
+"""What batch and instance norms have for their running statistics: attributes and methods."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from .. import _runtime, _trials
+from .._arguments import integer, integer_from
+from .._moments import Moments
+from .._sample_moments import SampleMoments
+from .._words import Activation
+from . import _explain, _settings, _snapshots, _state
+from ._layer import Layer
+from ._passes import ALL, Way
+from ._running import Running, RunningStatistics
+from ._settings import Fixed, Setting, optional
+
+__all__ = ["Tracking"]
+
+
+class Tracking(Layer):
+    """A layer of C channels that owns running statistics: a batch norm or an instance norm."""
+
+    num_features = Fixed(integer_from)
+    affine = Fixed(_settings.flag)
+    axis = Setting(integer)
+    eps = Setting(_settings.not_negative)
+    train_affine = Setting(_settings.flag)
+    momentum = Setting(optional(_settings.momentum), "_running.momentum")
+    running_ddof = Setting(_settings.ddof, "_running.ddof")
+    nan_policy = Setting(_settings.nan_policy, "_running.policy")
+    track_running_stats = Setting(_settings.flag, "_running.tracks")
+    update_statistics = Setting(_settings.flag, "_running.updates")
+    use_batch_statistics = Setting(optional(_settings.flag), "_running.by_batch")
+
+    preview = _trials.preview
+    snapshot, restore, drift = _snapshots.snapshot, _snapshots.restore, _snapshots.drift
+    explain = _explain.explain
+    __repr__ = _explain.describe
+
+    _running: RunningStatistics
+    _activation: Activation | None
+    _slope: float
+    _by_sample: ClassVar[bool] = False  # whether statistics are those within samples
+
+    def __init__(
+        self, num_features: int, affine: bool, dtype: DTypeLike, axis: int, eps: float,
+        momentum: float | None, track_running_stats: bool, running_ddof: int,
+    ) -> None:  # fmt: skip
+        self.num_features, self.affine = num_features, affine
+        super().__init__((self.num_features,), self.affine, self.affine, dtype)
+        self._running = RunningStatistics(self.num_features, self.dtype)
+        self.axis, self.eps, self.momentum = axis, eps, momentum
+        self.track_running_stats, self.running_ddof = track_running_stats, running_ddof
+
+    @classmethod
+    def like(cls, library: str, num_features: int, **options: Any) -> Self:
+        """Return a layer that uses the conventions of `library` for eps, momentum and variance.
+
+        Parameters
+        ----------
+        library : {"torch", "keras", "onnx", "paper"}
+            Their default eps, default momentum, what that weighs, and running variance are
+
+            - torch: 1e-5; 0.1, the new value; unbiased
+            - keras: 1e-3; 0.99, the old value; biased
+            - onnx: 1e-5; 0.9, the old value; biased
+            - paper: 1e-5, as the paper names none; the mean over all batches; unbiased
+        num_features, **options
+            As for the layer itself, with `momentum` in the library's meaning: with "keras",
+            ``momentum=0.99`` is 0.01 here. The channel axis stays 1: give ``axis=-1`` for another.
+
+        Raises
+        ------
+        ValueError
+            If `library` is none of these, or an option is out of its range.
+        """
+        return cls(num_features, **_explain.settings(library, options))
+
+    # ---- what the passes ask -------------------------------------------------------------
+
+    @abstractmethod
+    def _way(self, training: bool) -> Way:
+        """Return how a batch is normalized by its own statistics."""
+
+    @abstractmethod
+    def _measure(self, x: Any, selected: Any = ALL, threads: Any = None, least: int = 1) -> Moments:
+        """Return the moments of a batch; ValueError where fewer than `least` values count."""
+
+    def _no_preview(self) -> None:
+        """Raise RuntimeError where the forwards of this layer leave no trace."""
+        if _trials.active(self) is not None:
+            raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
+
+    # ---- running statistics --------------------------------------------------------------
+
+    def _statistic(self, name: str) -> Any:
+        """Return a running statistic; None where the layer keeps none."""
+        running = self._running
+        return getattr(running.values, name) if running.tracks else None
+
+    # The types say ``| Any`` for None, as that of `Parameter` does.
+
+    @property
+    def running_mean(self) -> NDArray[Any] | Any:
+        """The running mean, shape (C,), or None."""
+        return self._statistic("mean")
+
+    @running_mean.setter
+    def running_mean(self, value: ArrayLike) -> None:
+        self._running.replace(mean=self._running.mean_of(value))
+
+    @property
+    def running_var(self) -> NDArray[Any] | Any:
+        """The running variance, shape (C,), or None."""
+        return self._statistic("var")
+
+    @running_var.setter
+    def running_var(self, value: ArrayLike) -> None:
+        self._running.replace(var=self._running.var_of(value, self._eps))
+
+    @property
+    def num_batches_tracked(self) -> int | Any:
+        """How many batches moved the running statistics, or None."""
+        return self._statistic("batches")
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        self._running.need("num_batches_tracked")
+        self._running.replace(batches=_state.batches(value))
+
+    def freeze(self) -> Self:
+        """Let nothing in the layer change, in either mode; return the layer.
+
+        Batches are normalized with the running statistics, which stay as they are, as do gamma and
+        beta. Gradients still flow through to the input. Sets `update_statistics`,
+        `use_batch_statistics` and `train_affine`, all three, to False.
+        """
+        self._switch((False, False, False))
+        return self
+
+    def unfreeze(self) -> Self:
+        """Put all three switches back to where they are in a new layer; return the layer."""
+        self._switch((True, None, True))
+        return self
+
+    def _switch(self, switches: tuple[bool, bool | None, bool]) -> None:
+        """Put switches in place; neither a call nor a loop, so that all of them are or none."""
+        running = self._running
+        running.updates, running.by_batch, self._train_affine = switches
+
+    def _refuse_within_samples(self, name: str, moments: Moments) -> None:
+        """Raise TypeError where the variance between samples is missing, and belongs to it."""
+        if isinstance(moments, SampleMoments) and not self._by_sample:
+            raise TypeError(
+                f"{name} is of statistics within samples, which an instance norm found; those of "
+                "a batch norm have the variance between samples too. Take those that "
+                "population_statistics returns for this layer, or cybn.moments of its input"
+            )
+
+    def set_statistics(self, moments: Moments) -> None:
+        """Take these moments, such as those of a whole dataset, for the running statistics.
+
+        `running_mean` becomes their mean and `running_var` their variance, unbiased or not as
+        `running_ddof` says. `num_batches_tracked` stays as it is.
+
+        Parameters
+        ----------
+        moments : Moments
+            Of C channels, with more than `running_ddof` values in each. For an instance norm, what
+            `population_statistics` found for it.
+
+        Raises
+        ------
+        TypeError
+            If `moments` is not a Moments, or holds the within-sample statistics of an instance
+            norm and this layer is not one.
+        AttributeError, ValueError
+            If `track_running_stats` is False; if it has other channels, too few values, or one
+            that is not finite. The layer is unchanged.
+        """
+        if not isinstance(moments, Moments):
+            raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
+        running = self._running
+        self._refuse_within_samples("moments", moments)
+        running.need("running_mean")
+        few = np.flatnonzero(np.asarray(moments._degrees(running.ddof)) <= 0)
+        if few.size and moments.mean.shape == running.values.mean.shape:
+            raise ValueError(
+                f"moments has count {moments.count}, which in channel {few[0]} is too few for the "
+                f"running variance with running_ddof={running.ddof}. Take moments of more "
+                "values, or make the layer with running_ddof=0"
+            )
+        mean = running.mean_of(moments.mean)
+        running.replace(mean=mean, var=running.var_of(moments.var(running.ddof), self._eps))
+
+    def reset_running_stats(self) -> None:
+        """Put the running statistics back to mean 0, variance 1, no batches."""
+        running = self._running
+        start = Running.start(self.num_features, self.dtype)
+        with _runtime.turn:
+            running.values, running.seen = start, None
+
+    def scale_shift(self, dtype: DTypeLike | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return eval mode's normalization as ``y = x * scale + shift``, channel by channel.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Of the result: float32 or float64; that of the layer where None. Computed in float64
+            and rounded once.
+
+        Returns
+        -------
+        scale, shift : ndarray, shape (C,)
+            ``gamma / sqrt(running_var + eps)`` and ``beta - running_mean * scale``: new arrays,
+            without the activation. Where the mean is many standard deviations from zero,
+            ``x * scale`` and ``shift`` cancel, and the layer itself is more accurate.
+
+        Raises
+        ------
+        ValueError
+            If eval mode normalizes by the batch, as `track_running_stats` is False or
+            `use_batch_statistics` is True: then there is no such form.
+        TypeError
+            If `dtype` is neither float32 nor float64.
+        """
+        running = self._running
+        mean, var, _ = running.values
+        dtype = var.dtype if dtype is None else _settings.float_type(dtype)
+        if running.normalizes_by_batch(training=False):
+            name = "use_batch_statistics" if running.tracks else "track_running_stats"
+            raise ValueError(
+                f"{name} is {getattr(self, name)}: this layer normalizes with the statistics of "
+                "each batch, which no fixed scale and shift can do"
+            )
+        gamma = 1.0 if self._gamma is None else self._gamma.astype(np.float64)
+        beta = 0.0 if self._beta is None else self._beta.astype(np.float64)
+        with np.errstate(all="ignore"):
+            scale = gamma / np.sqrt(var.astype(np.float64) + self._eps)
+            shift = beta - mean.astype(np.float64) * scale
+            return scale.astype(dtype), shift.astype(dtype)
