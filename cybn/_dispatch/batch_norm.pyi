@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,7 @@ def forward(
     selected: Selected,
     out: Array | None,
     num_threads: int | None,
+    exchange: Callable[[int, float, Array, Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Array, Moments]: ...
 def learn(
     x: ArrayLike,
@@ -64,6 +66,7 @@ def backward(
     out: Array | None,
     out_residual: Array | None,
     num_threads: int | None,
+    exchange: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, ...]: ...
 def absorb(
     mean: Array, var: Array, batch_mean: Array, batch_m2: Array, degrees: Any, weight: float

@@ -12,7 +12,7 @@
 
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from cybn._dispatch.arguments cimport (
     BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, X, begin,
@@ -29,7 +29,7 @@ from cybn._kernels.problem cimport (
     tiling_of)
 from cybn._kernels.waiting cimport Watch
 
-from numpy import ndarray, zeros
+from numpy import ascontiguousarray, ndarray, zeros
 
 from .. import _arguments
 
@@ -56,9 +56,12 @@ def use(capsule):
 
 cdef int prepare(
     Call* c, Problem* p, list held, object x, object gamma, object beta, object residual,
-    tuple settings, tuple selected, object num_threads
+    tuple settings, tuple selected, object num_threads, bint part=False
 ) except -1:
-    """Take what all calls have; `p` says already what is to be done."""
+    """Take what all calls have; `p` says already what is to be done.
+
+    A part of a batch may have any number of values.
+    """
     axis, eps, activation, slope = settings
     begin(c, held, x)
     p.share = NULL
@@ -67,7 +70,8 @@ cdef int prepare(
     if c.at[X].view.size:
         fold_x(c, p)
     take_shares(c, p, selected)
-    check_batch(c, p)
+    if not part:
+        check_batch(c, p)
     p.activation, p.slope = <Activation> 0, 0
     if activation is not None:
         number, p.slope = _arguments.activation(activation, slope, ACTIVATIONS)
@@ -116,16 +120,12 @@ cdef int check_batch(const Call* c, const Problem* p) except -1:
 
 
 cdef object run(Call* c, Problem* p):
-    """Settle where everything lies, and run a kernel; return the array that holds its sums.
-
-    Other threads may use Python meanwhile, unless that takes as long to arrange.
-    """
-    cdef Watch watch
+    """Settle where everything lies, and run a kernel; return the array that holds its sums."""
     settle(c, DY, &p.dy)
     settle(c, RESIDUAL, &p.residual)
     settle(c, OUT, &p.y)
     settle(c, OUT_RESIDUAL, &p.dresidual)
-    p.count = p.M if p.reduce == SUMS or p.apply == UNSCALE else 1
+    p.count = 1 if p.apply == SCALE_DY or p.apply == SCALE and p.reduce == NO_SUMS else p.M
     sums = None
     if p.reduce != NO_SUMS:
         sums = new_vector((2 * p.chunks + 1) * p.C, True)
@@ -133,15 +133,22 @@ cdef object run(Call* c, Problem* p):
         if p.reduce == SUMS:
             p.mean.data, p.mean.wide = p.sums, True
             p.var.data, p.var.wide = p.sums + p.C, True
+    launch(c, p)
+    return sums
+
+
+cdef int launch(const Call* c, Problem* p) except -1:
+    """Run a kernel. Other threads may use Python meanwhile, unless that takes long to arrange."""
+    cdef Watch watch
     if c.at[X].view.size < SERIAL:
         kernels.batch_norm(p)
-        return sums
+        return 0
     p.threads = watch_threads(&watch, p.threads)
     p.watch = &watch if p.threads > 1 else NULL
     with nogil:
         kernels.batch_norm(p)
     watched(&watch, p.threads)
-    return sums
+    return 0
 
 
 # ---- the calls ---------------------------------------------------------------------------
@@ -172,17 +179,49 @@ def statistics(x, axis, selected, num_threads):
     return moments_in(&c, &p)
 
 
-def forward(x, gamma, beta, residual, settings, selected, out, num_threads):
-    """Return y and the moments of the batch; see `batch_norm`."""
+def forward(x, gamma, beta, residual, settings, selected, out, num_threads, exchange=None):
+    """Return y and the moments of the batch; see `batch_norm`.
+
+    `exchange` is for an x that is a part of a batch. Given how many values a channel has, and their
+    count, mean and M2, it returns the mean and the variance to normalize with. It is called when
+    every check has passed and nothing of the caller's is written.
+    """
     cdef Call c
     cdef Problem p
     memset(&p, 0, sizeof(p))
     p.reduce, p.apply = SUMS, SCALE
     held = []
-    prepare(&c, &p, held, x, gamma, beta, residual, settings, selected, num_threads)
+    part = exchange is not None
+    prepare(&c, &p, held, x, gamma, beta, residual, settings, selected, num_threads, part)
     take_output(&c, OUT, "out", out)
+    if part:
+        return deliver_part(&c, &p, exchange)
     _sums = run(&c, &p) if c.at[X].view.size else None
     return deliver(&c, OUT), moments_in(&c, &p)
+
+
+cdef object deliver_part(Call* c, Problem* p, object exchange):
+    """Return y of a part of a batch, and the moments of the part."""
+    cdef Py_ssize_t channels = c.at[X].view.shape[c.axis]
+    cdef bint some = c.at[X].view.size > 0
+    count, mean, m2 = 0, zeros(channels), zeros(channels)
+    number = 0
+    if some:
+        settle(c, RESIDUAL, &p.residual)
+        settle(c, OUT, &p.y)
+        count = count_of(c, p)
+        number = p.N * p.S if p.share == NULL else c.counted
+    if number:
+        p.apply = NO_WRITE
+        _sums = run(c, p)
+        mean, m2 = frozen(p.sums, channels), frozen(p.sums + channels, channels)
+    use_mean, use_var = exchange(number, count, mean, m2)
+    take_vector(c, MEAN, "mean", use_mean, channels, True, &p.mean)
+    take_vector(c, VAR, "var", use_var, channels, True, &p.var)
+    if some:
+        p.reduce, p.apply = NO_SUMS, SCALE
+        run(c, p)
+    return deliver(c, OUT), moments_of(count, mean, m2)
 
 
 def learn(
@@ -232,27 +271,31 @@ def inference(
 
 def backward(
     dy, x, statistics, gamma, beta, residual, settings, selected, from_output, out, out_residual,
-    num_threads,
+    num_threads, exchange=None,
 ):
     """Return dx, dgamma, dbeta and, where there is a residual, its gradient.
 
     Through the statistics of the batch where `statistics` is `Moments`; constant where it is a
     tuple of mean and variance. See `batch_norm_backward` and `batch_norm_inference_backward`.
+
+    `exchange` is for an x that is a part of the batch, whose moments `statistics` are. Given dbeta
+    and dgamma of the part, (2, C) in float64, it returns those of the batch. It is called when
+    every check has passed and nothing of the caller's is written.
     """
     cdef Call c
     cdef Problem p
     cdef bint wide
     memset(&p, 0, sizeof(p))
-    through = not isinstance(statistics, tuple)
+    through, part = not isinstance(statistics, tuple), exchange is not None
     p.reduce, p.apply = DOTS, UNSCALE if through else SCALE_DY
     held = []
-    prepare(&c, &p, held, x, gamma, beta, residual, settings, selected, num_threads)
+    prepare(&c, &p, held, x, gamma, beta, residual, settings, selected, num_threads, part)
     channels = c.at[X].view.shape[c.axis]
     if dy is None:
         _arguments.tensor("dy", dy)
     take_companion(&c, DY, "dy", dy)
     if through:
-        if c.at[X].view.size:
+        if c.at[X].view.size and not part:
             _arguments.check_count(statistics.count, count_of(&c, &p))
         take_vector(&c, MEAN, "moments.mean", statistics.mean, channels, True, &p.mean)
         take_vector(&c, VAR, "moments.m2", statistics.m2, channels, True, &p.var)
@@ -270,14 +313,49 @@ def backward(
         take_output(&c, OUT_RESIDUAL, "out_residual", out_residual)
     wide = c.at[X if gamma is None else GAMMA].view.storage == FLOAT64
     if c.at[X].view.size == 0:
-        dtype = _arguments.F64 if wide else _arguments.F32
-        results = zeros(channels, dtype), zeros(channels, dtype)
+        p.C = channels
+        _sums = zeros((2, channels))
+        if part:
+            _sums = ascontiguousarray(exchange(_sums), _arguments.F64)
+        p.sums = <double*> PyArray_DATA(<const PyArrayObject*> _sums)
+    elif part:
+        _sums = run_part(
+            &c, &p, statistics.count, out is not None, out_residual is not None, exchange)
     else:
         _sums = run(&c, &p)
-        results = rounded(p.sums + p.C, p.C, wide), rounded(p.sums, p.C, wide)
+    results = rounded(p.sums + p.C, p.C, wide), rounded(p.sums, p.C, wide)
     if residual is None:
         return deliver(&c, OUT), *results
     return deliver(&c, OUT), *results, deliver(&c, OUT_RESIDUAL)
+
+
+cdef object run_part(
+    Call* c, Problem* p, double count, bint out_given, bint residual_given, object exchange
+):
+    """Run a backward whose sums are exchanged before they are used; return their array.
+
+    The gradient before the activation is left where that of the residual goes, or dx: in a
+    stand-in, where that is the caller's.
+    """
+    p.M = count
+    if residual_given:
+        c.at[OUT_RESIDUAL].view.ready = False
+    if c.at[OUT_RESIDUAL].given == NULL and p.activation != <Activation> 0:
+        if out_given:
+            c.at[OUT].view.ready = False
+        settle(c, OUT, &p.y)
+        p.dresidual = p.y
+    p.apply = NO_WRITE
+    sums = run(c, p)
+    own = sums[:2 * p.C].reshape(2, p.C).copy()
+    totals = ascontiguousarray(exchange(own), _arguments.F64)
+    memcpy(p.sums, PyArray_DATA(<const PyArrayObject*> totals), 2 * p.C * sizeof(double))
+    if p.dresidual.at != NULL:
+        p.dy = p.dresidual
+        p.dresidual.at = NULL
+    p.reduce, p.apply = NO_SUMS, UNSCALE
+    launch(c, p)
+    return sums
 
 
 cdef int check_unused(Call* c, object out_residual) except -1:
