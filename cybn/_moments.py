@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Self
 
 import numpy as np
@@ -323,6 +324,38 @@ class Moments:
 
     def _parts(self) -> Part:
         return self.count, self.mean, self.m2, 0.0 if self._rest is None else self._rest
+
+    def allreduce(self, comm: Any) -> Moments:
+        """Return the moments of the samples of all processes taken together.
+
+        Every process must call it. All get the same bits, as all merge in the order of the ranks.
+
+        Parameters
+        ----------
+        comm : object with a method ``allgather``
+            Given a value, it returns the list of those of all processes: `mpi4py.MPI.COMM_WORLD`,
+            or a `cybn.mpi.Ranks`, which waits for a limited time only.
+
+        Returns
+        -------
+        Moments
+            The same in every process.
+
+        Raises
+        ------
+        TypeError
+            If `comm` has no such method, or a process gave something else.
+        ValueError, OverflowError
+            As in `merge`, in every process.
+        """
+        gather = getattr(comm, "allgather", None)
+        if gather is None:
+            raise TypeError(
+                f"comm is of type {type(comm).__name__}; it must have a method allgather, as "
+                "mpi4py.MPI.COMM_WORLD has"
+            )
+        parts: list[Moments] = gather(self)
+        return reduce(lambda one, other: one.merge(other), parts)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return all that `from_state_dict` needs, as plain arrays for `numpy.savez` and others.

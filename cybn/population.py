@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from typing import Any, Literal
 
 from ._foreign import widened
@@ -22,6 +23,7 @@ def population_statistics(
     *,
     upstream: Literal["batch", "running"] = "batch",
     inputs: Callable[[Any], Any] | None = None,
+    comm: Any = None,
 ) -> dict[Any, Moments]:
     """Return the mean and variance over a whole dataset for each batch norm that it reaches.
 
@@ -61,6 +63,9 @@ def population_statistics(
     inputs : callable, optional
         Given a batch, what the model is called with: `operator.itemgetter(0)` for a function that
         takes the first part.
+    comm : object with a method ``allgather``, optional
+        The dataset is spread over processes, as in `Moments.allreduce`: each calls this with
+        batches of its own, at least one, and all get the statistics of all batches.
 
     Returns
     -------
@@ -72,7 +77,10 @@ def population_statistics(
     TypeError
         If `model_or_layers` is neither callable nor a sequence of callables.
     ValueError
-        If there were no batches, no batch norm ran, or `upstream` is neither.
+        If there were no batches, no batch norm ran, or `upstream` is neither; with `comm`, if
+        other batch norms ran in another process.
+    RuntimeError
+        With `comm`, if another process raised an error, which is quoted.
 
     An error that a batch causes has a note on what the model was called with.
 
@@ -107,6 +115,43 @@ def population_statistics(
     """
     if upstream not in ("batch", "running"):
         raise ValueError(f"upstream is {upstream!r}; it must be 'batch' or 'running'")
+    if comm is None:
+        return _measure(model_or_layers, batches, progress, upstream, inputs)
+    try:
+        totals = _measure(model_or_layers, batches, progress, upstream, inputs)
+    except Exception as error:
+        comm.allgather(f"{type(error).__name__}: {error}")
+        raise
+    return _of_all(totals, comm)
+
+
+def _of_all(totals: dict[Any, Moments], comm: Any) -> dict[Any, Moments]:
+    """Return the moments of all processes; those of a synchronized layer are that already."""
+    own = [None if hasattr(layer, "comm") else moments for layer, moments in totals.items()]
+    found = comm.allgather(own)
+    for rank, parts in enumerate(found):
+        if isinstance(parts, str):
+            raise RuntimeError(f"rank {rank} raised {parts}; so no rank has statistics")
+        if len(parts) != len(own):
+            raise ValueError(
+                f"{len(parts)} batch norms ran on rank {rank}, and {len(own)} here; all ranks must "
+                "call one model"
+            )
+    merged = dict(totals)
+    for layer, parts in zip(totals, zip(*found, strict=True), strict=True):
+        if parts[0] is not None:
+            merged[layer] = reduce(lambda one, other: one.merge(other), parts)
+    return merged
+
+
+def _measure(
+    model_or_layers: Any,
+    batches: Iterable[Any],
+    progress: Progress | None,
+    upstream: str,
+    inputs: Callable[[Any], Any] | None,
+) -> dict[Any, Moments]:
+    """Return the moments of the batches of this process."""
     model = _as_function(model_or_layers)
     take = inputs if inputs is not None else _how_to_take(model_or_layers)
     totals: dict[Any, Moments] = {}

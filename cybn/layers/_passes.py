@@ -70,8 +70,13 @@ def forward(
     selected: Selected,
     out: Array | None,
     num_threads: int | None,
+    way: Way | None = None,
 ) -> Array:
-    """Normalize a batch; in training, move the running statistics."""
+    """Normalize a batch; in training, move the running statistics.
+
+    A `way` that is given normalizes in any mode, and refuses a batch that cannot be learnt from
+    before it writes. Where it is None, the mode and the layer decide.
+    """
     x = self._admit(x)
     if residual is not None:
         residual = array("residual", residual)
@@ -85,10 +90,12 @@ def forward(
     batch: Moments | None = None
     after: Running | None = None
     statistics: Any
-    if running.normalizes_by_batch(training):
+    foresees = way is not None
+    if way is None and running.normalizes_by_batch(training):
         way = self._way(training)
+    if way is not None:
         refused = running.policy == "raise" or (selected[1] is not None and way is not WHOLE)
-        if learns and out is not None and refused:
+        if learns and out is not None and refused and not foresees:
             # Nothing is written before the batch is known to be one to learn from.
             running.after(before, self._measure(x, selected, num_threads, least=2))
         if learns and way is WHOLE:
@@ -147,14 +154,24 @@ def _same_memory(a: Array | None, b: Array) -> bool:
     return a is not None and a.ctypes.data == b.ctypes.data
 
 
-def backward(self: Layer, dy: Any, out: Any, out_residual: Any, num_threads: int | None) -> Any:
-    """Return dx and, where there was a residual, its gradient; fill the gradients."""
+def backward(
+    self: Layer,
+    dy: Any,
+    out: Any,
+    out_residual: Any,
+    num_threads: int | None,
+    differentiate: Callable[..., tuple[Array, ...]] | None = None,
+) -> Any:
+    """Return dx and, where there was a residual, its gradient; fill the gradients.
+
+    `differentiate` takes the place of the function that the forward left.
+    """
     saved, x = _last(self)
     own = self._own([f"grad_{name}" for name in self._names])
     given = self._gamma, self._beta, *saved[4:]  # residual and what follows it
-    dx, *gradients = saved.differentiate(
-        dy, x, saved.statistics, *given, out, out_residual, num_threads
-    )
+    if differentiate is None:
+        differentiate = saved.differentiate
+    dx, *gradients = differentiate(dy, x, saved.statistics, *given, out, out_residual, num_threads)
     values = _state.fitting(own, gradients if self._train_affine else (0.0, 0.0))
     both = len(own) == 2
     # Neither a call nor a loop from here on: Python looks for interrupts there alone.

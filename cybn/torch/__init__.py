@@ -32,6 +32,7 @@ from .modules import (
     LayerNorm,
     RMSNorm,
 )
+from .sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -43,6 +44,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "SyncBatchNorm",
     "convert",
     "empty_cache",
     "report",

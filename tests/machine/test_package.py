@@ -66,13 +66,16 @@ DOORS = {
         *("_memory", "_runtime", "_version"),
     },
     "plot": {""},
-    "torch": {"functional", "_moments", "_dispatch", "_memory", "_runtime"},
+    "torch": {"functional", "_moments", "_dispatch", "_memory", "_ranks", "_runtime"},
+    "_ranks": {"_dispatch", "_moments"},
+    "mpi": {"layers", "_arguments", "_moments", "_ranks", "_trials", "_words"},
+    "dask": {"_arguments", "_dispatch", "_moments"},
     "demo": {"", "_moments"},
     "_bench": {"functional", "_runtime", "_version"},
     "__main__": {"", "demo", "_bench", "_runtime", "_version"},
 }
 VISITORS = {  # may import optional packages; no other room imports them
-    *("demo", "_bench", "interop", "plot", "torch", "__main__"),
+    *("dask", "demo", "_bench", "interop", "mpi", "plot", "torch", "__main__"),
 }
 
 

@@ -1,0 +1,221 @@
+"""Batch normalization of one batch whose parts several processes (ranks) hold.
+
+Every rank measures its part and sends one message: count, mean and M2 forward, two sums of
+gradients backward. Each then merges what all have sent in the order of the ranks, so all get the
+same bits, whatever came first. A rank that cannot take part sends its error instead, and all raise.
+For this, each rank checks and allocates everything before it sends, and writes only afterwards.
+
+What carries the messages is a function: given a row of float64, it returns the rows of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _dispatch
+from ._moments import Moments
+
+__all__ = ["Gather", "Message", "normalize", "through"]
+
+Gather = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (n,) to (ranks, n)
+
+# Numbers first: the mark, pass, channels, bytes of an error, positions, count, whether weighted.
+_HEAD = 7
+_MARK = float(0x6379626E)  # what every message begins with
+_TEXT = 32  # numbers that a row has room for at least, so that an error can be read
+_PASSES = ("forward", "backward")
+
+
+class Message:
+    """One message of every rank to all, of two values a channel; a context manager.
+
+    Where its block raises before `exchange` was called, the other ranks are sent the error in the
+    place of the values, and raise too.
+
+    Parameters
+    ----------
+    gather : callable
+        What carries it.
+    rank : int
+        That of this process.
+    kind : {"forward", "backward"}
+        The pass it belongs to.
+    channels : int
+        C.
+    """
+
+    def __init__(
+        self, gather: Gather, rank: int, kind: Literal["forward", "backward"], channels: int
+    ) -> None:
+        self._gather, self._rank = gather, rank
+        self._row = np.zeros(_HEAD + max(2 * channels, _TEXT))
+        self._size = 2 * channels
+        self._row[:3] = _MARK, _PASSES.index(kind), channels
+        self._sent = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._sent or not isinstance(error, Exception):
+            return
+        text = f"{type(error).__name__}: {error}".encode()[: 8 * (self._row.size - _HEAD)]
+        self._row[3] = len(text)
+        self._row[_HEAD:].view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
+        try:
+            self._send()
+        except Exception as other:
+            error.add_note(f"the other ranks could not be told: {other}")
+
+    def exchange(self, head: tuple[float, ...], values: NDArray[np.float64]) -> Any:
+        """Send numbers and values, (2, C); return those of all ranks, (ranks, 3), (ranks, 2, C).
+
+        Raises
+        ------
+        RuntimeError
+            If another rank sent an error, or is in another pass.
+        ValueError
+            If another rank has other channels.
+        """
+        self._row[4:_HEAD] = head
+        self._row[_HEAD : _HEAD + self._size] = values.ravel()
+        rows = self._send()
+        for rank, row in enumerate(rows):
+            self._compare(rank, row)
+        found = rows[:, _HEAD : _HEAD + self._size]
+        return rows[:, 4:_HEAD], found.reshape(len(rows), *values.shape)
+
+    def _send(self) -> NDArray[np.float64]:
+        self._sent = True
+        return self._gather(self._row)
+
+    def _compare(self, rank: int, row: NDArray[np.float64]) -> None:
+        """Raise where another rank raises, or does something else."""
+        mark, kind, channels, error = row[:4]
+        _, own_kind, own_channels, _ = self._row[:4]
+        if mark != _MARK:
+            raise RuntimeError(
+                f"rank {rank} has sent something else than a layer of {own_channels:.0f} channels "
+                "does; all ranks must call the same layers, with as many channels, in one order"
+            )
+        if channels != own_channels:
+            raise ValueError(
+                f"rank {rank} has {channels:.0f} channels, and rank {self._rank} has "
+                f"{own_channels:.0f}; all ranks must make the layer with the same number"
+            )
+        if error:
+            text = row[_HEAD:].tobytes()[: int(error)].decode(errors="replace")
+            raise RuntimeError(
+                f"rank {rank} raised {text}; so this call raises on every rank, and has changed "
+                "nothing"
+            )
+        if kind != own_kind:
+            raise RuntimeError(
+                f"rank {rank} is in a {_PASSES[int(kind)]} pass, and rank {self._rank} in a "
+                f"{_PASSES[int(own_kind)]} pass; all must call the same layers in one order"
+            )
+
+    def merged(self, number: int, count: float, mean: Any, m2: Any) -> Moments:
+        """Return the moments of the batch, given those of the part that this rank has.
+
+        Raises
+        ------
+        ValueError
+            If fewer than two values a channel count, on all ranks together; as in `exchange`.
+        """
+        weighted = isinstance(count, float)
+        heads, values = self.exchange((number, count, weighted), np.array([mean, m2]))
+        together = int(heads[:, 0].sum())
+        if together < 2:
+            raise ValueError(
+                f"{together} values a channel count on all {len(heads)} ranks together; at least 2 "
+                "must, as one value has no variance. Train with more values a channel, or "
+                "normalize with running statistics: eval()"
+            )
+        number_of = float if heads[:, 2].any() else int
+        total = Moments.empty(values.shape[-1])
+        for (some, size, _), (mean, m2) in zip(heads, values, strict=True):
+            if some:
+                total = total.merge(Moments._adopt(number_of(size), mean.copy(), m2.copy()))
+        return total
+
+
+def normalize(
+    message: Message,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    settings: Any,
+    selected: Any,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+    *,
+    check: Callable[[Moments], object] | None = None,
+    fixed: tuple[Any, Any] | None = None,
+) -> tuple[NDArray[Any], Moments]:
+    """Return y of the part that this rank has, and the moments of the batch.
+
+    Arguments are those of the dispatch. Where `fixed` is a mean and a variance, y is normalized
+    with those. `check` is called with the moments of the batch before anything is written, and may
+    raise.
+    """
+    found = []
+
+    def exchange(number: int, count: float, mean: Any, m2: Any) -> tuple[Any, Any]:
+        batch = message.merged(number, count, mean, m2)
+        if check is not None:
+            check(batch)
+        found.append(batch)
+        return (batch.mean, batch.var()) if fixed is None else fixed
+
+    y, _ = _dispatch.forward(
+        x, gamma, beta, residual, settings, selected, out, num_threads, exchange
+    )
+    return y, found[0]
+
+
+def through(
+    message: Message,
+    dy: Any,
+    x: Any,
+    moments: Moments,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    settings: Any,
+    selected: Any,
+    from_output: bool = False,
+    out: NDArray[Any] | None = None,
+    out_residual: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+    *,
+    own: list[NDArray[np.float64]] | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Return dx of the part that this rank has, and dgamma and dbeta of the batch.
+
+    Arguments are those of the dispatch; `moments` are those of the batch. dbeta and dgamma of the
+    part alone are appended to `own`, as float64 of shape (2, C).
+    """
+
+    def exchange(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        if own is not None:
+            own.append(sums.copy())
+        _, values = message.exchange((0, 0, 0), sums)
+        with np.errstate(all="ignore"):
+            total: NDArray[np.float64] = values[0].copy()
+            for part in values[1:]:  # in the order of the ranks
+                total += part
+        return total
+
+    return _dispatch.backward(
+        dy, x, moments, gamma, beta, residual, settings, selected, from_output, out, out_residual,
+        num_threads, exchange,
+    )  # fmt: skip

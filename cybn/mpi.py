@@ -1,0 +1,376 @@
+"""Batch normalization over the ranks of an MPI program: each has a part of the batch.
+
+>>> from mpi4py import MPI
+>>> import numpy as np, cybn.mpi
+>>> bn = cybn.mpi.SyncBatchNorm2d(8, comm=MPI.COMM_WORLD)
+>>> y = bn(np.random.default_rng(MPI.COMM_WORLD.rank).standard_normal((4, 8, 5, 5)))
+
+Start a program with ``mpiexec -n 4 python -m mpi4py train.py``. docs/distributed.md says what
+travels between the ranks, and when that pays.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+try:
+    from mpi4py import MPI
+except ImportError as error:
+    raise ImportError(
+        "cybn.mpi needs mpi4py and an MPI library, and one of them is not installed. Install both: "
+        "pip install 'cybn[mpi]'"
+    ) from error
+
+from . import _ranks, _trials
+from ._arguments import number
+from ._moments import Moments
+from ._words import Activation, Masked, NanPolicy
+from .layers import _passes, _settings
+from .layers._passes import ALL, Way
+from .layers._settings import Setting
+from .layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["Ranks", "SyncBatchNorm", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d"]
+
+_PATIENT = 200  # looks at a message without a pause, before pauses of up to a millisecond
+_left: dict[int, tuple[Any, ...]] = {}  # what MPI may still write to, after it was given up
+
+
+class Ranks:
+    """The ranks of a communicator, and how long to wait for their messages.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm, default MPI.COMM_WORLD
+        All of its ranks must take part in every call, and in one order.
+    timeout : float or None, default 300
+        Seconds to wait for the others; None waits for ever.
+
+    Raises
+    ------
+    TypeError
+        If `comm` is no communicator.
+    ValueError
+        If `timeout` is not positive.
+    """
+
+    def __init__(self, comm: Any = None, timeout: float | None = 300.0) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(
+                f"comm is of type {type(comm).__name__}; it must be an mpi4py.MPI.Intracomm, such "
+                "as MPI.COMM_WORLD"
+            )
+        if timeout is not None:
+            timeout = number("timeout", timeout)
+            if not timeout > 0:
+                raise ValueError(f"timeout is {timeout}; it must be positive, or None to wait")
+        self.comm = comm
+        self.timeout = timeout
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self  # a copy of a layer is on the same ranks
+
+    def gather(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the rows of all ranks, (ranks, n), in the order of the ranks: one message.
+
+        Parameters
+        ----------
+        row : ndarray of float64, shape (n,)
+            As long on every rank.
+
+        Raises
+        ------
+        TimeoutError
+            If a rank has sent nothing in time. It may have died, or be somewhere else in the
+            program; no further message can be sent on this communicator.
+        RuntimeError
+            If MPI reports an error, such as rows of different lengths, or an earlier call raised
+            `TimeoutError`.
+        """
+        rows = np.zeros((self.comm.size, row.size))  # what does not come is no message
+        self._run(self.comm.Iallgather, row, rows)
+        return rows
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Return a value of each rank, in the order of the ranks: pickled, and two messages.
+
+        Parameters
+        ----------
+        value : object
+            Anything that can be pickled.
+
+        Raises
+        ------
+        TimeoutError, RuntimeError
+            As in `gather`.
+        """
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = self.gather(np.array([data.size], np.float64))[:, 0].astype(int)
+        found = np.empty(sizes.sum(), np.uint8)
+        self._run(self.comm.Iallgatherv, data, (found, sizes))
+        parts = np.split(found, np.cumsum(sizes)[:-1])
+        return [pickle.loads(part.tobytes()) for part in parts]
+
+    def _run(self, start: Callable[[Any, Any], Any], send: Any, receive: Any) -> None:
+        """Run a collective operation, for as long as may be waited."""
+        comm = self.comm
+        if comm.handle in _left:
+            raise RuntimeError(
+                "an earlier message on this communicator was given up, so the ranks are out of "
+                "step; end the program with comm.Abort(), and start again from a checkpoint"
+            )
+        try:
+            request = start(send, receive)
+            if not self._wait(request):
+                _left[comm.handle] = request, send, receive
+                raise TimeoutError(
+                    f"rank {comm.rank} of {comm.size} has waited {self.timeout:g} s for the "
+                    "others: one has died, or does not make this call. End the program with "
+                    "comm.Abort()"
+                )
+        except MPI.Exception as error:
+            _left[comm.handle] = send, receive
+            raise RuntimeError(
+                f"MPI reports: {error}. All ranks must call the same layers, with as many "
+                "channels, in one order"
+            ) from error
+
+    def _wait(self, request: Any) -> bool:
+        """Wait for a message; False where the time is over."""
+        looks = 0
+        end = None if self.timeout is None else time.monotonic() + self.timeout
+        while not request.Test():
+            looks += 1
+            if looks > _PATIENT:
+                if end is not None and time.monotonic() > end:
+                    return False
+                time.sleep(min(1e-3, 1e-6 * (looks - _PATIENT)))
+        return True
+
+    def message(self, kind: Any, channels: int) -> _ranks.Message:
+        """Return a message of two values a channel."""
+        return _ranks.Message(self.gather, self.comm.rank, kind, channels)
+
+
+class SyncBatchNorm(BatchNorm):
+    """`BatchNorm` of a batch whose parts the ranks of an MPI communicator hold.
+
+    In training mode, y is normalized with the mean and variance of the whole batch, over all ranks;
+    `backward` returns dx of the part that this rank has, and fills `grad_gamma` and `grad_beta`
+    with the gradients of the whole batch, which are the same bits on every rank, as the running
+    statistics are. Do not sum those two over the ranks again. Ranks may have different numbers of
+    samples, and none.
+
+    Every rank must make the same calls in the same order: a training forward is one message of 16
+    bytes a channel, a backward another. Where one rank raises, all do, and no layer has changed.
+    In eval mode there are no messages.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; MPI.COMM_WORLD where None.
+    timeout : float or None, default 300
+        Seconds to wait for the other ranks before TimeoutError is raised; None waits for ever.
+    axis, eps, momentum, affine, track_running_stats, running_ddof, dtype
+        As in `BatchNorm`: 1, 1e-5, 0.1, True, True, 1 (unbiased) and float32.
+    activation, slope, nan_policy
+        As in `BatchNorm`: no activation, slope 0.01 and "propagate".
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `BatchNorm` and `Ranks`.
+
+    Notes
+    -----
+    A preview normalizes by the whole batch too, so all ranks must be in one. There are no ghost
+    batches and no renormalization: `virtual_batch_size` and `renorm` are None. Copies are on the
+    same communicator. A layer can be pickled where its communicator is one that MPI itself makes,
+    such as MPI.COMM_WORLD.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn.mpi import SyncBatchNorm
+    >>> bn = SyncBatchNorm(1)
+    >>> y = bn(np.array([[1.0], [3.0]]))
+    >>> bn.running_mean
+    array([0.2], dtype=float32)
+    """
+
+    virtual_batch_size = Setting(_settings.nothing)
+    renorm = Setting(_settings.nothing)
+
+    _link: Ranks
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        comm: Any = None,
+        timeout: float | None = 300.0,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        running_ddof: int = 1,
+        dtype: DTypeLike = np.float32,
+        activation: Activation | None = None,
+        slope: float = 0.01,
+        nan_policy: NanPolicy = "propagate",
+    ) -> None:
+        super().__init__(
+            num_features,
+            axis=axis,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            running_ddof=running_ddof,
+            dtype=dtype,
+            activation=activation,
+            slope=slope,
+            nan_policy=nan_policy,
+        )
+        self._link = Ranks(comm, timeout)
+
+    @property
+    def comm(self) -> Any:
+        """The communicator."""
+        return self._link.comm
+
+    def forward(
+        self,
+        x: ArrayLike,
+        *,
+        residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        masked: Masked = "normalize",
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Normalize the part of a batch that this rank has; in training mode, learn from all.
+
+        Parameters
+        ----------
+        x, residual, mask, weights, lengths, masked, out, num_threads
+            As in `BatchNorm.forward`. `x` may have no samples.
+
+        Returns
+        -------
+        ndarray
+            As in `BatchNorm.forward`.
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError
+            As in `BatchNorm.forward`; what it says of a batch holds for that of all ranks.
+        RuntimeError
+            If another rank raised an error, which is quoted, or is somewhere else in the program.
+        TimeoutError
+            If another rank has sent nothing within `timeout` seconds.
+        """
+        selected: Any = ALL
+        if mask is not None or weights is not None or lengths is not None or masked != ALL[3]:
+            selected = mask, weights, lengths, masked
+        given = x, residual, selected, out, num_threads
+        running, trial = self._running, _trials.active(self)
+        training = self._training if trial is None else trial.training
+        learns = trial is None and training and running.tracks and running.updates
+        by_batch = running.normalizes_by_batch(training)
+        if not (by_batch or learns or (trial is not None and trial.note is not None)):
+            return _passes.forward(self, *given)
+        with self._link.message("forward", self.num_features) as message:
+            return _passes.forward(self, *given, way=self._over_ranks(message, by_batch, learns))
+
+    __call__ = forward
+
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        out: NDArray[Any] | None = None,
+        out_residual: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
+
+        As in `BatchNorm.backward`, but that the two are those of the whole batch.
+
+        Parameters
+        ----------
+        dy, out, out_residual, num_threads
+            As in `BatchNorm.backward`.
+
+        Returns
+        -------
+        dx, dresidual : ndarray
+            As in `BatchNorm.backward`.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As in `BatchNorm.backward`; RuntimeError and TimeoutError as in `forward`.
+        """
+        given, saved = (dy, out, out_residual, num_threads), self._saved
+        by_batch = (
+            self._running.normalizes_by_batch(self._training)
+            if saved is None
+            else isinstance(saved.statistics, Moments)
+        )
+        if not by_batch or _trials.active(self) is not None:
+            return _passes.backward(self, *given)
+        with self._link.message("backward", self.num_features) as message:
+            return _passes.backward(self, *given, differentiate=partial(_ranks.through, message))
+
+    def _over_ranks(self, message: _ranks.Message, by_batch: bool, learns: bool) -> Way:
+        """Return how the part of a batch is normalized; backward sends a message of its own."""
+        running, values = self._running, self._running.values
+        check = partial(running.after, values) if learns else None
+        if by_batch:
+            forward = partial(_ranks.normalize, message, check=check)
+            return Way(forward, _passes.WHOLE.backward, _itself, inverts=True)
+        batch: list[Moments] = []
+
+        def by_running(*given: Any) -> tuple[NDArray[Any], Any]:
+            fixed = values.mean, values.var
+            y, moments = _ranks.normalize(message, *given, check=check, fixed=fixed)
+            batch.append(moments)
+            return y, values
+
+        return Way(by_running, _passes.WHOLE.backward, lambda _: batch[0], inverts=True)
+
+
+def _itself(moments: Moments) -> Moments:
+    return moments
+
+
+class SyncBatchNorm1d(SyncBatchNorm):
+    """`SyncBatchNorm` that takes (N, C) or (N, C, L); parameters are the same."""
+
+    _axes: ClassVar[dict[int, str]] = BatchNorm1d._axes
+
+
+class SyncBatchNorm2d(SyncBatchNorm):
+    """`SyncBatchNorm` that takes (N, C, H, W); parameters are the same."""
+
+    _axes: ClassVar[dict[int, str]] = BatchNorm2d._axes
+
+
+class SyncBatchNorm3d(SyncBatchNorm):
+    """`SyncBatchNorm` that takes (N, C, D, H, W); parameters are the same."""
+
+    _axes: ClassVar[dict[int, str]] = BatchNorm3d._axes

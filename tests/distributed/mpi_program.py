@@ -1,0 +1,372 @@
+"""What the ranks of `test_mpi.py` run: one process of ``mpiexec``; see tests/helpers/ranks.py."""
+
+import copy
+import itertools
+import os
+import pickle
+import signal
+import sys
+import time
+
+import numpy as np
+from bounds import forward_bound, worst
+from cases import backward_bound
+from mpi4py import MPI
+from ranks import attempt, linger, report
+
+import cybn
+from cybn.mpi import Ranks, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d
+
+COMM = MPI.COMM_WORLD
+CUTS = {  # where the samples of each rank begin and end: uneven, with one sample and with none
+    1: [0, 13],
+    2: [0, 1, 13],
+    3: [0, 1, 1, 13],
+    4: [0, 1, 1, 6, 13],
+    7: [0, 1, 1, 3, 5, 9, 10, 13],
+}
+LIMIT = 3.0  # seconds that a rank waits where another one is missing
+
+
+def mine(array):
+    """Return the samples of this rank."""
+    cuts = CUTS[COMM.size]
+    return None if array is None else array[cuts[COMM.rank] : cuts[COMM.rank + 1]]
+
+
+def same_everywhere(*arrays):
+    """Whether arrays are the same bits on every rank."""
+    bits = [np.asarray(a).tobytes() for a in arrays]
+    return len(set(map(tuple, COMM.allgather(bits)))) == 1
+
+
+def batch(rng, dtype, axis, C=6):
+    shape = (13, C, 5, 4) if axis == 1 else (13, 5, 4, C)
+    x, dy, r = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    gamma, beta = rng.uniform(0.5, 2, C), rng.standard_normal(C)
+    return (x * 3 + 20).astype(dtype), dy, r, gamma, beta
+
+
+def layers(C, axis, dtype, gamma, beta, **options):
+    """Return a layer for all ranks, and one for one process."""
+    kind = np.float64 if dtype == np.float64 else np.float32
+    both = (
+        SyncBatchNorm(C, axis=axis, dtype=kind, timeout=60, **options),
+        cybn.BatchNorm(C, axis=axis, dtype=kind, **options),
+    )
+    for layer in both:
+        layer.gamma, layer.beta = gamma, beta
+    return both
+
+
+def equal():
+    """The plain layer, within the bound of docs/math.md of long double; fractions of the bound."""
+    fractions = []
+    for dtype, axis in itertools.product((np.float32, np.float64), (1, -1)):
+        x, dy, _, gamma, beta = batch(np.random.default_rng(1), dtype, axis)
+        bn, one = layers(6, axis, dtype, gamma, beta)
+        gamma, beta = one.gamma, one.beta
+        y = bn(mine(x))
+        dx = bn.backward(mine(dy))
+        one(x)
+        exact, bound = forward_bound(x, gamma, beta, axis)
+        gradients, bounds = backward_bound(dy, x, gamma, axis)
+        if len(y):
+            fractions += [worst(y, mine(exact), mine(bound))]
+            fractions += [worst(dx, mine(gradients[0]), mine(bounds[0]))]
+        fractions += [worst(bn.grad_gamma, gradients[1], bounds[1])]
+        fractions += [worst(bn.grad_beta, gradients[2], bounds[2])]
+        eps = np.finfo(dtype).eps
+        np.testing.assert_allclose(bn.running_mean, one.running_mean, rtol=4 * eps)
+        np.testing.assert_allclose(bn.running_var, one.running_var, rtol=4 * eps)
+        assert y.dtype == dx.dtype == dtype
+        assert same_everywhere(bn.running_mean, bn.running_var, bn.grad_gamma, bn.grad_beta)
+    return {"worst": max(fractions)}
+
+
+def options():
+    """Residuals, activations, masks and weights: as one process, within a few roundings."""
+    rng = np.random.default_rng(2)
+    choices = itertools.product(
+        (np.float32, np.float64, np.float16),
+        (1, -1),
+        (None, "relu", "gelu", "leaky_relu"),
+        (False, True),
+        (None, "mask", "zero", "weights"),
+    )
+    worst_of, count = {}, 0
+    for dtype, axis, activation, residual, selected in choices:
+        x, dy, r, gamma, beta = batch(rng, dtype, axis)
+        x -= dtype(20)
+        bn, one = layers(6, axis, dtype, gamma, beta, activation=activation, running_ddof=0)
+        given = {"residual": r if residual else None}
+        places = (13, 5, 4)
+        if selected in ("mask", "zero"):
+            given["mask"] = rng.random(places) < 0.6
+        if selected == "weights":
+            given["weights"] = rng.random(places) * (rng.random(places) < 0.8)
+        masked = "zero" if selected == "zero" else "normalize"
+        part = {name: mine(value) for name, value in given.items()}
+        y, ys = one(x, masked=masked, **given), bn(mine(x), masked=masked, **part)
+        found, wanted = bn.backward(mine(dy)), one.backward(dy)
+        if not residual:
+            found, wanted = (found,), (wanted,)
+        pairs = [(ys, mine(y)), *((f, mine(w)) for f, w in zip(found, wanted, strict=True))]
+        pairs += [(bn.grad_gamma, one.grad_gamma), (bn.grad_beta, one.grad_beta)]
+        pairs += [(bn.running_mean, one.running_mean), (bn.running_var, one.running_var)]
+        for a, b in pairs:
+            if a.size:
+                a, b = a.astype(np.float64), b.astype(np.float64)
+                off = np.abs(a - b).max() / max(1.0, np.abs(b).max()) / np.finfo(dtype).eps
+                name = np.dtype(dtype).name
+                worst_of[name] = max(worst_of.get(name, 0.0), float(off))
+        assert same_everywhere(bn.running_mean, bn.running_var, bn.grad_gamma, bn.grad_beta)
+        count += 1
+    return {"worst": worst_of, "cases": count}
+
+
+def repeats():
+    """The same bits in every repeat, whichever rank comes late."""
+    x, dy, _, gamma, beta = batch(np.random.default_rng(3), np.float32, 1)
+    seen = set()
+    for turn in range(6):
+        bn, _ = layers(6, 1, np.float32, gamma, beta)
+        time.sleep(0.02 * ((COMM.rank + turn) % COMM.size))
+        y = bn(mine(x))
+        time.sleep(0.02 * ((COMM.rank * 3 + turn) % COMM.size))
+        dx = bn.backward(mine(dy))
+        arrays = y, dx, bn.running_mean, bn.running_var, bn.grad_gamma, bn.grad_beta
+        seen.add(tuple(a.tobytes() for a in arrays))
+    return {"different": len(seen)}
+
+
+def state(bn):
+    """Return the bits of all that a layer holds."""
+    kept = [*bn.state_dict().values(), *bn.gradients()]
+    return [bn._saved is None, *(np.asarray(v).tobytes().hex() for v in kept)]
+
+
+def bad_input():
+    """One rank's arguments will not do: all raise, and nothing has changed."""
+    last, first = COMM.rank == COMM.size - 1, COMM.rank == 0
+    x, dy, *_ = batch(np.random.default_rng(4), np.float32, 1)
+    x, dy = mine(x), mine(dy)
+    bn = SyncBatchNorm2d(6, timeout=60)
+    bn(x)
+    bn.backward(dy)
+    found = {}
+
+    def tried(name, call):
+        before = state(bn)
+        found[name] = attempt(call)
+        assert state(bn) == before, name
+
+    tried("shape", lambda: bn(x[:, :3] if last else x))
+    tried("rank", lambda: bn(x[0] if last and len(x) else x if not last else x[..., 0]))
+    tried("dtype", lambda: bn(x.astype(int) if first else x))
+    tried("residual", lambda: bn(x, residual=x[..., :2] if first else x))
+    out = np.full_like(x, 7)
+    tried("out", lambda: bn(x, out=out[..., :1] if first else out))
+    assert (out == 7).all(), "out was written to"
+    tried("mask", lambda: bn(x, mask=np.ones((2, 2)) if last else None))
+    tried("backward first", lambda: bn.backward(dy))
+    bn(x)
+    before = bn._saved
+    tried("dy", lambda: bn.backward(dy[:, :2] if last else dy))
+    assert bn._saved is before
+    out = np.full_like(dy, 7)
+    tried("dy, out", lambda: bn.backward(dy[:, :2] if last else dy, out=out))
+    assert (out == 7).all(), "out was written to"
+    bn.backward(dy)  # and the ranks are in step
+    bn.nan_policy = "raise"
+    tried("nan", lambda: bn(np.full_like(x, np.nan) if first else x, out=np.empty_like(x)))
+    tried("few", lambda: bn(x[:0]))
+    bn.nan_policy = "propagate"
+    one = np.zeros(x.shape[0:1] + x.shape[2:])
+    tried("weights", lambda: bn(x, weights=one if not first else one + 1e-3))
+    return found
+
+
+def out_of_step():
+    """A rank in another pass, or with another number of channels."""
+    x = np.random.default_rng(5).standard_normal((4, 6))
+    found = {}
+    bn = SyncBatchNorm1d(6, timeout=LIMIT)
+    bn(x)
+    found["pass"] = attempt(lambda: bn(x) if COMM.rank else bn.backward(x))
+    sizes = [(6, 5), (64, 128)]
+    for here, there in sizes:
+        C = there if COMM.rank else here
+        bn = SyncBatchNorm1d(C, timeout=LIMIT)
+        before = state(bn)
+        found[f"{here}, {there}"] = attempt(lambda bn=bn, C=C: bn(np.ones((4, C))))
+        assert state(bn) == before
+    return found
+
+
+def killed(where):
+    """A rank is killed: the others raise within the limit, and nothing has changed."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by which mpiexec tells of a rank that died
+    x = np.random.default_rng(6).standard_normal((4, 6))
+    bn = SyncBatchNorm(6, timeout=LIMIT)
+    bn.backward(bn(x))
+    if where == "backward":
+        bn(x)
+    before = state(bn)
+    if COMM.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    call = bn.backward if where == "backward" else bn
+    first = attempt(lambda: call(x))
+    took = time.monotonic() - begun
+    assert state(bn) == before
+    return {"first": first, "seconds": took, "second": attempt(lambda: call(x))}
+
+
+def modes():
+    """Eval, freezing, previews, copies, pickles, state dicts: as in BatchNorm."""
+    x, dy, _, gamma, beta = batch(np.random.default_rng(7), np.float64, 1)
+    bn, one = layers(6, 1, np.float64, gamma, beta)
+    for layer, data in ((bn, mine(x)), (one, x)):
+        layer(data)
+        layer.eval()
+
+    def alike(a, b):
+        np.testing.assert_allclose(a, mine(b), rtol=1e-13, atol=1e-13)
+
+    if COMM.rank == 0:  # no messages in eval mode: the other ranks do not take part
+        alike(bn(mine(x)), one(x))
+        alike(bn.backward(mine(dy)), one.backward(dy))
+    for layer in (bn, one):
+        layer.train()
+        layer.use_batch_statistics = False  # but they learn
+    alike(bn(mine(x)), one(x))
+    np.testing.assert_allclose(bn.running_mean, one.running_mean, rtol=1e-14)
+    np.testing.assert_allclose(bn.running_var, one.running_var, rtol=1e-13)
+    alike(bn.backward(mine(dy)), one.backward(dy))
+    bn.freeze()
+    one.freeze()
+    alike(bn(mine(x)), one(x))
+    bn.unfreeze()
+    one.unfreeze()
+    with bn.preview(), one.preview():
+        alike(bn(mine(x)), one(x))
+    for other in (copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
+        assert other.comm == COMM
+        assert other.state_dict().keys() == one.state_dict().keys()
+        other.load_state_dict(one.state_dict())
+        alike(other(mine(x)), copy.deepcopy(one)(x))
+    settings = [attempt(lambda: setattr(bn, "virtual_batch_size", 2))]
+    settings += [attempt(lambda: setattr(bn, "renorm", cybn.Renorm()))]
+    settings += [attempt(lambda: SyncBatchNorm(2, comm="world"))]
+    settings += [attempt(lambda: SyncBatchNorm(2, timeout=0))]
+    return {"settings": settings, "repr": repr(bn), "number": bn.num_batches_tracked}
+
+
+def statistics():
+    """`Moments.allreduce`, and statistics of a dataset that is spread over the ranks."""
+    x, *_ = batch(np.random.default_rng(8), np.float64, 1)
+    whole = cybn.Moments.empty(6).update(x)
+    for comm in (COMM, Ranks(COMM, 60)):
+        found = cybn.Moments.empty(6).update(mine(x)).allreduce(comm)
+        assert found.count == whole.count
+        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-15)
+        np.testing.assert_allclose(found.m2, whole.m2, rtol=1e-13)
+        assert same_everywhere(found.mean, found.m2)
+    batches = [x + i for i in range(3)]
+    here, all_parts = [], []
+    for rank in range(COMM.size):
+        parts = [b[: 5 + rank] for b in batches]
+        all_parts += parts
+        here = parts if rank == COMM.rank else here
+    plain = cybn.BatchNorm2d(6)
+    wanted = cybn.population_statistics(plain, all_parts)[plain]
+    for bn in (cybn.BatchNorm2d(6), SyncBatchNorm2d(6, timeout=60)):
+        found = cybn.population_statistics(bn, here, comm=COMM)[bn]
+        assert found.count == wanted.count
+        np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-14)
+        np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-12)
+        assert same_everywhere(found.mean, found.m2)
+    data = [] if COMM.rank == 0 else here
+    return {"raised": attempt(lambda: cybn.population_statistics(plain, data, comm=COMM))}
+
+
+def _network(rng, norm):
+    from cybn.demo.network import AveragePool, Conv3x3, Dense, Flatten, Network
+
+    return Network(
+        Conv3x3(rng, 1, 8, 0.3, bias=False),
+        norm(8),
+        AveragePool(),
+        Conv3x3(rng, 8, 16, 0.12, bias=False),
+        norm(16),
+        Flatten(),
+        Dense(rng, 256, 10, 0.06),
+    )
+
+
+def digits():
+    """Two hundred steps of the digits network, with the batch on all ranks, and in one process."""
+    from cybn.demo.data import batches, load_digits
+    from cybn.demo.network import softmax_cross_entropy
+
+    data = load_digits(0)
+    size, steps = 64, 200
+    here = np.array_split(np.arange(size), COMM.size)[COMM.rank]
+
+    def train(norm, mine_of):
+        network = _network(np.random.default_rng(0), norm)
+        order = batches(np.random.default_rng(1), len(data.train_x), size)
+        losses = []
+        for _ in range(steps):
+            chosen = next(order)[mine_of]
+            share = len(chosen) / size
+            loss, dlogits = softmax_cross_entropy(
+                network(data.train_x[chosen]), data.train_y[chosen]
+            )
+            network.backward(dlogits * np.float32(share))
+            if mine_of is not ...:
+                loss = COMM.allreduce(loss * share)
+                for layer in network.layers:
+                    if not isinstance(layer, SyncBatchNorm):
+                        for gradient in layer.gradients():
+                            COMM.Allreduce(MPI.IN_PLACE, gradient)
+            network.descend(0.1)
+            losses.append(loss)
+        network.eval()
+        right = network(data.test_x).argmax(1) == data.test_y
+        statistics = [
+            v
+            for layer in network.layers
+            if hasattr(layer, "running_mean")
+            for v in (layer.running_mean, layer.running_var)
+        ]
+        return losses, float(right.mean()), statistics
+
+    def relu(kind):
+        return lambda C: kind(C, activation="relu")
+
+    together, accuracy, statistics = train(
+        lambda C: SyncBatchNorm(C, activation="relu", timeout=60), here
+    )
+    alone, of_one, _ = train(relu(cybn.BatchNorm), ...) if COMM.rank == 0 else (None, None, None)
+    return {
+        "together": together,
+        "alone": alone,
+        "accuracy": [accuracy, of_one],
+        "same": same_everywhere(*statistics),
+    }
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        *(equal, options, repeats, bad_input, out_of_step, killed, modes, statistics, digits),
+    )
+}
+
+if __name__ == "__main__":
+    _, number = report(CASES, COMM.rank)
+    if sys.argv[1] in ("killed", "out_of_step"):  # MPI cannot be left in order any more
+        linger(sys.argv[2], number - (sys.argv[1] == "killed"), 3 * LIMIT)
+        os._exit(0)

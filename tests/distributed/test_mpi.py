@@ -1,0 +1,129 @@
+"""Batch normalization over MPI, with real ranks; what each runs is in `mpi_program.py`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import every, launchers_of_mpi, start
+
+pytest.importorskip("mpi4py", reason="needs the extra mpi: pip install 'cybn[mpi]'")
+BESIDE = Path(sys.executable).with_name("mpiexec")  # the one of the mpich wheel
+MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
+if MPIEXEC is None:
+    pytest.skip("needs mpiexec, which is in the extra mpi", allow_module_level=True)
+
+PROGRAM = Path(__file__).with_name("mpi_program.py")
+
+
+def run(folder, case, *arguments, ranks, within=90):
+    launchers = launchers_of_mpi(MPIEXEC, ranks)
+    return every(launchers, folder, PROGRAM, case, *arguments, ranks=ranks, within=within)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_results_are_within_the_bound_of_one_process(tmp_path, ranks):
+    """In long double on the whole batch; one rank has one sample, and one none."""
+    worst = max(report["worst"] for report in run(tmp_path, "equal", ranks=ranks))
+    assert worst < 1
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(7, marks=pytest.mark.slow)])  # 7: 30 s
+def test_options_are_those_of_one_process(tmp_path, ranks):
+    """192 sets: types, axes, activations, residuals, masks and weights."""
+    for report in run(tmp_path, "options", ranks=ranks):
+        assert report["cases"] == 192
+        assert max(report["worst"].values()) < 64, report
+
+
+@pytest.mark.parametrize("ranks", [3, 7])
+def test_repeats_are_the_same_bits(tmp_path, ranks):
+    assert {report["different"] for report in run(tmp_path, "repeats", ranks=ranks)} == {1}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bad_input_on_one_rank_raises_on_all(tmp_path, ranks):
+    reports = run(tmp_path, "bad_input", ranks=ranks)
+    last = ranks - 1
+    own = {
+        "shape": (last, "ValueError"),
+        "rank": (last, "ValueError"),
+        "dtype": (0, "TypeError"),
+        "residual": (0, "ValueError"),
+        "out": (0, "ValueError"),
+        "mask": (last, "TypeError"),
+        "dy": (last, "ValueError"),
+        "dy, out": (last, "ValueError"),
+    }
+    for name, (culprit, kind) in own.items():
+        for rank, report in enumerate(reports):
+            raised, text = report[name]
+            if rank == culprit:
+                assert raised == kind, (name, text)
+            else:
+                assert raised == "RuntimeError", (name, text)
+                assert text.startswith(f"rank {culprit} raised {kind}: "), name
+    for report in reports:
+        assert report["backward first"][0] == "RuntimeError"
+        assert report["nan"][0] == "FloatingPointError"
+        assert report["few"][0] == "ValueError"
+        assert f"0 values a channel count on all {ranks} ranks together" in report["few"][1]
+        assert report["weights"][0] == "ValueError"
+        assert "running_ddof" in report["weights"][1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_out_of_step_raise(tmp_path, ranks):
+    for report in run(tmp_path, "out_of_step", ranks=ranks):
+        for name, (raised, text) in report.items():
+            assert raised in ("ValueError", "RuntimeError", "TimeoutError"), (name, text)
+        assert "pass" in report["pass"][1]
+        assert "channels" in report["6, 5"][1]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
+    """mpiexec would end the others at once; here they go on, and have to find out."""
+    launchers = launchers_of_mpi(MPIEXEC, 3, "-disable-auto-cleanup")
+    reports, *_ = start(launchers, tmp_path, PROGRAM, "killed", where, ranks=3)
+    assert reports[1] is None
+    for report in (reports[0], reports[2]):
+        raised, text = report["first"]
+        assert raised == "TimeoutError", text
+        assert report["seconds"] < 6
+        assert report["second"][0] == "RuntimeError"
+        assert "Abort" in report["second"][1]
+
+
+def test_mpiexec_ends_the_others_where_a_rank_is_killed(tmp_path):
+    launchers = launchers_of_mpi(MPIEXEC, 3)
+    _, codes, _ = start(launchers, tmp_path, PROGRAM, "killed", "forward", ranks=3)
+    assert codes != [0]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_modes_copies_and_state(tmp_path, ranks):
+    for report in run(tmp_path, "modes", ranks=ranks):
+        kinds = [kind for kind, _ in report["settings"]]
+        assert kinds == ["ValueError", "ValueError", "TypeError", "ValueError"]
+        assert report["repr"].startswith("SyncBatchNorm(6")
+
+
+def test_statistics_of_all_ranks(tmp_path):
+    first, *others = run(tmp_path, "statistics", ranks=3)
+    assert first["raised"][0] == "ValueError"
+    for report in others:
+        assert report["raised"][0] == "RuntimeError"
+        assert "rank 0 raised ValueError: batches has no batches" in report["raised"][1]
+
+
+@pytest.mark.slow  # half a minute: 200 steps on four ranks, on two cores
+def test_training_follows_one_process(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    reports = run(tmp_path, "digits", ranks=4, within=300)
+    assert all(report["same"] for report in reports)
+    together, alone = reports[0]["together"], reports[0]["alone"]
+    assert together[-1] < 0.5 * together[0]
+    distance = [abs(a - b) for a, b in zip(together, alone, strict=True)]
+    print(f"largest distance of the losses: {max(distance):.2g}; at the end {distance[-1]:.2g}")
+    assert max(distance) < 1e-2
