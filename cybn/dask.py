@@ -131,20 +131,20 @@ def _blocks(array: Any, shape: tuple[int, ...]) -> Any:
     return np.broadcast_to(array.to_delayed(), shape)
 
 
-@delayed(pure=True)  # type: ignore[untyped-decorator]
+@delayed(pure=True)
 def _measure(block: Any, axis: int, mask: Any = None, weights: Any = None) -> Moments:
     """Return the moments of a chunk."""
     nothing = Moments.empty(block.shape[axis])
     return nothing.update(block, axis=axis, mask=mask, weights=weights, num_threads=1)
 
 
-@delayed(pure=True)  # type: ignore[untyped-decorator]
+@delayed(pure=True)
 def _merge(parts: list[Moments]) -> Moments:
     """Return the moments of several parts, in their order."""
     return reduce(Moments.merge, parts)
 
 
-@delayed(pure=True)  # type: ignore[untyped-decorator]
+@delayed(pure=True)
 def _beside(parts: list[Moments]) -> Moments:
     """Return the moments of all channels, of those of some each."""
     counts = [np.broadcast_to(np.asarray(part.count), len(part)) for part in parts]

@@ -27,12 +27,11 @@ from ._rebind import rebound
 
 __all__ = ["SyncBatchNorm"]
 
-_Base = nn.modules.batchnorm._BatchNorm
-_alone: Any = rebound(_Base.forward)  # as convert has it
+_alone: Any = rebound(nn.modules.batchnorm._BatchNorm.forward)  # as `convert` computes it
 _ALL = (None, None, None, "normalize")  # positions count
 
 
-class SyncBatchNorm(_Base):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`torch.nn.SyncBatchNorm` for tensors on the CPU, with exact statistics.
 
     In training mode y is normalized by the batch of all processes in the group. Processes may have
@@ -107,12 +106,16 @@ class SyncBatchNorm(_Base):
     def _absorb(self, batch: Moments) -> None:
         """Move the running statistics, in place: they may be shared."""
         with _runtime.turn:
-            old, new, momentum = [], [], self.momentum
+            old: list[Tensor] = []
+            new: list[Tensor] = []
+            momentum = self.momentum
             if self.num_batches_tracked is not None:
                 old, new = [self.num_batches_tracked], [self.num_batches_tracked + 1]
                 momentum = 1 / float(new[0]) if momentum is None else momentum
             if momentum and self.running_mean is not None:
                 statistics = [self.running_mean.detach(), self.running_var.detach()]
+                mean: Any
+                var: Any
                 (mean, _m), (var, _v) = map(vector, statistics)
                 if momentum == 1:  # what was there may be NaN
                     mean = var = np.zeros_like(mean)
