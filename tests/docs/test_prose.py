@@ -1,4 +1,4 @@
-"""The English of the pages, docstrings and comments: spelling, usage, and a list of private expressions."""
+"""The English of pages, docstrings and comments: spelling, usage, and private expressions."""
 
 import re
 import subprocess
@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES = [page for page in PAGES if page.exists()] + sorted(ROOT.glob("docs/*.md"))
 GALLERY = sorted(ROOT.glob("docs/gallery/*.py"))
-SOURCES = sorted(path for path in ROOT.glob("cybn/**/*.p[yx]*") if path.suffix in (".py", ".pyx", ".pxd"))
+SOURCES = sorted(
+    path for path in ROOT.glob("cybn/**/*.p[yx]*") if path.suffix in (".py", ".pyx", ".pxd")
+)
 # Reference: tables of records, which are looked up and not read.
 REFERENCE = {"reference.md", "performance-tables.md", "reliability-table.md"}
 MOST_WORDS = 25_000
@@ -47,7 +49,7 @@ PRIVATE = {
 
 
 def prose_of(path):
-    """Return what is English in a file: a page without its code, comments and strings of a source."""
+    """Return the English in a file: a page without its code, or the comments of a source."""
     text = path.read_text("utf-8")
     if path.suffix == ".md":
         text = re.sub(r"^(```|\$\$)(.*?)(```|\$\$)$", "", text, flags=re.S | re.M)
@@ -56,7 +58,9 @@ def prose_of(path):
     return re.sub(r"`[^`\n]*`", " ", "\n".join(one or other for one, other in found))
 
 
-@pytest.mark.parametrize("path", [*PAGES, *GALLERY, *SOURCES], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*PAGES, *GALLERY, *SOURCES], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_no_private_expressions(path):
     text = " ".join(prose_of(path).split())
     found = [
@@ -81,7 +85,14 @@ def test_the_pages_are_short_enough():
 def test_spelling():
     pytest.importorskip("codespell_lib")
     checked = [*PAGES, *GALLERY, *SOURCES]
-    command = [sys.executable, "-m", "codespell_lib", "--ignore-words-list", "bui", *map(str, checked)]
+    command = [
+        sys.executable,
+        "-m",
+        "codespell_lib",
+        "--ignore-words-list",
+        "bui",
+        *map(str, checked),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
