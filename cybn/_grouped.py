@@ -124,7 +124,7 @@ def group_norm_backward(
         As given to `group_norm`.
     masked : {"normalize", "zero"}, default "normalize"
         As given to `group_norm`. With "normalize", dy counts where a position does not, as y there
-        depends on `x`, gamma and beta too. With "zero" dy is not looked at there, and dx is 0.
+        depends on `x`, gamma and beta too. With "zero" dy is ignored there, and dx is 0.
 
     Returns
     -------

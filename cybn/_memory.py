@@ -133,7 +133,7 @@ def empty_cache() -> None:
     """Give memory that is kept for the next results back to the system.
 
     Results of 1 MiB and more that are allocated here (no `out`) are written to memory of earlier
-    results that are gone, because new memory costs page faults: up to half of a call's time.
+    results that have been freed, because new memory costs page faults: up to half of a call's time.
     """
     blocks.clear()
 
@@ -144,7 +144,7 @@ def set_cache_limit(limit: int) -> None:
     Parameters
     ----------
     limit : int
-        In bytes; 512 MiB at the start. It covers results in use as well as those that are gone;
+        In bytes; 512 MiB at the start. It covers results in use as well as freed ones;
         results beyond it get new memory, which goes back to the system as they do. 0 keeps
         nothing.
 

@@ -64,8 +64,8 @@ def batch_norm(
     activation : {None, "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", \
             "gelu"}
         f, computed before y leaves the cache. gelu is the exact one, by erf. NaN stays NaN, and
-        where f(0) is 0, -0.0 stays -0.0. The derivative of relu, relu6 and leaky_relu where their
-        argument is 0 is that of negative ones.
+        where f(0) is 0, -0.0 stays -0.0. At 0, relu, relu6 and leaky_relu use the derivative of
+        the negative side.
     slope : float, default 0.01
         Of leaky_relu below 0.
     residual : array_like, shape and dtype of `x`, optional
@@ -73,7 +73,7 @@ def batch_norm(
     mask : array_like of bool, optional
         True where a position counts, in all channels alike: broadcastable to the shape of `x`
         without its channel axis, such as (N, L) for (N, C, L) and (N, L, C); or with as many
-        axes as `x`, of size 1 along that one. What does not count is left out of the statistics,
+        axes as `x`, of size 1 along that one. Masked values are left out of the statistics,
         and may be NaN there.
     weights : array_like, optional
         How often each position counts: finite, not negative, and of a shape as that of `mask`. A
@@ -115,9 +115,9 @@ def batch_norm(
     -----
     For float32, mean and variance come from float64 sums of short float32 sums, centred near the
     mean; the error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` while the
-    mean is no larger than 1e6 standard deviations. Where x is the same few values again and again,
-    stretched along an axis or in a periodic pattern, it stays below four times that, as roundings
-    then go one way (docs/math.md, 6.5).
+    mean is no larger than 1e6 standard deviations. If x repeats a few values (a
+    broadcast or periodic array), the bound is four times as large, because rounding errors then add
+    up (docs/math.md, 6.5).
 
     Examples
     --------
@@ -225,7 +225,7 @@ def batch_norm_backward(
     masked : {"normalize", "zero"}, default "normalize"
         As given to `batch_norm`. With "normalize", dy counts where a position does not, as y there
         depends on `x`, gamma and beta too; dx there is ``dy * f' * gamma / sqrt(var + eps)``. With
-        "zero" dy is not looked at there, and dx and dresidual are 0.
+        "zero" dy is ignored there, and dx and dresidual are 0.
     from_output : bool, default False
         `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
         its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
@@ -363,8 +363,8 @@ def absorb(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Move running statistics towards those of a batch; what a layer does in training.
 
-    ``(1 - weight) * running + weight * batch``, in float64, rounded once. What weighs nothing is
-    not looked at, and may be NaN.
+    ``(1 - weight) * running + weight * batch``, in float64, rounded once. A term with
+    weight 0 is skipped, and may be NaN.
 
     Parameters
     ----------

@@ -65,6 +65,8 @@ os.environ.setdefault("CYBN_GALLERY_SEEDS", "5")
 
 html_theme = "pydata_sphinx_theme"
 html_title = "cybn"
+html_favicon = "_static/cybn.svg"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["cybn.css"]
 html_show_sourcelink = False

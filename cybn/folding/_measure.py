@@ -170,7 +170,7 @@ def measure(
     ------
     TypeError, ValueError
         As from the fold; if `folded` does not have the shapes that the fold gives; and if `stride`
-        or `dilation` is no int of at least 1, or `padding` none of at least 0.
+        or `dilation` is not an int of at least 1, or `padding` not one of at least 0.
     """
     for name, value, least in (
         ("stride", stride, 1),

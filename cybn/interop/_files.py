@@ -45,7 +45,7 @@ MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no 
 def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
     """Write a dict of arrays to a file.
 
-    The file appears whole or not at all: it is written beside `path` and then moved there.
+    The file is written beside `path` and then moved there, so `path` never holds a part of it.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
 def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArray[Any]]:
     """Return the arrays in a file that `save_arrays` or any other program has written.
 
-    Nothing is unpickled, and nothing is allocated that the file has not got.
+    Nothing is unpickled, and no more memory is allocated than the file actually contains.
 
     Parameters
     ----------

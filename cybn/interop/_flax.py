@@ -57,7 +57,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     ValueError
         If a key is both a leaf and the way to another.
     TypeError
-        If a key is no str.
+        If a key is not a str.
     """
     nested: dict[str, Any] = {}
     for key, value in flat.items():

@@ -271,7 +271,7 @@ def from_onnx(
     layer
         A new one with copies of the arrays. Settings that ONNX holds in float32 come back as the
         shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0. The momentum of
-        a node for inference plays no part; where it is none, it is ONNX's default.
+        a node for inference plays no part; without one, ONNX's default is used.
 
     Raises
     ------

@@ -24,9 +24,9 @@ from threadpoolctl import threadpool_limits
 import cybn
 from cybn.demo.network import softmax_cross_entropy
 
-SEEDS = range(int(os.environ.get("CYBN_GALLERY_SEEDS", "5")))
+SEEDS = range(min(3, int(os.environ.get("CYBN_GALLERY_SEEDS", "5"))))
 PAGES, SHORTEST, LONGEST = 8, 10, 80
-BATCH, STEPS, WIDTH, WINDOW, RATE = 32, 300, 24, 5, 3e-3
+BATCH, STEPS, WIDTH, WINDOW, RATE = 32, 250, 24, 5, 3e-3
 threadpool_limits(1, user_api="blas")  # the matrices are small
 
 texts = sorted(topics.values(), key=len, reverse=True)[:PAGES]
