@@ -137,6 +137,16 @@ def group_norm_backward(
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.random.default_rng(0).standard_normal((2, 4, 3))
+    >>> y, moments = cybn.group_norm(x, num_groups=2)
+    >>> dx, dgamma, dbeta = cybn.group_norm_backward(np.ones_like(x), x, moments, num_groups=2)
+    >>> dbeta
+    array([6., 6., 6., 6.])
     """
     settings = axis, integer_from("num_groups", num_groups), eps
     return _backward(dy, x, moments, gamma, settings, (mask, lengths, masked), out, num_threads)
@@ -232,6 +242,16 @@ def instance_norm_backward(
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.random.default_rng(0).standard_normal((2, 4, 3))
+    >>> y, moments = cybn.instance_norm(x)
+    >>> dx, dgamma, dbeta = cybn.instance_norm_backward(np.ones_like(x), x, moments)
+    >>> dbeta
+    array([6., 6., 6., 6.])
     """
     selected = mask, lengths, masked
     return _backward(dy, x, moments, gamma, (axis, 0, eps), selected, out, num_threads)

@@ -134,6 +134,11 @@ def empty_cache() -> None:
 
     Results of 1 MiB and more that are allocated here (no `out`) are written to memory of earlier
     results that have been freed, because new memory costs page faults: up to half of a call's time.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> cybn.empty_cache()
     """
     blocks.clear()
 
@@ -152,6 +157,12 @@ def set_cache_limit(limit: int) -> None:
     ------
     TypeError, ValueError
         `limit` is not an integer, or negative.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> cybn.set_cache_limit(0)  # keep nothing
+    >>> cybn.set_cache_limit(512 << 20)  # the default
     """
     if not hasattr(limit, "__index__") or isinstance(limit, bool):
         raise TypeError(f"limit is {limit!r}; it must be an int, in bytes")

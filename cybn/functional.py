@@ -180,6 +180,15 @@ def batch_norm_inference(
         As in `batch_norm`; `mean` and `var` are of no half type either.
     ValueError
         As in `batch_norm`; but any number of values will do, and `eps` may be 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.array([[8.0], [12.0]])
+    >>> cybn.batch_norm_inference(x, mean=np.array([10.0]), var=np.array([4.0])).round(2)
+    array([[-1.],
+           [ 1.]])
     """
     settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
     return _dispatch.inference(
@@ -256,6 +265,16 @@ def batch_norm_backward(
         checked as `out` is.
     RuntimeError
         As in `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[7.0], [9.0], [10.0], [11.0], [13.0]]), np.eye(5)[:, 4:]
+    >>> y, moments = cybn.batch_norm(x)
+    >>> dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, moments)
+    >>> dgamma.round(2), dbeta
+    (array([1.5]), array([1.]))
     """
     if not isinstance(moments, Moments):
         raise TypeError(
@@ -316,6 +335,16 @@ def batch_norm_inference_backward(
     ------
     TypeError, ValueError, RuntimeError
         As in `batch_norm_backward`; but any number of values will do, and `eps` may be 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[8.0], [12.0]]), np.array([[1.0], [0.0]])
+    >>> mean, var = np.array([10.0]), np.array([4.0])
+    >>> dx, dgamma, dbeta = cybn.batch_norm_inference_backward(dy, x, mean, var)
+    >>> dx.round(2).ravel(), dgamma.round(2)
+    (array([0.5, 0. ]), array([-1.]))
     """
     settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
     return _dispatch.backward(
@@ -353,6 +382,13 @@ def moments(
         If `x` is of another dtype.
     ValueError
         If `x` has fewer than 2 axes, or a channel no values that count.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> cybn.moments(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    Moments(count=2, mean=[ 2., 20.], var=[  1., 100.])
     """
     selected = mask, weights, lengths, "normalize"
     return _dispatch.statistics(x, axis, selected, num_threads)

@@ -165,4 +165,10 @@ figure.suptitle("What the folded network finds: green is right", fontsize=10)
 # %%
 # Answer
 # ------
-# ANSWER
+# The folded network finds the same: in 8000 cells no answer changed, and scores differ by at most
+# 5.4e-7 of the largest. Folding saved 6 % of the time (90.0 ms became 84.6 ms for 100 pictures, on
+# a machine that was busy with other work), because the convolutions take most of it. More cannot be
+# gained by folding: the whole normalization is gone. The detector itself finds 88 % of the digits;
+# its errors differ a lot from seed to seed.
+#
+# Figures of five seeds on one thread of an Intel Xeon (family 6, model 207).

@@ -223,4 +223,16 @@ right.set(title="Accuracy; the dotted line is chance", xlabel="%")
 # %%
 # Answer
 # ------
-# ANSWER
+# Counting the padding distorts the normalized values: the real ones should have standard deviation
+# 1, and have 1.33 with the padding of this experiment, and up to 3.8 with more. With lengths they
+# have 1 for any padding.
+#
+# For accuracy this mattered little. With lengths it is 40.2 %, without 38.6 %, and 36.9 % when
+# padded to three times the length; the standard deviations are 1.5 to 2.5, so three seeds do not
+# prove a difference. The reason is that training and inference were padded in similar ways, so the
+# network could adapt to the distorted values. Masking makes the result independent of how a batch
+# was padded, and costs little. Layer normalization did worse than no normalization here (33.6 and
+# 38.2 %): each position is normalized by itself, and with 24 channels that loses information. All
+# networks are small and trained for a short time; chance is 12.5 %.
+#
+# Figures of three seeds on an Intel Xeon (family 6, model 207).
