@@ -145,8 +145,8 @@ def _after_fork() -> None:
 
 
 # A child of os.fork has none of its parent's threads. It would wait for ever for those of OpenMP
-# in its first parallel region if the parent had one before, and for one that held a lock to let go
-# of it. So a forked child runs serial, and has a lock of its own.
+# in its first parallel region if the parent had one before, and for one that held a lock to
+# release it. So a forked child uses one thread, and has a lock of its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 

@@ -53,6 +53,7 @@ def prose_of(path):
     text = path.read_text("utf-8")
     if path.suffix == ".md":
         text = re.sub(r"^(```|\$\$)(.*?)(```|\$\$)$", "", text, flags=re.S | re.M)
+        text = re.sub(r'^\| ".*$', "", text, flags=re.M)  # expressions that are quoted as examples
         return re.sub(r"`[^`\n]*`|\]\([^)]*\)", " ", text)
     found = re.findall(r'"""((?:.|\n)*?)"""|# (.*)', text)
     return re.sub(r"`[^`\n]*`", " ", "\n".join(one or other for one, other in found))
