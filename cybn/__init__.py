@@ -1,4 +1,4 @@
-"""Batch normalization for NumPy arrays on the CPU, at the speed of memory.
+"""Batch normalization for NumPy arrays on the CPU: training, inference and gradients, compiled.
 
 >>> import numpy as np, cybn
 >>> bn = cybn.BatchNorm2d(64)

@@ -1,4 +1,4 @@
-"""What a caller may hand in: the checks at the door, and the errors that name the way out."""
+"""Checks of arguments, with errors that say what to do instead."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a float; text that looks like one is none."""
+    """Return `value` as a float; text is not converted."""
     if not isinstance(value, (str, bytes, bytearray)):
         try:
             return float(value)
@@ -114,7 +114,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def integer_from(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`; a bool is none."""
+    """Return `value` as an int of at least `least`; a bool is not an int."""
     if isinstance(value, bool):
         raise TypeError(f"{name} is {value}; it must be an int")
     given = integer(name, value)

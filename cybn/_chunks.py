@@ -64,7 +64,7 @@ class Chunks:
 
 
 def is_sliced(x: Any) -> bool:
-    """Whether this is no array in memory, but one that is read by slices: of HDF5, zarr, dask."""
+    """Whether this is an array outside of memory, read by slices: of HDF5, zarr, dask."""
     return (
         not isinstance(x, np.ndarray)
         and isinstance(getattr(x, "dtype", None), np.dtype)

@@ -45,7 +45,7 @@ def counted(count: Any, channels: int) -> Count:
 
 
 def is_finite(count: Count) -> bool:
-    """Whether a count is no infinity; an int of any size is none."""
+    """Whether a count is finite, as every int is."""
     return isinstance(count, int) or bool(np.isfinite(count).all())
 
 

@@ -133,7 +133,7 @@ def advice(name: str, array: NDArray[Any]) -> str:
 
 
 def _no_number(array: NDArray[Any]) -> str | None:
-    """Return the first element that is no number, and its type; None where all are."""
+    """Return the first element that is not a number, and its type; None if all are numbers."""
     for element in array.flat:
         try:
             np.asarray(element).astype(np.float32)

@@ -59,8 +59,7 @@ def group_norm(
         The channel axis, not that of the samples; negative counts from the end.
     mask : array_like of bool, optional
         True where a position counts, in all channels of a sample alike: broadcastable to the shape
-        of `x` without its channel axis, such as (N, L) for (N, C, L) and (N, L, C). What does not
-        count is left out of the statistics of its sample, and may be NaN there.
+        of `x` without its channel axis, such as (N, L) for (N, C, L) and (N, L, C). Masked values are left out of the statistics of its sample, and may be NaN there.
     lengths : array_like of int, shape (N,), optional
         How many positions of each sample count, from the front, along the first axis beside those
         of samples and channels, such as L. A position counts where mask and lengths agree.
@@ -124,7 +123,7 @@ def group_norm_backward(
         As given to `group_norm`.
     masked : {"normalize", "zero"}, default "normalize"
         As given to `group_norm`. With "normalize", dy counts where a position does not, as y there
-        depends on `x`, gamma and beta too. With "zero" dy is not looked at there, and dx is 0.
+        depends on `x`, gamma and beta too. With "zero" dy is ignored there, and dx is 0.
 
     Returns
     -------
@@ -137,6 +136,16 @@ def group_norm_backward(
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `group_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.random.default_rng(0).standard_normal((2, 4, 3))
+    >>> y, moments = cybn.group_norm(x, num_groups=2)
+    >>> dx, dgamma, dbeta = cybn.group_norm_backward(np.ones_like(x), x, moments, num_groups=2)
+    >>> dbeta
+    array([6., 6., 6., 6.])
     """
     settings = axis, integer_from("num_groups", num_groups), eps
     return _backward(dy, x, moments, gamma, settings, (mask, lengths, masked), out, num_threads)
@@ -232,6 +241,16 @@ def instance_norm_backward(
     ------
     TypeError, ValueError
         As in `layer_norm_backward` and `instance_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.random.default_rng(0).standard_normal((2, 4, 3))
+    >>> y, moments = cybn.instance_norm(x)
+    >>> dx, dgamma, dbeta = cybn.instance_norm_backward(np.ones_like(x), x, moments)
+    >>> dbeta
+    array([6., 6., 6., 6.])
     """
     selected = mask, lengths, masked
     return _backward(dy, x, moments, gamma, (axis, 0, eps), selected, out, num_threads)

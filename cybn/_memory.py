@@ -133,7 +133,12 @@ def empty_cache() -> None:
     """Give memory that is kept for the next results back to the system.
 
     Results of 1 MiB and more that are allocated here (no `out`) are written to memory of earlier
-    results that are gone, because new memory costs page faults: up to half of a call's time.
+    results that have been freed, because new memory costs page faults: up to half of a call's time.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> cybn.empty_cache()
     """
     blocks.clear()
 
@@ -144,7 +149,7 @@ def set_cache_limit(limit: int) -> None:
     Parameters
     ----------
     limit : int
-        In bytes; 512 MiB at the start. It covers results in use as well as those that are gone;
+        In bytes; 512 MiB at the start. It covers results in use as well as freed ones;
         results beyond it get new memory, which goes back to the system as they do. 0 keeps
         nothing.
 
@@ -152,6 +157,12 @@ def set_cache_limit(limit: int) -> None:
     ------
     TypeError, ValueError
         `limit` is not an integer, or negative.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> cybn.set_cache_limit(0)  # keep nothing
+    >>> cybn.set_cache_limit(512 << 20)  # the default
     """
     if not hasattr(limit, "__index__") or isinstance(limit, bool):
         raise TypeError(f"limit is {limit!r}; it must be an int, in bytes")

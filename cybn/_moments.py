@@ -223,7 +223,7 @@ class Moments:
         axis : int, default 1
             The channel axis; negative counts from the end.
         mask : array_like of bool, optional
-            True where a value counts; others are not looked at, and may be NaN. With as many axes
+            True where a value counts; others are ignored, and may be NaN. With as many axes
             as `x`, it is broadcastable to it, and may differ by channel. With fewer, it is for all
             channels alike, as in `batch_norm`: broadcastable to the shape of `x` without its
             channel axis, such as (N, L) for (N, C, L) and (N, L, C).

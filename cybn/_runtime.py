@@ -145,8 +145,8 @@ def _after_fork() -> None:
 
 
 # A child of os.fork has none of its parent's threads. It would wait for ever for those of OpenMP
-# in its first parallel region if the parent had one before, and for one that held a lock to let go
-# of it. So a forked child runs serial, and has a lock of its own.
+# in its first parallel region if the parent had one before, and for one that held a lock to
+# release it. So a forked child uses one thread, and has a lock of its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
@@ -179,13 +179,35 @@ def set_num_threads(n: int | None) -> None:
     Results do not depend on the number of threads: they are the same bits. A process made by
     ``os.fork`` always runs serial, because the parent's threads do not exist in it; use the
     "spawn" or "forkserver" start method for children that should run parallel.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> before = cybn.get_num_threads()
+    >>> cybn.set_num_threads(1)
+    >>> cybn.get_num_threads()
+    1
+    >>> cybn.set_num_threads(before)
     """
     global _chosen
     _chosen = None if n is None else _checked(n, "n")
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call uses unless it says otherwise."""
+    """Return how many threads a call uses unless it says otherwise.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> with cybn.threads(1):
+    ...     cybn.get_num_threads()
+    1
+    """
     if _forked:
         return 1
     n = _scoped.get()
@@ -255,6 +277,11 @@ def show_config() -> None:
 
     The line to look at when a call is slower than expected: "level active" should be the last
     of the supported ones, and "openmp" a date.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> cybn.show_config()  # doctest: +SKIP
     """
     for name, value in config().items():
         print(f"{name:17}", ", ".join(value) if isinstance(value, list) else value)

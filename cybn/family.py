@@ -157,6 +157,16 @@ def layer_norm_backward(
         If an array is of another dtype, or `moments` is no `Moments`.
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[1.0, 3.0, 5.0]]), np.array([[1.0, 0.0, 0.0]])
+    >>> y, moments = cybn.layer_norm(x)
+    >>> dx, dgamma, dbeta = cybn.layer_norm_backward(dy, x, moments)
+    >>> bool(abs(dx.sum()) < 1e-12)
+    True
     """
     settings = axis, None, eps
     return _dispatch.normalize_rows_backward(
@@ -251,6 +261,16 @@ def rms_norm_backward(
     ------
     TypeError, ValueError
         As in `layer_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[3.0, 4.0]]), np.array([[1.0, 0.0]])
+    >>> y, mean_square = cybn.rms_norm(x)
+    >>> dx, dgamma = cybn.rms_norm_backward(dy, x, mean_square)
+    >>> dgamma.round(2)
+    array([0.85, 0.  ])
     """
     dx, dgamma, _ = _dispatch.normalize_rows_backward(
         dy, x, _squares_of, mean_square, gamma, (axis, None, eps), False, out, num_threads

@@ -64,8 +64,8 @@ def batch_norm(
     activation : {None, "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", \
             "gelu"}
         f, computed before y leaves the cache. gelu is the exact one, by erf. NaN stays NaN, and
-        where f(0) is 0, -0.0 stays -0.0. The derivative of relu, relu6 and leaky_relu where their
-        argument is 0 is that of negative ones.
+        where f(0) is 0, -0.0 stays -0.0. At 0, relu, relu6 and leaky_relu use the derivative of
+        the negative side.
     slope : float, default 0.01
         Of leaky_relu below 0.
     residual : array_like, shape and dtype of `x`, optional
@@ -73,7 +73,7 @@ def batch_norm(
     mask : array_like of bool, optional
         True where a position counts, in all channels alike: broadcastable to the shape of `x`
         without its channel axis, such as (N, L) for (N, C, L) and (N, L, C); or with as many
-        axes as `x`, of size 1 along that one. What does not count is left out of the statistics,
+        axes as `x`, of size 1 along that one. Masked values are left out of the statistics,
         and may be NaN there.
     weights : array_like, optional
         How often each position counts: finite, not negative, and of a shape as that of `mask`. A
@@ -115,9 +115,9 @@ def batch_norm(
     -----
     For float32, mean and variance come from float64 sums of short float32 sums, centred near the
     mean; the error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` while the
-    mean is no larger than 1e6 standard deviations. Where x is the same few values again and again,
-    stretched along an axis or in a periodic pattern, it stays below four times that, as roundings
-    then go one way (docs/math.md, 6.5).
+    mean is no larger than 1e6 standard deviations. If x repeats a few values (a
+    broadcast or periodic array), the bound is four times as large, because rounding errors then add
+    up (docs/math.md, 6.5).
 
     Examples
     --------
@@ -180,6 +180,15 @@ def batch_norm_inference(
         As in `batch_norm`; `mean` and `var` are of no half type either.
     ValueError
         As in `batch_norm`; but any number of values will do, and `eps` may be 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x = np.array([[8.0], [12.0]])
+    >>> cybn.batch_norm_inference(x, mean=np.array([10.0]), var=np.array([4.0])).round(2)
+    array([[-1.],
+           [ 1.]])
     """
     settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
     return _dispatch.inference(
@@ -225,7 +234,7 @@ def batch_norm_backward(
     masked : {"normalize", "zero"}, default "normalize"
         As given to `batch_norm`. With "normalize", dy counts where a position does not, as y there
         depends on `x`, gamma and beta too; dx there is ``dy * f' * gamma / sqrt(var + eps)``. With
-        "zero" dy is not looked at there, and dx and dresidual are 0.
+        "zero" dy is ignored there, and dx and dresidual are 0.
     from_output : bool, default False
         `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
         its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
@@ -256,6 +265,16 @@ def batch_norm_backward(
         checked as `out` is.
     RuntimeError
         As in `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[7.0], [9.0], [10.0], [11.0], [13.0]]), np.eye(5)[:, 4:]
+    >>> y, moments = cybn.batch_norm(x)
+    >>> dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, moments)
+    >>> dgamma.round(2), dbeta
+    (array([1.5]), array([1.]))
     """
     if not isinstance(moments, Moments):
         raise TypeError(
@@ -316,6 +335,16 @@ def batch_norm_inference_backward(
     ------
     TypeError, ValueError, RuntimeError
         As in `batch_norm_backward`; but any number of values will do, and `eps` may be 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> x, dy = np.array([[8.0], [12.0]]), np.array([[1.0], [0.0]])
+    >>> mean, var = np.array([10.0]), np.array([4.0])
+    >>> dx, dgamma, dbeta = cybn.batch_norm_inference_backward(dy, x, mean, var)
+    >>> dx.round(2).ravel(), dgamma.round(2)
+    (array([0.5, 0. ]), array([-1.]))
     """
     settings, selected = (axis, eps, activation, slope), (mask, weights, lengths, masked)
     return _dispatch.backward(
@@ -353,6 +382,13 @@ def moments(
         If `x` is of another dtype.
     ValueError
         If `x` has fewer than 2 axes, or a channel no values that count.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> cybn.moments(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    Moments(count=2, mean=[ 2., 20.], var=[  1., 100.])
     """
     selected = mask, weights, lengths, "normalize"
     return _dispatch.statistics(x, axis, selected, num_threads)
@@ -363,8 +399,8 @@ def absorb(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Move running statistics towards those of a batch; what a layer does in training.
 
-    ``(1 - weight) * running + weight * batch``, in float64, rounded once. What weighs nothing is
-    not looked at, and may be NaN.
+    ``(1 - weight) * running + weight * batch``, in float64, rounded once. A term with
+    weight 0 is skipped, and may be NaN.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The slow twin: batch normalization and its family in plain NumPy, to check the kernels against.
+"""Reference implementation in plain NumPy, used to check the kernels.
 
 Every function has the name and the signature of its counterpart in `cybn`, where
 the long docstrings are. A number in a comment, like (7), is an equation of docs/math.md, which

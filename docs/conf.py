@@ -6,6 +6,7 @@ CYBN_GALLERY_SEEDS says how many seeds each script of the gallery takes, 5 unles
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,6 +66,8 @@ os.environ.setdefault("CYBN_GALLERY_SEEDS", "5")
 
 html_theme = "pydata_sphinx_theme"
 html_title = "cybn"
+html_favicon = "_static/cybn.svg"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["cybn.css"]
 html_show_sourcelink = False
@@ -95,8 +98,15 @@ def _block_math(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _gallery_links(app: Any, name: str, source: list[str]) -> None:
+    """Links to a script, which is what a repository's reader opens, lead to its page here."""
+    text = re.sub(r"\]\(gallery/(plot_\w+)\.py\)", r"](auto_gallery/\1.rst)", source[0])
+    source[0] = text.replace("](gallery/README.rst)", "](auto_gallery/index.rst)")
+
+
 def setup(app: Any) -> None:
     """Formulas are MathML, which browsers draw by themselves, without a script from elsewhere."""
+    app.connect("source-read", _gallery_links)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
 
 

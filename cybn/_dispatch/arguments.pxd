@@ -19,7 +19,7 @@ cdef enum:                  # inputs first: a result must not lie over what stan
     SLOTS
 
 cdef struct Argument:
-    PyObject* given         # as the caller gave it, or a result that was made; NULL: there is none
+    PyObject* given         # as the caller gave it, or a result that was made; NULL without one
     PyObject* used          # the array that a kernel reads or writes
     View view               # of that array
 

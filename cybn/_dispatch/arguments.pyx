@@ -97,7 +97,7 @@ cdef int replace(Call* c, int k, object array) except -1:
 
 
 cdef int take_companion(Call* c, int k, str name, object value) except -1:
-    """Take an array that must have the shape and dtype of x; None is none."""
+    """Take an array that must have the shape and dtype of x; or None."""
     cdef const View* x = &c.at[X].view
     if value is None:
         return 0
@@ -120,7 +120,7 @@ cdef int check_like(Call* c, str name, object array, const View* v) except -1:
 cdef int take_vector(
     Call* c, int k, str name, object value, Py_ssize_t channels, bint needed, Vector* into
 ) except -1:
-    """Take one value a channel as a dense vector (channels,); None is none unless needed."""
+    """Take one value a channel as a dense vector (channels,); or None unless it is needed."""
     cdef View* v = &c.at[k].view
     if value is None:
         if needed:

@@ -381,7 +381,7 @@ cdef int take_running(
 
 
 cdef double moved(const Vector* v, Py_ssize_t c, double to, double weight) noexcept:
-    """Return value c of running statistics moved towards `to`; what weighs nothing may be NaN."""
+    """Return value c of running statistics moved towards `to`; a term of weight 0 may be NaN."""
     cdef double old = 0
     if weight < 1:
         old = (<const double*> v.data)[c] if v.wide else (<const float*> v.data)[c]

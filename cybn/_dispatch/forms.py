@@ -106,7 +106,7 @@ def _positions(shape: tuple[int, ...], axis: int) -> int:
 
 @lru_cache(maxsize=64)
 def constant(values: int, dtype: np.dtype[Any], one: bool) -> NDArray[Any]:
-    """Return a read-only vector of ones, or of zeros: gamma or beta where there is none."""
+    """Return a read-only vector of ones, or of zeros: for a missing gamma or beta."""
     vector = np.ones(values, dtype) if one else np.zeros(values, dtype)
     vector.setflags(write=False)
     return vector

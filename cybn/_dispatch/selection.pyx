@@ -26,7 +26,7 @@ SCALE_THEM = "scale them all, which changes no result but the count"
 class Selection(NamedTuple):
     """What selects values, as it was given, with the axes of x or of size 1 along them.
 
-    Nothing is converted, and weights are not looked at, before `at` is asked for a part: what was
+    Nothing is converted, and weights are not read, before `at` is asked for a part: what was
     given may be larger than memory.
     """
 

@@ -68,7 +68,7 @@ cdef struct Problem:
     const void* share       # (N, S) of T: how often a position counts; NULL: once
     Py_ssize_t places[SAMPLES]  # of positions that count, n * S + s
     bint weighted           # shares are other than 0 and 1
-    bint zeroed             # what does not count: y is 0, dy is not looked at
+    bint zeroed             # masked values: y is 0, dy is ignored
     double* sums            # OUT (2 * chunks + 1, C): two results, and at the end the pivots
     Py_ssize_t chunks       # of each channel: count_chunks
     int threads

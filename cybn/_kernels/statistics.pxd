@@ -57,7 +57,7 @@ cdef inline void add_wide(
     double down,                # a power of two
     Wide* wide,                 # IO
 ) noexcept nogil:
-    """Add d = (x - shift) * down, and its square. What counts 0 times is not looked at.
+    """Add d = (x - shift) * down, and its square. Values of weight 0 are ignored.
 
     After one huge value a lane would round off every small one that follows, all in the same
     direction: so lanes are short.

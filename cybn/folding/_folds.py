@@ -159,6 +159,15 @@ def fold_conv_transpose(
     ------
     TypeError, ValueError
         As in `fold_conv`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm2d, folding
+    >>> bn = BatchNorm2d(4).eval()
+    >>> w, b = folding.fold_conv_transpose(np.ones((3, 4, 2, 2), np.float32), None, bn)
+    >>> w.shape, b.shape
+    ((3, 4, 2, 2), (4,))
     """
     return _fold(weight, bias, bn, CONV_TRANSPOSE, layout, groups)
 
@@ -185,6 +194,15 @@ def fold_linear(
     ------
     TypeError, ValueError
         As in `fold_conv`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm1d, folding
+    >>> bn = BatchNorm1d(2).eval()
+    >>> w, b = folding.fold_linear(np.ones((2, 3), np.float32), None, bn)
+    >>> w.shape, b.shape
+    ((2, 3), (2,))
     """
     return _fold(weight, bias, bn, LINEAR, layout, 1)
 
@@ -247,6 +265,15 @@ def fold_into_next_linear(
     ------
     TypeError, ValueError
         As in `fold_conv`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm1d, folding
+    >>> bn = BatchNorm1d(3).eval()
+    >>> w, b = folding.fold_into_next_linear(np.ones((2, 3), np.float32), None, bn)
+    >>> w.shape, b.shape
+    ((2, 3), (2,))
     """
     weight, affine = weight_of(weight), Affine.of(bn)
     wide = weight.astype(np.float64)

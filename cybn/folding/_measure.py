@@ -170,7 +170,15 @@ def measure(
     ------
     TypeError, ValueError
         As from the fold; if `folded` does not have the shapes that the fold gives; and if `stride`
-        or `dilation` is no int of at least 1, or `padding` none of at least 0.
+        or `dilation` is not an int of at least 1, or `padding` not one of at least 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import BatchNorm1d, folding
+    >>> weight = np.ones((2, 3), np.float32)
+    >>> folding.measure(folding.fold_linear, weight, None, BatchNorm1d(2)).worst < 1
+    True
     """
     for name, value, least in (
         ("stride", stride, 1),

@@ -1,4 +1,4 @@
-"""State that travels: to PyTorch, Keras, Flax and ONNX, to files, and back.
+"""Exchanging layer state with PyTorch, Keras, Flax, ONNX and files.
 
 By key mapping over plain dicts of arrays; nothing here needs those libraries.
 
@@ -12,7 +12,7 @@ By key mapping over plain dicts of arrays; nothing here needs those libraries.
 >>> interop.from_torch(interop.to_torch(bn))
 BatchNorm(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
 
-Values go over unchanged, so inference gives the same. Two conventions differ, and each is minded:
+Values are copied unchanged, so inference gives the same. Two conventions differ:
 
 - *Momentum* weighs the new value in cybn and PyTorch, the old one in Keras, Flax and ONNX. The
   functions here take and give it in the sense of the library that they are named after.

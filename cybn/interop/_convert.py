@@ -116,6 +116,14 @@ def convert(
         If `state` is no mapping, or a variance that is to be converted is not of floats.
     ValueError
         As in `find`, and if a new key is in `state` already.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> state = interop.to_torch(cybn.BatchNorm2d(2), "bn1")
+    >>> sorted(interop.convert(state, "torch", "nnx").state)
+    ['bn1/bias', 'bn1/mean', 'bn1/scale', 'bn1/var']
     """
     old, new = form(source), form(target)
     found = search(state, source, only, skip)

@@ -45,7 +45,7 @@ MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no 
 def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
     """Write a dict of arrays to a file.
 
-    The file appears whole or not at all: it is written beside `path` and then moved there.
+    The file is written beside `path` and then moved there, so `path` never holds a part of it.
 
     Parameters
     ----------
@@ -67,6 +67,17 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
         than 65000 bytes.
     ImportError
         If safetensors is not installed.
+
+    Examples
+    --------
+    >>> import io
+    >>> import numpy as np
+    >>> from cybn import interop
+    >>> file = io.BytesIO()
+    >>> interop.save_arrays(file, {"weight": np.ones(2)})
+    >>> _ = file.seek(0)
+    >>> interop.load_arrays(file)
+    {'weight': array([1., 1.])}
     """
     _save(path, arrays, {}, format)
 
@@ -74,7 +85,7 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
 def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArray[Any]]:
     """Return the arrays in a file that `save_arrays` or any other program has written.
 
-    Nothing is unpickled, and nothing is allocated that the file has not got.
+    Nothing is unpickled, and no more memory is allocated than the file actually contains.
 
     Parameters
     ----------
@@ -97,6 +108,17 @@ def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
         If it cannot be opened.
     ImportError
         If safetensors is not installed.
+
+    Examples
+    --------
+    >>> import io
+    >>> import numpy as np
+    >>> from cybn import interop
+    >>> file = io.BytesIO()
+    >>> interop.save_arrays(file, {"weight": np.ones(2)})
+    >>> _ = file.seek(0)
+    >>> interop.load_arrays(file)
+    {'weight': array([1., 1.])}
     """
     return _load(path, most_bytes)[0]
 
@@ -118,6 +140,17 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
     ValueError
         If a name is empty, two names make the same key, or a layer could not be loaded again, such
         as one with NaN in its running statistics; and as in `save_arrays`.
+
+    Examples
+    --------
+    >>> import io
+    >>> import cybn
+    >>> from cybn import interop
+    >>> file = io.BytesIO()
+    >>> interop.save_layers(file, {"bn1": cybn.BatchNorm2d(2)})
+    >>> _ = file.seek(0)
+    >>> list(interop.load_layers(file))
+    ['bn1']
     """
     named: Any = {"": layers} if isinstance(layers, tuple(LAYERS.values())) else layers
     if not isinstance(named, Mapping):
@@ -177,6 +210,17 @@ def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
         not fit each other or do not pass the checks of the layers.
     OSError, ImportError
         As in `load_arrays`.
+
+    Examples
+    --------
+    >>> import io
+    >>> import cybn
+    >>> from cybn import interop
+    >>> file = io.BytesIO()
+    >>> interop.save_layers(file, {"bn1": cybn.BatchNorm2d(2)})
+    >>> _ = file.seek(0)
+    >>> list(interop.load_layers(file))
+    ['bn1']
     """
     arrays, text = _load(path, most_bytes)
     try:

@@ -18,6 +18,18 @@ _DEEPEST = 100  # dicts in dicts; a model has a dozen
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as a flat one, with "/" between the keys; the leaves as they are.
 
+    Parameters
+    ----------
+    nested : mapping
+        Dicts in dicts, such as Flax's variables.
+    prefix : str, optional
+        Put before each key.
+
+    Returns
+    -------
+    dict
+        A leaf for each path.
+
     Raises
     ------
     ValueError
@@ -52,12 +64,28 @@ def _leaves(nested: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tupl
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return a flat dict, with "/" between the parts of its keys, as nested ones.
 
+    Parameters
+    ----------
+    flat : mapping of str
+        What `flatten` returned, or a dict like it.
+
+    Returns
+    -------
+    dict
+        Dicts in dicts.
+
     Raises
     ------
     ValueError
         If a key is both a leaf and the way to another.
     TypeError
-        If a key is no str.
+        If a key is not a str.
+
+    Examples
+    --------
+    >>> from cybn import interop
+    >>> interop.unflatten({"params/Dense_0/bias": 1, "params/Dense_0/kernel": 2})
+    {'params': {'Dense_0': {'bias': 1, 'kernel': 2}}}
     """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
@@ -121,6 +149,13 @@ def from_flax(
     ------
     TypeError, ValueError
         As in `from_torch`.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.from_flax(interop.to_flax(cybn.BatchNorm2d(2))).num_features
+    2
     """
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables is of type {type(variables).__name__}; it must be a dict")
@@ -155,6 +190,13 @@ def to_flax(
     ------
     TypeError, ValueError
         As in `to_keras`.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> sorted(interop.to_flax(cybn.BatchNorm2d(2)))
+    ['batch_stats', 'params']
     """
     flat: dict[str, NDArray[Any]] = arrays_of(bn, _form(api), prefix, count)
     return unflatten(flat)
@@ -163,11 +205,28 @@ def to_flax(
 def flax_options(bn: Any) -> dict[str, Any]:
     """Return what to give the module of ``flax.linen`` of the same name, or nnx's after its sizes.
 
+    Parameters
+    ----------
+    bn : Layer
+        Any layer of cybn.
+
+    Returns
+    -------
+    dict
+        Arguments of the module's constructor, by name.
+
     Raises
     ------
     ValueError
         If the momentum or eps is None: Flax has neither the mean of all batches nor an epsilon of
         the input's type.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.flax_options(cybn.BatchNorm2d(2))["momentum"]
+    0.9
     """
     scale, bias = bn.gamma is not None, bn.beta is not None
     shared = {"epsilon": needs_eps(bn), "use_scale": scale, "use_bias": bias}

@@ -188,7 +188,7 @@ def computed(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def form(name: str) -> Form:
-    """Return a form by name; ValueError where there is none of that name."""
+    """Return a form by name; ValueError if that name is unknown."""
     if name not in FORMS:
         raise ValueError(f"the form is {name!r}; it must be one of {', '.join(FORMS)}")
     return FORMS[name]

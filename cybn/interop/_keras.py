@@ -59,6 +59,13 @@ def from_keras(
     ------
     TypeError, ValueError
         As in `from_torch`.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.from_keras(interop.to_keras(cybn.BatchNorm2d(2))).num_features
+    2
     """
     if epsilon is None:
         epsilon = 1e-6 if issubclass(layer, RMSNorm) else 1e-3
@@ -94,6 +101,13 @@ def to_keras(
     TypeError, ValueError
         If `bn` is no layer, or has an activation or `use_batch_statistics`, is a batch norm without
         running statistics or an instance norm with them, or `count` is not above 1.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> sorted(interop.to_keras(cybn.BatchNorm2d(2)))
+    ['beta', 'gamma', 'moving_mean', 'moving_variance']
     """
     arrays = arrays_of(bn, "keras", prefix, count)
     if isinstance(bn, RMSNorm):
@@ -107,11 +121,28 @@ def keras_options(bn: Any) -> dict[str, Any]:
     A BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization; the last for
     an instance norm, too. A batch norm that `freeze` was called on has ``trainable=False``.
 
+    Parameters
+    ----------
+    bn : Layer
+        Any layer of cybn.
+
+    Returns
+    -------
+    dict
+        Arguments of the layer's constructor, by name.
+
     Raises
     ------
     ValueError
         If the momentum or eps is None: Keras has neither the mean of all batches nor an epsilon
         of the input's type.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.keras_options(cybn.BatchNorm2d(2))["momentum"]
+    0.9
     """
     if isinstance(bn, LayerNorm | RMSNorm):
         axes = list(range(-len(bn.normalized_shape), 0))

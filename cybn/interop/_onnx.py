@@ -162,6 +162,13 @@ def to_onnx(
         does not fit `dtype`, or `training` is True and the layer's momentum is None, or it does not
         train: `use_batch_statistics` or `update_statistics` is False. For inference such a node
         goes without momentum.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.to_onnx(cybn.BatchNorm2d(2), "bn1").op_type
+    'BatchNormalization'
     """
     check_norm(bn)
     if isinstance(bn, BatchNorm) and not isinstance(bn, INSTANCE):
@@ -271,7 +278,7 @@ def from_onnx(
     layer
         A new one with copies of the arrays. Settings that ONNX holds in float32 come back as the
         shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0. The momentum of
-        a node for inference plays no part; where it is none, it is ONNX's default.
+        a node for inference plays no part; without one, ONNX's default is used.
 
     Raises
     ------
@@ -281,6 +288,14 @@ def from_onnx(
         `load_state_dict`.
     TypeError
         If `node` is of another type.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> node = interop.to_onnx(cybn.BatchNorm2d(2), "bn1")
+    >>> interop.from_onnx(node).num_features
+    2
     """
     if isinstance(node, OnnxNode):
         inputs, attributes, found = node.inputs, dict(node.attributes), node.initializers

@@ -65,6 +65,13 @@ def from_torch(
     ValueError
         If there is no such layer at `prefix`, it is parametrized or pruned, or its arrays do not
         pass `load_state_dict`.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.from_torch(interop.to_torch(cybn.BatchNorm2d(2))).num_features
+    2
     """
     if eps is None and not issubclass(layer, RMSNorm):
         eps = 1e-5
@@ -99,12 +106,37 @@ def to_torch(
     TypeError, ValueError
         If `bn` is no layer, or has an activation or `use_batch_statistics`, or `count` is not
         above 1.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> sorted(interop.to_torch(cybn.BatchNorm2d(2)))
+    ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
     return arrays_of(bn, "torch", prefix, count)
 
 
 def torch_options(bn: Any) -> dict[str, Any]:
-    """Return what to give the module of ``torch.nn`` of the same name for one like `bn`."""
+    """Return what to give the module of ``torch.nn`` of the same name for one like `bn`.
+
+    Parameters
+    ----------
+    bn : Layer
+        Any layer of cybn.
+
+    Returns
+    -------
+    dict
+        Arguments of the module's constructor, by name.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> from cybn import interop
+    >>> interop.torch_options(cybn.BatchNorm2d(2))["momentum"]
+    0.1
+    """
     if isinstance(bn, LayerNorm | RMSNorm):
         shape = {"normalized_shape": bn.normalized_shape, "eps": bn.eps}
         bias = {"bias": bn.beta is not None} if isinstance(bn, LayerNorm) else {}

@@ -211,7 +211,7 @@ class Layer(ABC):
             With the keys of `state_dict`. Copied, and converted to the layer's dtype.
         strict : bool, default True
             Whether missing and unexpected keys are an error. Where they are not, what is missing
-            stays as it is in the layer, and what is unexpected is not looked at.
+            stays as it is in the layer, and unexpected keys are ignored.
 
         Returns
         -------

@@ -77,7 +77,7 @@ class Tracking(Layer):
         Raises
         ------
         ValueError
-            If `library` is none of these, or an option is out of its range.
+            If `library` is not one of these, or an option is out of its range.
         """
         return cls(num_features, **_explain.settings(library, options))
 

@@ -152,7 +152,7 @@ def _backward(
 
 
 def _batch_of(out: Any) -> Any:
-    """Return `out` as a batch of one; what is no array is for others to refuse."""
+    """Return `out` as a batch of one; other objects are returned unchanged."""
     return out[np.newaxis] if type(out) is np.ndarray else out
 
 

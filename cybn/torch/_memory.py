@@ -92,8 +92,8 @@ if hasattr(os, "register_at_fork"):  # another thread may have held the lock
 def empty_cache() -> None:
     """Give memory that is kept for the next results back to the system.
 
-    Gradients of 1 MiB and more are written to memory of earlier ones that are gone, because new
-    memory costs page faults. `cybn.set_cache_limit` says how much is kept at most.
+    Gradients of 1 MiB and more are written to memory of earlier ones that have been freed, because
+    new memory costs page faults. `cybn.set_cache_limit` says how much is kept at most.
     """
     storages.clear()
     _arrays.clear()

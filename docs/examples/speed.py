@@ -4,7 +4,7 @@
     python docs/examples/speed.py figures.json
 
 Bars are geometric means over the nine layers of ResNet-50: time over that of copying the batch (of
-adding two batches, for backward), float32, all threads of the run. Of each library its fastest memory
+adding two batches, for backward), float32, two threads. Of each library its fastest memory
 layout counts, shape by shape.
 """
 
@@ -63,7 +63,9 @@ def main() -> None:
         axes.margins(x=0.15)
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("time, 1 = copying the batch (backward: adding two); shorter is faster", fontsize=9)
+    figure.supxlabel(
+        "time, 1 = copying the batch (backward: adding two); shorter is faster", fontsize=9
+    )
     figure.savefig(options.picture, dpi=110)
 
 

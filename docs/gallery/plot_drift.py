@@ -2,12 +2,12 @@
 When the data drifts
 ====================
 
-**Question.** A network is trained on one kind of image and used on another: darker, of less contrast. Can
-one see that from the batch norms, without labels? And do new statistics repair it?
+**Question.** A network is trained on one kind of image and used on another: darker, of less
+contrast. Can one see that from the batch norms, without labels? And do new statistics repair it?
 
-The convolutional network of the demo learns handwritten digits. Then the test images are changed in four
-ways. For each, `BatchNorm.drift` compares what the layers see with their running statistics, and the
-statistics are measured again on 300 changed images, without their labels
+The convolutional network of the demo learns handwritten digits. Then the test images are changed in
+four ways. For each, `BatchNorm.drift` compares what the layers see with their running statistics,
+and the statistics are measured again on 300 changed images, without their labels
 (`cybn.population_statistics`). The accuracy is that on 200 others, before and after.
 """
 
@@ -117,8 +117,8 @@ table = np.array([found for _, found in runs])  # (seeds, changes, 4)
 # %%
 # Result
 # ------
-# Drift is that of the first batch norm: the mean over its channels of the absolute shift, in running
-# standard deviations, and of the absolute logarithm of the ratio of variances.
+# Drift is that of the first batch norm: the mean over its channels of the absolute shift, in
+# running standard deviations, and of the absolute logarithm of the ratio of variances.
 print(f"{len(SEEDS)} seeds; accuracy in per cent, mean and standard deviation")
 print(f"unchanged images: {clean.mean():.1f} +- {clean.std():.1f}\n")
 print(f"{'change':18} shift  log var   as trained      new statistics")
@@ -130,13 +130,19 @@ for change, row, spread in zip(CHANGES, table.mean(0), table.std(0), strict=True
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 digits = load_digits(0)
-shown = [digits.test_x[:1], *(c(digits.test_x[:1], np.zeros(1), np.random.default_rng(0))[0] for c in CHANGES[:3])]
+shown = [
+    digits.test_x[:1],
+    *(c(digits.test_x[:1], np.zeros(1), np.random.default_rng(0))[0] for c in CHANGES[:3]),
+]
 left.imshow(np.concatenate([image[0, 0] for image in shown], axis=1), cmap="gray", vmin=0, vmax=1)
 left.set_xticks([3.5, 11.5, 19.5, 27.5], ["as trained", "half", "quarter", "bright, noisy"])
 left.set_yticks([])
 left.set_title("One image, unchanged and with three changes")
 place = np.arange(len(CHANGES))
-for offset, column, name in ((-0.2, 2, "running statistics of training"), (0.2, 3, "new statistics")):
+for offset, column, name in (
+    (-0.2, 2, "running statistics of training"),
+    (0.2, 3, "new statistics"),
+):
     mean, std = table[..., column].mean(0), table[..., column].std(0)
     right.bar(place + offset, mean, 0.38, yerr=std, label=name)
 right.axhline(clean.mean(), color="gray", linestyle=":", label="unchanged images")
@@ -147,4 +153,15 @@ right.legend(loc="upper center", ncols=3, fontsize=7)
 # %%
 # Answer
 # ------
-# ANSWER
+# Drift shows in the batch norms, and new statistics repair it if the data has changed in the same
+# way for all classes. With half and a quarter of the contrast, accuracy falls to 88 and 47 %, and
+# new statistics bring it back to 97.5 %. Brighter images with noise come back from 40 to 82 % only:
+# noise destroys information, and the zeros that the convolution adds at the border do not get
+# brighter.
+#
+# If only ones come in, nothing is wrong with the images, and accuracy is fine. New statistics then
+# do harm: 96 % becomes 79 %, because the statistics of a single class are not those of all. The
+# drift of this change is small (0.02 and 0.19). So look at `drift` first, and measure again only on
+# data that has the classes in their usual proportions.
+#
+# Figures of five seeds on an Intel Xeon (family 6, model 207).

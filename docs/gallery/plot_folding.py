@@ -2,13 +2,14 @@
 A small detector, folded
 ========================
 
-**Question.** In inference batch normalization is one multiplication and one addition for each value, and
-both can be merged into the convolution before it. Does the folded network find the same objects, and what
-time does it save?
+**Question.** In inference batch normalization is one multiplication and one addition for each
+value, and both can be merged into the convolution before it. Does the folded network find the same
+objects, and what time does it save?
 
-The detector looks at pictures of 32 x 32 pixels with up to four handwritten digits in them, and says for each cell of
-8 x 8 pixels which digit is there, if any. It is trained with batch normalization, then
-`cybn.folding.fold_conv` merges each of its three batch norms into the convolution before it.
+The detector looks at pictures of 32 x 32 pixels with up to four handwritten digits in them, and
+says for each cell of 8 x 8 pixels which digit is there, if any. It is trained with batch
+normalization, then `cybn.folding.fold_conv` merges each of its three batch norms into the
+convolution before it.
 """
 
 # %%
@@ -49,8 +50,8 @@ def scenes(rng, x, y, count):
 # %%
 # The network
 # -----------
-# Three blocks of convolution, batch normalization, ReLU and pooling bring 32 x 32 pixels to 4 x 4 cells;
-# a last convolution gives eleven scores for each cell.
+# Three blocks of convolution, batch normalization, ReLU and pooling bring 32 x 32 pixels to 4 x 4
+# cells; a last convolution gives eleven scores for each cell.
 CHANNELS = ((1, 8), (8, 24), (24, 32))
 
 
@@ -97,7 +98,11 @@ def found_of(net, pictures, cells):
     scores = net(pictures)
     best, true = scores.argmax(1), cells.ravel()
     hits = ((best == true) & (true != NOTHING)).sum()
-    return scores, 100 * hits / (true != NOTHING).sum(), 100 * hits / max(1, (best != NOTHING).sum())
+    return (
+        scores,
+        100 * hits / (true != NOTHING).sum(),
+        100 * hits / max(1, (best != NOTHING).sum()),
+    )
 
 
 def time_of(nets, pictures, rounds=15):
@@ -160,4 +165,10 @@ figure.suptitle("What the folded network finds: green is right", fontsize=10)
 # %%
 # Answer
 # ------
-# ANSWER
+# The folded network finds the same: in 8000 cells no answer changed, and scores differ by at most
+# 5.4e-7 of the largest. Folding saved 6 % of the time (90.0 ms became 84.6 ms for 100 pictures, on
+# a machine that was busy with other work), because the convolutions take most of it. More cannot be
+# gained by folding: the whole normalization is gone. The detector itself finds 88 % of the digits;
+# its errors differ a lot from seed to seed.
+#
+# Figures of five seeds on one thread of an Intel Xeon (family 6, model 207).

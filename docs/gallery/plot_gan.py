@@ -2,20 +2,21 @@
 A generative adversarial network on digits
 ==========================================
 
-**Question.** Generative adversarial networks are hard to train, and batch normalization is part of most
-recipes for them. In which of the two networks does it help: in the generator, which draws digits, or in
-the discriminator, which tells drawn digits from real ones?
+**Question.** Generative adversarial networks are hard to train, and batch normalization is part of
+most recipes for them. In which of the two networks does it help: in the generator, which draws
+digits, or in the discriminator, which tells drawn digits from real ones?
 
-Both are small convolutional networks in NumPy, trained with Adam on 1797 real digits of 8 x 8 pixels. There are
-five ways: no batch normalization; in the generator only; in the discriminator only, with real and drawn images
-in separate batches; in both; and in both with real and drawn images mixed in one batch.
+Both are small convolutional networks in NumPy, trained with Adam on 1797 real digits of 8 x 8
+pixels. There are five ways: no batch normalization; in the generator only; in the discriminator
+only, with real and drawn images in separate batches; in both; and in both with real and drawn
+images mixed in one batch.
 """
 
 # %%
 # The networks
 # ------------
-# The generator makes 8 x 8 pixels out of 16 random numbers; the discriminator gives one score. Convolutions,
-# pooling and dense layers are those of the demo.
+# The generator makes 8 x 8 pixels out of 16 random numbers; the discriminator gives one score.
+# Convolutions, pooling and dense layers are those of the demo.
 import os
 
 import matplotlib.pyplot as plt
@@ -160,9 +161,9 @@ def run(seed, kind):
 # %%
 # How good are the images?
 # ------------------------
-# Two measures. The *distance* is Fréchet's: how far mean and covariance of the pixels are from those of the real
-# images. *Digits* is how many of the ten digits make up at least 3 % of the drawn images, as the nearest
-# real images say.
+# Two measures. The *distance* is Fréchet's: how far mean and covariance of the pixels are from
+# those of the real images. *Digits* is how many of the ten digits make up at least 3 % of the drawn
+# images, as the nearest real images say.
 digits = load_digits(0)
 everything = np.concatenate([digits.train_x, digits.test_x]).reshape(-1, 64).astype(np.float64)
 labels = np.concatenate([digits.train_y, digits.test_y])
@@ -209,4 +210,15 @@ for ax, (kind, images) in zip(axes, shown.items(), strict=True):
 # %%
 # Answer
 # ------
-# ANSWER
+# In the discriminator. There it lowers the distance from 1.10 to 0.76, with every seed. In the
+# generator alone it does not help: 1.24, within the spread of the networks without it. With both
+# the mean is 0.92 and the spread is the largest. Mixing real and drawn images in one batch brings
+# the spread down, not the mean.
+#
+# How it fails: without batch normalization the generators drew 9.3 of the ten digits often enough,
+# on average; with it anywhere, all ten. No network is good after 900 steps: the distance between
+# two halves of the real images is 0.07. The usual advice, batch normalization in both networks, is
+# right for larger networks than these, and is not confirmed here.
+#
+# Figures of three seeds on an Intel Xeon (family 6, model 207); the learning rate was the same for
+# all and was not tuned for each.

@@ -2,18 +2,20 @@
 A brain, and the air around it
 ==============================
 
-**Question.** Two thirds of the voxels of a brain scan are air. What does that do to the statistics of a batch
-norm, and does a mask help?
+**Question.** Two thirds of the voxels of a brain scan are air. What does that do to the statistics
+of a batch norm, and does a mask help?
 
-nibabel ships a functional MRI for its tests: two volumes of 24 x 96 x 128 voxels. The moments of all voxels are
-compared with those of the voxels in the head, and the scan is normalized with either. Nothing here is random.
+nibabel ships a functional MRI for its tests: two volumes of 24 x 96 x 128 voxels. The moments of
+all voxels are compared with those of the voxels in the head, and the scan is normalized with
+either. Nothing here is random.
 """
 
 # %%
 # The volumes, one at a time
 # --------------------------
-# The head is where a voxel is above half the median of those that are not zero. That is enough here, where the
-# histogram has a gap between air and tissue. It is no substitute for a real brain mask.
+# The head is where a voxel is above half the median of those that are not zero. That is enough
+# here, where the histogram has a gap between air and tissue. It is no substitute for a real brain
+# mask.
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -60,11 +62,16 @@ row("the head", inside)
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 axes[0].hist(volumes[0].ravel(), 80, log=True, color="gray")
-for moments, colour, name in ((everything, "#D55E00", "all voxels"), (inside, "#0072B2", "the head")):
+for moments, colour, name in (
+    (everything, "#D55E00", "all voxels"),
+    (inside, "#0072B2", "the head"),
+):
     axes[0].axvline(moments.mean[0], color=colour, label=f"mean of {name}")
 axes[0].legend(fontsize=8)
 axes[0].set(title="Values of the scan", xlabel="signal", ylabel="voxels")
-for ax, moments, name in zip(axes[1:], (everything, inside), ("all voxels", "the head"), strict=True):
+for ax, moments, name in zip(
+    axes[1:], (everything, inside), ("all voxels", "the head"), strict=True
+):
     shown = normalized(volumes[0], moments)[0, 0, 12]
     picture = ax.imshow(shown[::-1], cmap="gray", vmin=-2.5, vmax=2.5)
     ax.set_title(f"Normalized by the statistics of {name}", fontsize=10)
@@ -74,7 +81,7 @@ figure.colorbar(picture, ax=axes[1:], shrink=0.8)
 # %%
 # Answer
 # ------
-# The mask helps. Air moves the mean to a value that no tissue has, and makes the standard deviation that of the step
-# between air and head: what a network should tell apart is pressed into 0.4 standard deviations around 1.35. With the
-# statistics of the head it is centred and has its full contrast. In training, pass the mask to the layer: ``bn(x,
-# mask=...)``.
+# The mask helps. Air moves the mean to a value that no tissue has, and makes the standard deviation
+# that of the step between air and head: what a network should tell apart is pressed into 0.4
+# standard deviations around 1.35. With the statistics of the head it is centred and has its full
+# contrast. In training, pass the mask to the layer: ``bn(x, mask=...)``.

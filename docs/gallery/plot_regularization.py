@@ -2,20 +2,21 @@
 Batch normalization beside dropout
 ==================================
 
-**Question.** Batch normalization and dropout both act against overfitting. With few training images, does
-one of them do better, and is it worth taking both?
+**Question.** Batch normalization and dropout both act against overfitting. With few training
+images, does one of them do better, and is it worth taking both?
 
-A network with two hidden layers of 128 ReLUs learns handwritten digits from 50 to 400 training images, which
-it can easily learn by heart. It is trained in four ways: plain, with batch normalization before each ReLU,
-with dropout after each ReLU, and with both. Accuracy is measured on the training images and on 500 others,
-in inference mode. Each seed draws other training images, other weights and other batches.
+A network with two hidden layers of 128 ReLUs learns handwritten digits from 50 to 400 training
+images, which it can easily learn by heart. It is trained in four ways: plain, with batch
+normalization before each ReLU, with dropout after each ReLU, and with both. Accuracy is measured on
+the training images and on 500 others, in inference mode. Each seed draws other training images,
+other weights and other batches.
 """
 
 # %%
 # The network
 # -----------
-# Dropout sets a random half of the values to zero in training and doubles the rest. In inference it does
-# nothing.
+# Dropout sets a random half of the values to zero in training and doubles the rest. In inference it
+# does nothing.
 import os
 
 import matplotlib.pyplot as plt
@@ -123,4 +124,12 @@ axes[0].legend(loc="lower right")
 # %%
 # Answer
 # ------
-# ANSWER
+# Neither helps here. All four networks learn the training images by heart, and on the test images
+# they differ by less than their standard deviations. With 200 and 400 images the means with batch
+# normalization are one point above plain; with 50 and 100 they are two points below. Taking both is
+# between the two. On so simple a task the number of training images matters far more than the kind
+# of regularization. The noise that batch normalization adds does not replace more data, and it is
+# no reason to leave dropout out, or to put it in.
+#
+# Figures of five seeds on an Intel Xeon (family 6, model 207); all kinds had the same learning rate
+# and number of steps, which were not tuned for each.

@@ -2,34 +2,38 @@
 Padded sequences of characters
 ==============================
 
-**Question.** Texts of different lengths are padded to fit into one array. What happens if batch normalization
-counts the padding, and how does it compare with leaving the padding out, and with layer normalization?
+**Question.** Texts of different lengths are padded to fit into one array. What happens if batch
+normalization counts the padding, and how does it compare with leaving the padding out, and with
+layer normalization?
 
-The texts are the help pages that Python ships as ``pydoc_data.topics``. A small convolutional network reads a
-piece of 10 to 80 characters and says from which of eight pages it is. Training pieces come from the first
-three quarters of each page, test pieces from the last quarter.
+The texts are the help pages that Python ships as ``pydoc_data.topics``. A small convolutional
+network reads a piece of 10 to 80 characters and says from which of eight pages it is. Training
+pieces come from the first three quarters of each page, test pieces from the last quarter.
 """
 
 # %%
 # Data
 # ----
 import os
+from pydoc_data.topics import topics
 
 import matplotlib.pyplot as plt
 import numpy as np
-from pydoc_data.topics import topics
 from threadpoolctl import threadpool_limits
 
 import cybn
 from cybn.demo.network import softmax_cross_entropy
 
-SEEDS = range(int(os.environ.get("CYBN_GALLERY_SEEDS", "5")))
+SEEDS = range(min(3, int(os.environ.get("CYBN_GALLERY_SEEDS", "5"))))
 PAGES, SHORTEST, LONGEST = 8, 10, 80
-BATCH, STEPS, WIDTH, WINDOW, RATE = 32, 300, 24, 5, 3e-3
+BATCH, STEPS, WIDTH, WINDOW, RATE = 32, 250, 24, 5, 3e-3
 threadpool_limits(1, user_api="blas")  # the matrices are small
 
 texts = sorted(topics.values(), key=len, reverse=True)[:PAGES]
-texts = [np.minimum(np.frombuffer(" ".join(t.split()).encode("ascii", "replace"), np.uint8), 127) for t in texts]
+texts = [
+    np.minimum(np.frombuffer(" ".join(t.split()).encode("ascii", "replace"), np.uint8), 127)
+    for t in texts
+]
 shortest = min(map(len, texts))
 texts = [t[:shortest] for t in texts]  # no page has more text than another
 cut = shortest * 3 // 4
@@ -50,9 +54,10 @@ def pieces(rng, count, parts, width):
 # %%
 # The network
 # -----------
-# An embedding and two convolutions over windows of five characters, each followed by normalization and a ReLU;
-# then the mean over the real characters, and a dense layer. Padding is set to zero before each convolution
-# and left out of the mean, so the network can learn about it from the statistics of the normalization only.
+# An embedding and two convolutions over windows of five characters, each followed by normalization
+# and a ReLU; then the mean over the real characters, and a dense layer. Padding is set to zero
+# before each convolution and left out of the mean, so the network can learn about it from the
+# statistics of the normalization only.
 class Convolution:
     """A convolution over (N, L, C), with zeros beyond both ends."""
 
@@ -61,7 +66,7 @@ class Convolution:
         self.weight = rng.normal(0, std, (WINDOW * inputs, outputs)).astype(np.float32)
 
     def __call__(self, x):
-        n, length, c = x.shape
+        n, length, _ = x.shape
         padded = np.pad(x, ((0, 0), (WINDOW // 2, WINDOW // 2), (0, 0)))
         windows = [padded[:, i : i + length] for i in range(WINDOW)]
         self.windows, self.shape = np.concatenate(windows, axis=2).reshape(n * length, -1), x.shape
@@ -98,7 +103,12 @@ class Network:
 
     def gradients(self):
         norms = [g for bn in self.norms if bn is not None for g in bn.gradients()]
-        return [self.grad_embedding, *(c.gradient for c in self.convolutions), *norms, self.grad_last]
+        return [
+            self.grad_embedding,
+            *(c.gradient for c in self.convolutions),
+            *norms,
+            self.grad_last,
+        ]
 
     def train(self, mode):
         for bn in self.norms:
@@ -133,8 +143,8 @@ class Network:
 # %%
 # Training
 # --------
-# With Adam. A batch is padded as far as its longest piece needs, or further: to 240 characters, three times what
-# the longest piece has.
+# With Adam. A batch is padded as far as its longest piece needs, or further: to 240 characters,
+# three times what the longest piece has.
 KINDS = ("batch norm, masked", "batch norm", "layer norm", "none")
 WIDTHS = (80, 240)
 
@@ -164,8 +174,8 @@ def run(seed, kind, width):
 # %%
 # What padding does to the statistics
 # -----------------------------------
-# The same 32 pieces, padded further and further. Shown is the size of the normalized real values; it should not
-# depend on the padding.
+# The same 32 pieces, padded further and further. Shown is the size of the normalized real values;
+# it should not depend on the padding.
 rng = np.random.default_rng(0)
 x, lengths, _ = pieces(rng, 32, texts, 80)
 first = Network(np.random.default_rng(1), "none")
@@ -197,7 +207,9 @@ for (kind, width), values in results.items():
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for kind, found in sizes.items():
     left.plot(padding, found, marker="o", label=kind)
-left.set(title="Size of the normalized real values", xlabel="padded to", ylabel="standard deviation")
+left.set(
+    title="Size of the normalized real values", xlabel="padded to", ylabel="standard deviation"
+)
 left.set_ylim(0)
 left.legend()
 names = [kind if width == 80 else f"{kind}, padded to {width}" for kind, width in results]
@@ -211,4 +223,16 @@ right.set(title="Accuracy; the dotted line is chance", xlabel="%")
 # %%
 # Answer
 # ------
-# ANSWER
+# Counting the padding distorts the normalized values: the real ones should have standard deviation
+# 1, and have 1.33 with the padding of this experiment, and up to 3.8 with more. With lengths they
+# have 1 for any padding.
+#
+# For accuracy this mattered little. With lengths it is 40.2 %, without 38.6 %, and 36.9 % when
+# padded to three times the length; the standard deviations are 1.5 to 2.5, so three seeds do not
+# prove a difference. The reason is that training and inference were padded in similar ways, so the
+# network could adapt to the distorted values. Masking makes the result independent of how a batch
+# was padded, and costs little. Layer normalization did worse than no normalization here (33.6 and
+# 38.2 %): each position is normalized by itself, and with 24 channels that loses information. All
+# networks are small and trained for a short time; chance is 12.5 %.
+#
+# Figures of three seeds on an Intel Xeon (family 6, model 207).

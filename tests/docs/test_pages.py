@@ -15,8 +15,8 @@ DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the pages are not beside the tests")
 
 
-# Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. A block that cannot
-# be run is marked where it stands: ```python fragment.
+# Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. A block that
+# cannot be run is marked: ```python fragment.
 RUN = {"README.md", "index.md", "fifteen-minutes.md", "training-loop.md", "speed.md", "interop.md"}
 RUN |= {"inference.md", "which-norm.md", "statistics.md", "padded-sequences.md"}
 
@@ -56,7 +56,7 @@ def test_readme_is_short():
 
 
 def test_fifteen_minutes(capsys):
-    names = run("fifteen-minutes.md")
+    run("fifteen-minutes.md")
     out = capsys.readouterr().out.splitlines()
     said = re.findall(r"print\(.*?\)  # (.*?)(?::.*)?$", text_of("fifteen-minutes.md"), re.M)
     assert len(said) == 6

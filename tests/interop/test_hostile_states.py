@@ -139,7 +139,7 @@ def test_load_state_dict(name, rng, figure):
             outcomes["loaded"] += 1
             right(layer, state)
     assert min(outcomes.values()) > 20, outcomes
-    figure(35, "spoilt states refused", outcomes["refused"], how="sum")
+    figure(35, "damaged states refused", outcomes["refused"], how="sum")
     figure(35, "harmless ones loaded", outcomes["loaded"], how="sum")
 
 
@@ -158,7 +158,7 @@ def test_moments_from_state(rng, figure):
                 np.testing.assert_array_equal(getattr(m, key), np.asarray(state[key], float))
             assert m._rest is None or np.isfinite(m._rest).all()
     assert refused > 100
-    figure(35, "spoilt states refused", refused, how="sum")
+    figure(35, "damaged states refused", refused, how="sum")
 
 
 READERS = {
@@ -201,7 +201,7 @@ def test_readers_of_other_libraries(name, rng, figure):
         except (TypeError, ValueError):
             pass
     assert refused > 100
-    figure(35, "spoilt states refused", refused, how="sum")
+    figure(35, "damaged states refused", refused, how="sum")
 
 
 def test_nested_without_end():
