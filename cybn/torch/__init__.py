@@ -6,9 +6,9 @@
 >>> type(model[1]).__mro__[0].__name__, model(torch.randn(2, 3, 8, 8)).shape
 ('BatchNorm2d', torch.Size([2, 8, 6, 6]))
 
-Tensors on the CPU, float32, float64 and half types, in either memory format, go to cybn's kernels by
-their addresses. What the kernels do not take goes to PyTorch; `report` says what, and why. In graphs
-(`torch.compile`, `torch.export`) the kernels are operators, ``torch.ops.cybn``.
+Tensors on the CPU, float32, float64 and half types, in either memory format, go to cybn's kernels
+by their addresses. What the kernels do not take goes to PyTorch; `report` says what, and why. In
+graphs (`torch.compile`, `torch.export`) the kernels are operators, ``torch.ops.cybn``.
 """
 
 try:

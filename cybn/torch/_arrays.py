@@ -41,7 +41,7 @@ def array(t: Tensor) -> NDArray[Any]:
     if not t.is_contiguous():
         size = dtype.itemsize
         strides = tuple([step * size for step in t.stride()])
-    return np.ndarray(t.shape, dtype, _SPACE, t.data_ptr() - _START, strides)  # type: ignore[call-overload]
+    return np.ndarray(t.shape, dtype, _SPACE, t.data_ptr() - _START, strides)  # type: ignore[arg-type]
 
 
 def vector(t: Tensor | None) -> tuple[NDArray[Any] | None, Tensor | None]:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._calls import Norm, absorb, backward, forward
+from ._calls import Inputs, Norm, absorb, backward, forward
 from ._formulas import gradients
 
-__all__ = ["Running", "normalize"]
+__all__ = ["Running", "needs_grad", "normalize"]
 
 
 class Running(NamedTuple):
@@ -21,30 +21,16 @@ class Running(NamedTuple):
     momentum: float
 
 
-def normalize(
-    norm: Norm,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    running: Running | None = None,
-) -> Tensor:
-    """Normalize with `mean` and `var`, or with the statistics of the batch or the rows.
+def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Tensor:
+    """Normalize with the mean and variance given, or with those of the batch or the rows.
 
     Tensors are of types that the kernels know, on the CPU, and strided. `running` moves.
     """
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return _Normalize.apply(x, weight, bias, residual, mean, var, norm, running)
-    y, statistics = forward(norm, x, weight, bias, residual, mean, var)
+    if torch.is_grad_enabled() and needs_grad(inputs):
+        return _Normalize.apply(*inputs, norm, running)
+    y, statistics = forward(norm, inputs)
     if running is not None and statistics is not None:
-        absorb(norm, x, statistics, *running)
+        absorb(norm, inputs.x, statistics, *running)
     return y
 
 
@@ -54,34 +40,34 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        norm: Norm,
-        running: Running | None,
+        *arguments: Any,
     ) -> Tensor:
-        y, ctx.statistics = forward(norm, x, weight, bias, residual, mean, var)
+        *tensors, norm, running = arguments
+        inputs = Inputs(*tensors)
+        y, ctx.statistics = forward(norm, inputs)
         if running is not None and ctx.statistics is not None:
-            absorb(norm, x, ctx.statistics, *running)
+            absorb(norm, inputs.x, ctx.statistics, *running)
         ctx.norm = norm
-        if mean is not None and var is not None:
+        if inputs.mean is not None and inputs.var is not None:
             # Training the same module before backward moves its statistics: these must not follow.
-            mean, var = mean.clone(), var.clone()
-        ctx.save_for_backward(x, weight, bias, residual, mean, var)
+            inputs = inputs._replace(mean=inputs.mean.clone(), var=inputs.var.clone())
+        ctx.save_for_backward(*inputs)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        inputs, wanted = Inputs(*ctx.saved_tensors), ctx.needs_input_grad[:4]
+        found: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() or _is_foreign(dy):  # create_graph=True; batched gradients
-            found = gradients(ctx.norm, dy, *inputs, wanted)
+            found = gradients(ctx.norm, dy, inputs, wanted)
         else:
-            found = backward(ctx.norm, dy, *inputs, ctx.statistics)
-            found = _typed(found, inputs)
+            found = _typed(backward(ctx.norm, dy, inputs, ctx.statistics), inputs)
         return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 4
+
+
+def needs_grad(inputs: Inputs) -> bool:
+    """Whether a gradient of the result can be asked for."""
+    return any(t is not None and t.requires_grad for t in inputs[:4])
 
 
 def _is_foreign(dy: Tensor) -> bool:

@@ -17,11 +17,22 @@ from .. import _dispatch, _runtime
 from ._arrays import array, vector
 from ._memory import empty
 
-__all__ = ["Norm", "Statistics", "absorb", "backward", "format_of", "forward"]
+__all__ = ["Inputs", "Norm", "Statistics", "absorb", "backward", "format_of", "forward"]
 
 Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; with a mean and a variance where those are given."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -75,57 +86,43 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= _dispatch.SMALL else 1
 
 
-def forward(
-    norm: Norm,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-) -> tuple[Tensor, Statistics | None]:
+def forward(norm: Norm, inputs: Inputs) -> tuple[Tensor, Statistics | None]:
     """Return y, and the statistics of the batch or the rows where no others are given."""
+    x, weight, bias, residual, mean, var = inputs
     y = empty(x, format_of(norm, x), brief=False)
     (gamma, _w), (beta, _b) = vector(weight), vector(bias)
-    inputs, out, threads = array(x), array(y), _threads(x)
+    values, out, threads = array(x), array(y), _threads(x)
     if norm.kind != "batch":
         axis, groups = norm.rows(x)
         centred = norm.kind != "rms"
         found = _dispatch.normalize_rows(
-            inputs, axis, groups, gamma, beta, norm.eps, centred, out, threads
+            values, axis, groups, gamma, beta, norm.eps, centred, out, threads
         )
-        return y, found[1:3]
+        return y, (found[1], found[2])
     added = None if residual is None else array(residual)
     stages = (1, norm.eps, norm.activation, norm.slope, added, None, None, None, "normalize", out)
     if mean is None:
-        _, _, *found = _dispatch.forward(inputs, gamma, beta, *stages, threads)
-        return y, (found[0], found[1])
+        _, _, batch_mean, batch_m2 = _dispatch.forward(values, gamma, beta, *stages, threads)
+        return y, (batch_mean, batch_m2)
     (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
-    _dispatch.inference(inputs, fixed_mean, fixed_var, gamma, beta, *stages, threads)
+    _dispatch.inference(values, fixed_mean, fixed_var, gamma, beta, *stages, threads)
     return y, None
 
 
 def backward(
-    norm: Norm,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    statistics: Statistics | None,
+    norm: Norm, dy: Tensor, inputs: Inputs, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of x, weight, bias and the residual."""
+    x, weight, bias, residual, mean, var = inputs
     form = format_of(norm, x)
     dx = empty(x, form, brief=True)
     dy = dy.resolve_conj().resolve_neg()
     (gamma, _w), (beta, _b) = vector(weight), vector(bias)
-    gradient, inputs, out, threads = array(dy), array(x), array(dx), _threads(x)
+    gradient, values, out, threads = array(dy), array(x), array(dx), _threads(x)
     if norm.kind != "batch":
         axis, groups = norm.rows(x)
         _, dgamma, dbeta = _dispatch.normalize_rows_backward(
-            gradient, inputs, axis, groups, _as_they_are, statistics, gamma, norm.eps,
+            gradient, values, axis, groups, _as_they_are, statistics, gamma, norm.eps,
             norm.kind != "rms", out, threads,
         )  # fmt: skip
         return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta), None
@@ -141,7 +138,7 @@ def backward(
         (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
         fixed = fixed_mean, fixed_var
     _, dgamma, dbeta, *_rest = _dispatch.backward(
-        gradient, inputs, moments, *fixed, gamma, beta if norm.activation else None, 1, norm.eps,
+        gradient, values, moments, *fixed, gamma, beta if norm.activation else None, 1, norm.eps,
         norm.activation, norm.slope, added, None, None, None, "normalize", False, out, kept,
         threads,
     )  # fmt: skip

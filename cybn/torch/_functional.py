@@ -6,19 +6,19 @@ What the kernels do not take goes to PyTorch, with the reason kept for `cybn.tor
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional
 
 from . import _autograd, _fuse, _operators
 from ._arrays import DTYPES
 from ._autograd import Running
-from ._calls import Norm
+from ._calls import Inputs, Norm
 
 __all__ = ["FUNCTIONS", "current"]
 
@@ -88,6 +88,18 @@ def _unusual(x: Tensor) -> str | None:
     return None
 
 
+def _checked(check: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Return what a check returns; sizes are numbers in it, in a call that torch.jit traces too."""
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return check(*arguments)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return check(*arguments)
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 def _is_traced(x: Any) -> bool:
     return _traced() and isinstance(x, Tensor)
 
@@ -109,17 +121,9 @@ def _explain(why: str | None) -> None:
             module.__dict__["_cybn_reason"] = why
 
 
-def _run(
-    norm: Norm,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    running: Running | None = None,
-) -> Tensor:
+def _run(norm: Norm, inputs: Inputs, running: Running | None = None) -> Tensor:
     if _traced():
-        return _operators.normalize(norm, x, weight, bias, mean, var, running)
+        return _operators.normalize(norm, inputs, running)
     module = current.module
     if module is not None:
         known = module.__dict__
@@ -127,8 +131,8 @@ def _run(
             known["_cybn_reason"] = None
         fusing = known.get("_cybn_fusing")
         if fusing is not None:
-            return _fuse.normalize(fusing, module, norm, x, weight, bias, mean, var, running)
-    return _autograd.normalize(norm, x, weight, bias, None, mean, var, running)
+            return _fuse.normalize(fusing, module, norm, inputs, running)
+    return _autograd.normalize(norm, inputs, running)
 
 
 # ---- the functions -----------------------------------------------------------------------
@@ -148,33 +152,43 @@ def batch_norm(
     x = input
     if type(x) is _fuse.Pending:
         x = x.plain()
-    vectors = weight, bias, running_mean, running_var
-    if x.dim() < 2:
-        why: str | None = f"the input has {x.dim()} axes"
-    elif (running_mean is None) != (running_var is None):
-        why = "one of the running statistics is missing"
-    else:
-        channels = x.shape[1]
-        why = _refusal(x, eps, (channels,), vectors) or _batch_refusal(
-            x, channels, running_mean, running_var, training
-        )
+    why = _checked(_batch_why, x, running_mean, running_var, weight, bias, training, eps)
     if why is not None:
         _explain(why)
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return functional.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
     norm = Norm("batch", eps)
     if not training:
-        return _run(norm, x, weight, bias, running_mean, running_var)
+        return _run(norm, Inputs(x, weight, bias, None, running_mean, running_var))
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, momentum)
-    return _run(norm, x, weight, bias, None, None, running)
+    return _run(norm, Inputs(x, weight, bias), running)
 
 
-def _batch_refusal(
-    x: Tensor, channels: int, mean: Tensor | None, var: Tensor | None, training: bool
+def _batch_why(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    positions: bool = False,
 ) -> str | None:
-    if x.numel() <= (channels if training else 0):
-        return "there is no more than one value a channel"
+    """Return why PyTorch is to normalize a batch; with `positions`, each sample of it."""
+    if x.dim() < 2 + positions:
+        return f"the input has {x.dim()} axes"
+    if (mean is None) != (var is None):
+        return "one of the running statistics is missing"
+    channels = x.shape[1]
+    why = _refusal(x, eps, (channels,), (weight, bias, mean, var))
+    if why is not None:
+        return why
+    samples = x.shape[0] if positions else 1
+    if x.numel() <= (channels * samples if training else 0):
+        return f"there is no more than one value a {'sample and ' * positions}channel"
     if mean is None or var is None:
         return None if training else "there are no running statistics"
     if mean.requires_grad or var.requires_grad:
@@ -198,27 +212,21 @@ def instance_norm(
     x = input
     if type(x) is _fuse.Pending:
         x = x.plain()
-    if x.dim() < 3:
-        why: str | None = f"the input has {x.dim()} axes"
-    elif (running_mean is None) != (running_var is None):
-        why = "one of the running statistics is missing"
-    else:
-        channels = x.shape[1]
-        why = _refusal(x, eps, (channels,), (weight, bias, running_mean, running_var))
-        if why is None and x.numel() <= x.shape[0] * channels:
-            why = "there is no more than one position"
-        why = why or _batch_refusal(x, channels, running_mean, running_var, use_input_stats)
+    why = _checked(
+        _batch_why, x, running_mean, running_var, weight, bias, use_input_stats, eps, True
+    )
     if why is not None:
         _explain(why)
-        return F.instance_norm(
+        return functional.instance_norm(
             x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
     if not use_input_stats:
-        return _run(Norm("batch", eps), x.contiguous(), weight, bias, running_mean, running_var)
+        inputs = Inputs(x.contiguous(), weight, bias, None, running_mean, running_var)
+        return _run(Norm("batch", eps), inputs)
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, momentum)
-    return _run(Norm("instance", eps), x, weight, bias, None, None, running)
+    return _run(Norm("instance", eps), Inputs(x, weight, bias), running)
 
 
 def group_norm(
@@ -232,16 +240,21 @@ def group_norm(
     x = input
     if type(x) is _fuse.Pending:
         x = x.plain()
-    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        why: str | None = f"the input has shape {tuple(x.shape)}"
-    elif x.numel() <= num_groups:
-        why = "there is no more than one value a group"
-    else:
-        why = _refusal(x, eps, (x.shape[1],), (weight, bias))
+    why = _checked(_group_why, x, num_groups, weight, bias, eps)
     if why is not None:
         _explain(why)
-        return F.group_norm(x, num_groups, weight, bias, eps)
-    return _run(Norm("group", eps, groups=num_groups), x, weight, bias)
+        return functional.group_norm(x, num_groups, weight, bias, eps)
+    return _run(Norm("group", eps, groups=num_groups), Inputs(x, weight, bias))
+
+
+def _group_why(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> str | None:
+    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
+        return f"the input has shape {tuple(x.shape)}"
+    if x.numel() <= num_groups:
+        return "there is no more than one value a group"
+    return _refusal(x, eps, (x.shape[1],), (weight, bias))
 
 
 def layer_norm(
@@ -255,11 +268,11 @@ def layer_norm(
     x = input
     if type(x) is _fuse.Pending:
         x = x.plain()
-    why = _rows_refusal(x, eps, normalized_shape, weight, bias)
+    why = _checked(_rows_why, x, eps, normalized_shape, weight, bias)
     if why is not None:
         _explain(why)
-        return F.layer_norm(x, normalized_shape, weight, bias, eps)
-    return _run(Norm("layer", eps, len(normalized_shape)), x, weight, bias)
+        return functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    return _run(Norm("layer", eps, len(normalized_shape)), Inputs(x, weight, bias))
 
 
 def rms_norm(
@@ -273,14 +286,14 @@ def rms_norm(
     if type(x) is _fuse.Pending:
         x = x.plain()
     least = _EPS.get(x.dtype, torch.finfo(torch.float32).eps) if eps is None else eps
-    why = _rows_refusal(x, least, normalized_shape, weight, None)
+    why = _checked(_rows_why, x, least, normalized_shape, weight, None)
     if why is not None:
         _explain(why)
-        return F.rms_norm(x, normalized_shape, weight, eps)
-    return _run(Norm("rms", least, len(normalized_shape)), x, weight, None)
+        return functional.rms_norm(x, normalized_shape, weight, eps)
+    return _run(Norm("rms", least, len(normalized_shape)), Inputs(x, weight, None))
 
 
-def _rows_refusal(
+def _rows_why(
     x: Tensor, eps: float, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> str | None:
     dims = len(shape)

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from ._autograd import Running
+from ._autograd import Running, needs_grad
 from ._autograd import normalize as normalize_now
-from ._calls import Norm, format_of
+from ._calls import Inputs, Norm, format_of
 
 __all__ = ["Fusing", "Pending", "normalize"]
 
@@ -44,7 +44,7 @@ class Fusing:
 
     def describe(self) -> tuple[str, str]:
         """Return what is computed together with the module, and why not more."""
-        found = [self.expects[mode] for mode in sorted(self.expects) if self.expects[mode]]
+        found = [expected for expected in self.expects.values() if expected is not None]
         if found:
             (name, _), added = found[0]
             return f"add, {name}" if added else name, ""
@@ -82,33 +82,29 @@ def normalize(
     fusing: Fusing,
     module: nn.Module,
     norm: Norm,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    inputs: Inputs,
     running: Running | None,
 ) -> Tensor:
     """Return the result, watched or pending where that can gain something."""
     mode = module.training
     if (
         norm.kind != "batch"
-        or x.numel() < LEAST
+        or inputs.x.numel() < LEAST
         or _is_looked_at(module)
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
-        return normalize_now(norm, x, weight, bias, None, mean, var, running)
+        return normalize_now(norm, inputs, running)
     if mode not in fusing.expects:
-        y = normalize_now(norm, x, weight, bias, None, mean, var, running)
+        y = normalize_now(norm, inputs, running)
         y.__class__ = Watched
         y._cybn = fusing, mode, False
         return y
     expected = fusing.expects[mode]
     follower = None if fusing.follower is None else fusing.follower()
     if expected is None or (follower is not None and _is_looked_at(follower)):
-        return normalize_now(norm, x, weight, bias, None, mean, var, running)
+        return normalize_now(norm, inputs, running)
     moves = [] if running is None else [running]
-    return Pending.of(fusing, expected, (norm, x, weight, bias, mean, var), moves)
+    return Pending.of(fusing, expected, norm, inputs, moves)
 
 
 def _is_looked_at(module: nn.Module) -> bool:
@@ -146,18 +142,18 @@ def _named(name: str) -> Callable[[Any, Any], Activation | None]:
 
 _nn = torch._C._nn
 _ACTIVATIONS: dict[Any, Callable[[Any, Any], Activation | None]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _named("relu")),
+    **dict.fromkeys((functional.relu, torch.relu, Tensor.relu), _named("relu")),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _named("relu")),
-    **dict.fromkeys((F.relu6, _nn.relu6), _named("relu6")),
-    **dict.fromkeys((F.silu, _nn.silu, _nn.silu_), _named("silu")),
-    **dict.fromkeys((F.hardswish, _nn.hardswish, _nn.hardswish_), _named("hardswish")),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _named("sigmoid")),
+    **dict.fromkeys((functional.relu6, _nn.relu6), _named("relu6")),
+    **dict.fromkeys((functional.silu, _nn.silu, _nn.silu_), _named("silu")),
+    **dict.fromkeys((functional.hardswish, _nn.hardswish, _nn.hardswish_), _named("hardswish")),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, functional.sigmoid), _named("sigmoid")),
     **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _named("sigmoid")),
-    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), _named("tanh")),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, functional.tanh), _named("tanh")),
     **dict.fromkeys((torch.tanh_, Tensor.tanh_), _named("tanh")),
-    **dict.fromkeys((F.hardtanh, _nn.hardtanh, _nn.hardtanh_), _relu6),
-    **dict.fromkeys((F.leaky_relu, _nn.leaky_relu, _nn.leaky_relu_), _leaky),
-    F.gelu: _gelu,
+    **dict.fromkeys((functional.hardtanh, _nn.hardtanh, _nn.hardtanh_), _relu6),
+    **dict.fromkeys((functional.leaky_relu, _nn.leaky_relu, _nn.leaky_relu_), _leaky),
+    functional.gelu: _gelu,
 }
 _ADDITIONS = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
@@ -250,26 +246,28 @@ def _name(func: Any) -> str:
 class Pending(Tensor):
     """A result that is computed by the first operation that takes it; it has no memory."""
 
+    value: Tensor | None
+    residual: Tensor | None
+
     @staticmethod
     def of(
         fusing: Fusing,
         expected: tuple[Activation, bool],
-        arguments: Any,
-        moves: list[Running | None],
+        norm: Norm,
+        inputs: Inputs,
+        moves: list[Running],
     ) -> Pending:
         """Return the pending result of a call of `normalize_now`; statistics in `moves` move."""
-        norm, x, weight, bias, _, _ = arguments
-        grad = torch.is_grad_enabled()
+        x, grad = inputs.x, torch.is_grad_enabled()
         with torch._C.DisableTorchFunctionSubclass():
             self = Tensor._make_wrapper_subclass(
                 Pending, x.shape, _strides(norm, x), dtype=x.dtype, device=x.device,
-                requires_grad=grad and any(
-                    t is not None and t.requires_grad for t in (x, weight, bias)
-                ),
+                requires_grad=grad and needs_grad(inputs),
             )  # fmt: skip
             if self.requires_grad:
                 self.register_hook(_lost)
-        self.fusing, self.expected, self.arguments, self.moves = fusing, expected, arguments, moves
+        self.fusing, self.expected, self.moves = fusing, expected, moves
+        self.norm, self.inputs = norm, inputs
         self.versions = _version(x), None
         self.grad_mode = grad
         self.residual = self.value = None
@@ -287,19 +285,18 @@ class Pending(Tensor):
 
     def compute(self, activation: str | None, slope: float) -> Tensor:
         """Return the result, with the residual if there is one."""
-        norm, x, weight, bias, mean, var = self.arguments
         residual = self.residual
-        if self.versions != (_version(x), _version(residual)):
+        if self.versions != (_version(self.inputs.x), _version(residual)):
             raise RuntimeError(
                 "the input or the residual of a fused batch norm was changed in place before its "
                 "result was used; convert the model without fuse=True"
             )
         running = self.moves.pop() if self.moves else None
-        norm = norm._replace(activation=activation, slope=slope)
+        norm = self.norm._replace(activation=activation, slope=slope)
         with torch.set_grad_enabled(self.grad_mode):
             if activation is None and residual is not None:
-                return normalize_now(norm, x, weight, bias, None, mean, var, running) + residual
-            return normalize_now(norm, x, weight, bias, residual, mean, var, running)
+                return normalize_now(norm, self.inputs, running) + residual
+            return normalize_now(norm, self.inputs._replace(residual=residual), running)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,7 +337,7 @@ def _sum(func: Any, args: Any, kwargs: Any) -> Tensor | None:
                 continue
             total = one
             if func not in _IN_PLACE:
-                total = Pending.of(one.fusing, one.expected, one.arguments, one.moves)
+                total = Pending.of(one.fusing, one.expected, one.norm, one.inputs, one.moves)
                 total.grad_mode = one.grad_mode
             total.residual, total.versions = other, (one.versions[0], _version(other))
             return total

@@ -121,7 +121,7 @@ def _ask_for_huge_pages(address: int, nbytes: int) -> None:
             _madvise(start, length, _ADVICE)
 
 
-def _find_madvise() -> ctypes._FuncPointer | None:  # type: ignore[name-defined]
+def _find_madvise() -> ctypes._FuncPointer | None:
     if _ADVICE is None:
         return None
     try:

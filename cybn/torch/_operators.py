@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Running
-from ._calls import Norm, backward, format_of, forward
+from ._calls import Inputs, Norm, backward, format_of, forward
 from ._formulas import gradients
 
 __all__ = ["normalize"]
@@ -34,18 +34,11 @@ _normalize = torch.ops.cybn.normalize.default
 _normalize_backward = torch.ops.cybn.normalize_backward.default
 
 
-def normalize(
-    norm: Norm,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    running: Running | None = None,
-) -> Tensor:
+def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Tensor:
     """Do what `_autograd.normalize` does, as operations of a graph."""
-    y, batch_mean, batch_m2 = _normalize(x, weight, bias, None, mean, var, *norm)
+    y, batch_mean, batch_m2 = _normalize(*inputs, *norm)
     if running is not None:
+        x = inputs.x
         count = x.numel() // x.shape[1]
         batch_mean, batch_m2 = batch_mean.detach(), batch_m2.detach()
         if norm.kind == "instance":
@@ -62,8 +55,7 @@ def normalize(
 
 
 def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, norm = arguments[:6], Norm(*arguments[6:])
-    y, statistics = forward(norm, *inputs)
+    y, statistics = forward(Norm(*arguments[6:]), Inputs(*arguments[:6]))
     if statistics is None:
         return y, y.new_empty(0, dtype=torch.float64), y.new_empty(0, dtype=torch.float64)
     return y, *(torch.from_numpy(v.copy()) for v in statistics)
@@ -71,16 +63,17 @@ def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, inputs, statistics, norm = _parted(arguments)
-    arrays = None if inputs[4] is not None else tuple(v.numpy() for v in statistics)
-    dx, dweight, dbias, dresidual = backward(norm, dy, *inputs, arrays)
-    if inputs[1] is not None:
-        dweight, dbias = dweight.to(inputs[1].dtype), dbias.to(inputs[1].dtype)
+    mean, m2 = (v.numpy() for v in statistics)
+    arrays = None if inputs.mean is not None else (mean, m2)
+    dx, dweight, dbias, dresidual = backward(norm, dy, inputs, arrays)
+    if inputs.weight is not None:
+        dweight, dbias = dweight.to(inputs.weight.dtype), dbias.to(inputs.weight.dtype)
     return dx, dweight, dbias, dx.new_empty(0) if dresidual is None else dresidual
 
 
-def _parted(arguments: Any) -> tuple[Tensor, Any, tuple[Tensor, Tensor], Norm]:
+def _parted(arguments: Any) -> tuple[Tensor, Inputs, tuple[Tensor, Tensor], Norm]:
     """Return dy, the inputs of forward, the statistics, and the norm."""
-    return arguments[0], arguments[1:7], arguments[7:9], Norm(*arguments[9:])
+    return arguments[0], Inputs(*arguments[1:7]), arguments[7:9], Norm(*arguments[9:])
 
 
 _library.impl("normalize", _on_cpu, "CPU")
@@ -134,9 +127,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    found = _normalize_backward(dy, *inputs, *ctx.norm)
-    given = (True, inputs[1] is not None, inputs[2] is not None, inputs[3] is not None)
+    found = _normalize_backward(dy, *ctx.saved_tensors, *ctx.norm)
+    given = [t is not None for t in ctx.saved_tensors[:4]]
     return *(g if one else None for g, one in zip(found, given, strict=True)), *[None] * 8
 
 
@@ -153,13 +145,15 @@ def _setup_again(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_again(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second derivatives, by PyTorch's own formulas."""
     dy, *inputs = ctx.saved_tensors
-    again, leaves = torch.is_grad_enabled(), []
+    again = torch.is_grad_enabled()
+    leaves: list[Any] = []
     with torch.enable_grad():
         for t in (dy, *inputs[:4]):
             leaf = t if t is None or again else t.detach().requires_grad_()
             leaves.append(leaf if leaf is None else leaf.view_as(leaf))
-        wanted = tuple(t is not None for t in leaves[1:])
-        found = gradients(ctx.norm, *leaves, *inputs[4:], wanted)
+        wanted = [t is not None for t in leaves[1:]]
+        again_inputs = Inputs(*leaves[1:], *inputs[4:])
+        found = gradients(ctx.norm, leaves[0], again_inputs, wanted)
         pairs = [
             (g, d) for g, d in zip(found, changes, strict=True) if g is not None and d is not None
         ]

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from ._functional import FUNCTIONS
 
 __all__ = ["rebound"]
 
-_REPLACED: dict[Any, Callable[..., Any]] = {
+_REPLACED: dict[Any, Any] = {
     getattr(home, name): ours
     for name, ours in FUNCTIONS.items()
-    for home in (F, torch)
-    if home is F or name == "rms_norm"  # torch's others take their arguments in another order
+    for home in (functional, torch)
+    if home is functional or name == "rms_norm"  # torch's others differ in their arguments
 }
 _DEPTH = 2  # calls of functions that call functions
 
@@ -38,10 +38,10 @@ class _Namespace(types.SimpleNamespace):
         return getattr(self.__dict__["_module"], name)
 
 
-_FUNCTIONAL = _Namespace(F, **FUNCTIONS)
+_FUNCTIONAL = _Namespace(functional, **FUNCTIONS)
 _NN = _Namespace(torch.nn, functional=_FUNCTIONAL)
 _TORCH = _Namespace(torch, nn=_NN)
-_SPACES: dict[Any, _Namespace] = {F: _FUNCTIONAL, torch.nn: _NN, torch: _TORCH}
+_SPACES: dict[Any, _Namespace] = {functional: _FUNCTIONAL, torch.nn: _NN, torch: _TORCH}
 
 
 def rebound(function: Any, depth: int = _DEPTH) -> Callable[..., Any] | None:
@@ -74,7 +74,7 @@ def _replacement(value: Any, names: set[str], depth: int) -> Any:
     """Return what a global name is to lead to, or None for what it leads to now."""
     if isinstance(value, types.ModuleType):
         used = names & FUNCTIONS.keys()
-        if value is F:
+        if value is functional:
             return _FUNCTIONAL if used else None
         return _SPACES.get(value) if used and "functional" in names else None
     try:

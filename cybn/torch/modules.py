@@ -61,7 +61,7 @@ def _empty(stock: type) -> nn.Module:
     cls = converted_class(stock)
     if cls is None:
         raise TypeError(f"{stock.__name__} is no class that cybn.torch converts any more")
-    return object.__new__(cls)  # type: ignore[no-any-return]
+    return object.__new__(cls)
 
 
 def forward_of(original: Callable[..., Any], computed: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def stock_class(cls: type) -> type:
         return cls
     made_of = cls.__dict__.get("_cybn_stock")
     if made_of is not None:
-        return made_of  # type: ignore[no-any-return]
+        return made_of
     return derived(cls, tuple(stock_class(base) for base in cls.__bases__))
 
 

@@ -205,7 +205,7 @@ def test_create_graph_alone_works():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("norms", [1, 2, 3])
 def test_checkpoint(norms, reentrant):
-    """Gradients, statistics and counters are PyTorch's, also where the second forward stops early."""
+    """Gradients, statistics and counters are PyTorch's, where a second forward stops early too."""
     layers = [nn.Conv2d(5, 5, 3), nn.Tanh()]
     for _ in range(norms):
         layers += [nn.BatchNorm2d(5), nn.ReLU()]

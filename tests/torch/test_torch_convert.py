@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 from torch_cases import twin  # noqa: E402
 
@@ -48,7 +48,10 @@ class Own(nn.Module):
         self.weight = nn.Parameter(torch.rand(channels) + 0.5)
 
     def forward(self, x, *, scale=1.0):
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight).movedim(-1, 1) * scale
+        return (
+            functional.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight).movedim(-1, 1)
+            * scale
+        )
 
 
 class ByHand(nn.BatchNorm2d):

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 import cybn.torch  # noqa: E402
 from cybn.torch._fuse import Pending, Watched  # noqa: E402
@@ -26,31 +26,31 @@ NAMES = {
     nn.Tanh: "tanh",
 }
 FUNCTIONS = {
-    "F.relu": (F.relu, "relu"),
-    "F.relu in place": (lambda y: F.relu(y, inplace=True), "relu"),
+    "F.relu": (functional.relu, "relu"),
+    "F.relu in place": (lambda y: functional.relu(y, inplace=True), "relu"),
     "torch.relu": (torch.relu, "relu"),
     "relu": (lambda y: y.relu(), "relu"),
     "relu_": (lambda y: y.relu_(), "relu"),
     "torch.relu_": (torch.relu_, "relu"),
-    "relu_, by name": (lambda y: (F.relu_(y), y)[1], "relu"),
-    "F.relu6": (F.relu6, "relu6"),
-    "F.hardtanh": (lambda y: F.hardtanh(y, 0, 6), "relu6"),
-    "F.silu": (F.silu, "silu"),
-    "F.gelu": (F.gelu, "gelu"),
-    "F.hardswish": (F.hardswish, "hardswish"),
-    "F.leaky_relu": (lambda y: F.leaky_relu(y, 0.3), "leaky_relu"),
+    "relu_, by name": (lambda y: (functional.relu_(y), y)[1], "relu"),
+    "F.relu6": (functional.relu6, "relu6"),
+    "F.hardtanh": (lambda y: functional.hardtanh(y, 0, 6), "relu6"),
+    "F.silu": (functional.silu, "silu"),
+    "F.gelu": (functional.gelu, "gelu"),
+    "F.hardswish": (functional.hardswish, "hardswish"),
+    "F.leaky_relu": (lambda y: functional.leaky_relu(y, 0.3), "leaky_relu"),
     "sigmoid": (lambda y: y.sigmoid(), "sigmoid"),
     "torch.sigmoid": (torch.sigmoid, "sigmoid"),
     "torch.tanh": (torch.tanh, "tanh"),
 }
 NOT_FUSED = {
-    "tanh gelu": lambda y: F.gelu(y, approximate="tanh"),
-    "hardtanh": F.hardtanh,
-    "softplus": F.softplus,
-    "sum with a row": lambda y: F.relu(y + y[:1]),
-    "scaled sum": lambda y: F.relu(torch.add(y, y, alpha=2)),
-    "product": lambda y: F.relu(y * 2),
-    "cat": lambda y: F.relu(torch.cat([y, y])),
+    "tanh gelu": lambda y: functional.gelu(y, approximate="tanh"),
+    "hardtanh": functional.hardtanh,
+    "softplus": functional.softplus,
+    "sum with a row": lambda y: functional.relu(y + y[:1]),
+    "scaled sum": lambda y: functional.relu(torch.add(y, y, alpha=2)),
+    "product": lambda y: functional.relu(y * 2),
+    "cat": lambda y: functional.relu(torch.cat([y, y])),
     "shape alone, then sum": lambda y: y.sum() + y.shape[0],
 }
 
@@ -181,7 +181,7 @@ def test_slope():
 
 
 def test_modes_are_learned_apart(kernel_calls):
-    model = Follows(lambda m, x: F.relu(m.bn(x)) if m.training else m.bn(x)).double()
+    model = Follows(lambda m, x: functional.relu(m.bn(x)) if m.training else m.bn(x)).double()
     other = fused(model)
     for training in (True, False, True, False):
         assert_same(
@@ -217,12 +217,12 @@ def test_what_is_not_fused(name, kernel_calls):
 
 
 SUMS = {
-    "sum": lambda m, x: F.relu(m.bn(x * 1) + x),
-    "reflected": lambda m, x: F.relu(x + m.bn(x * 1)),
+    "sum": lambda m, x: functional.relu(m.bn(x * 1) + x),
+    "reflected": lambda m, x: functional.relu(x + m.bn(x * 1)),
     "torch.add": lambda m, x: torch.tanh(torch.add(m.bn(x * 1), x)),
-    "in place": lambda m, x: F.silu(m.bn(x * 1).add_(x)),
-    "augmented": lambda m, x: F.relu_(iadd(m.bn(x * 1), x)),
-    "of two norms": lambda m, x: F.gelu(m.bn(x * 1) + m.other(x)),
+    "in place": lambda m, x: functional.silu(m.bn(x * 1).add_(x)),
+    "augmented": lambda m, x: functional.relu_(iadd(m.bn(x * 1), x)),
+    "of two norms": lambda m, x: functional.gelu(m.bn(x * 1) + m.other(x)),
 }
 
 
@@ -245,7 +245,7 @@ def test_residuals(name, training, last, kernel_calls):
 
 
 def test_a_residual_that_lies_otherwise():
-    model = Follows(lambda m, x: F.relu(m.bn(x * 1) + x.mT.contiguous().mT)).double()
+    model = Follows(lambda m, x: functional.relu(m.bn(x * 1) + x.mT.contiguous().mT)).double()
     other = fused(model, image())
     assert_same(results(other, image()), results(model, image()))
 
@@ -264,7 +264,7 @@ def test_any_python_in_the_same_forward(forward, kernel_calls):
                 x = x.view(x.shape[0], *x.shape[1:])
             elif forward == "branch" and x.sum() > 1e9:
                 return x
-            return F.relu(self.bn(x))
+            return functional.relu(self.bn(x))
 
     model = Any().double()
     other = fused(model, image())
@@ -361,9 +361,9 @@ def test_a_pending_result_is_like_any_other():
 
 
 def test_statistics_move_once():
-    model = fused(Follows(lambda m, x: F.relu(m.bn(x))).double(), image())
+    model = fused(Follows(lambda m, x: functional.relu(m.bn(x))).double(), image())
     y = model.bn(image())
-    F.relu(y), y.sum(), F.relu(y + y)
+    functional.relu(y), y.sum(), functional.relu(y + y)
     assert model.bn.num_batches_tracked == 1
     other = cybn.torch.revert(copy.deepcopy(model))
     other.bn.reset_running_stats()
@@ -372,12 +372,12 @@ def test_statistics_move_once():
 
 
 def test_an_input_that_changes_in_between_raises():
-    model = fused(Follows(lambda m, x: F.relu(m.bn(x))).double(), image())
+    model = fused(Follows(lambda m, x: functional.relu(m.bn(x))).double(), image())
     x = image()
     y = model.bn(x)
     x.add_(1)
     with pytest.raises(RuntimeError, match=r"changed in place.*without fuse=True"):
-        F.relu(y)
+        functional.relu(y)
 
 
 def test_what_goes_past_torchs_functions_raises():
@@ -392,16 +392,16 @@ def test_what_goes_past_torchs_functions_raises():
         def backward(ctx, dy):
             return 2 * dy
 
-    model = fused(Follows(lambda m, x: F.relu(m.bn(x))).double(), image())
+    model = fused(Follows(lambda m, x: functional.relu(m.bn(x))).double(), image())
     with pytest.raises(RuntimeError, match="without fuse=True"):
         Twice.apply(model.bn(image())).sum().backward()
 
 
 def test_no_grad_stays_no_grad():
-    model = fused(Follows(lambda m, x: F.relu(m.bn(x))).double(), image())
+    model = fused(Follows(lambda m, x: functional.relu(m.bn(x))).double(), image())
     with torch.no_grad():
         y = model.bn(image())
-    assert not F.relu(y).requires_grad
+    assert not functional.relu(y).requires_grad
 
 
 def test_small_calls_are_apart(monkeypatch, kernel_calls):
