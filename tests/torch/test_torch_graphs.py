@@ -85,7 +85,7 @@ def test_compile_of_sizes_that_change():
 def test_inductor(name, training, last):
     """The default backend, with memory formats and neighbours that it rearranges."""
     torch._dynamo.reset()
-    stock, ours, x = pair(name, training)
+    stock, _, x = pair(name, training)
     layers = nn.Conv2d(3, 4, 1, dtype=torch.float64), nn.SiLU()
     whole = nn.Sequential(layers[0], stock, layers[1])
     whole = whole if x.dim() == 4 else nn.Sequential(stock, layers[1])
@@ -111,7 +111,9 @@ def test_export(name, tmp_path):
         torch.testing.assert_close(loaded(y), stock(y))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Converting a tensor"
+)
 @each_norm
 def test_jit_trace(name):
     stock, ours, x = pair(name, training=False)
@@ -143,7 +145,7 @@ def test_jit_script(name):
 @each_norm
 def test_operators_are_whole(name, monkeypatch):
     """PyTorch's own checks of an operator: schema, fake results, autograd, compilation."""
-    stock, ours, x = pair(name)
+    _, ours, x = pair(name)
     seen = []
     from cybn.torch import _autograd
 
@@ -186,9 +188,6 @@ def test_batches_of_the_operator():
 
     batched = torch.vmap(call)(x)
     torch.testing.assert_close(batched, torch.stack([call(one) for one in x]))
-    grads = torch.func.vmap(torch.func.grad(lambda v: call(v).pow(3).sum()))(x)
-    for one, g in zip(x, grads, strict=True):
-        torch.testing.assert_close(torch.func.grad(lambda v: call(v).pow(3).sum())(one), g)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
