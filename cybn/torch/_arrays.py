@@ -44,7 +44,7 @@ def array(t: Tensor) -> NDArray[Any]:
     return np.ndarray(t.shape, dtype, _SPACE, t.data_ptr() - _START, strides)  # type: ignore[arg-type]
 
 
-def vector(t: Tensor | None) -> tuple[NDArray[Any] | None, Tensor | None]:
+def vector(t: Tensor | None) -> tuple[Any, Tensor | None]:
     """Return parameters or statistics in a type that the kernels take, and what holds them."""
     if t is None:
         return None, None

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _dispatch, _runtime
+from .._moments import Moments
 from ._arrays import array, vector
 from ._memory import empty
 
-__all__ = ["Inputs", "Norm", "Statistics", "absorb", "backward", "format_of", "forward"]
+__all__ = ["Inputs", "Norm", "absorb", "backward", "format_of", "forward"]
 
-Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and M2
-
+_ALL = None, None, None, "normalize"  # no mask, no weights, no lengths
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -45,13 +43,13 @@ class Norm(NamedTuple):
     activation: str | None = None
     slope: float = 0.01
 
-    def rows(self, x: Tensor) -> tuple[int, int | None]:
-        """Return the axis and the number of groups as the dispatch takes them."""
+    def rows(self, x: Tensor) -> tuple[int, int | None, float]:
+        """Return the axis, the number of groups and eps as the dispatch takes them."""
         if self.kind == "group":
-            return 1, self.groups
+            return 1, self.groups, self.eps
         if self.kind == "instance":
-            return 1, 0
-        return x.dim() - self.dims, None
+            return 1, 0, self.eps
+        return x.dim() - self.dims, None, self.eps
 
 
 def format_of(norm: Norm, x: Tensor) -> torch.memory_format:
@@ -86,31 +84,32 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= _dispatch.SMALL else 1
 
 
-def forward(norm: Norm, inputs: Inputs) -> tuple[Tensor, Statistics | None]:
+def forward(norm: Norm, inputs: Inputs) -> tuple[Tensor, Moments | None]:
     """Return y, and the statistics of the batch or the rows where no others are given."""
     x, weight, bias, residual, mean, var = inputs
     y = empty(x, format_of(norm, x), brief=False)
     (gamma, _w), (beta, _b) = vector(weight), vector(bias)
     values, out, threads = array(x), array(y), _threads(x)
     if norm.kind != "batch":
-        axis, groups = norm.rows(x)
         centred = norm.kind != "rms"
-        found = _dispatch.normalize_rows(
-            values, axis, groups, gamma, beta, norm.eps, centred, out, threads
+        _, moments = _dispatch.normalize_rows(
+            values, gamma, beta, norm.rows(x), centred, out, threads
         )
-        return y, (found[1], found[2])
+        return y, moments
     added = None if residual is None else array(residual)
-    stages = (1, norm.eps, norm.activation, norm.slope, added, None, None, None, "normalize", out)
+    settings = 1, norm.eps, norm.activation, norm.slope
     if mean is None:
-        _, _, batch_mean, batch_m2 = _dispatch.forward(values, gamma, beta, *stages, threads)
-        return y, (batch_mean, batch_m2)
+        _, moments = _dispatch.forward(values, gamma, beta, added, settings, _ALL, out, threads)
+        return y, moments
     (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
-    _dispatch.inference(values, fixed_mean, fixed_var, gamma, beta, *stages, threads)
+    _dispatch.inference(
+        values, fixed_mean, fixed_var, gamma, beta, added, settings, _ALL, out, threads
+    )
     return y, None
 
 
 def backward(
-    norm: Norm, dy: Tensor, inputs: Inputs, statistics: Statistics | None
+    norm: Norm, dy: Tensor, inputs: Inputs, statistics: Moments | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of x, weight, bias and the residual."""
     x, weight, bias, residual, mean, var = inputs
@@ -120,39 +119,32 @@ def backward(
     (gamma, _w), (beta, _b) = vector(weight), vector(bias)
     gradient, values, out, threads = array(dy), array(x), array(dx), _threads(x)
     if norm.kind != "batch":
-        axis, groups = norm.rows(x)
         _, dgamma, dbeta = _dispatch.normalize_rows_backward(
-            gradient, values, axis, groups, _as_they_are, statistics, gamma, norm.eps,
-            norm.kind != "rms", out, threads,
+            gradient, values, _of_rows, statistics, gamma, norm.rows(x), norm.kind != "rms", out,
+            threads,
         )  # fmt: skip
         return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta), None
     added = dresidual = kept = None
     if residual is not None:
         dresidual = empty(x, form, brief=True)
         added, kept = array(residual), array(dresidual)
-    if statistics is not None:
-        moments = x.numel() // x.shape[1], *statistics
-        fixed: tuple[Any, Any] = (None, None)
-    else:
-        moments = None
-        (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
-        fixed = fixed_mean, fixed_var
+    (fixed_mean, _m), (fixed_var, _v) = vector(mean), vector(var)
+    settings = 1, norm.eps, norm.activation, norm.slope
     _, dgamma, dbeta, *_rest = _dispatch.backward(
-        gradient, values, moments, *fixed, gamma, beta if norm.activation else None, 1, norm.eps,
-        norm.activation, norm.slope, added, None, None, None, "normalize", False, out, kept,
-        threads,
+        gradient, values, (fixed_mean, fixed_var) if statistics is None else statistics, gamma,
+        beta if norm.activation else None, added, settings, _ALL, False, out, kept, threads,
     )  # fmt: skip
     return dx, torch.from_numpy(dgamma), torch.from_numpy(dbeta), dresidual
 
 
-def _as_they_are(_form: Any, statistics: Statistics) -> Statistics:
-    return statistics
+def _of_rows(_form: Any, moments: Moments) -> tuple[Any, Any]:
+    return moments.mean, moments.m2
 
 
 def absorb(
     norm: Norm,
     x: Tensor,
-    statistics: Statistics,
+    moments: Moments,
     running_mean: Tensor,
     running_var: Tensor,
     momentum: float,
@@ -161,18 +153,14 @@ def absorb(
 
     One thread at a time, and both in one call, so that they move together or not at all.
     """
-    mean, m2 = statistics
+    mean, m2 = moments.mean, moments.m2
     count = x.numel() // x.shape[1]
     if norm.kind == "instance":  # the mean over the samples, as PyTorch takes it
         samples = x.shape[0]
         mean, m2 = (v.reshape(samples, -1).mean(0) for v in (mean, m2))
         count //= samples
-    if momentum == 0:
-        return
     with _runtime.turn:
         old = [running_mean.detach(), running_var.detach()]
         (a, _a), (b, _b) = vector(old[0]), vector(old[1])
-        if momentum == 1:  # what was there may be NaN
-            a = b = np.zeros_like(a)
         new = _dispatch.absorb(a, b, mean, m2, count - 1, momentum)
         torch._foreach_copy_(old, [torch.from_numpy(v) for v in new])

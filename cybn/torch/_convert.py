@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from typing import Any
@@ -108,15 +109,14 @@ def convert(
 
 def _synchronize(module: nn.Module, process_group: Any) -> bool:
     """Let a batch norm take its statistics over all processes; return whether it does."""
-    from .sync import SyncBatchNorm  # needs torch.distributed, which a build may lack
-
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     stock = stock_class(type(module))
     if stock not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         return False
     module.__dict__["_cybn_before"] = stock
-    module.__class__ = SyncBatchNorm
+    # It needs torch.distributed, which a build of PyTorch may lack.
+    module.__class__ = importlib.import_module("cybn.torch.sync").SyncBatchNorm
     module.process_group = process_group
     return True
 

@@ -60,7 +60,7 @@ def gradients(
         for i, t in enumerate(leaves):
             if t is not None:
                 leaves[i] = t.view_as(t) if again else t.detach().requires_grad_(wanted[i])
-        y = formula(norm, Inputs(*leaves, inputs.mean, inputs.var))
+        y = formula(norm, inputs._replace(**dict(zip(inputs._fields, leaves, strict=False))))
         sources = [t for t, want in zip(leaves, wanted, strict=True) if want and t is not None]
         found = iter(torch.autograd.grad(y, sources, dy, create_graph=again))
     return tuple(

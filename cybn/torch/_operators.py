@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._moments import Moments
 from ._autograd import Running
 from ._calls import Inputs, Norm, backward, format_of, forward
 from ._formulas import gradients
@@ -58,14 +59,16 @@ def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, statistics = forward(Norm(*arguments[6:]), Inputs(*arguments[:6]))
     if statistics is None:
         return y, y.new_empty(0, dtype=torch.float64), y.new_empty(0, dtype=torch.float64)
-    return y, *(torch.from_numpy(v.copy()) for v in statistics)
+    return y, *(torch.from_numpy(v.copy()) for v in (statistics.mean, statistics.m2))
 
 
 def _backward_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, inputs, statistics, norm = _parted(arguments)
-    mean, m2 = (v.numpy() for v in statistics)
-    arrays = None if inputs.mean is not None else (mean, m2)
-    dx, dweight, dbias, dresidual = backward(norm, dy, inputs, arrays)
+    moments = None
+    if inputs.mean is None:
+        count = inputs.x.numel() // statistics[0].numel()
+        moments = Moments(count, *(v.numpy() for v in statistics))
+    dx, dweight, dbias, dresidual = backward(norm, dy, inputs, moments)
     if inputs.weight is not None:
         dweight, dbias = dweight.to(inputs.weight.dtype), dbias.to(inputs.weight.dtype)
     return dx, dweight, dbias, dx.new_empty(0) if dresidual is None else dresidual
