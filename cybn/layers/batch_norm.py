@@ -252,7 +252,9 @@ class BatchNorm(Tracking):
         self._no_preview()
         return _passes.backward(self, dy, out, out_residual, num_threads)
 
-    def _way(self, training: bool) -> Way:
+    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+        if not self._running.normalizes_by_batch(training):
+            return None
         if not training or (self._virtual_batch_size is None and self._renorm is None):
             return _passes.WHOLE
         self._check_renorm()
