@@ -12,6 +12,7 @@ from .._arguments import check_batch, integer_from
 from .._moments import Moments
 from .._words import Activation, Masked, NanPolicy
 from . import _passes, _settings
+from ._layer import same_as
 from ._parts import Renorm, parts_of
 from ._passes import ALL, Selected, Way
 from ._settings import Setting, optional
@@ -195,7 +196,9 @@ class BatchNorm(Tracking):
             selected = mask, weights, lengths, masked
         return _passes.forward(self, x, residual, selected, out, num_threads)
 
-    __call__ = forward
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     @overload
     def backward(

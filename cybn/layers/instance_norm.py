@@ -14,6 +14,7 @@ from .._moments import Moments
 from .._sample_moments import SampleMoments
 from .._words import Masked
 from . import _passes, _settings
+from ._layer import same_as
 from ._passes import ALL, Selected, Way
 from ._settings import Setting
 from ._tracking import Tracking
@@ -108,7 +109,9 @@ class InstanceNorm(Tracking):
         y = self.forward(x[np.newaxis], out=_batch_of(out), num_threads=num_threads, **given)
         return y[0] if out is None else out
 
-    __call__ = forward
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     def backward(
         self, dy: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None

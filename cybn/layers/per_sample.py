@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .. import _dispatch, family
 from .._arguments import array, integer, integer_from
 from .._words import Masked
-from ._layer import Layer
+from ._layer import Layer, same_as
 from ._passes import Saved
 from ._settings import Fixed, Setting, flag, optional, positive
 
@@ -313,7 +313,9 @@ class GroupNorm(PerSample):
             options |= {"mask": deepcopy(mask), "lengths": deepcopy(lengths), "masked": masked}
         return self._forward(x, options, out, num_threads)
 
-    __call__ = forward
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     def _options(self) -> dict[str, Any]:
         return {"num_groups": self.num_groups, "axis": self._axis, "eps": self._eps}
