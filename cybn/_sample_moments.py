@@ -71,15 +71,17 @@ class SampleMoments(Moments):
 
     @classmethod
     def of(cls, each: Moments, channels: int) -> SampleMoments:
-        """Pool the moments of (N * C) rows of as many values each."""
+        """Pool the moments of (N * C) rows; samples of different sizes weigh by their size."""
         mean, m2 = (v.reshape(-1, channels) for v in (each.mean, each.m2))
-        assert isinstance(each.count, int)
-        samples = len(mean) if each.count else 0  # of no positions there is nothing to count
+        sizes = np.broadcast_to(each.count, len(each)).reshape(-1, channels)[:, :1]
+        count = int(sizes.sum())
+        weights = sizes / max(1, count)
         with np.errstate(all="ignore"):
-            pooled = mean.mean(0)
-            if not np.isfinite(pooled).all():  # the sum may be beyond float64, the mean is not
-                pooled = np.where(np.isfinite(pooled), pooled, (mean * 2.0**-60).mean(0) * 2.0**60)
-            return _restore(each.count * len(mean), pooled, m2.sum(0), samples)
+            pooled = np.where(sizes, mean, 0).mean(0)
+            if isinstance(each.count, np.ndarray) or not np.isfinite(pooled).all():
+                # Of different sizes; or the sum is beyond float64, which the mean is not.
+                pooled = (np.where(sizes, mean, 0) * weights).sum(0)
+            return _restore(count, pooled, m2.sum(0), int(np.count_nonzero(sizes)))
 
     def _degrees(self, ddof: int) -> Any:
         return self.count - ddof * self.samples  # each sample has a mean of its own

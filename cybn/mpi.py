@@ -342,7 +342,7 @@ class SyncBatchNorm(BatchNorm):
         check = partial(running.after, values) if learns else None
         if by_batch:
             forward = partial(_ranks.normalize, message, check=check)
-            return Way(forward, _passes.WHOLE.backward, _itself, inverts=True)
+            return Way(forward, _passes.WHOLE.backward, _itself, inverts=True, checks=True)
         batch: list[Moments] = []
 
         def by_running(*given: Any) -> tuple[NDArray[Any], Any]:
@@ -351,7 +351,7 @@ class SyncBatchNorm(BatchNorm):
             batch.append(moments)
             return y, values
 
-        return Way(by_running, _passes.WHOLE.backward, lambda _: batch[0], inverts=True)
+        return Way(by_running, _passes.WHOLE.backward, lambda _: batch[0], inverts=True, checks=True)
 
 
 def _itself(moments: Moments) -> Moments:

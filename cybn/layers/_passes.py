@@ -45,6 +45,7 @@ class Way(NamedTuple):
     backward: Callable[..., tuple[Array, ...]]
     pool: Callable[[Any], Moments]
     inverts: bool = False  # whether backward can work from y
+    checks: bool = False  # whether forward, before it writes, checks what is to be learned from
 
 
 WHOLE = Way(_dispatch.forward, _dispatch.backward, lambda moments: moments, inverts=True)
@@ -74,8 +75,7 @@ def forward(
 ) -> Array:
     """Normalize a batch; in training, move the running statistics.
 
-    A `way` that is given normalizes in any mode, and refuses a batch that cannot be learnt from
-    before it writes. Where it is None, the mode and the layer decide.
+    A `way` that is given normalizes in any mode. Where it is None, the mode and the layer decide.
     """
     x = self._admit(x)
     if residual is not None:
@@ -90,12 +90,11 @@ def forward(
     batch: Moments | None = None
     after: Running | None = None
     statistics: Any
-    foresees = way is not None
-    if way is None and running.normalizes_by_batch(training):
-        way = self._way(training)
+    if way is None:
+        way = self._way(training, learns, trial is not None)
     if way is not None:
         refused = running.policy == "raise" or (selected[1] is not None and way is not WHOLE)
-        if learns and out is not None and refused and not foresees:
+        if learns and out is not None and refused and not way.checks:
             # Nothing is written before the batch is known to be one to learn from.
             running.after(before, self._measure(x, selected, num_threads, least=2))
         if learns and way is WHOLE:

@@ -155,9 +155,8 @@ def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
             )
         batch, running = seen
     else:
-        batch, running = data, statistics.values
-        if not isinstance(data, Moments):
-            batch = self._measure(self._admit(data))
+        running = statistics.values
+        batch = data if isinstance(data, Moments) else self._measure(self._admit(data))
         self._refuse_within_samples("data", batch)
         if len(batch) != self.num_features:
             raise ValueError(

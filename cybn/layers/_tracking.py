@@ -84,8 +84,8 @@ class Tracking(Layer):
     # ---- what the passes ask -------------------------------------------------------------
 
     @abstractmethod
-    def _way(self, training: bool) -> Way:
-        """Return how a batch is normalized by its own statistics."""
+    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+        """Return how a batch is normalized by its own statistics; None: by the running ones."""
 
     @abstractmethod
     def _measure(self, x: Any, selected: Any = ALL, threads: Any = None, least: int = 1) -> Moments:

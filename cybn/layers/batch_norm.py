@@ -12,6 +12,7 @@ from .._arguments import check_batch, integer_from
 from .._moments import Moments
 from .._words import Activation, Masked, NanPolicy
 from . import _passes, _settings
+from ._layer import same_as
 from ._parts import Renorm, parts_of
 from ._passes import ALL, Selected, Way
 from ._settings import Setting, optional
@@ -195,7 +196,9 @@ class BatchNorm(Tracking):
             selected = mask, weights, lengths, masked
         return _passes.forward(self, x, residual, selected, out, num_threads)
 
-    __call__ = forward
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     @overload
     def backward(
@@ -252,7 +255,9 @@ class BatchNorm(Tracking):
         self._no_preview()
         return _passes.backward(self, dy, out, out_residual, num_threads)
 
-    def _way(self, training: bool) -> Way:
+    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+        if not self._running.normalizes_by_batch(training):
+            return None
         if not training or (self._virtual_batch_size is None and self._renorm is None):
             return _passes.WHOLE
         self._check_renorm()

@@ -12,8 +12,10 @@ from .. import _dispatch, family
 from .._arguments import array, check_batch
 from .._moments import Moments
 from .._sample_moments import SampleMoments
+from .._words import Masked
 from . import _passes, _settings
-from ._passes import ALL, Way
+from ._layer import same_as
+from ._passes import ALL, Selected, Way
 from ._settings import Setting
 from ._tracking import Tracking
 
@@ -82,17 +84,34 @@ class InstanceNorm(Tracking):
         super().__init__(num_features, affine, dtype, axis, eps, *statistics)
 
     def forward(
-        self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        masked: Masked = "normalize",
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Normalize a batch or one sample; in training mode, move the running statistics.
 
-        As `Layer.forward`; `x` is a batch, or one sample without the axis of samples.
+        As `Layer.forward`; `x` is a batch, or one sample without the axis of samples, which `mask`
+        and `lengths` then have none of either. They and `masked` are those of `instance_norm`.
         """
         x = array("x", x)
+        selected: Selected = ALL
+        if not (mask is None and lengths is None and masked == "normalize"):
+            selected = mask, None, lengths, masked
         if not self._is_sample(x):
-            return _passes.forward(self, x, None, ALL, out, num_threads)
-        y = self.forward(x[np.newaxis], out=_batch_of(out), num_threads=num_threads)
+            return _passes.forward(self, x, None, selected, out, num_threads)
+        mask, lengths = (None if v is None else np.asarray(v)[np.newaxis] for v in (mask, lengths))
+        given: Any = {"mask": mask, "lengths": lengths, "masked": masked}
+        y = self.forward(x[np.newaxis], out=_batch_of(out), num_threads=num_threads, **given)
         return y[0] if out is None else out
+
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     def backward(
         self, dy: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
@@ -117,10 +136,15 @@ class InstanceNorm(Tracking):
         x = array("x", x)
         return super()._admit(x[np.newaxis] if self._is_sample(x) else x)
 
-    def _way(self, training: bool) -> Way:
+    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+        if not self._running.normalizes_by_batch(training):
+            return None
         return Way(_forward, _backward, self._whole)
 
     def _measure(self, x: Any, selected: Any = ALL, threads: Any = None, least: int = 1) -> Moments:
+        if selected is not ALL:
+            _, each = _forward(x, None, None, None, (self._axis, 1.0), selected, None, threads)
+            return self._whole(each)
         moved = np.moveaxis(x, self._axis, 1)
         rows = moved.reshape(1, moved.shape[0] * moved.shape[1], prod(moved.shape[2:]))
         each = _dispatch.statistics(rows, 1, ALL, threads)
@@ -138,17 +162,24 @@ def _forward(
     x: Any, gamma: Any, beta: Any, _: Any, settings: Any, selected: Any, out: Any, threads: Any
 ) -> tuple[NDArray[Any], Moments]:
     """Normalize each channel of each sample; see `Way`."""
-    axis, eps, *_ = settings
-    return family.instance_norm(x, gamma, beta, axis=axis, eps=eps, out=out, num_threads=threads)
+    options = _options(settings, selected, out, threads)
+    return family.instance_norm(x, gamma, beta, **options)
 
 
 def _backward(
     dy: Any, x: Any, moments: Moments, gamma: Any, beta: Any, *given: Any
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of `_forward`; see `Way`."""
-    _, (axis, eps, *_), _, _, out, _, threads = given
-    options = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
+    _, settings, selected, _, out, _, threads = given
+    options = _options(settings, selected, out, threads)
     return family.instance_norm_backward(dy, x, moments, gamma, **options)
+
+
+def _options(settings: Any, selected: Selected, out: Any, threads: Any) -> dict[str, Any]:
+    """Return the keywords of both functions."""
+    mask, _, lengths, masked = selected
+    chosen = {"mask": mask, "lengths": lengths, "masked": masked}
+    return {"axis": settings[0], "eps": settings[1], "out": out, "num_threads": threads} | chosen
 
 
 def _batch_of(out: Any) -> Any:

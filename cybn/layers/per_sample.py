@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _dispatch, family
 from .._arguments import array, integer, integer_from
-from ._layer import Layer
+from .._words import Masked
+from ._layer import Layer, same_as
 from ._passes import Saved
 from ._settings import Fixed, Setting, flag, optional, positive
 
@@ -32,8 +34,13 @@ class PerSample(Layer):
     def forward(
         self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
     ) -> NDArray[Any]:
-        x = self._admit(x)
-        options, parameters = self._options(), [getattr(self, name) for name in self._takes]
+        return self._forward(x, self._options(), out, num_threads)
+
+    def _forward(
+        self, x: ArrayLike, options: dict[str, Any], out: Any, num_threads: int | None
+    ) -> NDArray[Any]:
+        """Do what `forward` does, with these keywords."""
+        x, parameters = self._admit(x), [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(x, *parameters, **options, out=out, num_threads=num_threads)
         kept = None if out is not None and np.may_share_memory(x, out) else x
         marks = _dispatch.marks(kept, self._gamma, None, None)
@@ -289,6 +296,26 @@ class GroupNorm(PerSample):
         self.eps = eps
         self.affine = affine
         super().__init__((self.num_channels,), self.affine, self.affine, dtype)
+
+    def forward(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        masked: Masked = "normalize",
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Normalize; as `Layer.forward`, with `mask`, `lengths` and `masked` of `group_norm`."""
+        options = self._options()
+        if not (mask is None and lengths is None and masked == "normalize"):
+            options |= {"mask": deepcopy(mask), "lengths": deepcopy(lengths), "masked": masked}
+        return self._forward(x, options, out, num_threads)
+
+    @same_as(forward)
+    def __call__(self) -> None:
+        """Do what `forward` does."""
 
     def _options(self) -> dict[str, Any]:
         return {"num_groups": self.num_groups, "axis": self._axis, "eps": self._eps}
