@@ -15,9 +15,9 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
 from cybn._dispatch.arguments cimport (
-    BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, X, begin,
-    deliver, frozen, keep_apart, look, moments_of, new_vector, replace, rounded, settle, shape_of,
-    take_companion, take_eps, take_output, take_vector, threads_for, watch_threads, watched)
+    BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, Kernel, X, begin,
+    deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle, shape_of,
+    take_companion, take_eps, take_output, take_vector, threads_for)
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
 from cybn._dispatch.selection cimport take_shares
@@ -27,7 +27,6 @@ from cybn._kernels.problem cimport (
     BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
     Apply, Caches, Kernels, Problem, Reduce, Route, Storage, Tiling, Vector, chunks_of, route_of,
     tiling_of)
-from cybn._kernels.waiting cimport Watch
 
 from numpy import ndarray, zeros
 
@@ -116,11 +115,7 @@ cdef int check_batch(const Call* c, const Problem* p) except -1:
 
 
 cdef object run(Call* c, Problem* p):
-    """Settle where everything lies, and run a kernel; return the array that holds its sums.
-
-    Other threads may use Python meanwhile, unless that takes as long to arrange.
-    """
-    cdef Watch watch
+    """Settle where everything lies, and run a kernel; return the array that holds its sums."""
     settle(c, DY, &p.dy)
     settle(c, RESIDUAL, &p.residual)
     settle(c, OUT, &p.y)
@@ -133,14 +128,7 @@ cdef object run(Call* c, Problem* p):
         if p.reduce == SUMS:
             p.mean.data, p.mean.wide = p.sums, True
             p.var.data, p.var.wide = p.sums + p.C, True
-    if c.at[X].view.size < SERIAL:
-        kernels.batch_norm(p)
-        return sums
-    p.threads = watch_threads(&watch, p.threads)
-    p.watch = &watch if p.threads > 1 else NULL
-    with nogil:
-        kernels.batch_norm(p)
-    watched(&watch, p.threads)
+    launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
     return sums
 
 
