@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # The arguments of a call, taken the same way by all calls of the dispatch.
 #
 # take...       look at what the caller gave, convert it where a kernel cannot read it, and check

@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # From the arguments of a public call to a kernel call: batch normalization.
 #
 # Each call takes the same steps, whatever is special about it: look at the arrays, check, fold to
@@ -20,7 +21,7 @@ from cybn._dispatch.arguments cimport (
     take_companion, take_eps, take_output, take_vector, threads_for)
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
-from cybn._dispatch.selection cimport take_shares
+from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (

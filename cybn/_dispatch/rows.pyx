@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # From the arguments of a public call to a kernel call: layer, RMS, group and instance
 # normalization. The steps are those of batch_norm.pyx, but x falls into rows, as `forms` says.
 #
