@@ -16,7 +16,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 KERNELS = ["batch_norm", "layer_norm"]
-DISPATCH = ["arguments", "selection", "batch_norm", "rows"]
+DISPATCH = ["arguments", "shares", "batch_norm", "rows"]
 
 # Where the files of this tree are on the web, such as the address of its main branch. There is no
 # such place yet; when there is, it also goes into [project.urls] of pyproject.toml.
@@ -171,7 +171,7 @@ def extensions():
         return Extension(
             f"cybn.{name}",
             [f"cybn/{source}.pyx"],
-            include_dirs=[numpy.get_include()],  # for the places of an array's fields alone
+            include_dirs=[numpy.get_include()],  # for an array's fields, and to make new ones
             define_macros=[("Py_LIMITED_API", "0x030b0000")] * ABI3 + list(macros),
             py_limited_api=ABI3,
             extra_compile_args=compiling + parallel + flags,
@@ -184,7 +184,8 @@ def extensions():
 
     host = extension("_kernels.host", "_kernels/host", [], [("CYBN_BUILD", f'"{BUILD}"')])
     plain = extension("_kernels.plain", "_kernels/plain", [])
-    dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", []) for name in DISPATCH]
+    small = ["-Os"]  # checks are as quick, and half as large
+    dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", small) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
     for level, flags in LEVELS.items():
         if flags and not supported(*flags):

@@ -20,6 +20,8 @@ _MOST_AXES = 64  # of an array: lists nested deeper are none
 
 _OPTIONAL = ("gamma", "beta")
 
+SCALE_THEM = "scale them all, which changes no result but the count"
+
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (F32, F64)}
 _PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: F32, 8: F64}
@@ -276,6 +278,24 @@ def check_count(count: Any, need: Any) -> None:
             "Give the Moments that batch_norm returned for this x, and the same mask, weights "
             "and lengths"
         )
+
+
+def finite_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Return weights as float64; ValueError where one is negative or not finite."""
+    wide = weights.astype(np.float64, copy=False)
+    good = np.isfinite(wide) & (wide >= 0)
+    if not good.all():
+        raise ValueError(
+            f"weights has the value {wide[~good][0]}; all must be finite and not negative"
+        )
+    return wide
+
+
+def finite_sum(total: float) -> float:
+    """Return the sum of weights; ValueError where it is infinite."""
+    if not isfinite(total):
+        raise ValueError(f"weights sum to {total}; {SCALE_THEM}")
+    return total
 
 
 def check_degrees(total: float, ddof: int) -> None:

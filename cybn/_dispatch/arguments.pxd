@@ -33,6 +33,8 @@ cdef struct Call:
     PyObject* like          # x, before it was copied to fold: new results lie as it does
     PyObject* held          # a list of what was made for this call alone
 
+ctypedef void (*Kernel)(const void* problem) noexcept nogil
+
 cdef int begin(Call* c, list held, object x) except -1
 cdef bint look(object array, View* v) noexcept
 cdef tuple shape_of(const View* v)
@@ -45,10 +47,11 @@ cdef double take_eps(object eps, bint positive) except -1
 cdef int take_output(Call* c, int k, str name, object out) except -1
 cdef int keep_apart(Call* c, int k, str name) except -1
 cdef int threads_for(const Call* c, object num_threads) except -1
-cdef int watch_threads(Watch* watch, int threads) noexcept
-cdef void watched(Watch* watch, int threads) noexcept
 cdef int replace(Call* c, int k, object array) except -1
 cdef int settle(Call* c, int k, Rows* rows) except -1
+cdef int launch(
+    const Call* c, Kernel kernel, void* problem, int* threads, Watch** watch
+) except -1
 cdef object deliver(Call* c, int k)
 cdef object new_vector(Py_ssize_t n, bint wide)
 cdef object frozen(const double* values, Py_ssize_t n)

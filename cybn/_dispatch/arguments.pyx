@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # The arguments of a call, taken the same way by all calls of the dispatch.
 #
 # take...       look at what the caller gave, convert it where a kernel cannot read it, and check
@@ -41,6 +42,7 @@ _import_array()
 
 cdef int bfloat16 = -1          # NumPy's number of ml_dtypes' type, once an array of it was seen
 cdef object Moments = None      # the class
+cdef Patience patience          # with threads that do not come; zero at the start
 
 
 def use_moments(type moments):
@@ -150,23 +152,6 @@ cdef int threads_for(const Call* c, object num_threads) except -1:
     if num_threads is None and c.at[X].view.size < SERIAL:
         return 1
     return thread_count(num_threads)
-
-
-cdef Patience patience          # with threads that do not come; zero at the start
-
-
-cdef int watch_threads(Watch* watch, int threads) noexcept:
-    """Begin to watch a long call; return how many of its threads it is to have now."""
-    watch.worked = 0
-    watch.begun = seconds()
-    return threads_now(&patience, threads)
-
-
-cdef void watched(Watch* watch, int threads) noexcept:
-    """Take note of how long a call on several threads took."""
-    watch.took = seconds() - watch.begun
-    if threads > 1:
-        learn(&patience, watch)
 
 
 # ---- outputs -----------------------------------------------------------------------------
@@ -280,6 +265,30 @@ cdef object deliver(Call* c, int k):
     if c.at[k].given != c.at[k].used:
         copyto(out, <object> c.at[k].used)
     return out
+
+
+# ---- running -----------------------------------------------------------------------------
+
+cdef int launch(
+    const Call* c, Kernel kernel, void* problem, int* threads, Watch** watch
+) except -1:
+    """Run a kernel; `threads` and `watch` are those of the problem.
+
+    Other threads may use Python meanwhile, unless that takes as long to arrange.
+    """
+    cdef Watch times
+    if c.at[X].view.size < SERIAL:
+        kernel(problem)
+        return 0
+    threads[0] = threads_now(&patience, threads[0])
+    if threads[0] > 1:
+        watch[0], times.worked, times.begun = &times, 0, seconds()
+    with nogil:
+        kernel(problem)
+    if threads[0] > 1:
+        times.took = seconds() - times.begun
+        learn(&patience, &times)
+    return 0
 
 
 # ---- new arrays --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # From the arguments of a public call to a kernel call: batch normalization.
 #
 # Each call takes the same steps, whatever is special about it: look at the arrays, check, fold to
@@ -15,19 +16,18 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memcpy, memset
 
 from cybn._dispatch.arguments cimport (
-    BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, X, begin,
-    deliver, frozen, keep_apart, look, moments_of, new_vector, replace, rounded, settle, shape_of,
-    take_companion, take_eps, take_output, take_vector, threads_for, watch_threads, watched)
+    BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, Kernel, X, begin,
+    deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle, shape_of,
+    take_companion, take_eps, take_output, take_vector, threads_for)
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
-from cybn._dispatch.selection cimport take_shares
+from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
     BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
     Apply, Caches, Kernels, Problem, Reduce, Route, Storage, Tiling, Vector, chunks_of, route_of,
     tiling_of)
-from cybn._kernels.waiting cimport Watch
 
 from numpy import ascontiguousarray, ndarray, zeros
 
@@ -133,22 +133,8 @@ cdef object run(Call* c, Problem* p):
         if p.reduce == SUMS:
             p.mean.data, p.mean.wide = p.sums, True
             p.var.data, p.var.wide = p.sums + p.C, True
-    launch(c, p)
+    launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
     return sums
-
-
-cdef int launch(const Call* c, Problem* p) except -1:
-    """Run a kernel. Other threads may use Python meanwhile, unless that takes long to arrange."""
-    cdef Watch watch
-    if c.at[X].view.size < SERIAL:
-        kernels.batch_norm(p)
-        return 0
-    p.threads = watch_threads(&watch, p.threads)
-    p.watch = &watch if p.threads > 1 else NULL
-    with nogil:
-        kernels.batch_norm(p)
-    watched(&watch, p.threads)
-    return 0
 
 
 # ---- the calls ---------------------------------------------------------------------------
@@ -354,7 +340,7 @@ cdef object run_part(
         p.dy = p.dresidual
         p.dresidual.at = NULL
     p.reduce, p.apply = NO_SUMS, UNSCALE
-    launch(c, p)
+    launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
     return sums
 
 

@@ -1,5 +1,6 @@
 # cython: language_level=3
 # cython: cdivision=True
+# cython: binding=False
 # From the arguments of a public call to a kernel call: layer, RMS, group and instance
 # normalization. The steps are those of batch_norm.pyx, but x falls into rows, as `forms` says.
 #
@@ -10,15 +11,13 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
 from cybn._dispatch.arguments cimport (
-    BETA, DY, GAMMA, MEAN, OUT, VAR, Call, X, begin, deliver, moments_of, new_vector, replace,
-    rounded, settle, take, take_companion, take_eps, take_output, threads_for,
-    watch_threads, watched)
+    BETA, DY, GAMMA, MEAN, OUT, VAR, Call, Kernel, X, begin, deliver, launch, moments_of, new_vector, replace,
+    rounded, settle, take, take_companion, take_eps, take_output, threads_for)
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, PyArray_CLEARFLAGS, PyArray_DATA, PyArrayObject,
     View, channels_first, fold_rows)
 from cybn._kernels.problem cimport (
-    FLOAT64, SERIAL, Kernels, RowProblem, RowTiling, row_tiling)
-from cybn._kernels.waiting cimport Watch
+    FLOAT64, Kernels, RowProblem, RowTiling, row_tiling)
 
 from numpy import ascontiguousarray, errstate, moveaxis, zeros
 
@@ -106,7 +105,6 @@ cdef int fold_x(Call* c, RowProblem* p, object form) except -1:
 
 cdef object run(Call* c, RowProblem* p, RowTiling* t):
     """Settle where everything lies, and run a kernel; return the array that holds its sums."""
-    cdef Watch watch
     settle(c, DY, &p.dy)
     settle(c, OUT, &p.y)
     t[0] = row_tiling(p)
@@ -114,14 +112,7 @@ cdef object run(Call* c, RowProblem* p, RowTiling* t):
     sums = new_vector(rows + (2 * t.chunks * p.G * p.K if p.backward else 0), True)
     p.sums = doubles(sums)
     p.parts = p.sums + rows
-    if p.N * p.G * p.D < SERIAL:
-        kernels.rows(p)
-        return sums
-    p.threads = watch_threads(&watch, p.threads)
-    p.watch = &watch if p.threads > 1 else NULL
-    with nogil:
-        kernels.rows(p)
-    watched(&watch, p.threads)
+    launch(c, <Kernel> kernels.rows, p, &p.threads, &p.watch)
     return sums
 
 

@@ -228,6 +228,13 @@ good(cybn.group_norm_backward, DY, X, cybn.group_norm(X, num_groups=3)[1], num_g
 good(cybn.instance_norm, LARGE, num_threads=2)
 good(cybn.instance_norm_backward, DY, X, cybn.instance_norm(X)[1])
 good(cybn.group_norm, X, TINY, TINY, num_groups=3)
+good(cybn.group_norm, X, G, V, num_groups=1, lengths=[5, 1, 3, 5])
+good(cybn.instance_norm, X, lengths=[5, 2, 3, 5], masked="zero")
+good(
+    cybn.instance_norm_backward,
+    *(DY, X, cybn.instance_norm(X, lengths=[5, 2, 3, 5])[1]),
+    lengths=[5, 2, 3, 5],
+)
 for call in (
     cybn.layer_norm,
     cybn.rms_norm,
@@ -254,6 +261,12 @@ bad(cybn.instance_norm, ONE)
 bad(cybn.group_norm, X, num_groups=2)
 bad(cybn.group_norm, X, num_groups=True)
 bad(cybn.group_norm, ONE, num_groups=3)
+bad(cybn.instance_norm, X, lengths=[5, 1, 3, 5])
+bad(
+    cybn.instance_norm_backward,
+    *(DY, X, cybn.instance_norm(X, lengths=[5, 2, 3, 5])[1], FOUR),
+    lengths=[5, 2, 3, 5],
+)
 bad(cybn.layer_norm_backward, DY, X, V)
 bad(cybn.layer_norm_backward, DY, X, M)
 bad(cybn.rms_norm_backward, DY, X, V)
@@ -436,4 +449,6 @@ bad(cybn.batch_norm, X, out=np.lib.stride_tricks.as_strided(X.copy(), X.shape, (
 bad(functional.is_zero, "nothing")
 bad(_arguments.companion, "dy", X.astype(np.float64 if X.itemsize == 4 else np.float32), X)
 bad(_arguments.parameters, C, mean=None)
+bad(_arguments.check_degrees, 1.0, 1)
+bad(_arguments.finite_sum, np.inf)
 bad(_arguments.parameters, C, mean=np.ones(C + 1))

@@ -1,8 +1,9 @@
 # cython: language_level=3
 # cython: cdivision=True
-# Mask, weights and lengths: which values count, and how often.
+# cython: binding=False
+# Mask, weights and lengths: which positions count, and how often.
 #
-# `select` checks what was given, for calls and for statistics of data larger than memory;
+# `checked` is what every call does with them, and statistics of data larger than memory;
 # `take_shares` makes of it what kernels read, one share a position.
 
 from libc.math cimport INFINITY
@@ -12,98 +13,37 @@ from cybn._dispatch.arguments cimport Call, X, look, new_vector, shape_of
 from cybn._dispatch.arrays cimport MOST_AXES, PyArray_DATA, PyArrayObject, View
 from cybn._kernels.problem cimport FLOAT64, NO_SUMS, SAMPLES, SCALE, Problem
 
-from math import isfinite
-from typing import NamedTuple
-
 import numpy as np
 from numpy import ndarray
 
-from .._arguments import array, tensor
-
-SCALE_THEM = "scale them all, which changes no result but the count"
+from .. import _arguments
 
 
-class Selection(NamedTuple):
-    """What selects values, as it was given, with the axes of x or of size 1 along them.
+def checked(tuple shape, axis, mask, weights, lengths):
+    """Check what selects the values of an array of this shape; return the parts of a `Selection`.
 
-    Nothing is converted, and weights are not read, before `at` is asked for a part: what was
-    given may be larger than memory.
+    Each has the axes of x, or size 1 along them, or is None.
     """
-
-    mask: object            # bool
-    weights: object         # of a type that float64 can be made of
-    ends: object            # intp, of each sample
-    places: object          # intp, 0, 1, 2, ... along the axis that has an end
-
-    def at(self, index):
-        """Return mask and weights of one piece of x, not both None; ValueError for bad weights."""
-        mask = cut(self.mask, index)
-        if self.ends is not None:
-            valid = np.asarray(cut(self.places, index) < cut(self.ends, index))
-            mask = valid if mask is None else mask & valid
-        weights = cut(self.weights, index)
-        return mask, None if weights is None else finite(weights)
-
-
-class Positions(NamedTuple):
-    """Which positions count, and how often, where that is the same in every channel."""
-
-    shares: object          # bool, or float64 where weighted; as x, but 1 along the channel axis
-    number: int             # how many positions count
-    total: float            # the sum of the shares; an int where they are bool
-
-
-def select(tuple shape, axis, mask, weights, lengths):
-    """Check what selects the values of an array of this shape; None where all of them count."""
-    if mask is None and weights is None and lengths is None:
-        return None
     ends = places = None
     if mask is not None:
         if type(mask) is not ndarray:
-            mask = array("mask", mask)
+            mask = _arguments.array("mask", mask)
         if mask.dtype.kind != "b":
             raise TypeError(
                 f"mask is {mask.dtype}; it must be bool, True where a value counts. "
                 "Convert it: np.asarray(mask) > 0")
         mask = spread("mask", mask, shape, axis)
     if weights is not None:
-        weights = array("weights", weights)
+        weights = _arguments.array("weights", weights)
         if weights.dtype.kind not in "bui":
-            tensor("weights", np.empty(0, weights.dtype))       # raises unless of floats
+            _arguments.tensor("weights", np.empty(0, weights.dtype))       # raises unless of floats
         weights = spread("weights", weights, shape, axis)
     if lengths is not None:
         ends, places = ends_of(shape, axis, lengths)
-    return Selection(mask, weights, ends, places)
-
-
-def choose(tuple shape, axis, mask, weights, lengths):
-    """Return the `Positions` that count; None where all of them count once."""
-    found = select(shape, axis, mask, weights, lengths)
-    if found is None:
-        return None
-    require_alike(found, shape, axis)
-    one = (*shape[:axis], 1, *shape[axis + 1:])
-    valid, often = found.at((slice(None),) * len(shape))
-    if often is None:
-        shares = np.broadcast_to(np.asarray(valid), one)
-        count = int(np.count_nonzero(shares))
-        return None if count == shares.size else Positions(shares, count, count)
-    shares = np.broadcast_to(np.where(True if valid is None else valid, often, 0.0), one)
-    with np.errstate(all="ignore"):
-        total = finite_sum(float(shares.sum()))
-    return Positions(shares, int(np.count_nonzero(shares)), total)
+    return mask, weights, ends, places
 
 
 # ---- checks ------------------------------------------------------------------------------
-
-cdef object cut(object array, object index):
-    """Return the part of an array, or of what it is broadcast to, that belongs to a piece."""
-    if array is None:
-        return None
-    return array[tuple([
-        slice(None) if size == 1 else piece
-        for size, piece in zip(array.shape, index, strict=True)])]
-
 
 cdef str fitting(tuple shape, Py_ssize_t axis):
     """Return what the shape of a mask must be, in words."""
@@ -129,31 +69,14 @@ cdef object spread(str name, object given, tuple shape, Py_ssize_t axis):
     return given.reshape(sizes) if lack > 0 else given
 
 
-cdef int require_alike(object found, tuple shape, Py_ssize_t axis) except -1:
+def require_alike(mask, weights, tuple shape, Py_ssize_t axis):
     """Raise ValueError where a selection differs by channel."""
-    for name, given in (("mask", found.mask), ("weights", found.weights)):
+    for name, given in (("mask", mask), ("weights", weights)):
         if given is not None and given.shape[axis] != 1:
             raise ValueError(
                 f"{name} has shape {given.shape}; it must be the same for all channels: "
                 f"{fitting(shape, axis)}, and of size 1 on axis {axis}. "
                 "Moments.update takes one for each channel")
-    return 0
-
-
-cdef object finite(object weights):
-    """Return weights as float64; ValueError where one is negative or not finite."""
-    wide = weights.astype(np.float64, copy=False)
-    good = np.isfinite(wide) & (wide >= 0)
-    if not good.all():
-        raise ValueError(
-            f"weights has the value {wide[~good][0]}; all must be finite and not negative")
-    return wide
-
-
-cdef double finite_sum(double total) except -1:
-    if not isfinite(total):
-        raise ValueError(f"weights sum to {total}; {SCALE_THEM}")
-    return total
 
 
 cdef tuple ends_of(tuple shape, Py_ssize_t axis, object lengths):
@@ -164,7 +87,7 @@ cdef tuple ends_of(tuple shape, Py_ssize_t axis, object lengths):
             f"x has shape {shape}: lengths needs an axis beside the batch and the channels, "
             "such as L in (N, C, L)")
     batch, along = others[:2]
-    given = array("lengths", lengths)
+    given = _arguments.array("lengths", lengths)
     if given.dtype.kind not in "ui":
         raise TypeError(f"lengths is {given.dtype}; it must be integers")
     if given.shape != (shape[batch],):
@@ -212,13 +135,12 @@ cdef int take_shares(Call* c, Problem* p, tuple selected) except -1:
     if mask is None and weights is None and lengths is None:
         return 0
     shape = shape_of(&c.at[X].view)
-    found = select(shape, c.axis, mask, weights, lengths)
-    require_alike(found, shape, c.axis)
+    mask, weights, ends, _places = checked(shape, c.axis, mask, weights, lengths)
+    require_alike(mask, weights, shape, c.axis)
     if c.at[X].view.size == 0:
         return 0
-    if weights is not None:
-        weights = found.weights.astype(np.float64, copy=False)
-    prepare(c, &s, found.mask, weights, found.ends)
+    wide = None if weights is None else weights.astype(np.float64, copy=False)
+    prepare(c, &s, mask, wide, ends)
     shares = new_vector(p.N * p.S, p.storage == FLOAT64)
     p.share = PyArray_DATA(<const PyArrayObject*> shares)
     if p.storage == FLOAT64:
@@ -226,15 +148,16 @@ cdef int take_shares(Call* c, Problem* p, tuple selected) except -1:
     else:
         scan(&s, <float*> p.share)
     if s.bad:
-        finite(found.weights)
-    c.counted, c.total = s.counted, finite_sum(s.total + s.left)
+        _arguments.finite_weights(weights)
+    c.counted, c.total = s.counted, _arguments.finite_sum(s.total + s.left)
     if (weights is None and s.counted == p.N * p.S) or (
             p.apply == SCALE and p.reduce == NO_SUMS and masked == "normalize"):
         p.share = NULL
         return 0
     if p.storage != FLOAT64 and not (<float> s.low > 0 and <float> s.high < INFINITY):
         raise ValueError(
-            f"weights lie in {s.low}..{s.high}, which {shares.dtype} cannot hold; {SCALE_THEM}")
+            f"weights lie in {s.low}..{s.high}, which {shares.dtype} cannot hold; "
+            f"{_arguments.SCALE_THEM}")
     p.weighted, p.zeroed = weights is not None, masked == "zero"
     p.M = shares.sum(dtype=np.float64) if p.weighted else s.counted
     if p.storage == FLOAT64:

@@ -1,0 +1,88 @@
+"""Which values count, for whoever takes them apart: statistics in pieces, and batches in parts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .._arguments import finite_sum, finite_weights
+from .shares import checked, require_alike
+
+__all__ = ["Positions", "Selection", "choose", "select"]
+
+
+class Selection(NamedTuple):
+    """What selects values, as it was given, with the axes of x or of size 1 along them.
+
+    Nothing is converted, and weights are not looked at, before `at` is asked for a part: what was
+    given may be larger than memory.
+    """
+
+    mask: NDArray[np.bool_] | None
+    weights: NDArray[Any] | None  # of a type that float64 can be made of
+    ends: NDArray[np.intp] | None  # of each sample
+    places: NDArray[np.intp] | None  # 0, 1, 2, ... along the axis that has an end
+
+    def at(
+        self, index: tuple[slice, ...]
+    ) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64] | None]:
+        """Return mask and weights of one piece of x, not both None; ValueError for bad weights."""
+        mask, weights, ends, places = (_cut(array, index) for array in self)
+        if ends is not None:
+            valid = np.asarray(places < ends)
+            mask = valid if mask is None else mask & valid
+        return mask, None if weights is None else finite_weights(weights)
+
+
+def _cut(array: NDArray[Any] | None, index: tuple[slice, ...]) -> Any:
+    if array is None:
+        return None
+    sizes = zip(array.shape, index, strict=True)
+    return array[tuple(slice(None) if size == 1 else piece for size, piece in sizes)]
+
+
+def select(
+    shape: tuple[int, ...],
+    axis: int,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> Selection | None:
+    """Check what selects the values of an array of this shape; None where all of them count."""
+    if mask is None and weights is None and lengths is None:
+        return None
+    return Selection(*checked(shape, axis, mask, weights, lengths))
+
+
+class Positions(NamedTuple):
+    """Which positions count, and how often, where that is the same in every channel."""
+
+    shares: NDArray[Any]  # bool, or float64 where weighted; as x, but 1 along the channel axis
+    number: int  # how many positions count
+    total: int | float  # the sum of the shares
+
+
+def choose(
+    shape: tuple[int, ...],
+    axis: int,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
+    lengths: ArrayLike | None,
+) -> Positions | None:
+    """Return which positions count, of all channels alike; None where all of them count once."""
+    found = select(shape, axis, mask, weights, lengths)
+    if found is None:
+        return None
+    require_alike(found.mask, found.weights, shape, axis)
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    valid, often = found.at((slice(None),) * len(shape))
+    if often is None:
+        shares = np.broadcast_to(np.asarray(valid), one)
+        count = int(np.count_nonzero(shares))
+        return None if count == shares.size else Positions(shares, count, count)
+    shares = np.broadcast_to(np.where(True if valid is None else valid, often, 0.0), one)
+    with np.errstate(all="ignore"):
+        total = finite_sum(float(shares.sum()))
+    return Positions(shares, int(np.count_nonzero(shares)), total)
