@@ -632,7 +632,8 @@ cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
             i = (t.c0 + c) * job.p.S + t.s0
             if job.r.apply_from == STAGED_PIECES:
                 for j in range(ceiling(length, STAGED)):
-                    write_piece(job, n, i + j * STAGED, min(STAGED, length - j * STAGED), co + c, 0, room)
+                    write_piece(job, n, i + j * STAGED, min(STAGED, length - j * STAGED), co + c,
+                                0, room)
             else:
                 apply_rows(job, 0, n, n, i, length, co + c, kink)
 

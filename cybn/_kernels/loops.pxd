@@ -22,8 +22,8 @@
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, expect, flush, item_of,
-    read, stream_line, write)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, expect, flush,
+    item_of, read, stream_line, write)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
