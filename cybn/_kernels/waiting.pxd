@@ -3,9 +3,10 @@
 #
 # A region of OpenMP ends when its last thread does, and the threads of libgomp spin for
 # milliseconds between regions. Where another process keeps the cores busy, a thread that is wanted
-# may not run for as long: a call of 0.1 ms then takes 10 to 50. So a call measures how much of its time the
-# calling thread spent on work. Where it waited far longer than it worked, calls stay on one thread
-# for a while, which is longer each time that this happens soon again. Results do not depend on it.
+# may not run for as long: a call of 0.1 ms then takes 10 to 50. So a call measures how much of its
+# time the calling thread spent on work. Where it waited far longer than it worked, calls stay on
+# one thread for a while, which is longer each time that this happens soon again. Results do not
+# depend on it.
 
 from cython.parallel cimport threadid
 
