@@ -16,13 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
-MYPY = (
-    "--strict",
-    "--allow-redefinition",
-    "--allow-untyped-defs",
-    "--allow-untyped-calls",
-    "--ignore-missing-imports",
-)
+MYPY = ("--strict", "--allow-redefinition", "--ignore-missing-imports")
+MYPY += ("--allow-untyped-defs", "--allow-untyped-calls")
 
 
 def main() -> int:
