@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("torch_program.py")
 
 def run(folder, case, *arguments, ranks):
     return every(
-        launchers_of_torch(ranks), folder, PROGRAM, case, *arguments, ranks=ranks, within=120
+        launchers_of_torch(ranks), folder, PROGRAM, case, *arguments, ranks=ranks, within=240
     )
 
 
@@ -50,7 +50,7 @@ def test_a_killed_process_is_an_error_in_the_others(tmp_path):
     assert codes[1] == -9
     for report in (reports[0], reports[2]):
         assert report["raised"][0] != "nothing"
-        assert report["seconds"] < 25  # the group waits for 20
+        assert report["seconds"] < 70  # the group waits for 60
 
 
 def test_the_contract_is_that_of_pytorch(tmp_path):
