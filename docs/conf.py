@@ -39,7 +39,7 @@ myst_links_external_new_tab = False
 # The reference, from the docstrings.
 autosummary_generate = True
 autodoc_typehints = "none"  # the docstrings have them, in words
-autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
+autodoc_mock_imports = [name for name in ("torch", "mpi4py", "dask") if not find_spec(name)]
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {
     *("GL01", "GL03", "GL07", "GL08", "GL09"),  # there is a docstring, in the usual order

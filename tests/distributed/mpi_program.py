@@ -51,7 +51,7 @@ def layers(C, axis, dtype, gamma, beta, **options):
     """Return a layer for all ranks, and one for one process."""
     kind = np.float64 if dtype == np.float64 else np.float32
     both = (
-        SyncBatchNorm(C, axis=axis, dtype=kind, timeout=60, **options),
+        SyncBatchNorm(C, axis=axis, dtype=kind, timeout=120, **options),
         cybn.BatchNorm(C, axis=axis, dtype=kind, **options),
     )
     for layer in both:
@@ -151,7 +151,7 @@ def bad_input():
     last, first = COMM.rank == COMM.size - 1, COMM.rank == 0
     x, dy, *_ = batch(np.random.default_rng(4), np.float32, 1)
     x, dy = mine(x), mine(dy)
-    bn = SyncBatchNorm2d(6, timeout=60)
+    bn = SyncBatchNorm2d(6, timeout=120)
     bn(x)
     bn.backward(dy)
     found = {}
@@ -281,7 +281,7 @@ def statistics():
         here = parts if rank == COMM.rank else here
     plain = cybn.BatchNorm2d(6)
     wanted = cybn.population_statistics(plain, all_parts)[plain]
-    for bn in (cybn.BatchNorm2d(6), SyncBatchNorm2d(6, timeout=60)):
+    for bn in (cybn.BatchNorm2d(6), SyncBatchNorm2d(6, timeout=120)):
         found = cybn.population_statistics(bn, here, comm=COMM)[bn]
         assert found.count == wanted.count
         np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-14)
@@ -347,7 +347,7 @@ def digits():
         return lambda C: kind(C, activation="relu")
 
     together, accuracy, statistics = train(
-        lambda C: SyncBatchNorm(C, activation="relu", timeout=60), here
+        lambda C: SyncBatchNorm(C, activation="relu", timeout=120), here
     )
     alone, of_one, _ = train(relu(cybn.BatchNorm), ...) if COMM.rank == 0 else (None, None, None)
     return {

@@ -16,7 +16,7 @@ if MPIEXEC is None:
 PROGRAM = Path(__file__).with_name("mpi_program.py")
 
 
-def run(folder, case, *arguments, ranks, within=90):
+def run(folder, case, *arguments, ranks, within=240):
     launchers = launchers_of_mpi(MPIEXEC, ranks)
     return every(launchers, folder, PROGRAM, case, *arguments, ranks=ranks, within=within)
 
@@ -90,7 +90,7 @@ def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
     for report in (reports[0], reports[2]):
         raised, text = report["first"]
         assert raised == "TimeoutError", text
-        assert report["seconds"] < 6
+        assert report["seconds"] < 10  # they wait for 3
         assert report["second"][0] == "RuntimeError"
         assert "Abort" in report["second"][1]
 

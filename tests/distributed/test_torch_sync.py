@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("torch_program.py")
 
 def run(folder, case, *arguments, ranks):
     return every(
-        launchers_of_torch(ranks), folder, PROGRAM, case, *arguments, ranks=ranks, within=120
+        launchers_of_torch(ranks), folder, PROGRAM, case, *arguments, ranks=ranks, within=240
     )
 
 
@@ -50,7 +50,7 @@ def test_a_killed_process_is_an_error_in_the_others(tmp_path):
     assert codes[1] == -9
     for report in (reports[0], reports[2]):
         assert report["raised"][0] != "nothing"
-        assert report["seconds"] < 25  # the group waits for 20
+        assert report["seconds"] < 70  # the group waits for 60
 
 
 def test_the_contract_is_that_of_pytorch(tmp_path):
@@ -65,3 +65,17 @@ def test_without_a_process_group_it_is_a_batch_norm():
     bn, plain = cybn.torch.SyncBatchNorm(4), cybn.torch.BatchNorm1d(4)
     assert torch.equal(bn(x), plain(x))
     assert all(torch.equal(a, b) for a, b in zip(bn.buffers(), plain.buffers(), strict=True))
+
+
+def test_convert_makes_and_reverts_it():
+    import cybn.torch
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    before = list(model.state_dict())
+    cybn.torch.convert(model, sync=True)
+    assert type(model[1]) is cybn.torch.SyncBatchNorm
+    assert model[1].process_group is None
+    assert list(model.state_dict()) == before
+    assert model(torch.randn(2, 3, 5, 5)).shape == (2, 4, 3, 3)
+    cybn.torch.revert(model)
+    assert type(model[1]) is torch.nn.BatchNorm2d

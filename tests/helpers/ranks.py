@@ -34,7 +34,7 @@ def launchers_of_torch(ranks):
     return [([], {"RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
 
 
-def start(launchers, folder, program, case, *arguments, ranks, within=90):
+def start(launchers, folder, program, case, *arguments, ranks, within=240):
     """Run a case in real ranks; return what each reported, and the output of the launchers.
 
     A rank that died has reported None.
@@ -63,7 +63,7 @@ def start(launchers, folder, program, case, *arguments, ranks, within=90):
     return found, [process.returncode for process in running], "\n".join(outputs)
 
 
-def every(launchers, folder, program, case, *arguments, ranks, within=90):
+def every(launchers, folder, program, case, *arguments, ranks, within=240):
     """Return what each rank reported; AssertionError where one did not."""
     found, codes, output = start(
         launchers, folder, program, case, *arguments, ranks=ranks, within=within
