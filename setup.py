@@ -16,7 +16,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 KERNELS = ["batch_norm", "layer_norm"]
-DISPATCH = ["arguments", "shares", "batch_norm", "rows"]
+DISPATCH = ["arguments", "shares", "running", "batch_norm", "rows", "routes"]
 
 # Where the files of this tree are on the web, such as the address of its main branch. There is no
 # such place yet; when there is, it also goes into [project.urls] of pyproject.toml.

@@ -11,17 +11,16 @@ from .arguments import destination, use_moments
 from .batch_norm import (
     ACTIVATIONS,
     SMALL,
-    absorb,
     backward,
     forward,
     inference,
     layout,
     learn,
-    marks,
-    route,
     statistics,
 )
+from .routes import route
 from .rows import normalize_rows, normalize_rows_backward
+from .running import absorb, marks
 from .selection import Positions, Selection, choose, select
 
 __all__ = [

@@ -68,28 +68,4 @@ def backward(
     num_threads: int | None,
     exchange: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, ...]: ...
-def absorb(
-    mean: Array, var: Array, batch_mean: Array, batch_m2: Array, degrees: Any, weight: float
-) -> tuple[Array, Array]: ...
-def marks(
-    x: Array | None, gamma: Array | None, beta: Array | None, residual: Array | None
-) -> tuple[bytes | None, ...]: ...
 def layout(x: ArrayLike, axis: int) -> tuple[int, int, int, bool]: ...
-def route(
-    operation: str,
-    N: int,
-    C: int,
-    S: int,
-    dtype: str = "f",
-    *,
-    activation: str | None = None,
-    residual: bool = False,
-    mask: bool = False,
-    weights: bool = False,
-    masked: str = "normalize",
-    in_place: bool = False,
-    from_output: bool = False,
-    threads: int = 1,
-    l2: int = ...,
-    l3: int = ...,
-) -> dict[str, str]: ...

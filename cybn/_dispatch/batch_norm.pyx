@@ -17,17 +17,16 @@ from libc.string cimport memcpy, memset
 
 from cybn._dispatch.arguments cimport (
     BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, Kernel, X, begin,
-    deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle, shape_of,
-    take_companion, take_eps, take_output, take_vector, threads_for)
-from cybn._dispatch.arrays cimport (
-    NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
+    deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle,
+    shape_of, take_companion, take_eps, take_output, take_vector, threads_for)
+from cybn._dispatch.arrays cimport PyArray_DATA, PyArrayObject, View, fold
+from cybn._dispatch.running cimport moved_to, take_running
 from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
-    BRAIN, DOTS, FLOAT32, FLOAT64, HALF, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE,
-    Apply, Caches, Kernels, Problem, Reduce, Route, Storage, Tiling, Vector, chunks_of, route_of,
-    tiling_of)
+    DOTS, FLOAT64, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Kernels, Problem,
+    Vector, chunks_of)
 
 from numpy import ascontiguousarray, ndarray, zeros
 
@@ -39,9 +38,6 @@ ACTIVATIONS = {
     "sigmoid": SIGMOID, "tanh": TANH, "silu": SILU, "gelu": GELU}
 
 SMALL = SERIAL                  # values from which a call is not a small one
-
-cdef enum:
-    MARKED = 2048               # bytes of an array that are remembered one and all
 
 cdef const Kernels* kernels = NULL
 
@@ -353,92 +349,6 @@ cdef int check_unused(Call* c, object out_residual) except -1:
     return 0
 
 
-# ---- running statistics ------------------------------------------------------------------
-
-cdef int take_running(
-    Call* c, object mean, object var, Py_ssize_t channels, Vector* into_mean, Vector* into_var
-) except -1:
-    """Take running statistics, which are of one type."""
-    take_vector(c, MEAN, "running_mean", mean, channels, True, into_mean)
-    take_vector(c, VAR, "running_var", var, channels, True, into_var)
-    if into_mean.wide != into_var.wide:
-        raise ValueError(f"mean is {mean.dtype} and var is {var.dtype}; they must be of one type")
-    return 0
-
-
-cdef double moved(const Vector* v, Py_ssize_t c, double to, double weight) noexcept:
-    """Return value c of running statistics moved towards `to`; a term of weight 0 may be NaN."""
-    cdef double old = 0
-    if weight < 1:
-        old = (<const double*> v.data)[c] if v.wide else (<const float*> v.data)[c]
-    return old if weight == 0 else (1 - weight) * old + weight * to
-
-
-cdef tuple moved_to(
-    const Vector* mean, const Vector* var, const double* batch_mean, const double* batch_m2,
-    Py_ssize_t channels, double degrees, double weight
-):
-    """Return running statistics moved towards those of a batch, in float64, rounded once."""
-    cdef Py_ssize_t c
-    held = new_vector(2 * channels, True)
-    cdef double* new = <double*> PyArray_DATA(<const PyArrayObject*> held)
-    for c in range(channels):
-        new[c] = moved(mean, c, batch_mean[c], weight)
-        new[channels + c] = moved(var, c, batch_m2[c] / degrees, weight)
-    return rounded(new, channels, mean.wide), rounded(new + channels, channels, mean.wide)
-
-
-def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
-    """Move running statistics towards those of a batch, in float64, rounded once.
-
-    All are vectors of one length; `batch_m2` / `degrees` is the variance that is kept. Returns the
-    new mean and variance, in the type of `mean`.
-    """
-    cdef Call c
-    cdef Vector old_mean, old_var, new_mean, new_m2
-    held = []
-    c.held = <PyObject*> held
-    channels = len(mean)
-    take_running(&c, mean, var, channels, &old_mean, &old_var)
-    take_vector(&c, GAMMA, "batch.mean", batch_mean, channels, True, &new_mean)
-    take_vector(&c, BETA, "batch.m2", batch_m2, channels, True, &new_m2)
-    if not (new_mean.wide and new_m2.wide):
-        raise TypeError("batch.mean and batch.m2 must be float64")
-    return moved_to(
-        &old_mean, &old_var, <const double*> new_mean.data, <const double*> new_m2.data, channels,
-        degrees, weight)
-
-
-def marks(x, gamma, beta, residual):
-    """Return a few values of each array, all of a small one: most changes are seen in them."""
-    return mark(x), mark(gamma), mark(beta), mark(residual)
-
-
-cdef object mark(object array):
-    """Return values of an array as bytes; None where it is None."""
-    cdef View v
-    if array is None:
-        return None
-    look(array, &v)
-    if v.size * v.item > MARKED:
-        few = array[tuple([slice(None, None, n // 2 or 1) for n in array.shape])]
-        return few.tobytes()
-    if v.flags & NPY_ARRAY_C_CONTIGUOUS:
-        return v.data[:v.size * v.item]
-    return array.tobytes()
-
-
-# ---- what a call would do ----------------------------------------------------------------
-
-WAYS = ("plain", "stream", "float16", "bfloat16")
-LOOPS, SOURCES = ("runs", "columns"), ("memory", "stages")
-GRADIENTS = ("given", "again", "in dresidual", "in dx")
-ITEMS = {"f": (FLOAT32, 4), "d": (FLOAT64, 8), "e": (HALF, 2), "E": (BRAIN, 2)}
-OPERATIONS = {
-    "statistics": (SUMS, NO_WRITE), "forward": (SUMS, SCALE), "inference": (NO_SUMS, SCALE),
-    "backward": (DOTS, UNSCALE), "inference_backward": (DOTS, SCALE_DY)}
-
-
 def layout(x, int axis):
     """Return N, C and S of an array, and whether it is read in place."""
     cdef Call c
@@ -448,54 +358,3 @@ def layout(x, int axis):
     c.axis = axis + c.at[X].view.ndim if axis < 0 else axis
     fold_x(&c, &p)
     return p.N, p.C, p.S, c.at[X].used == c.like
-
-
-def route(
-    operation, N, C, S, dtype="f", *, activation=None, residual=False, mask=False, weights=False,
-    masked="normalize", in_place=False, from_output=False, threads=1, l2=1 << 20, l3=32 << 20,
-):
-    """Return which way a call would go, as a dictionary of words.
-
-    Parameters
-    ----------
-    operation : {"statistics", "forward", "inference", "backward", "inference_backward"}
-    N, C, S : int
-        As the array folds.
-    dtype : {"f", "d", "e", "E"}
-        float32, float64, float16 or bfloat16.
-    activation, masked, from_output
-        As in the call.
-    residual, mask, weights, in_place : bool
-        Whether there is one; whether the result goes to the place of x.
-    threads, l2, l3 : int
-        Threads, and bytes of the caches.
-    """
-    cdef Problem p
-    cdef Caches caches
-    memset(&p, 0, sizeof(p))
-    p.N, p.C, p.S = N, C, S
-    p.storage, p.item = ITEMS[dtype]
-    p.reduce, p.apply = OPERATIONS[operation]
-    p.activation = <Activation> <int> _arguments.activation(activation, 0.01, ACTIVATIONS)[0]
-    p.slope = 0.01
-    p.chunks = chunks_of(N, C, S)
-    p.x.at, p.dy.at = <char*> 64, <char*> 128       # places that differ, never looked at
-    p.y.at = p.x.at if in_place else <char*> 192
-    if residual:
-        p.residual.at = <char*> 256
-        p.dresidual.at = <char*> 320 if p.reduce == DOTS else NULL
-    if mask or weights:
-        p.share, p.weighted, p.zeroed = &p, weights, masked == "zero"
-    p.inverse, p.threads = from_output, threads
-    caches.l2, caches.l3 = l2, l3
-    cdef Tiling t = tiling_of(&p, &caches)
-    cdef Route r = route_of(&p, &t, &caches)
-    return {
-        "schedule": "owned" if t.owned else "shared",
-        "sums": LOOPS[r.reduce_by],
-        "writes": LOOPS[r.apply_by],
-        "sums from": SOURCES[r.reduce_from],
-        "writes from": SOURCES[r.apply_from],
-        "way": WAYS[r.way],
-        "gradient": GRADIENTS[r.gradient],
-    }

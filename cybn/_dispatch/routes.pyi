@@ -1,0 +1,18 @@
+def route(
+    operation: str,
+    N: int,
+    C: int,
+    S: int,
+    dtype: str = "f",
+    *,
+    activation: str | None = None,
+    residual: bool = False,
+    mask: bool = False,
+    weights: bool = False,
+    masked: str = "normalize",
+    in_place: bool = False,
+    from_output: bool = False,
+    threads: int = 1,
+    l2: int = ...,
+    l3: int = ...,
+) -> dict[str, str]: ...
