@@ -119,11 +119,19 @@ def test_stages_follow_what_there_is(
 
 @pytest.mark.parametrize("masked", ["normalize", "zero"])
 @pytest.mark.parametrize("operation", ["forward", "inference", "backward", "inference_backward"])
-def test_masks_are_stages(operation, masked):
-    route = _dispatch.route(operation, *RUNS, mask=True, masked=masked)
+@pytest.mark.parametrize("shape", [RUNS, SHORT, LAST], ids=["runs", "short", "last"])
+@pytest.mark.parametrize("dtype", "fdeE")
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "silu"])
+def test_masks_are_stages(operation, masked, shape, dtype, residual, activation):
+    options = {"activation": activation, "residual": residual, "masked": masked}
+    route = _dispatch.route(operation, *shape, dtype, mask=True, **options)
     assert route["sums from"] == "stages"
     plain = operation in ("forward", "inference") and masked == "normalize"
+    plain &= activation in (None, "relu", "relu6")  # bounds, which the loop of y keeps to
     assert route["writes from"] == ("memory" if plain else "stages")
+    weighted = _dispatch.route(operation, *shape, dtype, weights=True, **options)
+    assert weighted == route
 
 
 @pytest.mark.parametrize(
