@@ -48,7 +48,12 @@ class Way(NamedTuple):
     checks: bool = False  # whether forward, before it writes, checks what is to be learned from
 
 
-WHOLE = Way(_dispatch.forward, _dispatch.backward, lambda moments: moments, inverts=True)
+WHOLE = Way(  # the functions are looked up when they are called
+    lambda *given: _dispatch.forward(*given),
+    lambda *given: _dispatch.backward(*given),
+    lambda moments: moments,
+    inverts=True,
+)
 
 
 class Saved(NamedTuple):
