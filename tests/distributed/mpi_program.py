@@ -368,5 +368,5 @@ CASES = {
 if __name__ == "__main__":
     _, number = report(CASES, COMM.rank)
     if sys.argv[1] in ("killed", "out_of_step"):  # MPI cannot be left in order any more
-        linger(sys.argv[2], number - (sys.argv[1] == "killed"), 3 * LIMIT)
+        linger(sys.argv[2], number - (sys.argv[1] == "killed"), 60)
         os._exit(0)

@@ -90,7 +90,7 @@ def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
     for report in (reports[0], reports[2]):
         raised, text = report["first"]
         assert raised == "TimeoutError", text
-        assert report["seconds"] < 10  # they wait for 3
+        assert report["seconds"] < 30  # they wait for 3, and a machine may be busy
         assert report["second"][0] == "RuntimeError"
         assert "Abort" in report["second"][1]
 
