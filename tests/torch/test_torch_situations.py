@@ -116,7 +116,9 @@ CYBN = {
     ),
 }
 PYTORCH = {
-    "second derivatives": Situation(call=second),
+    "second derivatives": Situation(
+        lambda: image(dtype=torch.float64), call=second, change=lambda m: m.double()
+    ),
     "batched gradients": Situation(call=batched),
     "torch.jit.script": Situation(
         change=lambda m: m.eval(), call=lambda m, x: torch.jit.script(m)(x)
