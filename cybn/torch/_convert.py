@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from ._classes import class_for, is_norm, why_not
 from ._fuse import Fusing
 from .modules import KEPT, Converted, stock_class
+from .sync import SyncBatchNorm
 
 __all__ = ["convert", "revert"]
 
@@ -86,12 +86,12 @@ def convert(
         if cls is not None:
             module.__class__ = cls
             logger.debug("%s: computed by cybn", name or "the model")
-        elif not isinstance(module, Converted):
+        elif not isinstance(module, Converted | SyncBatchNorm):
             if is_norm(module):
                 logger.debug("%s: left as it is; %s", name or "the model", why_not(module))
             continue
         norms += 1
-        if fuse:
+        if fuse and isinstance(module, Converted):
             module.__dict__["_cybn_fusing"] = Fusing()
         else:
             module.__dict__.pop("_cybn_fusing", None)
@@ -115,8 +115,7 @@ def _synchronize(module: nn.Module, process_group: Any) -> bool:
     if stock not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         return False
     module.__dict__["_cybn_before"] = stock
-    # It needs torch.distributed, which a build of PyTorch may lack.
-    module.__class__ = importlib.import_module("cybn.torch.sync").SyncBatchNorm
+    module.__class__ = SyncBatchNorm
     module.process_group = process_group
     return True
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ._classes import is_norm, why_not
 from .modules import Converted
+from .sync import SyncBatchNorm
 
 __all__ = ["Report", "Row", "report"]
 
@@ -87,7 +88,7 @@ def report(model: nn.Module) -> Report:
             if not why and fusing is not None:
                 fused, why = fusing.describe()
             by = "PyTorch" if kept.get("_cybn_reason") else "cybn"
-        elif "_cybn_before" in kept:
+        elif isinstance(module, SyncBatchNorm):
             by = "cybn"
         elif is_norm(module):
             by, why = "PyTorch", why_not(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,16 @@ class Converted(nn.Module):
         twin: nn.Module = object.__new__(stock)
         twin.__dict__ = {k: v for k, v in self.__dict__.items() if k not in KEPT}
         return twin
+
+    @property
+    def __jit_unused_properties__(self) -> list[str]:
+        """Say what to do where torch.jit compiles this one itself, past the method above."""
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.jit"):
+            raise RuntimeError(
+                "torch.jit cannot compile a module of cybn.torch inside a torch.jit.ScriptModule; "
+                "give it PyTorch's own: cybn.torch.revert(model)"
+            )
+        return []
 
     def extra_repr(self) -> str:
         """Return the stock representation, with the activation where one is computed here."""

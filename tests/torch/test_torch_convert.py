@@ -285,3 +285,18 @@ def test_a_whole_model_is_saved_after_revert():
 def test_not_a_module(f):
     with pytest.raises(TypeError, match=r"model is of type list; it must be a torch.nn.Module"):
         f([nn.BatchNorm2d(3)])
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, cybn.torch.BatchNorm2d])
+def test_synchronized(kind):
+    model = nn.Sequential(kind(3), nn.LayerNorm(8))
+    cybn.torch.convert(model, sync=True, fuse=True)
+    assert type(model[0]) is cybn.torch.SyncBatchNorm
+    assert [row.computed_by for row in cybn.torch.report(model)] == ["cybn", "cybn"]
+    stock = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(8))
+    torch.testing.assert_close(model(image()), stock(image()), rtol=1e-4, atol=1e-5)
+    cybn.torch.convert(model)
+    assert type(model[0]) is cybn.torch.SyncBatchNorm
+    assert type(cybn.torch.revert(model)[0]) is (
+        nn.SyncBatchNorm if kind is nn.SyncBatchNorm else nn.BatchNorm2d
+    )

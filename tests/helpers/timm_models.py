@@ -1,0 +1,48 @@
+"""timm, which imports torchvision, where the operators of that are compiled for another PyTorch."""
+
+import torch
+
+__all__ = ["MODELS", "timm"]
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # "operator torchvision::nms does not exist": no model here calls it
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import timm
+
+# Of every kind of norm and activation, the smallest of its family, and images as small as it takes.
+MODELS = {
+    "resnet18": {},
+    "resnet26d": {},
+    "resnext26ts": {},
+    "resnetv2_50": {},
+    "regnetx_002": {},
+    "regnety_002": {},
+    "mobilenetv2_050": {},
+    "mobilenetv3_small_050": {},
+    "efficientnet_b0": {},
+    "efficientnet_lite0": {},
+    "mnasnet_050": {},
+    "densenet121": {},
+    "dla34": {},
+    "vgg11_bn": {},
+    "inception_v3": {"side": 96},
+    "ghostnet_050": {},
+    "hrnet_w18_small": {},
+    "cspresnet50": {},
+    "darknet53": {},
+    "rexnet_100": {},
+    "tinynet_e": {},
+    "repvgg_a0": {},
+    "lcnet_050": {},
+    "semnasnet_075": {},
+    "convnext_atto": {},
+    "convnextv2_atto": {},
+    "mixer_s32_224": {"side": 224},
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "deit_tiny_patch16_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {"img_size": 56},
+}
