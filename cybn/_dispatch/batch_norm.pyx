@@ -20,8 +20,13 @@ from cybn._dispatch.arguments cimport (
     deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle, shape_of,
     take_companion, take_eps, take_output, take_vector, threads_for)
 from cybn._dispatch.arrays cimport (
+<<<<<<< HEAD
     NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
 from cybn._dispatch.shares cimport take_shares
+=======
+    NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
+from cybn._dispatch.selection cimport take_shares
+>>>>>>> 1ef167a (folding refuses modules whose forward is their own; backward remembers values of all samples; layer_norm says what axis means beside Keras)
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
@@ -42,6 +47,7 @@ SMALL = SERIAL                  # values from which a call is not a small one
 
 cdef enum:
     MARKED = 2048               # bytes of an array that are remembered one and all
+    MARKS = 64                  # values of a larger one that are, about
 
 cdef const Kernels* kernels = NULL
 
@@ -417,10 +423,18 @@ def marks(x, gamma, beta, residual):
 cdef object mark(object array):
     """Return values of an array as bytes; None where it is None."""
     cdef View v
+    cdef double some[2 * MARKS]     # of any type
+    cdef Py_ssize_t i, step
     if array is None:
         return None
     look(array, &v)
     if v.size * v.item > MARKED:
+        if v.flags & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS):
+            # An odd step, so that they lie in all samples, and in many channels and positions.
+            step = v.size // MARKS | 1
+            for i in range((v.size + step - 1) // step):
+                memcpy(<char*> some + i * v.item, v.data + i * step * v.item, v.item)
+            return (<const char*> some)[:i * v.item + v.item]
         few = array[tuple([slice(None, None, n // 2 or 1) for n in array.shape])]
         return few.tobytes()
     if v.flags & NPY_ARRAY_C_CONTIGUOUS:
