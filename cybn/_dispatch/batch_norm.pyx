@@ -20,13 +20,8 @@ from cybn._dispatch.arguments cimport (
     deliver, frozen, keep_apart, launch, look, moments_of, new_vector, replace, rounded, settle, shape_of,
     take_companion, take_eps, take_output, take_vector, threads_for)
 from cybn._dispatch.arrays cimport (
-<<<<<<< HEAD
-    NPY_ARRAY_C_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
-from cybn._dispatch.shares cimport take_shares
-=======
     NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, PyArray_DATA, PyArrayObject, View, fold)
-from cybn._dispatch.selection cimport take_shares
->>>>>>> 1ef167a (folding refuses modules whose forward is their own; backward remembers values of all samples; layer_norm says what axis means beside Keras)
+from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
