@@ -67,7 +67,7 @@ def selected(
     selection = select(shape, axis, given["mask"], given["weights"], lengths)
     if selection is None or not files:
         return selection
-    parts = {
+    parts: dict[str, Any] = {
         name: _Apart(name, source, getattr(selection, name).shape, axis)
         for name, source in files.items()
     }
