@@ -96,8 +96,8 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a float; text is not converted."""
-    if not isinstance(value, (str, bytes, bytearray)):
+    """Return `value` as a float; text and bools are not converted."""
+    if not isinstance(value, (str, bytes, bytearray, bool, np.bool_)):
         try:
             return float(value)
         except (TypeError, ValueError):
@@ -108,17 +108,17 @@ def number(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any) -> int:
-    """Return `value` as an int."""
+    """Return `value` as an int; a bool is not an int."""
     try:
-        return index(value)
+        if not isinstance(value, bool):
+            return index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; it must be an int") from None
+        pass
+    raise TypeError(f"{name} is {value!r}; it must be an int")
 
 
 def integer_from(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`; a bool is not an int."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value}; it must be an int")
+    """Return `value` as an int of at least `least`."""
     given = integer(name, value)
     if given < least:
         raise ValueError(f"{name} is {given}; it must be at least {least}")

@@ -70,8 +70,8 @@ def frozen(values: NDArray[Any]) -> NDArray[np.float64]:
     return own
 
 
-def parts_of(state: Mapping[str, Any]) -> tuple[Any, Any, Any, NDArray[np.float64] | None]:
-    """Return count, mean, M2 and the rest of the mean, if it is there, of a state."""
+def parts_of(state: Mapping[str, Any]) -> tuple[Any, Any, Any, NDArray[Any] | None]:
+    """Return count, mean, M2 and the rest of the mean, if it is there, of a state; not copied."""
     check_mapping(state)
     required = {"count", "mean", "m2"}
     if not required <= set(state) <= required | {"rest"}:
@@ -80,11 +80,7 @@ def parts_of(state: Mapping[str, Any]) -> tuple[Any, Any, Any, NDArray[np.float6
             "count, mean, m2 and may have rest"
         )
     count = array("count", state["count"])
-    rest = None
-    if "rest" in state:
-        rest = frozen(vector(state["rest"], "rest"))
-        if not np.isfinite(rest).all():
-            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
+    rest = vector(state["rest"], "rest") if "rest" in state else None
     return count[()] if count.ndim == 0 else count, state["mean"], state["m2"], rest
 
 

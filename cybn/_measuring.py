@@ -12,9 +12,9 @@ from . import _dispatch
 from ._arguments import array, tensor
 from ._chunks import Chunks, Sliced, is_sliced
 from ._counts import Count
-from ._dispatch import Selection
+from ._dispatch import Selection, select
 
-__all__ = ["Progress", "float_array", "measured"]
+__all__ = ["Progress", "float_array", "measured", "selected"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
@@ -37,6 +37,41 @@ def float_array(x: Any) -> Any:
             "m = m.update(piece.astype(np.float32))"
         ) from None
     return given
+
+
+class _Apart:
+    """A mask or weights that are read by slices, of HDF5 or zarr, with the axes of x."""
+
+    def __init__(self, name: str, source: Any, shape: tuple[int, ...], axis: int) -> None:
+        self._source = Sliced(source, lambda piece: array(name, piece))
+        others = [i for i in range(len(shape)) if self._source.ndim == len(shape) or i != axis]
+        self._axes = others[len(others) - self._source.ndim :]  # those of x that the source has
+        self.shape, self.dtype = shape, self._source.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
+        own = tuple(index[axis] for axis in self._axes)
+        cut = [i for i, part in enumerate(own) if part != slice(None)]
+        part = self._source.read(own, cut[0] if cut else 0)
+        sizes = iter(part.shape)
+        return part.reshape([next(sizes) if i in self._axes else 1 for i in range(len(self.shape))])
+
+
+def selected(
+    shape: tuple[int, ...], axis: int, mask: Any, weights: Any, lengths: Any
+) -> Selection | None:
+    """Do what `select` does; masks and weights that are read by slices are so, piece by piece."""
+    given = {"mask": mask, "weights": weights}
+    files = {name: source for name, source in given.items() if is_sliced(source)}
+    for name, source in files.items():  # of its shape and type, for the checks, without memory
+        given[name] = np.broadcast_to(np.zeros((), source.dtype), source.shape)
+    selection = select(shape, axis, given["mask"], given["weights"], lengths)
+    if selection is None or not files:
+        return selection
+    parts: dict[str, Any] = {
+        name: _Apart(name, source, getattr(selection, name).shape, axis)
+        for name, source in files.items()
+    }
+    return selection._replace(**parts)
 
 
 def measured(

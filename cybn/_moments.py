@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _dispatch
 from ._arguments import channel_axis
 from ._counts import Count, counted, frozen, is_nothing, parts_of, short, vector
-from ._dispatch import select
-from ._measuring import Progress, float_array, measured
+from ._measuring import Progress, float_array, measured, selected
 from ._merging import Part, merged
 from ._runtime import thread_count
 
@@ -273,7 +272,7 @@ class Moments:
                 f"x has shape {data.shape}, with {data.shape[axis]} channels on axis {axis}; "
                 f"these moments have {len(self)}"
             )
-        selection = select(data.shape, axis, mask, weights, lengths)
+        selection = selected(data.shape, axis, mask, weights, lengths)
         threads = thread_count(num_threads)
         if data.size == 0:
             return self
@@ -402,7 +401,9 @@ class Moments:
             return given
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
-        return cls._adopt(given.count, given.mean, given.m2, rest)
+        if not np.isfinite(rest).all():
+            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
+        return cls._adopt(given.count, given.mean, given.m2, frozen(rest))
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""

@@ -71,7 +71,9 @@ def layer_norm(
         Scale and shift of each element of the normalized axes, float32 or float64; 1 and 0 where
         None. Rounded to the type that is computed in: float64 for float64, else float32.
     axis : int, default -1
-        The first normalized axis; negative counts from the end.
+        The first normalized axis; negative counts from the end. All after it are normalized, too,
+        as in PyTorch and ONNX: Keras' ``axis=1`` of (N, T, C), which is axis 1 alone, is
+        ``np.moveaxis(layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)``.
     eps : float, default 1e-5
         Added to the variance. Positive.
     out : ndarray, optional

@@ -249,7 +249,7 @@ def _normal(z: Array) -> Array:
     erfc = np.vectorize(erfc_of, otypes=[np.float64])(near)
     rest = (exact - near) * np.exp(-(near.astype(np.longdouble) ** 2)) / np.sqrt(np.arctan(1.0))
     value: Array = ((erfc - np.where(np.isfinite(z), rest, 0)) / 2).astype(z.dtype)
-    return value
+    return np.where(value < 0, 0, value)  # what rounding leaves where erfc is 0
 
 
 def _xhat(

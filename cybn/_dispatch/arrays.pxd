@@ -19,6 +19,7 @@ cdef extern from *:
         NPY_HALF
         NPY_ARRAY_ALIGNED
         NPY_ARRAY_C_CONTIGUOUS
+        NPY_ARRAY_F_CONTIGUOUS
         NPY_ARRAY_WRITEABLE
     int PyArray_TYPE(const PyArrayObject*) noexcept
     int PyArray_FLAGS(const PyArrayObject*) noexcept

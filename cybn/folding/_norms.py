@@ -13,6 +13,7 @@ from ..layers import BatchNorm
 
 Array = NDArray[Any]
 Norm = Any  # a layer, a module of PyTorch, or a tuple (scale, shift)
+_PLAIN = ("FrozenBatchNorm2d",)  # of torchvision and detectron2: batch norms in inference
 _MODULE = ("running_mean", "running_var", "weight", "bias", "eps")  # as PyTorch names them
 
 
@@ -46,10 +47,14 @@ def _of_module(module: Any) -> BatchNorm:
             "bn has no running statistics (track_running_stats is False): it normalizes with the "
             "statistics of each batch, which no fixed scale and shift can do"
         )
-    if getattr(module, "follower", None) is not None:
+    owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), None)
+    if owner is not None and not (
+        owner.__module__.partition(".")[0] in ("torch", "cybn") or owner.__name__ in _PLAIN
+    ):
         raise ValueError(
-            "bn computes the activation after it, too, which would be lost; fold after "
-            "cybn.torch.revert(model)"
+            f"bn is of type {type(module).__name__}, whose forward is its own: what it does beside "
+            "a batch norm, such as an activation, would be lost. Fold cybn.interop.from_torch("
+            "bn.state_dict(), eps=bn.eps), and put the rest after that"
         )
     mean, var = (as_floats(getattr(module, name), name) for name in _MODULE[:2])
     weight, bias = (

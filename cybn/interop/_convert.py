@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ._forms import VAR, form, search, variance, write
+from ._forms import VAR, computed, form, search, variance, write
 
 
 class Converted(NamedTuple):
@@ -64,6 +65,11 @@ def find(
     ValueError
         If `form` is unknown, or `only` names what is not there.
 
+    Warns
+    -----
+    UserWarning
+        Where a batch norm of PyTorch is parametrized or pruned, and so passed over.
+
     Examples
     --------
     A layer from each batch norm of a model:
@@ -74,7 +80,11 @@ def find(
     >>> {prefix: bn.num_features for prefix, bn in layers.items()}
     {'bn': 1}
     """
-    return {p: tuple(keys.values()) for p, keys in search(state, form, only, skip).taken.items()}
+    found = search(state, form, only, skip)
+    for prefix, reason in (computed(state) if form == "torch" else {}).items():
+        if prefix in found.passed_over:
+            warnings.warn(f"{prefix!r} is passed over: {reason}", stacklevel=2)
+    return {p: tuple(keys.values()) for p, keys in found.taken.items()}
 
 
 def convert(
@@ -86,6 +96,7 @@ def convert(
     skip: Iterable[str] = (),
     rename: Callable[[str], str] | None = None,
     count: Any = None,
+    state_ddof: int | None = None,
 ) -> Converted:
     """Convert all batch norms of a model's state from one form to another.
 
@@ -103,6 +114,9 @@ def convert(
         Values of a channel in a training batch, N * S, for all or by old prefix. Where it is given
         and the two forms follow different variances, the running variance is converted; else it
         goes over unchanged, and inference gives the same. The form "cybn" takes either.
+    state_ddof : {None, 0, 1}
+        Which variance `state` has, where it is not the one that its form has: 1 for a Keras form
+        that TensorFlow's fused kernel left, as in `from_keras`. None: that of the form.
 
     Returns
     -------
@@ -125,7 +139,10 @@ def convert(
     >>> sorted(interop.convert(state, "torch", "nnx").state)
     ['bn1/bias', 'bn1/mean', 'bn1/scale', 'bn1/var']
     """
+    if state_ddof not in (None, 0, 1):
+        raise ValueError(f"state_ddof is {state_ddof}; it must be 0 (biased), 1 or None")
     old, new = form(source), form(target)
+    had = old.ddof if state_ddof is None else state_ddof
     found = search(state, source, only, skip)
     counts = count if isinstance(count, Mapping) else dict.fromkeys(found.taken, count)
     if unknown := sorted(set(counts) - set(found.taken)):
@@ -136,8 +153,8 @@ def convert(
     for prefix, keys in found.taken.items():
         group = {role: state[key] for role, key in keys.items()}
         n = counts.get(prefix)
-        if n is not None and old.ddof is not None and new.ddof is not None:
-            group[VAR] = variance(group[VAR], old.ddof, new.ddof, n)
+        if n is not None and had is not None and new.ddof is not None and VAR in group:
+            group[VAR] = variance(group[VAR], had, new.ddof, n)
         name = prefix if rename is None else rename(prefix)
         written = write(group, target, name)
         if both := sorted(set(written) & set(result)):

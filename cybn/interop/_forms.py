@@ -205,12 +205,11 @@ def search(
     state: Mapping[str, Any], name: str, only: Iterable[str] | None, skip: Iterable[str]
 ) -> Found:
     """Return the batch norms in a flat state."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"the state is of type {type(state).__name__}; it must be a flat dict")
+    _check_flat(state)
     known, wanted, skip = form(name), None if only is None else set(only), set(skip)
     groups: dict[str, dict[str, str]] = {}
     for key in state:
-        if (parsed := known.parse(key)) is not None:
+        if state[key] is not None and (parsed := known.parse(key)) is not None:
             prefix, role = parsed
             if role in groups.setdefault(prefix, {}):
                 other = groups[prefix][role]
@@ -239,6 +238,20 @@ def search(
     return found
 
 
+def _check_flat(state: Any) -> None:
+    """Refuse what is no mapping, and say how to make one of a module."""
+    if isinstance(state, Mapping):
+        return
+    text = f"the state is of type {type(state).__name__}; it must be a flat dict"
+    if callable(getattr(state, "state_dict", None)):
+        text += ". Give its state_dict(); a module's own eps and momentum go with eps=, momentum="
+    elif callable(getattr(state, "get_weights", None)):
+        text += (
+            '. Make one of its weights: {w.path: w.numpy() for w in layer.weights}, form "keras"'
+        )
+    raise TypeError(text)
+
+
 def _doubts(
     state: Mapping[str, Any], known: Form, prefix: str, keys: dict[str, str], sure: bool
 ) -> Iterator[str]:
@@ -263,11 +276,12 @@ def read(state: Mapping[str, Any], name: str, prefix: str, tracks: bool = True) 
 
     `tracks` is False for layers that have none.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"the state is of type {type(state).__name__}; it must be a flat dict")
+    _check_flat(state)
     known = form(name)
     group: Group = {}
     for key, value in state.items():
+        if value is None:  # what PyTorch's attributes are where a module has none
+            continue
         if (parsed := known.parse(key)) is not None and parsed[0] == prefix:
             if parsed[1] in group:
                 raise ValueError(f"the key {key!r} names an array that another key has named")
@@ -300,6 +314,9 @@ def _nothing_there(state: Mapping[str, Any], name: str, prefix: str) -> str:
             continue
         if like:
             return f"{text}. The keys are those of the form {form_name!r}, at {next(iter(like))!r}"
+    for key, value in state.items() if others == "none" else ():
+        if isinstance(value, Mapping) and value:
+            return f"{text}; there is a dict in it: give state[{key!r}]"
     return text
 
 

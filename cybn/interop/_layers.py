@@ -76,10 +76,14 @@ def _vectors(group: Group) -> tuple[dict[str, NDArray[Any]], type[np.floating[An
 
 def layer_of(group: Group, layer: type[Any], **options: Any) -> Any:
     """Return a new layer with the arrays of a group, and its other settings from `options`."""
+    for role, value in group.items():
+        if role != BATCHES and np.ndim(value) != 1:
+            raise ValueError(
+                f"{role} has shape {np.shape(value)}; it must have shape (C,). At this prefix may "
+                "be a layer of another kind"
+            )
     vectors, dtype = _vectors(group)
-    name, first = next(iter(vectors.items()))
-    if first.ndim != 1:
-        raise ValueError(f"{name} has shape {first.shape}; it must have shape (C,)")
+    first = next(iter(vectors.values()))
     affine, track = bool({GAMMA, BETA} & set(vectors)), VAR in vectors
     bn = layer(first.size, affine=affine, track_running_stats=track, dtype=dtype, **options)
     counted = {BATCHES: group[BATCHES]} if BATCHES in group else {}

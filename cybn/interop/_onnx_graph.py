@@ -1,7 +1,9 @@
 """The layers of an ONNX model: its nodes, wherever they are, and where their parameters come from.
 
 Exporters put parameters among the initializers, or behind nodes that compute the same every time:
-Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed.
+Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed. They may
+also put modules into functions of the model: each call of one is looked into, with what it was
+given.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ._layers import INSTANCE
 from ._onnx import OPERATORS, _onnx, from_onnx, tensor_array
 
 _DEEPEST = 50  # nodes behind each other, or graphs in each other
-_MOST = 1 << 24  # values that a ConstantOfShape may have
+_MOST = 1 << 24  # values that a ConstantOfShape or a sparse tensor may have
+_MOST_CALLS = 10_000  # of functions that are walked
 _LISTS = ("value_float", "value_floats", "value_int", "value_ints")
 
 
@@ -34,17 +37,26 @@ class OnnxLayers(dict[str, Any]):
 
 
 class _Constants(Mapping[str, Any]):
-    """What is known of the values in a graph, and in those around it."""
+    """What is known of the values in a graph, and in those around it; or in a function.
 
-    def __init__(self, graph: Any, outer: _Constants | None) -> None:
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+    `given` are the inputs of a function, by the names that they have in `outer`, where it is
+    called: nothing else of that is seen in it.
+    """
+
+    def __init__(
+        self, graph: Any, outer: _Constants | None, given: dict[str, str] | None = None
+    ) -> None:
+        self._tensors = {tensor.name: tensor for tensor in getattr(graph, "initializer", ())}
+        self._sparse = {t.values.name: t for t in getattr(graph, "sparse_initializer", ())}
         self._nodes = {output: node for node in graph.node for output in node.output if output}
-        self._outer = outer
+        self._outer, self._given = outer, given
         self._depth = 0
 
     def __getitem__(self, name: str) -> Any:
         if name in self._tensors:
             return self._tensors[name]
+        if name in self._sparse:
+            return _dense(self._sparse[name], name)
         if name in self._nodes:
             self._depth += 1
             try:
@@ -53,8 +65,9 @@ class _Constants(Mapping[str, Any]):
                 return self._compute(self._nodes[name], name)
             finally:
                 self._depth -= 1
-        if self._outer is not None and name:
-            return self._outer[name]
+        outside = name if self._given is None else self._given.get(name, "")
+        if self._outer is not None and outside:
+            return self._outer[outside]
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -76,6 +89,8 @@ class _Constants(Mapping[str, Any]):
         if node.op_type == "Constant":
             if "value" in given:
                 return given["value"].t
+            if "sparse_value" in given:
+                return _dense(given["sparse_value"].sparse_tensor, name)
             for kind in _LISTS:
                 if kind in given:
                     a = given[kind]
@@ -101,6 +116,24 @@ class _Constants(Mapping[str, Any]):
         return array.ravel()  # Squeeze, Unsqueeze: of a vector
 
 
+def _dense(tensor: Any, name: str) -> Any:
+    """Return a sparse tensor as an array; its places are counted through, or one for each axis."""
+    shape = [int(size) for size in tensor.dims]
+    values = np.asarray(tensor_array(tensor.values, name))
+    places = np.asarray(tensor_array(tensor.indices, name))
+    if min(shape, default=0) < 0 or prod(shape) > _MOST:
+        raise ValueError(f"{name} has the shape {tuple(shape)}; that is no parameter")
+    array = np.zeros(shape, values.dtype)
+    try:
+        if places.ndim == 1:
+            array.reshape(-1)[places] = values
+        else:
+            array[tuple(places.T)] = values
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
+    return array
+
+
 _FOLLOWED = ("ConstantOfShape", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -117,7 +150,8 @@ class _Found(NamedTuple):
 def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     """Return a layer for each node of normalization in an ONNX model.
 
-    In the main graph and in the graphs within it, such as the branches of an If.
+    In the main graph, in the graphs within it, such as the branches of an If, and in the model's
+    own functions, once for each call.
 
     Parameters
     ----------
@@ -144,7 +178,9 @@ def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     if not hasattr(model, "graph"):
         raise TypeError(f"model is of type {type(model).__name__}; it must be an onnx.ModelProto")
     opset = max((entry.version for entry in model.opset_import if not entry.domain), default=21)
-    found = list(_walk(model.graph, None, "", opset, 0))
+    functions = {(f.domain, f.name): f for f in getattr(model, "functions", ())}
+    root = _Constants(model.graph, None)
+    found = list(_Walk(functions).nodes(model.graph, root, "", opset, 0, {}))
     names = _distinct(
         [f"{n.path}{n.node.name}" if n.node.name else "" for n in found],
         [f"{n.path}{n.node.output[0]}" for n in found],
@@ -178,27 +214,80 @@ def _layer(found: _Found, options: dict[str, Any]) -> Any:
     return from_onnx(found.node, found.constants, **given)
 
 
-def _walk(
-    graph: Any, outer: _Constants | None, path: str, opset: int, depth: int
-) -> Iterator[_Found]:
-    """Yield the nodes of normalization of a graph and of those within it."""
-    if depth > _DEEPEST:
-        raise ValueError(f"the graphs are nested more than {_DEEPEST} deep; the model is broken")
-    constants = _Constants(graph, outer)
-    values = [*graph.input, *graph.value_info, *graph.output]
-    ranks = {
+class _Walk:
+    """A walk over all graphs of a model, and over its functions wherever they are called."""
+
+    def __init__(self, functions: dict[tuple[str, str], Any]) -> None:
+        self._functions = functions
+        self._calls = 0
+
+    def nodes(
+        self,
+        graph: Any,
+        constants: _Constants,
+        path: str,
+        opset: int,
+        depth: int,
+        ranks: dict[str, int],
+    ) -> Iterator[_Found]:
+        """Yield the nodes of normalization of a graph and of those within it."""
+        if depth > _DEEPEST:
+            raise ValueError(
+                f"the graphs are nested more than {_DEEPEST} deep; the model is broken"
+            )
+        ranks = ranks | _ranks(graph)
+        for index, node in enumerate(graph.node):
+            if node.op_type in (*OPERATORS, "Constant") and not len(node.output):
+                raise ValueError("a node has no output; the model is broken")
+            function = self._functions.get((node.domain, node.op_type))
+            if function is not None:
+                yield from self._call(function, node, constants, f"{path}{node.name or index}/",
+                                      depth, ranks)  # fmt: skip
+            elif node.op_type in OPERATORS and node.domain in ("", "ai.onnx"):
+                yield _Found(node, constants, path, ranks, opset)
+            for attribute in node.attribute:
+                inner = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+                for i, branch in enumerate(inner):
+                    within = f"{path}{node.name or index}/{attribute.name}{i or ''}/"
+                    known = _Constants(branch, constants)
+                    yield from self.nodes(branch, known, within, opset, depth + 1, ranks)
+
+    def _call(
+        self,
+        function: Any,
+        node: Any,
+        constants: _Constants,
+        path: str,
+        depth: int,
+        ranks: dict[str, int],
+    ) -> Iterator[_Found]:
+        """Yield the nodes of a function, with the inputs and attributes of one call."""
+        self._calls += 1
+        if self._calls > _MOST_CALLS:
+            raise ValueError(f"functions are called more than {_MOST_CALLS} times")
+        given = dict(zip(function.input, node.input, strict=False))
+        settings = {a.name: a for a in (*function.attribute_proto, *node.attribute)}
+        body = type(function)()
+        body.CopyFrom(function)
+        for inner in body.node:
+            for attribute in [a for a in inner.attribute if a.ref_attr_name]:
+                inner.attribute.remove(attribute)
+                if (value := settings.get(attribute.ref_attr_name)) is not None:
+                    own = inner.attribute.add()
+                    own.CopyFrom(value)
+                    own.name = attribute.name
+        opset = max((o.version for o in function.opset_import if not o.domain), default=21)
+        known = _Constants(body, constants, given)
+        inside = {name: ranks[outside] for name, outside in given.items() if outside in ranks}
+        yield from self.nodes(body, known, path, opset, depth + 1, inside)
+
+
+def _ranks(graph: Any) -> dict[str, int]:
+    """Return how many axes the values of a graph have, as far as it says."""
+    values = [v for v in (*graph.input, *graph.value_info, *graph.output) if not isinstance(v, str)]
+    return {
         v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.HasField("tensor_type")
     }
-    for index, node in enumerate(graph.node):
-        if node.op_type in (*OPERATORS, "Constant") and not len(node.output):
-            raise ValueError("a node has no output; the model is broken")
-        if node.op_type in OPERATORS and node.domain in ("", "ai.onnx"):
-            yield _Found(node, constants, path, ranks, opset)
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-            for i, branch in enumerate(inner):
-                within = f"{path}{node.name or index}/{attribute.name}{i or ''}/"
-                yield from _walk(branch, constants, within, opset, depth + 1)
 
 
 def _distinct(names: list[str], outputs: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from .. import _runtime
 from .._arguments import array
 from . import _passes, _state
 from ._running import Running, RunningStatistics
-from ._settings import Parameter, Setting, flag, float_type
+from ._settings import Elsewhere, Parameter, Setting, flag, float_type
 from ._state import Keys
 
 __all__ = ["Layer", "same_as"]
@@ -261,3 +261,32 @@ class Layer(ABC):
         """Return the layer's repr from its parts, which have the dtype among them."""
         dtype = [] if self.dtype == np.float32 else [f"dtype={self.dtype}"]
         return f"{type(self).__name__}({', '.join([*parts, *dtype, *more])})"
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in _ELSEWHERE]
+
+
+# What cannot be assigned in silence. A class that has one of them puts its own in this place.
+_ELSEWHERE = {
+    "weight": "its scale is gamma",
+    "scale": "its scale is gamma",
+    "bias": "its shift is beta",
+    "offset": "its shift is beta",
+    "moving_mean": "that is running_mean",
+    "moving_variance": "that is running_var",
+    "moving_var": "that is running_var",
+    "running_variance": "that is running_var",
+    "requires_grad": "train_affine of a batch norm says whether gamma and beta are trained",
+    "trainable": "train_affine of a batch norm says whether gamma and beta are trained",
+} | dict.fromkeys(
+    (
+        *("affine", "elementwise_affine", "num_features", "num_channels", "num_groups"),
+        *("normalized_shape", "axis", "activation", "slope", "virtual_batch_size", "renorm"),
+        *("momentum", "running_ddof", "nan_policy", "track_running_stats", "train_affine"),
+        *("update_statistics", "use_batch_statistics"),
+        *("running_mean", "running_var", "num_batches_tracked"),
+    ),
+    "other kinds of layers have that",
+)
+for _name, _advice in _ELSEWHERE.items():
+    setattr(Layer, _name, Elsewhere(_name, _advice))

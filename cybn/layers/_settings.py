@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, Generic, Self, SupportsFloat, TypeVar, cast, get_args, overload
+from typing import (
+    Any,
+    Generic,
+    NoReturn,
+    Self,
+    SupportsFloat,
+    TypeVar,
+    cast,
+    get_args,
+    overload,
+)
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +25,7 @@ from .._words import Activation, NanPolicy
 from . import _state
 from ._parts import Renorm
 
-__all__ = ["Fixed", "Parameter", "Setting"]
+__all__ = ["Elsewhere", "Fixed", "Parameter", "Setting"]
 
 Kept = TypeVar("Kept")
 Given = TypeVar("Given")
@@ -87,6 +97,27 @@ class Parameter(Setting[NDArray[Any] | Any, ArrayLike | None]):
         own[...] = _state.array(self._name, value, own.shape, own.dtype)
 
 
+class Elsewhere:
+    """An attribute that a layer does not have, and that must not be assigned to no effect.
+
+    Other libraries' layers have it, under this name, or other layers of cybn.
+    """
+
+    def __init__(self, name: str, advice: str) -> None:
+        self._name, self._advice = name, advice
+
+    def __get__(self, layer: object | None, owner: type) -> Any:
+        """Raise AttributeError, as if there were none; this object in the class itself."""
+        return self if layer is None else self._refuse(layer)
+
+    def __set__(self, layer: object, value: object) -> NoReturn:
+        """Raise AttributeError."""
+        self._refuse(layer)
+
+    def _refuse(self, layer: object) -> NoReturn:
+        raise AttributeError(f"{type(layer).__name__} has no {self._name}; {self._advice}")
+
+
 # ---- checks ------------------------------------------------------------------------------
 
 
@@ -135,7 +166,7 @@ def momentum(name: str, value: SupportsFloat) -> float:
 
 def ddof(name: str, value: int) -> int:
     """Return 0 or 1."""
-    if value not in (0, 1):
+    if isinstance(value, bool | np.bool_) or value not in (0, 1):
         raise ValueError(f"{name} is {value}; it must be 0 (biased) or 1")
     return int(value)
 
@@ -161,7 +192,7 @@ def nan_policy(name: str, value: NanPolicy) -> NanPolicy:
     """Return one of the policies."""
     if value not in get_args(NanPolicy):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(NanPolicy))}")
-    return value
+    return cast("NanPolicy", str(value))
 
 
 def renorm(name: str, value: Renorm) -> Renorm:

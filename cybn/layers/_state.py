@@ -60,11 +60,16 @@ def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> ND
     """Return a copy of `value` as an array of this shape and dtype."""
     given = _arguments.array(name, value)
     if given.dtype.kind != "f":
-        raise ValueError(f"{name} is {given.dtype}; it must be a float array")
+        what = "None" if value is None else given.dtype
+        raise ValueError(f"{name} is {what}; it must be a float array")
     if given.shape != shape:
         raise ValueError(f"{name} has shape {given.shape}; it must have shape {shape}")
     with np.errstate(all="ignore"):
-        return given.astype(dtype)
+        own = given.astype(dtype)
+    beyond = np.isinf(own) & np.isfinite(given)
+    if beyond.any():
+        raise ValueError(f"{name} has the value {given[beyond][0]}, which {own.dtype} cannot hold")
+    return own
 
 
 def fitting(own: Sequence[NDArray[Any]], values: Sequence[Any]) -> list[NDArray[Any]]:

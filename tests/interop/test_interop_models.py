@@ -156,7 +156,43 @@ def test_doubtful_groups_are_passed_over(form, state, why):
     assert done.taken == {}
     ((_, reason),) = done.passed_over.items()
     assert why in reason
-    assert not interop.find(state, form)
+    if "parametrized or pruned" in reason:
+        with pytest.warns(UserWarning, match="is passed over: .*remove_parametrizations"):
+            assert not interop.find(state, form)
+    else:
+        assert not interop.find(state, form)
+
+
+def test_a_variance_that_is_unbiased_already():
+    """As TensorFlow's fused kernel leaves it in a Keras form: `state_ddof` says so."""
+    state = {f"bn/{name}": V for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    same = interop.convert(state, "keras", "torch", count=10, state_ddof=1).state
+    np.testing.assert_array_equal(same["bn.running_var"], V)
+    other = interop.convert(state, "keras", "torch", count=10).state
+    np.testing.assert_allclose(other["bn.running_var"], V * np.float32(10 / 9), rtol=1e-6)
+    back = interop.convert(same, "torch", "keras", count=10, state_ddof=0).state
+    np.testing.assert_array_equal(back["bn/moving_variance"], V)
+    with pytest.raises(ValueError, match="state_ddof is 2; it must be"):
+        interop.convert(state, "keras", "torch", state_ddof=2)
+
+
+def test_states_that_are_none():
+    """A module, a checkpoint with the state inside, another layer's arrays, and None for absent."""
+
+    class Module:
+        def state_dict(self):
+            return {}
+
+    with pytest.raises(TypeError, match=r"of type Module; .*flat dict. Give its state_dict\(\)"):
+        interop.from_torch(Module())
+    state = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), V)
+    with pytest.raises(ValueError, match=r"there is a dict in it: give state\['model'\]"):
+        interop.from_torch({"model": state, "epoch": 3})
+    with pytest.raises(ValueError, match=r"gamma has shape \(2, 2\).*layer of another kind"):
+        interop.from_torch({"weight": np.ones((2, 2)), "bias": np.ones(2)})
+    bn = interop.from_torch(state | {"weight": None, "bias": None})
+    assert not bn.affine
+    assert interop.find({f"a.{k}": v for k, v in state.items()} | {"b.bias": None}, "torch")
 
 
 def test_doubtful_groups_are_taken_when_named():

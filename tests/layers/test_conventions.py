@@ -115,3 +115,11 @@ def test_explain_is_what_is_computed(capsys, rng):
             np.testing.assert_allclose(bn.running_mean[1], names["running_mean"], rtol=1e-4)
             np.testing.assert_allclose(bn.running_var[1], names["running_var"], rtol=1e-4)
             assert bn.num_batches_tracked == names["num_batches_tracked"]
+
+
+def test_layer_norm_over_one_axis_that_is_not_the_last(rng):
+    """What the docstring of `layer_norm` gives for Keras' ``axis=1``."""
+    x = rng.standard_normal((2, 5, 3))
+    y = np.moveaxis(cybn.layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)
+    want = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, want, rtol=1e-9, atol=1e-12)

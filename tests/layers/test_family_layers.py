@@ -212,7 +212,7 @@ def test_a_failed_backward_changes_nothing(case):
     before = snapshot(norm)
     with pytest.raises(ValueError, match="dy has shape"):
         norm.backward(dy[:2])
-    with pytest.raises(ValueError, match="grad_gamma is object; it must be a float array"):
+    with pytest.raises(ValueError, match="grad_gamma is None; it must be a float array"):
         norm.grad_gamma = None
     norm.grad_beta = None if norm.grad_beta is None else norm.grad_beta
     norm.grad_gamma.setflags(write=False)

@@ -283,6 +283,39 @@ def test_arrays_that_are_read_by_slices(chunks, axis, rng, monkeypatch):
         assert touched.count(0) <= 2
 
 
+@pytest.mark.parametrize("axis", [1, -1, 0])
+@pytest.mark.parametrize("form", ["whole", "less an axis", "the last axis", "one a sample"])
+def test_selections_that_are_read_by_slices(form, axis, rng, monkeypatch):
+    """A mask or weights of a file are walked with the data, of whatever shape they are."""
+    from cybn import _chunks
+
+    monkeypatch.setattr(_chunks, "FEW", 200)
+    monkeypatch.setattr(_chunks, "MOST", 4000)
+    x = rng.standard_normal((128, 3, 16), dtype=np.float32)
+    without = tuple(np.delete(x.shape, axis))
+    shape = {
+        "whole": x.shape,
+        "less an axis": without,
+        "the last axis": without[1:],
+        "one a sample": (*without[:1], 1),
+    }[form]
+    channels = x.shape[axis]
+    mask, weights = rng.random(shape) < 0.7, rng.integers(0, 4, shape).astype(np.float32)
+    empty = cybn.Moments.empty(channels)
+    for given in ({"mask": mask}, {"weights": weights}, {"mask": mask, "weights": weights}):
+        stores = {name: Store(values, None) for name, values in given.items()}
+        assert empty.update(Store(x, None), axis=axis, **stores) == empty.update(
+            x, axis=axis, **given
+        )
+        for store in stores.values():
+            assert max(size for _, size in store.reads) <= 4000
+            assert store.reads[0][1] < mask.size or mask.size < 400
+    with pytest.raises(TypeError, match="mask is float32; it must be bool"):
+        empty.update(x, axis=axis, mask=Store(weights, None))
+    with pytest.raises(ValueError, match="weights has the value -1"):
+        empty.update(x, axis=axis, weights=Store(weights - 5 * (weights == 3) + 1, None))
+
+
 def test_blocks_are_not_read_once_a_row(monkeypatch):
     from cybn import _chunks
 
@@ -315,6 +348,10 @@ def test_hdf5(chunks, tmp_path, rng):
         assert cybn.Moments.empty(3).update(data) == cybn.Moments.empty(3).update(x)
         half = file.create_dataset("half", data=x.astype(np.float16))
         assert cybn.Moments.empty(3).update(half) == cybn.Moments.empty(3).update(half[()])
+        mask = file.create_dataset("mask", data=x > 0, chunks=chunks)
+        assert cybn.Moments.empty(3).update(data, mask=mask) == cybn.Moments.empty(3).update(
+            x, mask=x > 0
+        )
 
 
 def test_zarr(tmp_path, rng):
