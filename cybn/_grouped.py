@@ -59,7 +59,8 @@ def group_norm(
         The channel axis, not that of the samples; negative counts from the end.
     mask : array_like of bool, optional
         True where a position counts, in all channels of a sample alike: broadcastable to the shape
-        of `x` without its channel axis, such as (N, L) for (N, C, L) and (N, L, C). Masked values are left out of the statistics of its sample, and may be NaN there.
+        of `x` without its channel axis, such as (N, L) for (N, C, L) and (N, L, C). Masked values
+        are left out of the statistics of their sample, and may be NaN.
     lengths : array_like of int, shape (N,), optional
         How many positions of each sample count, from the front, along the first axis beside those
         of samples and channels, such as L. A position counts where mask and lengths agree.
