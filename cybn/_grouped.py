@@ -48,23 +48,25 @@ def group_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        Samples along axis 0. Read in place where each sample is dense, with its channels first,
-        or last (channels-last memory, whatever `axis` is); copied first where not.
+        Samples along axis 0. It is read in place if each sample is dense in memory, with its
+        channels first or last; otherwise it is copied first.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel, float32 or float64; 1 and 0 where None. Rounded to the
-        type that is computed in: float64 for float64, else float32.
+        Scale and shift of each channel, float32 or float64. None means 1 and 0. They are rounded to
+        the type of the computation: float64 for float64, otherwise float32.
     num_groups : int
         Number of groups; C must be a multiple of it.
     axis : int, default 1
-        The channel axis, not that of the samples; negative counts from the end.
+        The channel axis, not that of the samples; negative numbers count from the end.
     mask : array_like of bool, optional
-        True where a position counts, in all channels of a sample alike: broadcastable to the shape
-        of `x` without its channel axis, such as (N, L) for (N, C, L) and (N, L, C). Masked values are left out of the statistics of its sample, and may be NaN there.
+        True for positions that are used, in all channels of a sample alike. Its shape is
+        broadcastable to that of `x` without the channel axis, such as (N, L) for (N, C, L) and (N,
+        L, C). Masked values are left out of the statistics of their sample, and may be NaN.
     lengths : array_like of int, shape (N,), optional
-        How many positions of each sample count, from the front, along the first axis beside those
-        of samples and channels, such as L. A position counts where mask and lengths agree.
+        How many positions of each sample are used, from the front, along the first axis that is
+        neither samples nor channels, such as L. With a mask as well, a position must be used by
+        both.
     masked : {"normalize", "zero"}, default "normalize"
-        What y is where a position does not count: normalized like the rest of its sample, or 0.
+        What y is at positions that are not used: normalized like the rest of the sample, or 0.
     eps, out, num_threads
         As in `layer_norm`.
 
@@ -74,16 +76,16 @@ def group_norm(
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
         Count, mean and M2 of each group of each sample: N * `num_groups`, samples first. The count
-        is an array, one for each, where a mask or lengths leave something out.
+        is an array, one for each, if a mask or lengths leave something out.
 
     Raises
     ------
     TypeError
-        If an array is of another dtype, or `num_groups` no int.
+        If an array has another dtype, or `num_groups` is not an int.
     ValueError
-        As in `layer_norm`, and if the channels do not split into `num_groups` groups, `x` has but
-        one value a group and one sample, or a mask or lengths do not fit `x`, or leave fewer than
-        two values of a group of a sample.
+        As in `layer_norm`, and if the channels cannot be divided into `num_groups` groups, if `x`
+        has one sample and one value per group, or if a mask or lengths do not fit `x`, or leave
+        fewer than two values of a group of a sample.
 
     Examples
     --------

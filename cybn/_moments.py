@@ -129,7 +129,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
-        """Return the moments of no values at all, to begin with: count, mean and M2 are 0.
+        """Return the moments of no values: count, mean and M2 are 0.
 
         Parameters
         ----------
@@ -154,9 +154,9 @@ class Moments:
         Parameters
         ----------
         ddof : int, default 0
-            0 for the biased variance, which normalizes; 1 for the unbiased one, which the
-            running variance keeps. With weights, 1 is right where a weight says how often a
-            value was seen; where it says how far a value is to be trusted, take 0.
+            0 for the biased variance, which is used to normalize; 1 for the unbiased one, which is
+            used for the running variance. With weights, 1 is right if a weight says how often a
+            value was seen; if it says how far a value can be trusted, use 0.
 
         Returns
         -------
@@ -181,7 +181,7 @@ class Moments:
         return self.m2 / degrees
 
     def std(self, ddof: int = 0) -> NDArray[np.float64]:
-        """Return the standard deviation of each channel, the root of `var`, which see."""
+        """Return the standard deviation of each channel, the square root of `var`."""
         deviation: NDArray[np.float64] = np.sqrt(self.var(ddof))
         return deviation
 
@@ -208,44 +208,43 @@ class Moments:
         progress: Progress | None = None,
         num_threads: int | None = None,
     ) -> Moments:
-        """Return the moments of what is here already and the values of `x`.
+        """Return the moments of the values so far and those of `x`.
 
         This object does not change: write ``m = m.update(x)``.
 
         Parameters
         ----------
         x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-            May be larger than memory, as a `numpy.memmap`, or a dataset of h5py or zarr, or any
-            other array that is read by slices: it is walked in pieces, and nothing of more than
-            4 million values, or one position of all channels where those are more, is ever copied.
-            May have no values.
+            It may be larger than memory: a `numpy.memmap`, a dataset of h5py or zarr, or any other
+            array that is read by slices. It is read in pieces of at most 4 million values (or one
+            position of all channels, if those are more). It may be empty.
         axis : int, default 1
-            The channel axis; negative counts from the end.
+            The channel axis. Negative numbers count from the end.
         mask : array_like of bool, optional
-            True where a value counts; others are ignored, and may be NaN. With as many axes
-            as `x`, it is broadcastable to it, and may differ by channel. With fewer, it is for all
-            channels alike, as in `batch_norm`: broadcastable to the shape of `x` without its
-            channel axis, such as (N, L) for (N, C, L) and (N, L, C).
+            True for values that are used; others are ignored, and may be NaN. With as many axes as
+            `x`, it is broadcastable to `x`, and may differ by channel. With fewer, it holds for all
+            channels, as in `batch_norm`: broadcastable to the shape of `x` without the channel
+            axis, such as (N, L) for (N, C, L) and (N, L, C).
         weights : array_like, optional
-            How often each value counts: not negative, of a shape as that of `mask`, and of any
-            float or integer type. The count is then a float, the sum of the weights. They may be
-            larger than memory too: they are checked and converted with the piece they belong to.
+            How often each value counts: not negative, with a shape as for `mask`, of any float or
+            integer type. The count is then a float, the sum of the weights. They may be larger than
+            memory, too.
         lengths : array_like of int, shape (N,), optional
-            How many positions of each sample count, from the front, along the first axis beside
-            those of batch and channels: L in (N, C, L) and, with ``axis=-1``, in (N, L, C). A
-            value counts where mask and lengths agree.
+            How many positions of each sample are used, from the front, along the first axis that is
+            neither samples nor channels: L in (N, C, L) and, with ``axis=-1``, in (N, L, C). With a
+            mask as well, a value must be used by both.
         progress : callable, optional
             Given the pieces, an iterable with a length, it returns an iterable over them, and
             may draw a bar: `tqdm.tqdm`, or a `functools.partial` of it.
         num_threads : int, optional
-            Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
+            Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for
             any number.
 
         Returns
         -------
         Moments
-            Its count is an array where `mask` or `weights` has the size C along the channel axis,
-            and C is more than 1.
+            Its count is an array if `mask` or `weights` has size C along the channel axis, and C is
+            more than 1.
 
         Raises
         ------
@@ -254,16 +253,14 @@ class Moments:
             data, such as images, are converted piece by piece:
             ``for piece in x: m = m.update(piece.astype(np.float32), axis=...)``.
         ValueError
-            If `x` has fewer than 2 axes or other channels than this object, a selection does not
-            fit it, or a weight is negative or not finite, or their sum is not finite. As weights
-            are checked on the way, `progress` may have begun; this object is as it was.
+            If `x` has fewer than 2 axes or another number of channels, a mask, weights or lengths
+            do not fit it, a weight is negative or not finite, or their sum is not finite. This
+            object never changes.
 
-        Notes
-        -----
-        Pieces are cut across the outermost axis in memory, and merged in the order of its index;
-        their size depends on shape and strides alone. Each is measured in float64, float32 data
-        too. So `cybn.moments` of float64 data of one piece (262144 values, or 32 a channel) gives
-        the same bits; with more, or with float32, it may differ in its last ones.
+        Notes ----- Pieces are cut along the outermost axis in memory and merged in order; their
+        size depends only on shape and strides. Each is measured in float64, also for float32 data.
+        `cybn.moments` gives the same bits for float64 data of one piece (262144 values, or 32 per
+        channel); otherwise its last bits may differ.
         """
         data = float_array(x)
         axis = channel_axis(data, axis)
@@ -282,7 +279,7 @@ class Moments:
         return total
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of the two samples taken together; neither is changed.
+        """Return the moments of both samples together; neither is changed.
 
         The formula is that of Chan, Golub and LeVeque (1979). Counts are exact. Rounding
         depends on the order, so merge in a fixed one for the same bits on every run.
@@ -295,16 +292,16 @@ class Moments:
         Returns
         -------
         Moments
-            ``other`` itself where this one has count 0, and the other way round.
+            `other` itself if this one has count 0, and this one if `other` has count 0.
 
         Raises
         ------
         TypeError
-            If `other` is no `Moments`.
+            If `other` is not a `Moments`.
         ValueError
             If the numbers of channels differ.
         OverflowError
-            If a count would be beyond its type: 2**63 where there is one for each channel.
+            If a count would exceed its type: 2**63 if there is one for each channel.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
@@ -357,7 +354,7 @@ class Moments:
         return reduce(lambda one, other: one.merge(other), parts)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return all that `from_state_dict` needs, as plain arrays for `numpy.savez` and others.
+        """Return what `from_state_dict` needs, as plain arrays, for example for `numpy.savez`.
 
         Returns
         -------

@@ -63,13 +63,13 @@ def layer_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
-        Read in place where the normalized axes lie in memory in C order and the others fold to
-        one, in any order, with gaps between samples or not; copied first where not. May be empty.
-        Half types (bfloat16 is that of ml_dtypes) are computed in float32, and results are rounded
-        to them once, to nearest even.
+        It is read in place if the normalized axes are in C order in memory and the others can be
+        merged to one, also with gaps between samples; otherwise it is copied first. It may be
+        empty. Half types (bfloat16 is that of ml_dtypes) are computed in float32, and results are
+        rounded once, to nearest even.
     gamma, beta : array_like, shape ``x.shape[axis:]``, optional
-        Scale and shift of each element of the normalized axes, float32 or float64; 1 and 0 where
-        None. Rounded to the type that is computed in: float64 for float64, else float32.
+        Scale and shift of each element of the normalized axes, float32 or float64. None means 1 and
+        0. They are rounded to the type of the computation: float64 for float64, otherwise float32.
     axis : int, default -1
         The first normalized axis; negative counts from the end. All after it are normalized, too,
         as in PyTorch and ONNX: Keras' ``axis=1`` of (N, T, C), which is axis 1 alone, is
@@ -77,11 +77,11 @@ def layer_norm(
     eps : float, default 1e-5
         Added to the variance. Positive.
     out : ndarray, optional
-        Where y goes: shape and dtype of `x`. May be `x` itself; must not overlap it otherwise, nor
-        hold two values at one place.
+        Array for y, with the shape and dtype of `x`. It may be `x` itself, but must not overlap it
+        in part, and its values must not share memory.
     num_threads : int, optional
-        Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
-        any number.
+        Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for any
+        number.
 
     Returns
     -------
@@ -93,12 +93,12 @@ def layer_norm(
     Raises
     ------
     TypeError
-        If an array is of another dtype; `gamma` and `beta` are of no half type.
+        If an array has another dtype, or `gamma` or `beta` has a half type.
     ValueError
-        If a shape does not fit, `eps` is not positive, or `out` is read-only, has several values at
-        one place, or overlaps an input in part.
+        If a shape does not fit, `eps` is not positive, or `out` is read-only, has values that share
+        memory, or overlaps an input in part.
     RuntimeError
-        If another thread gives `x` a new shape during the call.
+        If another thread changes the shape of `x` during the call.
 
     Notes
     -----
@@ -156,7 +156,7 @@ def layer_norm_backward(
     Raises
     ------
     TypeError
-        If an array is of another dtype, or `moments` is no `Moments`.
+        If an array has another dtype, or `moments` is no `Moments`.
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
 

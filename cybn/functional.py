@@ -1,4 +1,4 @@
-"""Functions that remember nothing: arrays in, arrays out.
+"""Batch normalization as functions without state: arrays in, arrays out.
 
 Each passes its arguments on to the dispatch, which checks them, folds the arrays to (N, C, S),
 allocates, and calls one kernel. Nothing is written before every check has passed.
@@ -53,71 +53,72 @@ def batch_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        The batch. Read in place where its memory is contiguous in any order of its axes, or
-        channels-first and sliced along N or C; copied first where it is not. Half types (bfloat16
-        is that of ml_dtypes) are widened to float32 as they are read, and results are rounded to
-        them, to nearest even; what is beyond their largest value becomes infinite.
+        The batch. It is read in place if its memory is contiguous in any order of its axes, or
+        channels-first and sliced along N or C; otherwise it is copied first. Half types (bfloat16
+        is that of ml_dtypes) are computed in float32, and results are rounded to nearest even;
+        values beyond the largest one become infinite.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel, float32 or float64; 1 and 0 where None.
+        Scale and shift of each channel, float32 or float64. None means 1 and 0.
     axis : int, default 1
-        The channel axis; negative counts from the end.
+        The channel axis. Negative numbers count from the end.
     eps : float, default 1e-5
         Added to the variance. Positive.
     activation : {None, "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", \
             "gelu"}
-        f, computed before y leaves the cache. gelu is the exact one, by erf. NaN stays NaN, and
-        where f(0) is 0, -0.0 stays -0.0. At 0, relu, relu6 and leaky_relu use the derivative of
-        the negative side.
+        The function f, computed in the same pass. gelu is the exact one, with erf. NaN stays NaN,
+        and -0.0 stays -0.0 if f(0) is 0. At 0, relu, relu6 and leaky_relu use the derivative of the
+        negative side.
     slope : float, default 0.01
-        Of leaky_relu below 0.
+        The slope of leaky_relu for negative arguments.
     residual : array_like, shape and dtype of `x`, optional
-        Added before the activation. Copied first where it does not lie in memory as `x` does.
+        Added before the activation. It is copied first if its memory layout is not that of `x`.
     mask : array_like of bool, optional
-        True where a position counts, in all channels alike: broadcastable to the shape of `x`
-        without its channel axis, such as (N, L) for (N, C, L) and (N, L, C); or with as many
-        axes as `x`, of size 1 along that one. Masked values are left out of the statistics,
-        and may be NaN there.
+        True for positions that are used, in all channels alike. Its shape is broadcastable to that
+        of `x` without the channel axis, such as (N, L) for (N, C, L) and (N, L, C), or has size 1
+        along the channel axis. The other values are left out of the statistics, and may be NaN.
     weights : array_like, optional
-        How often each position counts: finite, not negative, and of a shape as that of `mask`. A
-        weight of 0 masks out. Held in the type that is computed in, float32 for half types too.
+        How often each position counts: finite and not negative, with a shape as for `mask`. A
+        weight of 0 has the effect of a mask. Weights are rounded to the type of the computation,
+        which is float32 for half types.
     lengths : array_like of int, shape (N,), optional
-        How many positions of each sample count, from the front, along the first axis beside those
-        of batch and channels, such as L. Where several of the three are given, all must agree.
+        How many positions of each sample are used, from the front, along the first axis that is
+        neither samples nor channels, such as L. If several of `mask`, `weights` and `lengths` are
+        given, a position must be used by all of them.
     masked : {"normalize", "zero"}, default "normalize"
-        What y is where a position does not count: normalized like the rest, or 0, also with an
+        What y is at positions that are not used: normalized like the rest, or 0, also with an
         activation and a residual.
     out : ndarray, optional
-        Where y goes: shape and dtype of `x`. May be `x` or `residual` itself; must not overlap
-        them otherwise, nor hold two values at one place. With the memory layout of `x` it is
-        written in place, without a copy.
+        Array for y, with the shape and dtype of `x`. It may be `x` or `residual` itself, but must
+        not overlap them in part, and its values must not share memory. It is written without a copy
+        if it has the memory layout of `x`.
     num_threads : int, optional
-        Threads for this call; `cybn.get_num_threads` where None. Results are the same bits for
-        any number.
+        Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for any
+        number.
 
     Returns
     -------
     y : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
-        Count, mean and M2 of each channel, in float64. Count is N * S, or how many positions
-        count, or the sum of the weights, a float.
+        Count, mean and M2 of each channel, in float64. The count is N * S, or the number of
+        positions that are used, or the sum of the weights, a float.
 
     Raises
     ------
     TypeError
-        If an array is of another dtype; `gamma` and `beta` are of no half type.
+        If an array has another dtype, or `gamma` or `beta` has a half type.
     ValueError
-        If a shape does not fit, a channel has fewer than two values that count, `eps` is not
-        positive, `activation` or `masked` is unknown, a weight is negative or not finite, or `out`
-        is read-only, has several values at one place, or overlaps an input in part.
+        If a shape does not fit, a channel has fewer than two used values, `eps` is not positive,
+        `activation` or `masked` is unknown, a weight is negative or not finite, or `out` is
+        read-only, has values that share memory, or overlaps an input in part.
     RuntimeError
-        If another thread gives `x` a new shape during the call.
+        If another thread changes the shape of `x` during the call.
 
     Notes
     -----
     For float32, mean and variance come from float64 sums of short float32 sums, centred near the
-    mean; the error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` while the
-    mean is no larger than 1e6 standard deviations. If x repeats a few values (a
+    mean. The error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` as long as the
+    mean is at most 1e6 standard deviations. If x repeats a few values (a
     broadcast or periodic array), the bound is four times as large, because rounding errors then add
     up (docs/math.md, 6.5).
 
@@ -159,15 +160,15 @@ def batch_norm_inference(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        As in `batch_norm`; may be empty.
+        As in `batch_norm`, but it may be empty.
     mean, var : array_like, shape (C,)
-        Mean and variance of each channel, float32 or float64. A float64 mean is used in full
-        with float32 data too.
+        Mean and variance of each channel, float32 or float64. A float64 mean is used with its full
+        precision, also for float32 data.
     gamma, beta, axis, activation, slope, residual, out, num_threads
         As in `batch_norm`.
     mask, weights, lengths, masked
-        As in `batch_norm`. They matter only with ``masked="zero"``, which puts 0 where a position
-        does not count, or has weight 0.
+        As in `batch_norm`. They matter only with ``masked="zero"``, which writes 0 at positions
+        that are not used or have weight 0.
     eps : float, default 1e-5
         Added to the variance. Not negative.
 
@@ -179,9 +180,9 @@ def batch_norm_inference(
     Raises
     ------
     TypeError, RuntimeError
-        As in `batch_norm`; `mean` and `var` are of no half type either.
+        As in `batch_norm`, also for a `mean` or `var` of a half type.
     ValueError
-        As in `batch_norm`; but any number of values will do, and `eps` may be 0.
+        As in `batch_norm`, but any number of values is allowed, and `eps` may be 0.
 
     Examples
     --------
@@ -212,7 +213,7 @@ def moments(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        At least one value a channel that counts.
+        It needs at least one used value per channel.
     axis, mask, weights, lengths, num_threads
         As in `batch_norm`.
 
@@ -224,9 +225,9 @@ def moments(
     Raises
     ------
     TypeError
-        If `x` is of another dtype.
+        If `x` has another dtype.
     ValueError
-        If `x` has fewer than 2 axes, or a channel no values that count.
+        If `x` has fewer than 2 axes, or a channel has no used values.
 
     Examples
     --------
@@ -242,7 +243,7 @@ def moments(
 def absorb(
     mean: NDArray[Any], var: NDArray[Any], batch: Moments, weight: float, ddof: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Move running statistics towards those of a batch; what a layer does in training.
+    """Update running statistics with those of a batch, as a layer does in training.
 
     ``(1 - weight) * running + weight * batch``, in float64, rounded once. A term with
     weight 0 is skipped, and may be NaN.
@@ -252,7 +253,7 @@ def absorb(
     mean, var : ndarray, shape (C,)
         Running mean and variance, of one float type. Not changed.
     batch : Moments
-        Of the batch, with more than `ddof` values a channel.
+        Of the batch, with more than `ddof` values per channel.
     weight : float
         Of the batch, in [0, 1].
     ddof : int

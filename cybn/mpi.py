@@ -351,7 +351,9 @@ class SyncBatchNorm(BatchNorm):
             batch.append(moments)
             return y, values
 
-        return Way(by_running, _passes.WHOLE.backward, lambda _: batch[0], inverts=True, checks=True)
+        return Way(
+            by_running, _passes.WHOLE.backward, lambda _: batch[0], inverts=True, checks=True
+        )
 
 
 def _itself(moments: Moments) -> Moments:

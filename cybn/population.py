@@ -27,9 +27,9 @@ def population_statistics(
 ) -> dict[Any, Moments]:
     """Return the mean and variance over a whole dataset for each batch norm that it reaches.
 
-    Merged `Moments` count every value once: an uneven last batch has its own weight, and the
-    variance between batches is in it, which an average of batch variances leaves out. No layer is
-    changed. To take the result over::
+    Merged `Moments` count every value once. So a shorter last batch has its own weight, and the
+    variance between batches is included, which an average of batch variances leaves out. No layer
+    is changed. To use the result::
 
         for layer, moments in cybn.population_statistics(model, batches).items():
             layer.set_statistics(moments)
@@ -48,18 +48,18 @@ def population_statistics(
         running statistics, is recorded; one that runs twice has both inputs counted. It must run
         in the thread of the call. In a `torch.nn.Module`, its batch norms are recorded too.
     batches : iterable
-        What the model takes, one batch at a time. Gone through once. A function gets each as it is.
-        A layer, a list of layers and a `torch.nn.Module` get the first part of one that is a tuple
-        or a list, such as (images, labels).
+        What the model takes, one batch at a time. It is iterated once. A function gets each batch
+        unchanged. A layer, a list of layers and a `torch.nn.Module` get the first item of a batch
+        that is a tuple or a list, such as (images, labels).
     progress : callable, optional
         Given `batches`, it returns an iterable over them, and may draw a bar: `tqdm.tqdm`, or a
         `functools.partial` of it.
     upstream : {"batch", "running"}, default "batch"
-        How the layers normalize meanwhile, and so what reaches the next ones: as in training, by
-        each batch, as Algorithm 2 of the paper has it, so that the result belongs to this batch
-        size; or as in inference, by the running statistics, so that it does not depend on the
-        batches. For all layers to be right under "running", set their statistics from the first to
-        the last, one call each.
+        How the layers normalize meanwhile, which decides what the next layers get. "batch": by each
+        batch, as in training and in Algorithm 2 of the paper, so the result belongs to this batch
+        size. "running": by the running statistics, as in inference, so the result does not depend
+        on the batches; then set the statistics of all layers from the first to the last, one call
+        each.
     inputs : callable, optional
         Given a batch, what the model is called with: `operator.itemgetter(0)` for a function that
         takes the first part.

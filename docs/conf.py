@@ -39,7 +39,8 @@ myst_links_external_new_tab = False
 # The reference, from the docstrings.
 autosummary_generate = True
 autodoc_typehints = "none"  # the docstrings have them, in words
-autodoc_mock_imports = [name for name in ("torch", "mpi4py", "dask") if not find_spec(name)]
+# What cannot be imported is imitated: the pages need only the docstrings.
+autodoc_mock_imports = [name for name in ("dask", "mpi4py", "torch") if not find_spec(name)]
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {
     *("GL01", "GL03", "GL07", "GL08", "GL09"),  # there is a docstring, in the usual order

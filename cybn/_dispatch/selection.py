@@ -16,7 +16,7 @@ __all__ = ["Positions", "Selection", "choose", "select"]
 class Selection(NamedTuple):
     """What selects values, as it was given, with the axes of x or of size 1 along them.
 
-    Nothing is converted, and weights are not looked at, before `at` is asked for a part: what was
+    Nothing is converted, and weights are not read, before `at` is asked for a part: what was
     given may be larger than memory.
     """
 

@@ -82,19 +82,19 @@ def fold_conv(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the convolution before it.
 
-    Stride, padding and dilation play no part: the folded convolution has those of the old one.
+    Stride, padding and dilation do not matter: the folded convolution has those of the old one.
 
     Parameters
     ----------
     weight : array_like of float32, float64, float16 or bfloat16
-        Of a convolution over any number of axes, in `layout`. Arrays of other libraries are read
-        as by `cybn.interop.as_array`, here and below: tensors that require gradients without them,
-        and bfloat16 tensors of PyTorch as float32, so that the result is float32.
+        The weight of a convolution over any number of axes, in `layout`. Arrays of other libraries
+        are read by `cybn.interop.as_array`, here and below: tensors that require gradients are read
+        without them, and bfloat16 tensors of PyTorch become float32.
     bias : array_like, shape (C,), or None
-        None: the convolution has no bias.
+        None if the convolution has no bias.
     bn : BatchNorm, module of PyTorch, or tuple of (scale, shift)
         A layer, or a batch norm of ``torch.nn`` or ``cybn.torch``, whose running statistics are
-        used whatever its mode; or two arrays of shape (C,), as from `BatchNorm.scale_shift`.
+        used in any mode; or two arrays of shape (C,), as from `BatchNorm.scale_shift`.
     layout : {"torch", "onnx", "keras", "keras-depthwise", "flax"}
         torch, onnx: (out, in / groups, taps...); keras, flax: (taps..., in / groups, out);
         keras-depthwise: (taps..., in, multiplier), without `groups`.
@@ -305,7 +305,7 @@ def fold_into_next_conv(
     weight, layout, groups
         As in `fold_conv`, of the convolution after `bn`, which has C inputs.
     bias : array_like, shape (outputs,), or None
-        None: the convolution has no bias.
+        None if the convolution has no bias.
     bn
         As in `fold_conv`.
     padding : int, str, or sequence of these

@@ -24,20 +24,20 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class BatchNorm(Tracking):
     """Batch normalization over arrays of any rank from 2.
 
-    In training mode each channel is normalized with the mean and biased variance of the batch,
-    and the running statistics move towards them; in eval mode with the running statistics.
+    In training mode each channel is normalized with the mean and biased variance of the batch, and
+    the running statistics are updated. In eval mode it is normalized with the running statistics.
 
     Parameters
     ----------
     num_features : int
         C, the number of channels.
     axis : int, default 1
-        The channel axis of the input; negative counts from the end.
+        The channel axis of the input. Negative numbers count from the end.
     eps : float, default 1e-5
-        Added to the variance. Positive; 0 will do for a layer that only does inference.
+        Added to the variance. Positive, or 0 for a layer that is only used in inference.
     momentum : float or None, default 0.1
-        Weight of the new batch in the running statistics, in [0, 1], as in PyTorch. None: the
-        mean over all batches so far.
+        Weight of the new batch in the running statistics, in [0, 1], as in PyTorch. None means the
+        average over all batches so far.
     affine : bool, default True
         Whether the layer has gamma and beta.
     track_running_stats : bool, default True
@@ -45,56 +45,54 @@ class BatchNorm(Tracking):
     running_ddof : {1, 0}, default 1
         1: `running_var` follows the unbiased variance, as in PyTorch; 0: the biased one.
     dtype : dtype, default float32
-        Of gamma, beta, their gradients and the running statistics: float32 or float64. Inputs
-        may be either or a half type, whatever this is.
+        The type of gamma, beta, their gradients and the running statistics: float32 or float64.
+        Inputs may have either type or a half type.
     activation : {None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", \
             "hardswish"}
         Applied to the normalized values plus the residual, in the same pass; see `batch_norm`.
     slope : float, default 0.01
-        Of leaky_relu below 0.
+        The slope of leaky_relu for negative arguments.
     nan_policy : {"propagate", "raise", "skip"}, default "propagate"
-        What a training batch does that would put a NaN or infinity into the running statistics:
-        put it there, in its channel; raise FloatingPointError, with nothing changed; or leave
-        the running statistics and `num_batches_tracked` as they were.
+        What to do with a training batch that would make running statistics NaN or infinite:
+        "propagate" lets them become so, "raise" raises FloatingPointError with nothing changed, and
+        "skip" leaves the running statistics and `num_batches_tracked` unchanged.
     virtual_batch_size : int, optional
-        Ghost batches: in training, normalize that many samples at a time, by their own
-        statistics. The last virtual batch has what is left. One in which fewer than two values
-        a channel count joins the next, and the last one that before. The running statistics
-        follow those of the whole batch.
+        Ghost batches: in training, normalize that many samples at a time, by their own statistics.
+        The last virtual batch has what is left. One with fewer than two used values per channel is
+        joined to the next, and the last to the one before. The running statistics use those of the
+        whole batch.
     renorm : Renorm, optional
         Batch renormalization, within these limits.
 
     Attributes
     ----------
     gamma, beta, grad_gamma, grad_beta, training
-        As in `Layer`; the arrays are of shape (C,), or None.
+        As in `Layer`. The arrays have shape (C,), or are None.
     running_mean, running_var : ndarray, shape (C,), or None
-        0 and 1 at the start. Each training step puts new arrays in their place.
+        0 and 1 at the start. Each training step replaces them by new arrays.
     num_batches_tracked : int
         Training steps so far.
     update_statistics : bool
-        Whether a training forward moves the running statistics.
+        Whether a training forward updates the running statistics.
     use_batch_statistics : bool or None
         Whether a batch is normalized with its own statistics (True) or the running ones (False).
-        None, the default: with its own in training mode, with the running ones in eval mode.
+        None, the default, means its own in training mode and the running ones in eval mode.
     train_affine : bool
-        Whether gamma and beta are trained. Where they are not, `parameters` and `gradients` are
-        empty, and `backward` sets their gradients to 0, for optimizers that hold the arrays.
+        Whether gamma and beta are trained. If not, `parameters` and `gradients` are empty, and
+        `backward` sets their gradients to 0, for optimizers that refer to the arrays.
 
     Raises
     ------
     ValueError, TypeError
         If an argument is out of its range or of another type.
 
-    Notes
-    -----
-    The input of a forward is kept by reference, not copied, until the next forward or backward:
-    do not change it in between, nor gamma, nor beta and the residual where there is an activation.
-    A `backward` that sees such a change, by a few values that were remembered, raises. A forward
-    that writes over its input (``out=x``) keeps one array instead of two: without an activation, or
-    with leaky_relu, backward recovers what it needs from y; with any other it raises. A call that
-    raises has changed nothing. Several threads may share a layer: running updates are serialized;
-    backward belongs to the last forward.
+    Notes ----- The layer refers to the input of a forward, without a copy, until the next forward
+    or backward. Do not change it in between, nor gamma, nor with an activation beta and the
+    residual; `backward` compares a few values and raises an error if they have changed. A forward
+    that overwrites its input (``out=x``) needs one array instead of two. Without an activation, or
+    with leaky_relu, backward recovers the input from y; with any other activation it raises an
+    error. If a call raises an error, nothing has changed. Several threads may share a layer: no
+    update of the running statistics is lost, and backward belongs to the last forward.
 
     References
     ----------

@@ -199,12 +199,13 @@ for kind, values in found.items():
         f"   digits {values[:, 1].mean():.1f}"
     )
 
-figure, axes = plt.subplots(1, len(KINDS) + 1, figsize=(12, 3), layout="constrained")
+figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), layout="constrained")
 shown = {"real": everything[:36]} | {kind: runs[0][:36] for kind, runs in drawn.items()}
-for ax, (kind, images) in zip(axes, shown.items(), strict=True):
-    grid = images.reshape(6, 6, 8, 8).transpose(0, 2, 1, 3).reshape(48, 48)
-    ax.imshow(grid, cmap="gray", vmin=0, vmax=1)
-    ax.set_title(kind, fontsize=9)
+frame = ((0, 0), (0, 0), (1, 1), (1, 1))
+for ax, (kind, images) in zip(axes.ravel(), shown.items(), strict=True):
+    tiles = np.pad(images.reshape(6, 6, 8, 8), frame, constant_values=0.4)
+    ax.imshow(tiles.transpose(0, 2, 1, 3).reshape(60, 60), cmap="gray", vmin=0, vmax=1)
+    ax.set_title(kind if kind == "real" else f"batch norm: {kind}", fontsize=10)
     ax.axis("off")
 
 # %%

@@ -1,16 +1,25 @@
 """docs/reference.md has every public name, and their docstrings say what a reader looks for."""
 
+import ast
 import importlib
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import cybn
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
+PACKAGE = Path(cybn.__file__).parent
 MODULES = ["cybn", "cybn.folding", "cybn.interop", "cybn.plot", "cybn.reference", "cybn.torch"]
-NEEDS = {"cybn.plot": "matplotlib", "cybn.torch": "torch"}
+MODULES += [f"cybn.{name}" for name in ("dask", "mpi") if (PACKAGE / f"{name}.py").exists()]
+NEEDS = {
+    "cybn.plot": "matplotlib",
+    "cybn.torch": "torch",
+    "cybn.mpi": "mpi4py",
+    "cybn.dask": "dask",
+}
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the pages are not beside the tests")
 
@@ -25,10 +34,13 @@ def listed():
 
 
 def public(module):
-    if module in NEEDS:
-        pytest.importorskip(NEEDS[module])
-    names = importlib.import_module(module).__all__
-    return [name for name in names if not name.startswith("__")]
+    """Return the names of a module's __all__, from its source: it may need a package to import."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+            return [name for name in ast.literal_eval(node.value) if not name.startswith("__")]
+    raise AssertionError(f"{module} has no __all__")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -37,13 +49,15 @@ def test_every_public_name_is_listed_once(module):
 
 
 def test_no_other_module_is_listed():
-    assert set(listed()) <= {*MODULES, "cybn.mpi", "cybn.dask"}
+    assert set(listed()) == set(MODULES)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "cybn.reference"])
 def test_docstrings_have_all_their_parameters(module):
     """By numpydoc's own rules: a docstring, all parameters, and what is returned."""
     validate = pytest.importorskip("numpydoc.validate").validate
+    if module in NEEDS:
+        pytest.importorskip(NEEDS[module])
     found = []
     for name in public(module):
         value = getattr(importlib.import_module(module), name)
