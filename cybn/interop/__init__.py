@@ -33,6 +33,7 @@ _onnx.py         ONNX: one node
 _onnx_graph.py   ONNX: all nodes of a model
 _convert.py      a whole model's state at once
 _files.py        arrays and layers in files
+_saved.py        a layer as plain data for a file, and back
 _npz.py          npz files, read without trust
 _safetensors.py  safetensors files
 ===============  ===================================================================================

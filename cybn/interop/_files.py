@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import layers as _layers
 from ..layers import Renorm
 from . import _npz, _safetensors
 from ._arrays import as_array, as_floats
-from ._forms import ROLES
+from ._saved import LAYERS, called, layer_from, settings_of
 
 _File = str | os.PathLike[str] | IO[bytes]
 
-LAYERS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(_layers.BatchNorm, _layers.BatchNorm1d, _layers.BatchNorm2d, _layers.BatchNorm3d),
-        *(_layers.InstanceNorm1d, _layers.InstanceNorm2d, _layers.InstanceNorm3d),
-        *(_layers.LayerNorm, _layers.RMSNorm, _layers.GroupNorm),
-    )
-}
-MODES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
 FORMATS = ("npz", "safetensors")
 SETTINGS = "__cybn__"  # the member of an npz file that holds the settings of layers
 METADATA = "__metadata__"  # what a safetensors file keeps beside the arrays
 VERSION = 1
 MOST_BYTES = 1 << 32
 MOST_NAME = 65000  # bytes of a name; a zip archive has room for 65535, ending and all
-MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
 
 
 def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
@@ -154,14 +141,19 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
     """
     named: Any = {"": layers} if isinstance(layers, tuple(LAYERS.values())) else layers
     if not isinstance(named, Mapping):
-        raise TypeError(f"layers is of type {type(layers).__name__}; it must be a layer or a dict")
+        advice = ""
+        if isinstance(layers, list | tuple):
+            advice = ", such as {str(i): layer for i, layer in enumerate(layers)}"
+        raise TypeError(
+            f"layers is of type {type(layers).__name__}; it must be a layer or a dict{advice}"
+        )
     arrays: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     limits: dict[int, int] = {}  # a number for each Renorm, which layers may share
     for name, layer in named.items():
         if LAYERS.get(type(layer).__name__) is not type(layer):
             raise TypeError(
-                f"layer {name!r} is of type {type(layer).__name__}; it must be one of "
+                f"{called(name)} is of type {type(layer).__name__}; it must be one of "
                 f"{', '.join(LAYERS)}"
             )
         if not isinstance(name, str) or (not name and named is layers):
@@ -170,7 +162,7 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
         state = {start + key: array for key, array in layer.state_dict().items()}
         if both := sorted(set(state) & set(arrays)):
             raise ValueError(f"two layers have the key {both[0]!r}")
-        given = {"class": type(layer).__name__} | _settings(layer, limits)
+        given = {"class": type(layer).__name__} | settings_of(layer, limits)
         _check_loadable(name, given, state)
         arrays |= state
         settings[name] = given
@@ -181,10 +173,10 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
 def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any]) -> None:
     """Refuse a layer that `load_layers` would refuse, and with it all others of the file."""
     try:
-        _layer(name, json.loads(json.dumps(settings)), dict(state), {})
+        layer_from(name, json.loads(json.dumps(settings)), dict(state), {})
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"layer {name!r} could not be loaded again: {error}. Save the others without it, or "
+            f"{called(name)} could not be loaded again: {error}. Save the others without it, or "
             "mend it first, such as by reset_running_stats()"
         ) from error
 
@@ -246,51 +238,9 @@ def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
 def _named_layer(name: str, settings: Any, arrays: dict[str, Any], limits: Any) -> Any:
     """Return a layer as `_layer` does; errors name it, and how to get at the arrays."""
     try:
-        return _layer(name, settings, arrays, limits)
+        return layer_from(name, settings, arrays, limits)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}; load_arrays reads the arrays alone") from error
-
-
-def _settings(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
-    """Return what the layer was made with, and its mode and switches."""
-    own = {"bias": layer.beta is not None, "dtype": str(layer.dtype)}
-    names = inspect.signature(type(layer)).parameters
-    values: dict[str, Any] = {
-        name: own[name] if name in own else getattr(layer, name) for name in names
-    }
-    renorm: Any = values.get("renorm")
-    if renorm is not None:
-        shared = limits.setdefault(id(renorm), len(limits))
-        values["renorm"] = {"r_max": renorm.r_max, "d_max": renorm.d_max, "shared": shared}
-    values["modes"] = {name: getattr(layer, name) for name in MODES if hasattr(layer, name)}
-    return values
-
-
-def _layer(
-    name: str, settings: dict[str, Any], arrays: dict[str, Any], limits: dict[Any, Renorm]
-) -> Any:
-    """Return a new layer with its arrays, which are taken out of `arrays`."""
-    settings = dict(settings)
-    kind, modes = LAYERS[settings.pop("class")], settings.pop("modes", {})
-    channels = [settings[k] for k in ("num_features", "num_channels") if k in settings]
-    shape = tuple(channels or np.atleast_1d(settings["normalized_shape"]).tolist())
-    start = f"{name}." if name else ""
-    roles = [role for role in ROLES if start + role in arrays]
-    state = {role: arrays.pop(start + role) for role in roles}
-    sizes = {array.shape for role, array in state.items() if array.ndim}
-    if sizes != {shape} and not (not sizes and prod(shape) <= MOST_STATELESS):
-        raise ValueError(f"it has the shape {shape}, and arrays of shapes {sizes}")
-    if settings.get("renorm") is not None:
-        given = dict(settings["renorm"])
-        shared = given.pop("shared", object())
-        settings["renorm"] = limits.setdefault(shared, Renorm(**given))
-    layer = kind(**settings)
-    layer.load_state_dict(state)
-    for mode, value in modes.items():
-        if mode not in MODES or not (isinstance(value, bool) or value is None):
-            raise ValueError(f"it has the mode {mode!r}, and that is {value!r}")
-        setattr(layer, mode, value)
-    return layer
 
 
 def _is_open(place: Any, method: str) -> bool:

@@ -144,3 +144,15 @@ def test_records_and_what_is_no_array():
         cybn.batch_norm([["1", "a"], ["2", "3"]])
     with pytest.raises(TypeError, match=r"x is object.*of type generator, which is no number"):
         cybn.batch_norm(row for row in X)
+
+
+def test_layers_that_are_saved(tmp_path):
+    """A list is no dict of layers, and a layer that is given alone has no name."""
+    path, bn = tmp_path / "a.npz", cybn.BatchNorm(3)
+    with pytest.raises(TypeError, match=r"type list; .* such as \{str\(i\): layer for i"):
+        interop.save_layers(path, [bn])
+    interop.save_layers(path, {str(i): layer for i, layer in enumerate([bn])})
+    assert list(interop.load_layers(path)) == ["0"]
+    bn.running_mean[0] = np.nan
+    with pytest.raises(ValueError, match=r"^the layer could not be loaded again: running_mean is"):
+        interop.save_layers(path, bn)

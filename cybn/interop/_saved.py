@@ -1,0 +1,73 @@
+"""A layer as plain data for a file, and back: its class, its settings and its modes."""
+
+from __future__ import annotations
+
+import inspect
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .. import layers as _layers
+from ..layers import Renorm
+from ._forms import ROLES
+
+__all__ = ["LAYERS", "called", "layer_from", "settings_of"]
+
+LAYERS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(_layers.BatchNorm, _layers.BatchNorm1d, _layers.BatchNorm2d, _layers.BatchNorm3d),
+        *(_layers.InstanceNorm1d, _layers.InstanceNorm2d, _layers.InstanceNorm3d),
+        *(_layers.LayerNorm, _layers.RMSNorm, _layers.GroupNorm),
+    )
+}
+MODES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
+MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
+
+
+def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
+    """Return what the layer was made with, and its mode and switches."""
+    own = {"bias": layer.beta is not None, "dtype": str(layer.dtype)}
+    names = inspect.signature(type(layer)).parameters
+    values: dict[str, Any] = {
+        name: own[name] if name in own else getattr(layer, name) for name in names
+    }
+    renorm: Any = values.get("renorm")
+    if renorm is not None:
+        shared = limits.setdefault(id(renorm), len(limits))
+        values["renorm"] = {"r_max": renorm.r_max, "d_max": renorm.d_max, "shared": shared}
+    values["modes"] = {name: getattr(layer, name) for name in MODES if hasattr(layer, name)}
+    return values
+
+
+def called(name: str) -> str:
+    """Return what a layer is called in an error; one that was given alone has no name."""
+    return f"layer {name!r}" if name else "the layer"
+
+
+def layer_from(
+    name: str, settings: dict[str, Any], arrays: dict[str, Any], limits: dict[Any, Renorm]
+) -> Any:
+    """Return a new layer with its arrays, which are taken out of `arrays`."""
+    settings = dict(settings)
+    kind, modes = LAYERS[settings.pop("class")], settings.pop("modes", {})
+    channels = [settings[k] for k in ("num_features", "num_channels") if k in settings]
+    shape = tuple(channels or np.atleast_1d(settings["normalized_shape"]).tolist())
+    start = f"{name}." if name else ""
+    roles = [role for role in ROLES if start + role in arrays]
+    state = {role: arrays.pop(start + role) for role in roles}
+    sizes = {array.shape for role, array in state.items() if array.ndim}
+    if sizes != {shape} and not (not sizes and prod(shape) <= MOST_STATELESS):
+        raise ValueError(f"it has the shape {shape}, and arrays of shapes {sizes}")
+    if settings.get("renorm") is not None:
+        given = dict(settings["renorm"])
+        shared = given.pop("shared", object())
+        settings["renorm"] = limits.setdefault(shared, Renorm(**given))
+    layer = kind(**settings)
+    layer.load_state_dict(state)
+    for mode, value in modes.items():
+        if mode not in MODES or not (isinstance(value, bool) or value is None):
+            raise ValueError(f"it has the mode {mode!r}, and that is {value!r}")
+        setattr(layer, mode, value)
+    return layer
