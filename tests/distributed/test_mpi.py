@@ -118,12 +118,19 @@ def test_statistics_of_all_ranks(tmp_path):
 
 
 @pytest.mark.slow  # half a minute: 200 steps on four ranks, on two cores
-def test_training_follows_one_process(tmp_path):
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_training_follows_one_process(tmp_path, activation):
+    """Within a few roundings of the losses; with relu, as far as the order of the images goes.
+
+    One and two threads of PyTorch are 2.4e-7 apart on such a network. A value at the kink of relu
+    may fall to either side, in one process too.
+    """
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    reports = run(tmp_path, "digits", ranks=4, within=300)
+    reports = run(tmp_path, "digits", activation, ranks=4, within=400)
     assert all(report["same"] for report in reports)
-    together, alone = reports[0]["together"], reports[0]["alone"]
+    together, alone, turned = (reports[0][name] for name in ("together", "alone", "turned"))
     assert together[-1] < 0.5 * together[0]
-    distance = [abs(a - b) for a, b in zip(together, alone, strict=True)]
-    print(f"largest distance of the losses: {max(distance):.2g}; at the end {distance[-1]:.2g}")
-    assert max(distance) < 1e-2
+    distance = max(abs(a - b) for a, b in zip(together, alone, strict=True))
+    of_order = max(abs(a - b) for a, b in zip(turned, alone, strict=True))
+    print(f"{activation}: losses {distance:.2g} apart; {of_order:.2g} by the order of the images")
+    assert distance < (1e-6 if activation == "silu" else 2 * of_order + 1e-6)
