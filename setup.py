@@ -41,8 +41,8 @@ DIRECTIVES = {
 }
 FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written is then odd
 
-# What of -O3 makes the code longer and not faster: copies of loops and functions, and unrolling what
-# has more rounds than a strip of lanes has vectors. Half as many bytes again, and as much time.
+# What of -O3 makes the code longer and not faster: copies of loops and functions, and unrolling
+# what has more rounds than a strip has vectors. It is half as many bytes again, and as much time.
 SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fno-split-loops"]
 SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
 

@@ -4,6 +4,9 @@ Every build is held against one file, digests.json. A change of a kernel that ch
 purpose writes it again: `python tests/tools/digests.py --write`.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from digest_cases import CALLS, bfloat16, digest, normal, words
@@ -46,3 +49,18 @@ def test_a_digest_sees_each_bit():
     assert len({digest((a, other)) for other in different}) == len(different)
     nan = np.full(1, np.nan, np.float32)
     assert digest(nan) == digest(-nan) == digest(nan.view(np.uint32).__or__(1).view(np.float32))
+
+
+def test_no_loop_of_half_types_is_compiled_for_float64():
+    """A choice by `way` alone would make a copy for float64, which has no half types."""
+    sources = sorted((Path(__file__).parents[2] / "cybn" / "_kernels").glob("*.p*"))
+    if not sources:
+        pytest.skip("needs the sources of the kernels")
+    choices = [
+        line.strip()
+        for source in sources
+        for line in source.read_text("utf-8").splitlines()
+        if re.search(r"\b(?:el)?if .*way == B?FLOAT16", line)
+    ]
+    assert len(choices) > 10
+    assert [line for line in choices if "T is float and" not in line] == []
