@@ -26,7 +26,7 @@ STATM = Path("/proc/self/statm")
 PACKAGE = Path(cybn.__file__).parent
 # Not for NumPy users, or raised at import, as other tests have it.
 ELSEWHERE = {"reference.py", "plot.py", "__main__.py", "_bench.py", "_foreign.py"}
-ELSEWHERE |= {"population.py", "__init__.py"}
+ELSEWHERE |= {"population.py", "__init__.py", "_ranks.py", "dask.py", "mpi.py"}
 AT_IMPORT = 2
 LIMIT = 1 << 20
 FEW = 20  # objects that a test itself may hold on to
