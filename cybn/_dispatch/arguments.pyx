@@ -100,7 +100,6 @@ cdef int replace(Call* c, int k, object array) except -1:
 
 cdef int take_companion(Call* c, int k, str name, object value) except -1:
     """Take an array that must have the shape and dtype of x; or None."""
-    cdef const View* x = &c.at[X].view
     if value is None:
         return 0
     take(c, k, name, value, True)

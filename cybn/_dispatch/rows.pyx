@@ -4,15 +4,15 @@
 # From the arguments of a public call to a kernel call: layer, RMS, group and instance
 # normalization. The steps are those of batch_norm.pyx, but x falls into rows, as `forms` says.
 #
-# N = samples, G = groups of a sample, D = K * S values of a group, S = neighbours that share a gamma.
+# N = samples, G = groups of a sample, D = K * S values of a group, S = neighbours of one gamma.
 
-from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
 from cybn._dispatch.arguments cimport (
-    BETA, DY, GAMMA, MEAN, OUT, VAR, Call, Kernel, X, begin, deliver, launch, moments_of, new_vector, replace,
-    rounded, settle, take, take_companion, take_eps, take_output, threads_for)
+    BETA, DY, GAMMA, MEAN, OUT, VAR, Call, Kernel, X, begin, deliver, launch, moments_of,
+    new_vector, replace, rounded, settle, take, take_companion, take_eps, take_output,
+    threads_for)
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, PyArray_CLEARFLAGS, PyArray_DATA, PyArrayObject,
     View, channels_first, fold_rows)

@@ -203,7 +203,7 @@ cdef void scan(Scan* s, T* shares) noexcept:
     cdef Py_ssize_t at[MOST_AXES]
     cdef Py_ssize_t i, from_mask, from_weights, from_ends, place
     cdef int k, last = s.axes - 1
-    cdef double value, sum
+    cdef double value
     cdef bint counts
     memset(at, 0, sizeof(at))
     while True:
