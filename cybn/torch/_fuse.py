@@ -87,6 +87,8 @@ def normalize(
 ) -> Tensor:
     """Return the result, watched or pending where that can gain something."""
     mode = module.training
+    if norm.kind != "batch" and mode not in fusing.expects:
+        fusing.refuse(mode, "only batch norms are computed together with what follows")
     if (
         norm.kind != "batch"
         or inputs.x.numel() < LEAST
