@@ -34,6 +34,7 @@ class PerSample(Layer):
     def forward(
         self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
     ) -> NDArray[Any]:
+        """Normalize; as `Layer.forward`."""
         return self._forward(x, self._options(), out, num_threads)
 
     def _forward(
