@@ -46,6 +46,10 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fno-split-loops"]
 SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
 
+# Where there are other levels, baseline is for processors from before 2013: it is to be short.
+# cythonize keeps flags by source, so those of one level reach the next: each names its own anew.
+OLDER = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+
 # Lanes of 128 bytes are cleared by two vector stores. gcc would call memset, as a `rep stos` that
 # takes longer than the sums of a short run: 10 to 30 % of group normalization on 16 x 16.
 CLEARING = "-fno-tree-loop-distribute-patterns"
@@ -69,7 +73,7 @@ if TARGET.endswith("x86_64") and BUILD == "release":
 if wanted := os.environ.get("CYBN_LEVELS"):
     if unknown := set(wanted.split(",")) - set(LEVELS):
         sys.exit(f"CYBN_LEVELS has {', '.join(unknown)}; it takes {', '.join(LEVELS)}")
-    LEVELS = {level: LEVELS[level] for level in wanted.split(",")}
+    LEVELS = {level: flags for level, flags in LEVELS.items() if level in wanted.split(",")}
 
 # One wheel for every Python from 3.11 on; free-threaded builds have no limited API.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -183,10 +187,12 @@ def extensions():
         return cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
 
     host = extension("_kernels.host", "_kernels/host", [], [("CYBN_BUILD", f'"{BUILD}"')])
-    plain = extension("_kernels.plain", "_kernels/plain", [])
-    small = ["-Os"]  # checks are as quick, and half as large
+    small = ["-Os"]  # checks are as quick, and half as large; the textbook's loops are to be read
+    plain = extension("_kernels.plain", "_kernels/plain", small)
     dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", small) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
+    if "baseline" in LEVELS and len(LEVELS) > 1 and supported(*OLDER, *SHORT):
+        LEVELS.update({level: [*SHORT, *flags] for level, flags in LEVELS.items()}, baseline=OLDER)
     for level, flags in LEVELS.items():
         if flags and not supported(*flags):
             warn(f"The compiler does not know {level}: built without that level.")
