@@ -47,7 +47,6 @@ SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fn
 SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
 
 # Where there are other levels, baseline is for processors from before 2013: it is to be short.
-# cythonize keeps flags by source, so those of one level reach the next: each names its own anew.
 OLDER = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
 
 # Lanes of 128 bytes are cleared by two vector stores. gcc would call memset, as a `rep stos` that
@@ -184,15 +183,19 @@ def extensions():
 
     def translated(modules, folder):
         folder = f"{FOLDER}/{folder}"
-        return cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
+        flags = {module.name: module.extra_compile_args for module in modules}
+        found = cythonize(modules, build_dir=folder, compiler_directives=DIRECTIVES, quiet=True)
+        for module in found:  # it keeps flags by source, and adds those of another level
+            module.extra_compile_args = flags[module.name]
+        return found
 
     host = extension("_kernels.host", "_kernels/host", [], [("CYBN_BUILD", f'"{BUILD}"')])
     small = ["-Os"]  # checks are as quick, and half as large; the textbook's loops are to be read
     plain = extension("_kernels.plain", "_kernels/plain", small)
     dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", small) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
-    if "baseline" in LEVELS and len(LEVELS) > 1 and supported(*OLDER, *SHORT):
-        LEVELS.update({level: [*SHORT, *flags] for level, flags in LEVELS.items()}, baseline=OLDER)
+    if "baseline" in LEVELS and len(LEVELS) > 1 and supported(*OLDER):
+        LEVELS["baseline"] = OLDER
     for level, flags in LEVELS.items():
         if flags and not supported(*flags):
             warn(f"The compiler does not know {level}: built without that level.")

@@ -18,7 +18,8 @@ class Running(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    momentum: float
+    momentum: float | None
+    counter: Tensor | None = None  # of batches; where momentum is None, each weighs the same
 
 
 def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Tensor:

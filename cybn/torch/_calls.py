@@ -147,11 +147,13 @@ def absorb(
     moments: Moments,
     running_mean: Tensor,
     running_var: Tensor,
-    momentum: float,
+    momentum: float | None,
+    counter: Tensor | None = None,
 ) -> None:
-    """Move running statistics, in place: they may be shared.
+    """Move running statistics and the counter of batches, in place: they may be shared.
 
-    One thread at a time, and both in one call, so that they move together or not at all.
+    One thread at a time, and all in one call, so that they move together or not at all. Where
+    momentum is None, each batch that was counted weighs the same.
     """
     mean, m2 = moments.mean, moments.m2
     count = x.numel() // x.shape[1]
@@ -162,5 +164,8 @@ def absorb(
     with _runtime.turn:
         old = [running_mean.detach(), running_var.detach()]
         (a, _a), (b, _b) = vector(old[0]), vector(old[1])
-        new = _dispatch.absorb(a, b, mean, m2, count - 1, momentum)
-        torch._foreach_copy_(old, [torch.from_numpy(v) for v in new])
+        counted = [] if counter is None else [counter + 1]
+        weight = 1 / float(counted[0]) if momentum is None else momentum
+        new = _dispatch.absorb(a, b, mean, m2, count - 1, weight)
+        moved = [*(torch.from_numpy(v) for v in new), *counted]
+        torch._foreach_copy_(old if counter is None else [*old, counter], moved)

@@ -149,21 +149,40 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Do what `torch.nn.functional.batch_norm` does."""
-    x = input
+    return counting_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, None
+    )
+
+
+def counting_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    counter: Tensor | None,
+) -> Tensor:
+    """Do the same, and count the batch in the step in which the running statistics move."""
     if type(x) is _fuse.Pending:
         x = x.plain()
     why = _checked(_batch_why, x, running_mean, running_var, weight, bias, training, eps)
     if why is not None:
         _explain(why)
+        if counter is not None:
+            counter.add_(1)
+            momentum = 1 / float(counter) if momentum is None else momentum
         return functional.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
+            x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps
         )
     norm = Norm("batch", eps)
     if not training:
         return _run(norm, Inputs(x, weight, bias, None, running_mean, running_var))
     running = None
     if running_mean is not None and running_var is not None:
-        running = Running(running_mean, running_var, momentum)
+        running = Running(running_mean, running_var, momentum, counter)
     return _run(norm, Inputs(x, weight, bias), running)
 
 

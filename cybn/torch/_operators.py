@@ -46,9 +46,13 @@ def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Ten
             batch_mean = batch_mean.view(x.shape[0], -1).mean(0)
             batch_m2 = batch_m2.view(x.shape[0], -1).mean(0)
             count = count // x.shape[0]
+        momentum: Any = running.momentum
+        if running.counter is not None:
+            running.counter.add_(1)
+            momentum = 1 / running.counter.double() if momentum is None else momentum
         pairs = (running.mean, batch_mean), (running.var, batch_m2 / (count - 1))
         for old, new in pairs:
-            old.copy_((1 - running.momentum) * old.double() + running.momentum * new)
+            old.copy_((1 - momentum) * old.double() + momentum * new)
     return y
 
 

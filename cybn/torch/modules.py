@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as _NormBase
 
-from ._functional import current
+from ._functional import counting_batch_norm, current
 from ._rebind import rebound
 
 __all__ = [
@@ -108,8 +109,41 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
                 found[name] = new
     if found:
         original: Any = cls.forward  # type: ignore[attr-defined]
-        found["forward"] = forward_of(original, found.get("forward", original))
+        computed = found.get("forward", original)
+        if original is _NormBase.forward:
+            computed = _whole(computed)
+        found["forward"] = forward_of(original, computed)
     return found
+
+
+def _whole(in_graphs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return PyTorch's own forward of batch norms, with the counter moved as statistics are.
+
+    PyTorch counts the batch first: an interrupt or another thread in between would tear them apart.
+    """
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        tracked = self.training and self.track_running_stats
+        if torch.compiler.is_compiling() or (tracked and self.running_mean is None):
+            return in_graphs(self, input)  # type: ignore[no-any-return]
+        self._check_input_dim(input)
+        counter = self.num_batches_tracked if tracked else None
+        momentum = 0.0 if self.momentum is None and counter is None else self.momentum
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        moving = not self.training or self.track_running_stats
+        return counting_batch_norm(
+            input,
+            self.running_mean if moving else None,
+            self.running_var if moving else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            momentum,
+            self.eps,
+            counter,
+        )
+
+    return forward
 
 
 class BatchNorm1d(Converted, nn.BatchNorm1d):

@@ -196,7 +196,7 @@ def test_func(name):
     stock, ours, x = pair(name, training=False)
     x = x[:2]
     calls = [
-        lambda m: torch.func.vmap(lambda v: m(v[None])[0])(x),
+        lambda m: torch.func.vmap(lambda v: m(torch.stack([v, 2 * v])))(x),
         lambda m: torch.func.grad(lambda v: m(v).square().sum())(x),
         lambda m: torch.func.jvp(m, (x,), (x,))[1],
         lambda m: torch.func.jacrev(m)(x),
