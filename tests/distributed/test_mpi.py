@@ -85,8 +85,11 @@ def test_ranks_out_of_step_raise(tmp_path, ranks):
 def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
     """mpiexec would end the others at once; here they go on, and have to find out."""
     launchers = launchers_of_mpi(MPIEXEC, 3, "-disable-auto-cleanup")
-    reports, *_ = start(launchers, tmp_path, PROGRAM, "killed", where, ranks=3)
-    assert reports[1] is None
+    for _ in range(6):  # mpiexec may end all of them in spite of its option: then try anew
+        reports, codes, output = start(launchers, tmp_path, PROGRAM, "killed", where, ranks=3)
+        if any(reports):
+            break
+    assert [report is None for report in reports] == [False, True, False], (codes, output)
     for report in (reports[0], reports[2]):
         raised, text = report["first"]
         assert raised == "TimeoutError", text
