@@ -79,6 +79,7 @@ def test_compile_of_sizes_that_change():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @each_norm
 @each_mode
 @pytest.mark.parametrize("last", [False, True])
