@@ -125,7 +125,8 @@ def _whole(in_graphs: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input: Tensor) -> Tensor:
         tracked = self.training and self.track_running_stats
         if torch.compiler.is_compiling() or (tracked and self.running_mean is None):
-            return in_graphs(self, input)  # type: ignore[no-any-return]
+            y: Tensor = in_graphs(self, input)
+            return y
         self._check_input_dim(input)
         counter = self.num_batches_tracked if tracked else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
