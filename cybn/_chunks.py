@@ -101,6 +101,7 @@ class Sliced:
             sizes = self._source.chunks[axis]  # one size, or in dask all of them
             return max(1, int(sizes if np.ndim(sizes) == 0 else sizes[0]))
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+            # What libraries' arrays raise for an index that they do not take.
             return 1
 
     def read(self, index: tuple[slice, ...], along: int) -> NDArray[Any]:

@@ -74,6 +74,7 @@ class Layer(ABC):
         own = cls.__dict__
         if "forward" in own and "__call__" not in own:
             # A subclass that overrides forward is called by it, without a call between.
+            # Checkers take a method that is assigned for a mistake; here a class gets its own.
             cls.__call__ = own["forward"]  # type: ignore[method-assign]
         if "_axes" in own and cls.__doc__:  # a form of another class, whose parameters it has
             before, title, parameters = (cls.__mro__[1].__doc__ or "").partition("Parameters\n")

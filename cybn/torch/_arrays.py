@@ -41,6 +41,7 @@ def array(t: Tensor) -> NDArray[Any]:
     if not t.is_contiguous():
         size = dtype.itemsize
         strides = tuple([step * size for step in t.stride()])
+    # NumPy takes any buffer; its stub does not know those of ctypes.
     return np.ndarray(t.shape, dtype, _SPACE, t.data_ptr() - _START, strides)  # type: ignore[arg-type]
 
 

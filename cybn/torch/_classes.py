@@ -116,6 +116,7 @@ def _frozen_forward(self: Any, x: Tensor) -> Tensor:
 
 def _frozen_class(cls: type) -> type:
     if cls not in _frozen:
+        # `cls` is any class of modules: checkers know of no forward.
         methods = {"forward": forward_of(cls.forward, _frozen_forward)}  # type: ignore[attr-defined]
         _frozen[cls] = _subclass(cls, (Converted, cls), methods)
     return _frozen[cls]

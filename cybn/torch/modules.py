@@ -93,6 +93,7 @@ def forward_of(original: Callable[..., Any], computed: Callable[..., Any]) -> Ca
             current.module = before
 
     forward.__doc__ = original.__doc__ or "Normalize, as the class of the same name does."
+    # Checkers do not know that inspect looks for this attribute of a function.
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
 
@@ -108,6 +109,7 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
             if getattr(cls, name, None) is method and (new := rebound(method)) is not None:
                 found[name] = new
     if found:
+        # `cls` is any class of modules: checkers know of no forward.
         original: Any = cls.forward  # type: ignore[attr-defined]
         computed = found.get("forward", original)
         if original is _NormBase.forward:

@@ -18,7 +18,7 @@ os.environ.setdefault("KERAS_BACKEND", "numpy")
 keras = pytest.importorskip("keras")
 
 # E402: these come after Keras' backend is chosen, or where the packages are there.
-import cybn  # noqa: E402
+import cybn  # noqa: E402  (after importorskip)
 
 if keras.backend.backend() != "numpy":
     pytest.skip("another backend was chosen", allow_module_level=True)

@@ -8,10 +8,10 @@ import pytest
 
 da = pytest.importorskip("dask.array", reason="needs the extra dask: pip install 'cybn[dask]'")
 
-import dask  # noqa: E402
+import dask  # noqa: E402  (after importorskip)
 
-import cybn  # noqa: E402
-from cybn.dask import moments  # noqa: E402
+import cybn  # noqa: E402  (after importorskip)
+from cybn.dask import moments  # noqa: E402  (after importorskip)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed")
 

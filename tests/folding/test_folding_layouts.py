@@ -15,10 +15,10 @@ onnx = pytest.importorskip("onnx")
 flax = pytest.importorskip("flax")
 
 # E402: these come after Keras' backend is chosen, or where the packages are there.
-import jax  # noqa: E402
-from flax import linen  # noqa: E402
-from onnx import helper  # noqa: E402
-from onnx.reference import ReferenceEvaluator  # noqa: E402
+import jax  # noqa: E402  (after importorskip)
+from flax import linen  # noqa: E402  (after importorskip)
+from onnx import helper  # noqa: E402  (after importorskip)
+from onnx.reference import ReferenceEvaluator  # noqa: E402  (after importorskip)
 
 # Keras' variables know only the old form of __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
