@@ -124,11 +124,10 @@ def _whole(in_graphs: Callable[..., Any]) -> Callable[..., Any]:
     PyTorch counts the batch first: an interrupt or another thread in between would tear them apart.
     """
 
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Any:
         tracked = self.training and self.track_running_stats
         if torch.compiler.is_compiling() or (tracked and self.running_mean is None):
-            y: Tensor = in_graphs(self, input)
-            return y
+            return in_graphs(self, input)  # nothing after it: its break of a graph is the only one
         self._check_input_dim(input)
         counter = self.num_batches_tracked if tracked else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
