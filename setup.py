@@ -19,8 +19,8 @@ KERNELS = ["batch_norm", "layer_norm"]
 DISPATCH = ["arguments", "shares", "running", "batch_norm", "rows", "routes"]
 
 # Where the files of this tree are on the web, such as the address of its main branch. There is no
-# such place yet; when there is, it also goes into [project.urls] of pyproject.toml.
-HOME = ""
+# such place yet; whoever releases from one names it in CYBN_HOME, or here.
+HOME = os.environ.get("CYBN_HOME", "").rstrip("/")
 
 # Floating point stays strict: no -ffast-math (it switches a whole process to flush-to-zero), no
 # contraction (a fused multiply-add would give each level bits of its own).
@@ -116,11 +116,29 @@ def supported(*flags):
 def description():
     """Return the README for the page of a package index, which has no files beside it.
 
-    Links into the tree lead to HOME; as long as there is none, their words alone are left.
+    Links and pictures of the tree come from HOME. As long as there is none, the words of links are
+    left alone, and pictures are left out with the lines below them.
     """
     text = Path(__file__).with_name("README.md").read_text("utf-8")
-    link = re.compile(r"!?\[([^]]*)\]\((?!https?://|#)([^)]+)\)")
-    return link.sub(rf"[\1]({HOME}/\2)" if HOME else r"\1", text)
+    text = re.sub(r"'\.(\[\w+\])'", r"'cybn\1'", text)
+    if HOME:
+        text = re.sub(r"!\[([^]]*)\]\(([^:)]+)\)", rf"![\1]({HOME}/\2?raw=true)", text)
+        return re.sub(r"(?<!!)\[([^]]*)\]\((?!https?://|#)([^)]+)\)", rf"[\1]({HOME}/\2)", text)
+    text = re.sub(r"!\[[^]]*\]\([^:)]+\)\n\n\*[^*]+\*\n\n", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?://|#)[^)]+\)", r"\1", text)
+
+
+def urls():
+    """Return what a package index shows beside the description."""
+    pages = {"Homepage": "", "Documentation": "docs/index.md", "Changelog": "CHANGELOG.md"}
+    return {name: f"{HOME}/{page}".rstrip("/") for name, page in pages.items() if HOME}
+
+
+def compiles():
+    """Return whether a command needs the extensions: translating them takes half a minute."""
+    words = set(sys.argv)
+    quick = words & {"egg_info", "dist_info", "sdist"}
+    return not quick or bool(words & {"build", "build_ext", "bdist_wheel"})
 
 
 def warn(*lines):
@@ -212,7 +230,8 @@ def extensions():
 setup(
     long_description=description(),
     long_description_content_type="text/markdown",
-    ext_modules=list(extensions()),
+    project_urls=urls(),
+    ext_modules=list(extensions()) if compiles() else [],
     options={
         "build": {"build_base": FOLDER},
         "build_ext": {"parallel": os.cpu_count()},

@@ -1,6 +1,9 @@
 """CONTRIBUTING.md, CHANGELOG.md and CITATION.cff: they come along, and name what there is."""
 
+import os
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -92,3 +95,29 @@ def test_the_set_up_takes_what_there_is():
     assert extras
     for extra in extras:
         assert re.search(rf"^{extra} = \[", text_of("pyproject.toml"), re.MULTILINE)
+
+
+def metadata(folder, home):
+    """What a package index gets to see, where the tree is at an address, or nowhere."""
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"CYBN_HOME": home}, check=True)
+    return (folder / "cybn.egg-info" / "PKG-INFO").read_text("utf-8")
+
+
+def test_links_of_the_index_page_lead_to_files(tmp_path):
+    home = "https://example.org/cybn"
+    text = metadata(tmp_path, home)
+    links = re.findall(r"\]\(([^)#]+)", text) + re.findall(r"^Project-URL: .*, (.*)$", text, re.M)
+    assert len(links) > 15
+    for link in links:
+        assert link.startswith(home), link
+        assert (ROOT / link.removeprefix(home).removesuffix("?raw=true").lstrip("/")).exists(), link
+
+
+def test_an_index_page_without_an_address_has_no_links_into_nothing(tmp_path):
+    text = metadata(tmp_path, "")
+    assert not re.findall(r"\]\((?!https?://)", text)
+    assert "Project-URL" not in text
+    assert "All figures" in text  # the words of links are there
