@@ -5,7 +5,7 @@ N = everything before the channel axis, C = channels, S = everything after it.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -15,6 +15,26 @@ from ._words import Activation, Masked
 
 __all__ = ["batch_norm_backward", "batch_norm_inference_backward"]
 
+Array: TypeAlias = NDArray[Any]
+
+
+class _Options(TypedDict, total=False):
+    """What both functions take by name, apart from the residual."""
+
+    beta: ArrayLike | None
+    axis: int
+    eps: float
+    activation: Activation | None
+    slope: float
+    mask: ArrayLike | None
+    weights: ArrayLike | None
+    lengths: ArrayLike | None
+    masked: Masked
+    from_output: bool
+    out: Array | None
+    out_residual: Array | None
+    num_threads: int | None
+
 
 @overload
 def batch_norm_backward(
@@ -23,21 +43,9 @@ def batch_norm_backward(
     moments: Moments,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: None = None,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, Array, Array]: ...
 @overload
 def batch_norm_backward(
     dy: ArrayLike,
@@ -45,21 +53,9 @@ def batch_norm_backward(
     moments: Moments,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: ArrayLike,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, Array, Array, Array]: ...
 @overload
 def batch_norm_backward(
     dy: ArrayLike,
@@ -67,21 +63,9 @@ def batch_norm_backward(
     moments: Moments,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], ...]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, ...]: ...
 def batch_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -182,21 +166,9 @@ def batch_norm_inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: None = None,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, Array, Array]: ...
 @overload
 def batch_norm_inference_backward(
     dy: ArrayLike,
@@ -205,21 +177,9 @@ def batch_norm_inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: ArrayLike,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, Array, Array, Array]: ...
 @overload
 def batch_norm_inference_backward(
     dy: ArrayLike,
@@ -228,21 +188,9 @@ def batch_norm_inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    activation: Activation | None = None,
-    slope: float = 0.01,
     residual: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    masked: Masked = "normalize",
-    from_output: bool = False,
-    out: NDArray[Any] | None = None,
-    out_residual: NDArray[Any] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Any], ...]: ...
+    **options: Unpack[_Options],
+) -> tuple[Array, ...]: ...
 def batch_norm_inference_backward(
     dy: ArrayLike,
     x: ArrayLike,

@@ -257,8 +257,10 @@ class Moments:
             do not fit it, a weight is negative or not finite, or their sum is not finite. This
             object never changes.
 
-        Notes ----- Pieces are cut along the outermost axis in memory and merged in order; their
-        size depends only on shape and strides. Each is measured in float64, also for float32 data.
+        Notes
+        -----
+        Pieces are cut along the outermost axis in memory and merged in order; their size depends
+        only on shape and strides. Each is measured in float64, also for float32 data.
         `cybn.moments` gives the same bits for float64 data of one piece (262144 values, or 32 per
         channel); otherwise its last bits may differ.
         """

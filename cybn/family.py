@@ -20,13 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
 from ._arguments import tensor
+from ._by_sample import rows_of
 from ._dispatch.forms import Form
 from ._grouped import (
     group_norm,
     group_norm_backward,
     instance_norm,
     instance_norm_backward,
-    rows_of,
 )
 from ._moments import Moments
 

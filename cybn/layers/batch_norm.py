@@ -86,13 +86,18 @@ class BatchNorm(Tracking):
     ValueError, TypeError
         If an argument is out of its range or of another type.
 
-    Notes ----- The layer refers to the input of a forward, without a copy, until the next forward
-    or backward. Do not change it in between, nor gamma, nor with an activation beta and the
-    residual; `backward` compares a few values and raises an error if they have changed. A forward
-    that overwrites its input (``out=x``) needs one array instead of two. Without an activation, or
-    with leaky_relu, backward recovers the input from y; with any other activation it raises an
-    error. If a call raises an error, nothing has changed. Several threads may share a layer: no
-    update of the running statistics is lost, and backward belongs to the last forward.
+    Notes
+    -----
+    The layer refers to the input of a forward, without a copy, until the next forward or backward.
+    Do not change it in between, nor gamma, nor with an activation beta and the residual; `backward`
+    compares a few values and raises an error if they have changed.
+
+    A forward that overwrites its input (``out=x``) needs one array instead of two. Without an
+    activation, or with leaky_relu, backward recovers the input from y; with any other activation it
+    raises an error.
+
+    If a call raises an error, nothing has changed. Several threads may share a layer: no update of
+    the running statistics is lost, and backward belongs to the last forward.
 
     References
     ----------

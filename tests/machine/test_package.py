@@ -49,8 +49,9 @@ DOORS = {
     "_moments": {"_arguments", "_counts", "_dispatch", "_measuring", "_merging", "_runtime"},
     "_gradients": {"_moments", "_dispatch", "_words"},
     "functional": {"_gradients", "_moments", "_arguments", "_dispatch", "_words"},
-    "_grouped": {"functional", "_moments", "_arguments", "_dispatch", "_words"},
-    "family": {"_grouped", "_moments", "_arguments", "_dispatch"},
+    "_by_sample": {"functional", "_moments", "_arguments", "_dispatch"},
+    "_grouped": {"_by_sample", "_moments", "_arguments", "_words"},
+    "family": {"_by_sample", "_grouped", "_moments", "_arguments", "_dispatch"},
     "_sample_moments": {"_arguments", "_counts", "_merging", "_moments"},
     "_trials": {"_moments"},
     "layers": {

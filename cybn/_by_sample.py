@@ -1,0 +1,180 @@
+"""Group and instance normalization of a batch, with or without a mask.
+
+Without a mask the dispatch calls one kernel for the whole batch. With one, each sample has
+positions of its own, and goes through batch normalization by itself: a group of its channels is to
+that what a channel of a batch is.
+
+N = samples, G = groups of a sample, C = channels, K = C / G.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _dispatch, functional
+from ._arguments import F32, F64, check_eps, companion, tensor
+from ._dispatch.forms import Form, form_of
+from ._moments import Moments
+
+__all__ = ["backward", "forward", "rows_of"]
+
+Array: TypeAlias = NDArray[Any]
+Selected: TypeAlias = tuple[ArrayLike | None, ArrayLike | None, str]  # mask, lengths, masked
+Settings: TypeAlias = tuple[int, int, float]  # axis, groups or 0, eps
+
+
+def rows_of(form: Form, moments: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and M2 of the rows of x; an error where these are not its moments."""
+    _check_moments(moments, form, form.size)
+    return moments.mean, moments.m2
+
+
+def _check_moments(moments: Any, form: Form, count: int | NDArray[np.int64]) -> None:
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments is of type {type(moments).__name__}; it must be the Moments that the "
+            "forward returned for x"
+        )
+    if len(moments) != form.rows or not np.array_equal(moments.count, count):
+        raise ValueError(
+            f"moments has {len(moments)} rows of {moments.count} values; x has {form.rows} of "
+            f"{count}. Give the Moments that the forward returned for this x"
+        )
+
+
+def forward(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, Moments]:
+    """Normalize the whole batch at once or, where a mask differs by sample, one by one."""
+    samples = _samples_of(x, settings, selected)
+    if samples is None:
+        return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
+    x, form, keep, counts = samples
+    y = _dispatch.destination(out, x, (gamma, beta))
+    options = form.axis, settings[2], None, 0.0
+    means, squares = [], []
+    for i in range(len(x)):
+        one = slice(i, i + 1)
+        within = _split(keep[one], form), None, None, "normalize"
+        found = _dispatch.statistics(_split(x[one], form), form.axis, within, num_threads)
+        mean, var = _by_channel(found, form)
+        chosen = keep[one], None, None, selected[2]
+        _dispatch.inference(
+            x[one], mean, var, gamma, beta, None, options, chosen, y[one], num_threads
+        )
+        means.append(found.mean)
+        squares.append(found.m2)
+    return y, Moments(counts, np.concatenate(means), np.concatenate(squares))
+
+
+def backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Any,
+    gamma: ArrayLike | None,
+    settings: Settings,
+    selected: Selected,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dgamma and dbeta: of the whole batch at once, or one sample after the other."""
+    samples = _samples_of(x, settings, selected)
+    if samples is None:
+        return _dispatch.normalize_rows_backward(
+            dy, x, rows_of, moments, gamma, settings, True, out, num_threads
+        )
+    x, form, keep, counts = samples
+    dy = companion("dy", dy, x)
+    _check_moments(moments, form, counts)
+    scale, result = _scale(gamma, form, x.dtype)
+    dx = _dispatch.destination(out, x, (dy, scale))
+    ones, sums = np.ones(form.values), np.zeros((2, form.values))  # sums come in float64
+    options = form.axis, settings[2], None, 0.0
+    for i in range(len(x)):
+        one, rows = slice(i, i + 1), slice(i * form.groups, (i + 1) * form.groups)
+        own = Moments(int(counts[rows][0]), moments.mean[rows], moments.m2[rows])
+        chosen = keep[one], None, None, selected[2]
+        _, *found = _dispatch.backward(
+            dy[one], x[one], _by_channel(own, form), ones, None, None, options, chosen, False,
+            None, None, num_threads,
+        )  # fmt: skip
+        with np.errstate(all="ignore"):  # what is beyond a half type is infinite
+            g = dy[one] if gamma is None else dy[one] * scale.reshape(_along(form.axis, x.ndim))
+            g, part = (_split(v.astype(scale.dtype, copy=False), form) for v in (g, x[one]))
+            chosen = _split(keep[one], form), None, None, selected[2]
+            dz, *_ = _dispatch.backward(
+                g, part, own, None, None, None, options, chosen, False, None, None, num_threads
+            )
+            dx[one] = dz.reshape(dx[one].shape)
+            sums += found
+    with np.errstate(all="ignore"):
+        dgamma, dbeta = sums.astype(result)
+    return dx, dgamma, dbeta
+
+
+def _samples_of(
+    x: ArrayLike, settings: Settings, selected: Selected
+) -> tuple[Array, Form, NDArray[np.bool_], NDArray[np.int64]] | None:
+    """Return x, its form, which positions count, and how many values of each row; None: all."""
+    (axis, groups, eps), (mask, lengths, masked) = settings, selected
+    functional.is_zero(masked)  # known, or an error
+    if mask is None and lengths is None:
+        return None
+    x = tensor("x", x)
+    form = form_of(x.shape, axis, groups)
+    positions = _dispatch.choose(x.shape, form.axis, mask, None, lengths)
+    if positions is None:
+        return None
+    check_eps(eps)
+    keep, each = positions.shares, form.values // form.groups
+    counts = each * np.count_nonzero(keep.reshape(len(x), -1), axis=1)
+    for i in np.flatnonzero(counts < 2)[:1]:
+        raise ValueError(
+            f"mask or lengths leave {counts[i]} of {form.size} values a "
+            f"{'channel' if each == 1 else 'group'} in sample {i}; at least 2 must count, as one "
+            "value has no variance. Leave that sample out, or let more of its positions count"
+        )
+    return x, form, keep, np.repeat(counts, form.groups)
+
+
+def _split(part: Array, form: Form) -> Array:
+    """Return a view with the channel axis split into groups and the channels of each."""
+    axis, channels = form.axis, part.shape[form.axis]
+    groups = form.groups if channels > 1 else 1
+    return part.reshape(*part.shape[:axis], groups, channels // groups, *part.shape[axis + 1 :])
+
+
+def _along(axis: int, ndim: int) -> tuple[int, ...]:
+    """Return the shape of one value a channel beside an x of `ndim` axes."""
+    return tuple(-1 if i == axis else 1 for i in range(ndim))
+
+
+def _by_channel(moments: Moments, form: Form) -> tuple[Array, Array]:
+    """Return mean and variance of each channel, of those of each group."""
+    each = form.values // form.groups
+    return np.repeat(moments.mean, each), np.repeat(moments.var(), each)
+
+
+def _scale(
+    gamma: ArrayLike | None, form: Form, dtype: np.dtype[Any]
+) -> tuple[Array, np.dtype[Any]]:
+    """Return gamma in the type that is computed in, and the type of its gradient."""
+    computed = F64 if dtype == F64 else F32
+    if gamma is None:
+        return np.ones(form.values, computed), computed
+    given = tensor("gamma", gamma, half=False)
+    if given.shape != form.shape:
+        raise ValueError(
+            f"gamma has shape {given.shape}; it must have shape {form.shape}, one value a channel"
+        )
+    with np.errstate(all="ignore"):
+        return given.astype(computed), given.dtype
