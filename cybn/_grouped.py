@@ -141,7 +141,9 @@ def group_norm_backward(
     array([6., 6., 6., 6.])
     """
     settings = axis, integer_from("num_groups", num_groups), eps
-    return _by_sample.backward(dy, x, moments, gamma, settings, (mask, lengths, masked), out, num_threads)
+    return _by_sample.backward(
+        dy, x, moments, gamma, settings, (mask, lengths, masked), out, num_threads
+    )
 
 
 # ---- instance normalization --------------------------------------------------------------
