@@ -34,11 +34,12 @@ from libc.string cimport memcpy, memset
 from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    BFLOAT16, FLOAT16, FLUSH, LANES, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
     gather, on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
-    dot_columns, dot_run, lanes_of, scale, sum_columns, sum_run, unscale)
+    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, Seam,
+    dot_columns, dot_run, has_lines, hold_nothing, lanes_of, let_go, scale, sum_columns, sum_run,
+    unscale)
 from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
     SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem,
@@ -46,6 +47,7 @@ from cybn._kernels.problem cimport (
 from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
+from cybn._kernels.tasks cimport Tasks, deal, next_task
 from cybn._kernels.waiting cimport begun, ended
 
 cdef enum:
@@ -572,44 +574,37 @@ cdef inline const char* padded(const char* row, Py_ssize_t bytes, char* room) no
     return room
 
 
-cdef inline void apply_rows(
-    const Job* job, Py_ssize_t step,
-    Py_ssize_t n0,
-    Py_ssize_t n1,              # another row, or the same
-    Py_ssize_t i, Py_ssize_t w, const T* co, const T* kink,
+cdef inline void apply_row(
+    const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i, Py_ssize_t w, const T* co,
+    const T* kink, Seam* seam,
 ) noexcept nogil:
-    """y or dx of values i..i + w of rows n0 and n1, of a run of n0, straight from memory."""
+    """y or dx of values i..i + w of row n, straight from memory."""
     cdef const Problem* p = job.p
-    cdef const Rows* sources[3]
-    cdef Lines lines[3]
-    cdef char* y0 = place(&p.y, p, n0, i)
-    cdef char* y1 = place(&p.y, p, n1, i)
-    cdef char rooms[8][STRIP]
-    cdef Py_ssize_t k, bytes = w * p.item, most = max(w, lanes_of(co[0]))
+    cdef char rooms[4][STRIP]
+    cdef char* y = place(&p.y, p, n, i)
+    cdef const char* x = place(&p.x, p, n, i)
+    cdef const char* g = place(gradients(job), p, n, i)
+    cdef const char* r = NULL
+    cdef Py_ssize_t bytes = w * p.item, most = max(w, lanes_of(co[0]))
     cdef Way way = job.r.way
-    sources = [&p.x, gradients(job), &p.residual]
-    for k in range(3):
-        if sources[k].at == NULL:
-            continue
-        lines[k].at[0], lines[k].at[1] = place(sources[k], p, n0, i), place(sources[k], p, n1, i)
-        if w < most:
-            lines[k].at[0] = padded(lines[k].at[0], bytes, rooms[2 * k])
-            lines[k].at[1] = padded(lines[k].at[1], bytes, rooms[2 * k + 1])
+    if p.apply == SCALE_DY:     # dx as scale has y, of dy
+        x, co = g, co + K
+    if p.apply == SCALE and p.residual.at != NULL:
+        r = place(&p.residual, p, n, i)
     if w < most:
-        y0, y1 = rooms[6], rooms[7]
-        way = PLAIN if way == STREAM else way
-    if way == STREAM and n0 != n1 and (n1 - n0) * p.y.pitch % LINE:
-        way = PLAIN             # lines of the two rows begin at different columns
+        x = padded(x, bytes, rooms[0])
+        g = padded(g, bytes, rooms[1]) if p.apply == UNSCALE else x
+        r = padded(r, bytes, rooms[2]) if r != NULL else NULL
+        y = rooms[3]
+    if way == STREAM and not has_lines(w, co[0]):
+        way = PLAIN
     if p.apply == UNSCALE:
-        unscale(way, step, job.r.bend, &lines[1], &lines[0], y0, y1, most, co, kink)
+        unscale(way, step, job.r.bend, g, x, y, most, co, kink, seam)
     else:
-        scale(way, step, &lines[0 if p.apply == SCALE else 1],
-              &lines[2] if p.residual.at != NULL and p.apply == SCALE else NULL, y0, y1, most,
-              co if p.apply == SCALE else co + K, job.r.clamped and p.apply == SCALE,
-              <T> job.r.low, <T> job.r.high)
+        scale(way, step, x, r, y, most, co, job.r.clamped and p.apply == SCALE, <T> job.r.low,
+              <T> job.r.high, seam)
     if w < most:
-        memcpy(place(&p.y, p, n1, i), y1 if step else y0, bytes)
-        memcpy(place(&p.y, p, n0, i), y0, bytes)
+        memcpy(place(&p.y, p, n, i), y, bytes)
 
 
 cdef void write_piece(
@@ -624,7 +619,9 @@ cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
     cdef T co[COEFFICIENTS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
+    cdef Seam seam
     cdef Py_ssize_t n, c, i, j, length = t.s1 - t.s0
+    hold_nothing(&seam)
     coefficients(job, False, t.c0, t.c1 - t.c0, co)
     kinks(job.p, kink)
     for n in range(t.n1 - 1, t.n0 - 1, -1):
@@ -635,7 +632,8 @@ cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
                     write_piece(job, n, i + j * STAGED, min(STAGED, length - j * STAGED), co + c,
                                 0, room)
             else:
-                apply_rows(job, 0, n, n, i, length, co + c, kink)
+                apply_row(job, 0, n, i, length, co + c, kink, &seam)
+    let_go(&seam)
 
 
 cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows) noexcept nogil:
@@ -658,9 +656,11 @@ cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nog
     cdef T kink[4]
     cdef Py_ssize_t m = t.c1 - t.c0, w = m * job.p.S, i = t.c0 * job.p.S, g, n, end
     cdef Py_ssize_t step = rows_as_one(job, w, t.n1 - t.n0)
-    cdef Py_ssize_t group = max(2, GROUP // (w * step)) * step
-    cdef bint two, staged = job.r.apply_from == STAGED_PIECES
+    cdef Py_ssize_t group = max(1, GROUP // (w * step)) * step
+    cdef bint staged = job.r.apply_from == STAGED_PIECES
     cdef T* co = on_line(&array[0], place(&job.p.y, job.p, t.n0, i))
+    cdef Seam seam
+    hold_nothing(&seam)
     columns_of(job, False, t.c0, m, step, co)
     kinks(job.p, kink)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
@@ -669,11 +669,10 @@ cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nog
         while n < end:
             if staged:
                 write_piece(job, n, i, w * min(step, end - n), co, 1, room)
-                n += step
             else:
-                two = n + 2 * step <= end
-                apply_rows(job, 1, n, n + step if two else n, i, w * min(step, end - n), co, kink)
-                n += 2 * step if two else step
+                apply_row(job, 1, n, i, w * min(step, end - n), co, kink, &seam)
+            n += step
+    let_go(&seam)
 
 
 cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
@@ -687,11 +686,29 @@ cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
 
 # ---- who does what -----------------------------------------------------------------------
 
+cdef enum Loop:
+    FIND_PIVOTS             # a task is a part of the channels
+    REDUCE                  # a chunk of a block
+    FINISH                  # a part of the channels
+    APPLY                   # a tile of a block
+    ALL_STEPS               # a block
+
+
+cdef Py_ssize_t count_tasks(const Job* job, Loop loop) noexcept nogil:
+    """How many tasks a loop has; none where a problem does not ask for it."""
+    if loop == ALL_STEPS:
+        return job.t.blocks
+    if loop == APPLY:
+        return job.t.blocks * job.t.apply_rows * job.t.apply_cols if job.p.apply != NO_WRITE else 0
+    if job.p.reduce == NO_SUMS or (loop == FIND_PIVOTS and job.p.reduce != SUMS):
+        return 0
+    return job.t.blocks * job.p.chunks if loop == REDUCE else ceiling(job.p.C, PART)
+
+
 cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
-    """All three steps for one block of channels."""
+    """All steps for one block of channels."""
     cdef Tile t = tile_of(job, block, 1, 1, 0)
     cdef Py_ssize_t k
-    cdef double since = begun(job.p.watch)
     if job.p.reduce != NO_SUMS:
         if job.p.reduce == SUMS:
             find_pivots(job, t.c0, t.c1, of_type)
@@ -702,68 +719,68 @@ cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
     if job.p.apply != NO_WRITE:
         t = tile_of(job, block, 1, 1, 0)
         apply_tile(job, &t, of_type)
-    ended(job.p.watch, since)
 
 
-cdef void shared_tile(const Job* job, bint first, Py_ssize_t i, T of_type) noexcept nogil:
-    """Tile i of the first pass, or of the second."""
-    cdef Py_ssize_t blocks = job.t.blocks
-    cdef double since = begun(job.p.watch)
+cdef void do_task(const Job* job, Loop loop, Py_ssize_t i, T of_type) noexcept nogil:
+    cdef Py_ssize_t blocks = job.t.blocks, c0 = i * PART, c1 = min(c0 + PART, job.p.C)
     cdef Tile t
-    if first:
+    if loop == ALL_STEPS:
+        own_block(job, i, of_type)
+    elif loop == FIND_PIVOTS:
+        find_pivots(job, c0, c1, of_type)
+    elif loop == FINISH:
+        finish(job, c0, c1, of_type)
+    elif loop == REDUCE:
         t = tile_of(job, i % blocks, job.t.chunk_rows, job.t.chunk_cols, i // blocks)
         reduce_tile(job, &t, i // blocks, of_type)
     else:
         t = tile_of(job, i % blocks, job.t.apply_rows, job.t.apply_cols, i // blocks)
         apply_tile(job, &t, of_type)
-    ended(job.p.watch, since)
 
 
-cdef void shared_part(const Job* job, bint pivots, Py_ssize_t i, T of_type) noexcept nogil:
-    """Part i of what is done a channel: pivots, or finish."""
-    cdef Py_ssize_t c0 = i * PART, c1 = min(c0 + PART, job.p.C)
-    cdef double since = begun(job.p.watch)
-    if pivots:
-        find_pivots(job, c0, c1, of_type)
-    else:
-        finish(job, c0, c1, of_type)
-    ended(job.p.watch, since)
-
-
-cdef void share(const Job* job, T of_type) noexcept nogil:
-    """Each step by all threads, in one region; each loop waits for the one before."""
-    cdef Py_ssize_t i, parts = ceiling(job.p.C, PART), tasks = job.t.blocks * job.p.chunks
-    cdef Py_ssize_t writes = job.t.blocks * job.t.apply_rows * job.t.apply_cols
-    cdef int nt = job.t.threads
-    with parallel(num_threads=nt, use_threads_if=nt > 1):
-        if job.p.reduce == SUMS:
-            for i in prange(parts, schedule="static"):
-                shared_part(job, True, i, of_type)
-        if job.p.reduce != NO_SUMS:
-            for i in prange(tasks, schedule="dynamic"):
-                shared_tile(job, True, i, of_type)
-            for i in prange(parts, schedule="static"):
-                shared_part(job, False, i, of_type)
-        if job.p.apply != NO_WRITE:
-            for i in prange(writes, schedule="dynamic"):
-                shared_tile(job, False, writes - 1 - i, of_type)
+cdef void work(
+    const Job* job, Loop loop,
+    Tasks* tasks,               # IO  (loops,)
+    Py_ssize_t thread, T of_type,
+) noexcept nogil:
+    """What one thread does of a loop."""
+    cdef Tasks* mine = tasks + <int> loop
+    cdef Py_ssize_t emptied = 0, i = next_task(mine, thread, &emptied)
+    cdef double since
+    while i >= 0:
+        since = begun(job.p.watch)
+        do_task(job, loop, i, of_type)
+        ended(job.p.watch, since)
+        i = next_task(mine, thread, &emptied)
 
 
 cdef void run(const Problem* p, T of_type) noexcept nogil:
+    """A thread owns blocks, or each loop is shared and waits for the one before."""
     cdef Job job
-    cdef Py_ssize_t i
+    cdef Tasks tasks[5]
+    cdef int k, t, nt
     job.p = p
     job.t = tiling_of(p, &caches)
     job.r = route_of(p, &job.t, &caches)
     check(job.t.chunk_rows * job.t.chunk_cols == p.chunks)
-    if not job.t.owned:
-        share(&job, of_type)
-    elif job.t.threads == 1:
-        for i in range(job.t.blocks):
-            own_block(&job, i, of_type)
+    nt = job.t.threads
+    for k in range(<int> ALL_STEPS + 1):
+        deal(&tasks[k], count_tasks(&job, <Loop> k), nt, k == APPLY)
+    if nt == 1 and job.t.owned:
+        work(&job, ALL_STEPS, tasks, 0, of_type)
+    elif job.t.owned:
+        for t in prange(nt, schedule="static", num_threads=nt):
+            work(&job, ALL_STEPS, tasks, t, of_type)
     else:
-        for i in prange(job.t.blocks, schedule="dynamic", num_threads=job.t.threads):
-            own_block(&job, i, of_type)
+        with parallel(num_threads=nt, use_threads_if=nt > 1):
+            for t in prange(nt, schedule="static"):
+                work(&job, FIND_PIVOTS, tasks, t, of_type)
+            for t in prange(nt, schedule="static"):
+                work(&job, REDUCE, tasks, t, of_type)
+            for t in prange(nt, schedule="static"):
+                work(&job, FINISH, tasks, t, of_type)
+            for t in prange(nt, schedule="static"):
+                work(&job, APPLY, tasks, t, of_type)
 
 
 # ---- what the dispatch calls -------------------------------------------------------------

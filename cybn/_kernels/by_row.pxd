@@ -17,7 +17,8 @@ from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
     LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write)
-from cybn._kernels.loops cimport Ends, end_of_run, ends_of, lanes_of, put
+from cybn._kernels.loops cimport (
+    Ends, Seam, end_of_run, ends_of, lanes_of, put, put_head, put_rest)
 
 cdef enum:
     HI_OF_ROW = 0           # where the constants of a row stand
@@ -118,6 +119,18 @@ cdef inline void row_dots(
     flush(b, acc + WIDE)
 
 
+cdef inline void put_end(
+    bint stream, bint first, Seam* seam, const char* end, Py_ssize_t bytes, char* y
+) noexcept nogil:
+    """Write what a row has before its whole strips, or after them."""
+    if not stream:
+        memcpy(y, end, bytes)
+    elif first:
+        put_head(seam, end, bytes, y)
+    else:
+        put_rest(seam, end, bytes, y)
+
+
 cdef inline void row_scale(
     Way way,                    # a constant; not STREAM, which `stream` says
     bint stream,
@@ -127,6 +140,7 @@ cdef inline void row_scale(
     char* y,                    # OUT (n,), may be x
     Py_ssize_t n,
     const T* row,               # IN  (ROW_TERMS,)
+    Seam* seam,                 # IO  where `stream`
 ) noexcept nogil:
     """y = ((x - hi) - lo) * r * gamma + beta"""
     cdef T v[LANES]
@@ -156,7 +170,7 @@ cdef inline void row_scale(
             v[j] = ((at_x[j] - hi) - lo) * r * g[j] + b[j]
         put(way, stream and 0 <= i < e.strips, v, y + at * item if m == lanes else at_end + STRIP)
         if m < lanes:
-            memcpy(y + at * item, at_end + STRIP, m * item)
+            put_end(stream, i < 0, seam, at_end + STRIP, m * item, y + at * item)
 
 
 cdef inline void row_unscale(
@@ -170,6 +184,7 @@ cdef inline void row_unscale(
     const T* row,               # IN  (ROW_TERMS,)
     T* a,                       # IO  (n,) sums of dy * xhat
     T* b,                       # IO  (n,) sums of dy
+    Seam* seam,                 # IO  where `stream`
 ) noexcept nogil:
     """dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r"""
     cdef T v[LANES]
@@ -212,6 +227,6 @@ cdef inline void row_unscale(
         put(way, stream and 0 <= i < e.strips, v,
             dx + at * item if m == lanes else at_end + 2 * STRIP)
         if m < lanes:
-            memcpy(dx + at * item, at_end + 2 * STRIP, m * item)
+            put_end(stream, i < 0, seam, at_end + 2 * STRIP, m * item, dx + at * item)
             memcpy(a + at, to_a, m * sizeof(T))
             memcpy(b + at, to_b, m * sizeof(T))

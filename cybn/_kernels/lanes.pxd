@@ -64,14 +64,6 @@ cdef extern from * nogil:
     #endif
     }
 
-    /* Have a line at hand that will be written in part: such a store waits until the line has
-       come, and those past the caches wait behind it. */
-    static inline void cybn_expect(const void *line) {
-    #if defined(__GNUC__)
-        __builtin_prefetch(line, 1);
-    #endif
-    }
-
     /* Make such stores visible to other threads before whatever comes next. */
     static inline void cybn_stream_end(void) {
     #if defined(__SSE2__)
@@ -80,7 +72,6 @@ cdef extern from * nogil:
     }
     """
     void stream_line "cybn_stream_line"(const void* source, void* to)
-    void expect "cybn_expect"(const void* line)
     void stream_end "cybn_stream_end"()
 
 

@@ -41,8 +41,8 @@ from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
     gather, read, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, lanes_of, scale,
-    sum_columns, sum_run, unscale)
+    A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, Seam, dot_columns, dot_run, has_lines,
+    hold_nothing, lanes_of, let_go, scale, sum_columns, sum_run, unscale)
 from cybn._kernels.problem cimport (
     ALONG, BRAIN, DOWN, FLOAT64, HALF, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
     STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
@@ -532,39 +532,30 @@ cdef inline void of_channel(
         co[Z] = <T> (beta - a * row.lo if row.lo != 0 else beta)
 
 
-cdef inline void apply_lines(
-    const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i0, Py_ssize_t i1, Py_ssize_t w,
-    const T* co,
+cdef inline void apply_line(
+    const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i, Py_ssize_t w, const T* co,
+    Seam* seam,
 ) noexcept nogil:
-    """y or dx of w values of sample n from values i0 and i1 on; of a run, from i0."""
+    """y or dx of values i..i + w of sample n."""
     cdef const RowProblem* p = job.p
-    cdef char rooms[6][STRIP]
-    cdef Lines x
-    cdef Lines dy
-    cdef char* y0 = place(&p.y, job, n, i0)
-    cdef char* y1 = place(&p.y, job, n, i1)
+    cdef char rooms[3][STRIP]
+    cdef const char* x = place(&p.x, job, n, i)
+    cdef const char* dy = place(&p.dy, job, n, i) if p.backward else x
+    cdef char* y = place(&p.y, job, n, i)
     cdef Py_ssize_t most = max(w, lanes_of(co[0])), bytes = w * p.item
     cdef Way way = job.way
-    x.at[0], x.at[1] = place(&p.x, job, n, i0), place(&p.x, job, n, i1)
-    dy.at[0], dy.at[1] = x.at[0], x.at[1]
-    if p.backward:
-        dy.at[0], dy.at[1] = place(&p.dy, job, n, i0), place(&p.dy, job, n, i1)
     if w < most:                # shorter than a strip: by way of copies
-        memcpy(rooms[0], x.at[0], bytes)
-        memcpy(rooms[1], x.at[1], bytes)
-        memcpy(rooms[2], dy.at[0], bytes)
-        memcpy(rooms[3], dy.at[1], bytes)
-        x.at[0], x.at[1], dy.at[0], dy.at[1] = rooms[0], rooms[1], rooms[2], rooms[3]
-        y0, y1 = rooms[4], rooms[5]
-    if way == STREAM and (w < most or (i1 - i0) * p.item % LINE):
+        memcpy(rooms[0], x, bytes)
+        memcpy(rooms[1], dy, bytes)
+        x, dy, y = rooms[0], rooms[1], rooms[2]
+    if way == STREAM and not has_lines(w, co[0]):
         way = PLAIN
     if p.backward:
-        unscale(way, step, STRAIGHT, &dy, &x, y0, y1, most, co, co)
+        unscale(way, step, STRAIGHT, dy, x, y, most, co, co, seam)
     else:
-        scale(way, step, &x, NULL, y0, y1, most, co, False, <T> (-INFINITY), <T> INFINITY)
+        scale(way, step, x, NULL, y, most, co, False, <T> (-INFINITY), <T> INFINITY, seam)
     if w < most:
-        memcpy(place(&p.y, job, n, i1), y1 if step else y0, bytes)
-        memcpy(place(&p.y, job, n, i0), y0, bytes)
+        memcpy(place(&p.y, job, n, i), y, bytes)
 
 
 cdef void apply_runs(
@@ -575,11 +566,14 @@ cdef void apply_runs(
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t at = g * p.D + t * job.t.tile, w
     cdef Py_ssize_t end = g * p.D + min(p.D, (t + 1) * job.t.tile)
+    cdef Seam seam
+    hold_nothing(&seam)
     while at < end:
         w = min(p.S - at % p.S, end - at)
         of_channel(job, row, at // p.S, co)
-        apply_lines(job, 0, n, at, at, w, co)
+        apply_line(job, 0, n, at, w, co, &seam)
         at += w
+    let_go(&seam)
 
 
 cdef void apply_along(
@@ -599,7 +593,9 @@ cdef void apply_along(
     cdef const char* x
     cdef const char* dy
     cdef char* y
-    cdef bint stream = job.way == STREAM
+    cdef bint stream = job.way == STREAM and has_lines(m, of_type)
+    cdef Seam seam
+    hold_nothing(&seam)
     if p.backward:
         clear(a, m)
         clear(b, m)
@@ -612,19 +608,20 @@ cdef void apply_along(
         x, y = place(&p.x, job, n, at), place(&p.y, job, n, at)
         if not p.backward:
             if T is float and job.way == FLOAT16:
-                row_scale(FLOAT16, False, x, gamma, beta, y, m, terms)
+                row_scale(FLOAT16, False, x, gamma, beta, y, m, terms, &seam)
             elif T is float and job.way == BFLOAT16:
-                row_scale(BFLOAT16, False, x, gamma, beta, y, m, terms)
+                row_scale(BFLOAT16, False, x, gamma, beta, y, m, terms, &seam)
             else:
-                row_scale(PLAIN, stream, x, gamma, beta, y, m, terms)
+                row_scale(PLAIN, stream, x, gamma, beta, y, m, terms, &seam)
             continue
         dy = place(&p.dy, job, n, at)
         if T is float and job.way == FLOAT16:
-            row_unscale(FLOAT16, False, dy, x, gamma, y, m, terms, a, b)
+            row_unscale(FLOAT16, False, dy, x, gamma, y, m, terms, a, b, &seam)
         elif T is float and job.way == BFLOAT16:
-            row_unscale(BFLOAT16, False, dy, x, gamma, y, m, terms, a, b)
+            row_unscale(BFLOAT16, False, dy, x, gamma, y, m, terms, a, b, &seam)
         else:
-            row_unscale(PLAIN, stream, dy, x, gamma, y, m, terms, a, b)
+            row_unscale(PLAIN, stream, dy, x, gamma, y, m, terms, a, b, &seam)
+    let_go(&seam)
     if p.backward:
         gather(a, m // p.S, p.S, 1, dgamma + c)
         gather(b, m // p.S, p.S, 1, dbeta + c)
@@ -637,10 +634,12 @@ cdef void apply_channels(
     """y or dx of m channels of positions s0..s1: down in stretches, up in each of them."""
     cdef T co[COEFFICIENTS]
     cdef const RowProblem* p = job.p
-    cdef Py_ssize_t C = p.G * p.K, c, i, s, slot, two
+    cdef Py_ssize_t C = p.G * p.K, c, i, s, slot
     cdef Py_ssize_t step = max(1, min(TILE // C, (s1 - s0) // 32)), end
     cdef Py_ssize_t stretch = ceiling(STRETCH_OF_RUNS, m * step) * step
     cdef Row row
+    cdef Seam seam
+    hold_nothing(&seam)
     for c in range(c0, c0 + m):
         if c == c0 or c % p.K == 0:
             row = of_row(job, n * p.G + c // p.K, <T> 0)
@@ -651,9 +650,9 @@ cdef void apply_channels(
         s = s0 + i * stretch
         end = min(s + stretch, s1)
         while s < end:
-            two = step if s + 2 * step <= end else 0
-            apply_lines(job, 1, n, s * C + c0, (s + two) * C + c0, m * min(step, end - s), co)
-            s += step + two
+            apply_line(job, 1, n, s * C + c0, m * min(step, end - s), co, &seam)
+            s += step
+    let_go(&seam)
 
 
 cdef void apply(

@@ -11,19 +11,22 @@
 #
 # a. Coefficients. `step` is 0 for a run, whose values have one channel and so one hi, a, k, b, z,
 #    and 1 for columns, which have one each. It is a constant, so both forms come from one loop.
-# b. Rows. Column sums are loaded and stored once for four rows (sums) or two (dots), coefficients
-#    once for two rows. A run is a table of one strip a row.
+# b. Rows. Column sums are loaded and stored once for many rows, four of which (sums) or two (dots)
+#    are added at a time. A run is a table of one strip a row.
 # c. Order. A lane of a run, and a column, collect at most FLUSH values before they go to float64:
 #    rounding in float32 cannot build up over a long channel.
 # d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds
 #    to that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
 #    reads nothing beyond a row. Rows shorter than a strip are copied to one.
+# e. Seams. Past the caches only whole lines are quick: one written in part has to come from memory
+#    first, and what follows waits for it. So the line in which a row ends is held until the next
+#    row, if that begins there, has completed it.
 
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, expect, flush,
-    item_of, read, stream_line, write)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of, read,
+    stream_line, write)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
@@ -79,6 +82,11 @@ cdef inline Py_ssize_t lanes_of(T of_type) noexcept nogil:
 
 cdef struct Ends:               # of a row: what does not fill whole strips that begin on a line
     Py_ssize_t head, strips, rest, lanes
+
+
+cdef inline bint has_lines(Py_ssize_t w, T of_type) noexcept nogil:
+    """Whether a row has a whole strip that begins on a line, wherever it begins."""
+    return w * <Py_ssize_t> sizeof(T) >= STRIP + LINE
 
 
 cdef inline Ends ends_of(const char* row, bint align, Py_ssize_t w, T of_type) noexcept nogil:
@@ -378,6 +386,43 @@ cdef inline void dot_run(
 
 # ---- where results go --------------------------------------------------------------------
 
+cdef struct Seam:               # the line in which one row ends and the next begins
+    char line[LINE]
+    char* at                    # where it goes
+    Py_ssize_t held             # bytes of it that are known and not written yet
+
+
+cdef inline void hold_nothing(Seam* seam) noexcept nogil:
+    seam.at, seam.held = seam.line, 0
+
+
+cdef inline void let_go(Seam* seam) noexcept nogil:
+    """Write what is held of a line whose rest is not coming."""
+    memcpy(seam.at, seam.line, seam.held)
+    seam.held = 0
+
+
+cdef inline void put_head(Seam* seam, const char* head, Py_ssize_t bytes, char* y) noexcept nogil:
+    """Write what a row has before its first whole line, with the end of the row before it."""
+    if bytes and seam.held + bytes == LINE and seam.at + seam.held == y:
+        memcpy(seam.line + seam.held, head, bytes)
+        stream_line(seam.line, seam.at)
+        seam.held = 0
+    else:
+        let_go(seam)
+        memcpy(y, head, bytes)
+
+
+cdef inline void put_rest(Seam* seam, const char* rest, Py_ssize_t bytes, char* y) noexcept nogil:
+    """Write what follows the last whole strip, from the beginning of a line; hold half a line."""
+    let_go(seam)
+    if bytes >= LINE:
+        stream_line(rest, y)
+        rest, y, bytes = rest + LINE, y + LINE, bytes - LINE
+    memcpy(seam.line, rest, bytes)
+    seam.at, seam.held = y, bytes
+
+
 cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
     """Write a strip."""
     if stream:
@@ -386,48 +431,18 @@ cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
         write(way, v, y, lanes_of(v[0]))
 
 
-cdef inline void expect_ends(
-    Py_ssize_t bytes, Py_ssize_t step, const char* y0, const char* y1
-) noexcept nogil:
-    """Have the ends of the next rows at hand; those of a run's neighbour."""
-    cdef Py_ssize_t apart = y1 - y0
-    if step:
-        expect(y1 + apart)
-        expect(y1 + apart + bytes - 1)
-        expect(y1 + 2 * apart)
-        expect(y1 + 2 * apart + bytes - 1)
-    else:
-        expect(y0 + 2 * bytes - 1)
-
-
-cdef inline void put_ends(
-    Ends e, bint stream, Py_ssize_t item, Py_ssize_t w,
-    const char* ends,           # IN  (2, STRIP) the first strip of a row, and its last
-    char* y,                    # OUT (w,) what of it no whole strip has
-) noexcept nogil:
-    cdef Py_ssize_t rest = e.rest * item
-    if e.head:
-        memcpy(y, ends, e.head * item)
-    if rest:
-        ends += STRIP + e.lanes * item - rest
-        y += w * item - rest
-        if stream and rest >= LINE:
-            stream_line(ends, y)
-            ends, y, rest = ends + LINE, y + LINE, rest - LINE
-        memcpy(y, ends, rest)
-
-
 # ---- scale -------------------------------------------------------------------------------
 
 cdef inline void scale_strip(
-    Way way, Py_ssize_t step, bint clamped, bint added,
+    Way way, Py_ssize_t step, bint clamped, bint added, bint stream,
     const char* x,              # IN  (lanes,)
     const char* r,              # IN  (lanes,)
-    T* v,                       # OUT (lanes,)
+    char* y,                    # OUT (lanes,)
     const T* restrict co,       # IN  HI, A and Z of columns, or of one
     T low, T high,
 ) noexcept nogil:
     cdef T room[2 * LANES]
+    cdef T v[LANES]
     cdef T z
     cdef const T* at_x = read(way, x, lanes_of(low), room)
     cdef const T* at_r = read(way, r, lanes_of(low), room + LANES) if added else at_x
@@ -437,169 +452,141 @@ cdef inline void scale_strip(
         if added:
             z = z + at_r[j]
         v[j] = clamp(z, low, high) if clamped else z
+    put(way, stream, v, y)
 
 
-cdef inline void scale_rows(
-    Way way, Py_ssize_t step, bint clamped, bint added, bint stream, const char* x0, const char* x1,
-    const char* r0, const char* r1, char* y0, char* y1, Py_ssize_t w, const T* co, T low, T high,
+cdef inline void scale_row(
+    Way way, Py_ssize_t step, bint clamped, bint added, bint stream, const char* x, const char* r,
+    char* y, Py_ssize_t w, const T* co, T low, T high, Seam* seam,
 ) noexcept nogil:
-    """Two rows of at least a strip; of a run, one."""
-    cdef T v0[LANES]
-    cdef T v1[LANES]
-    cdef char ends[4 * STRIP]
-    cdef Ends e = ends_of(y0, stream, w, low)
-    cdef Py_ssize_t lanes = lanes_of(low), item = item_of(way, low), i, at
+    cdef char head[STRIP]
+    cdef char rest[STRIP]
+    cdef Ends e = ends_of(y, stream, w, low)
+    cdef Py_ssize_t item = item_of(way, low), last = w - e.lanes, i, at
+    if e.head:
+        scale_strip(way, step, clamped, added, False, x, r, head, co, low, high)
+    if e.rest:
+        scale_strip(way, step, clamped, added, False, x + last * item, r + last * item, rest,
+                    co + last * step, low, high)
     if stream:
-        expect_ends(w * item, step, y0, y1)
-    for i in range(2):
-        at = 0 if i == 0 else w - lanes
-        if (e.head if i == 0 else e.rest) == 0:
-            continue
-        scale_strip(way, step, clamped, added, x0 + at * item, r0 + at * item, v0, co + at * step,
-                    low, high)
-        write(way, v0, &ends[i * STRIP], lanes)
-        if step:
-            scale_strip(way, step, clamped, added, x1 + at * item, r1 + at * item, v1,
-                        co + at * step, low, high)
-            write(way, v1, &ends[(2 + i) * STRIP], lanes)
+        put_head(seam, head, e.head * item, y)
     for i in range(e.strips):
-        at = e.head + i * lanes
-        scale_strip(way, step, clamped, added, x0 + at * item, r0 + at * item, v0, co + at * step,
-                    low, high)
-        if step:
-            scale_strip(way, step, clamped, added, x1 + at * item, r1 + at * item, v1,
-                        co + at * step, low, high)
-        put(way, stream, v0, y0 + at * item)
-        if step:
-            put(way, stream, v1, y1 + at * item)
-    put_ends(e, stream, item, w, ends, y0)
-    if step:
-        put_ends(e, stream, item, w, &ends[2 * STRIP], y1)
+        at = e.head + i * e.lanes
+        scale_strip(way, step, clamped, added, stream, x + at * item, r + at * item, y + at * item,
+                    co + at * step, low, high)
+    at = w - e.rest
+    if stream:
+        put_rest(seam, rest + (e.lanes - e.rest) * item, e.rest * item, y + at * item)
+    else:
+        memcpy(y + at * item, rest + (e.lanes - e.rest) * item, e.rest * item)
 
 
 cdef inline void scale(
     Way way,
-    Py_ssize_t step,            # a constant; 0 takes the first row alone
-    const Lines* x,             # IN  (2, w), of at least a strip
-    const Lines* r,             # IN  (2, w) residual, or NULL
-    char* y0,                   # OUT (w,), may be x or r
-    char* y1,                   # OUT (w,), may be y0 where the rows are one
+    Py_ssize_t step,            # a constant
+    const char* x,              # IN  (w,), of at least a strip; where STREAM, and a line
+    const char* r,              # IN  (w,) residual, or NULL
+    char* y,                    # OUT (w,), may be x or r
     Py_ssize_t w,
     const T* co,                # IN  HI, A and Z
     bint clamped,
     T low,                      # infinite where there is no clamping
     T high,
+    Seam* seam,                 # IO  where STREAM; to be let go at the end
 ) noexcept nogil:
     """y = (x - hi) * a + z + residual, clamped to low..high"""
-    cdef const char* x0 = x.at[0]
-    cdef const char* x1 = x.at[1]
     cdef bint stream = way == STREAM
     if r != NULL:
         if T is float and way == FLOAT16:
-            scale_rows(FLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
-                       low, high)
+            scale_row(FLOAT16, step, True, True, False, x, r, y, w, co, low, high, seam)
         elif T is float and way == BFLOAT16:
-            scale_rows(BFLOAT16, step, True, True, False, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
-                       low, high)
+            scale_row(BFLOAT16, step, True, True, False, x, r, y, w, co, low, high, seam)
         else:
-            scale_rows(PLAIN, step, True, True, stream, x0, x1, r.at[0], r.at[1], y0, y1, w, co,
-                       low, high)
+            scale_row(PLAIN, step, True, True, stream, x, r, y, w, co, low, high, seam)
     elif T is float and way == FLOAT16:
-        scale_rows(FLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
+        scale_row(FLOAT16, step, True, False, False, x, x, y, w, co, low, high, seam)
     elif T is float and way == BFLOAT16:
-        scale_rows(BFLOAT16, step, True, False, False, x0, x1, x0, x1, y0, y1, w, co, low, high)
+        scale_row(BFLOAT16, step, True, False, False, x, x, y, w, co, low, high, seam)
     elif clamped:
-        scale_rows(PLAIN, step, True, False, stream, x0, x1, x0, x1, y0, y1, w, co, low, high)
+        scale_row(PLAIN, step, True, False, stream, x, x, y, w, co, low, high, seam)
     else:
-        scale_rows(PLAIN, step, False, False, stream, x0, x1, x0, x1, y0, y1, w, co, low, high)
+        scale_row(PLAIN, step, False, False, stream, x, x, y, w, co, low, high, seam)
 
 
 # ---- unscale -----------------------------------------------------------------------------
 
 cdef inline void unscale_strip(
-    Way way, Py_ssize_t step, Bend bend,
+    Way way, Py_ssize_t step, Bend bend, bint stream,
     const char* dy,             # IN  (lanes,)
     const char* x,              # IN  (lanes,)
-    T* v,                       # OUT (lanes,)
+    char* dx,                   # OUT (lanes,)
     const T* restrict co,       # IN  HI, A, K, B and Z of columns, or of one
     const T* restrict kink,     # IN  (4,)
 ) noexcept nogil:
     cdef T room[2 * LANES]
+    cdef T v[LANES]
     cdef T d, g
-    cdef const T* at_x = read(way, x, lanes_of(v[0]), room)
-    cdef const T* at_dy = read(way, dy, lanes_of(v[0]), room + LANES)
+    cdef const T* at_x = read(way, x, lanes_of(co[0]), room)
+    cdef const T* at_dy = read(way, dy, lanes_of(co[0]), room + LANES)
     cdef Py_ssize_t j
-    for j in range(lanes_of(v[0])):
+    for j in range(lanes_of(co[0])):
         d = at_x[j] - co[HI + j * step]
         g = at_dy[j]
         if bend != STRAIGHT:
             g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], kink)
         v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
+    put(way, stream, v, dx)
 
 
-cdef inline void unscale_rows(
-    Way way, Py_ssize_t step, Bend bend, bint stream, const char* dy0, const char* dy1,
-    const char* x0, const char* x1, char* y0, char* y1, Py_ssize_t w, const T* co, const T* kink,
+cdef inline void unscale_row(
+    Way way, Py_ssize_t step, Bend bend, bint stream, const char* dy, const char* x, char* dx,
+    Py_ssize_t w, const T* co, const T* kink, Seam* seam,
 ) noexcept nogil:
-    """Two rows of at least a strip; of a run, one."""
-    cdef T v0[LANES]
-    cdef T v1[LANES]
-    cdef char ends[4 * STRIP]
-    cdef Ends e = ends_of(y0, stream, w, co[0])
-    cdef Py_ssize_t lanes = lanes_of(co[0]), item = item_of(way, co[0]), i, at
+    cdef char head[STRIP]
+    cdef char rest[STRIP]
+    cdef Ends e = ends_of(dx, stream, w, co[0])
+    cdef Py_ssize_t item = item_of(way, co[0]), last = w - e.lanes, i, at
+    if e.head:
+        unscale_strip(way, step, bend, False, dy, x, head, co, kink)
+    if e.rest:
+        unscale_strip(way, step, bend, False, dy + last * item, x + last * item, rest,
+                      co + last * step, kink)
     if stream:
-        expect_ends(w * item, step, y0, y1)
-    for i in range(2):
-        at = 0 if i == 0 else w - lanes
-        if (e.head if i == 0 else e.rest) == 0:
-            continue
-        unscale_strip(way, step, bend, dy0 + at * item, x0 + at * item, v0, co + at * step, kink)
-        write(way, v0, &ends[i * STRIP], lanes)
-        if step:
-            unscale_strip(way, step, bend, dy1 + at * item, x1 + at * item, v1, co + at * step,
-                          kink)
-            write(way, v1, &ends[(2 + i) * STRIP], lanes)
+        put_head(seam, head, e.head * item, dx)
     for i in range(e.strips):
-        at = e.head + i * lanes
-        unscale_strip(way, step, bend, dy0 + at * item, x0 + at * item, v0, co + at * step, kink)
-        if step:
-            unscale_strip(way, step, bend, dy1 + at * item, x1 + at * item, v1, co + at * step,
-                          kink)
-        put(way, stream, v0, y0 + at * item)
-        if step:
-            put(way, stream, v1, y1 + at * item)
-    put_ends(e, stream, item, w, ends, y0)
-    if step:
-        put_ends(e, stream, item, w, &ends[2 * STRIP], y1)
+        at = e.head + i * e.lanes
+        unscale_strip(way, step, bend, stream, dy + at * item, x + at * item, dx + at * item,
+                      co + at * step, kink)
+    at = w - e.rest
+    if stream:
+        put_rest(seam, rest + (e.lanes - e.rest) * item, e.rest * item, dx + at * item)
+    else:
+        memcpy(dx + at * item, rest + (e.lanes - e.rest) * item, e.rest * item)
 
 
 cdef inline void unscale(
     Way way,
-    Py_ssize_t step,            # a constant; 0 takes the first row alone
+    Py_ssize_t step,            # a constant
     Bend bend,                  # STRAIGHT for half types
-    const Lines* dy,            # IN  (2, w), of at least a strip
-    const Lines* x,             # IN  (2, w)
-    char* y0,                   # OUT (w,), may be dy or x
-    char* y1,                   # OUT (w,), may be y0 where the rows are one
+    const char* dy,             # IN  (w,), of at least a strip; where STREAM, and a line
+    const char* x,              # IN  (w,)
+    char* dx,                   # OUT (w,), may be dy or x
     Py_ssize_t w,
     const T* co,                # IN  HI, A, K, B and Z
     const T* kink,              # IN  (4,)
+    Seam* seam,                 # IO  where STREAM; to be let go at the end
 ) noexcept nogil:
     """dx = g * a + (x - hi) * k + b"""
-    cdef const char* x0 = x.at[0]
-    cdef const char* x1 = x.at[1]
-    cdef const char* dy0 = dy.at[0]
-    cdef const char* dy1 = dy.at[1]
     cdef bint stream = way == STREAM
     if T is float and way == FLOAT16:
-        unscale_rows(FLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(FLOAT16, step, STRAIGHT, False, dy, x, dx, w, co, kink, seam)
     elif T is float and way == BFLOAT16:
-        unscale_rows(BFLOAT16, step, STRAIGHT, False, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(BFLOAT16, step, STRAIGHT, False, dy, x, dx, w, co, kink, seam)
     elif T is float and bend == RECTIFIED:
-        unscale_rows(PLAIN, step, RECTIFIED, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(PLAIN, step, RECTIFIED, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and bend == STEPS:
-        unscale_rows(PLAIN, step, STEPS, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(PLAIN, step, STEPS, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and bend == RAMP:
-        unscale_rows(PLAIN, step, RAMP, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(PLAIN, step, RAMP, stream, dy, x, dx, w, co, kink, seam)
     else:
-        unscale_rows(PLAIN, step, STRAIGHT, stream, dy0, dy1, x0, x1, y0, y1, w, co, kink)
+        unscale_row(PLAIN, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
