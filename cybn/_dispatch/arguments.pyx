@@ -15,9 +15,10 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 from cybn._dispatch.arrays cimport (
-    NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_CLEARFLAGS, PyArray_DATA, PyArray_TYPE,
-    PyArrayObject, apart, channels_first, lies, same_place, same_shape, view_of)
-from cybn._kernels.problem cimport FLOAT64, SERIAL
+    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, PyArray_CLEARFLAGS,
+    PyArray_DATA, PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES,
+    PyArray_TYPE, PyArrayObject, apart, channels_first, lies, same_place, same_shape)
+from cybn._kernels.problem cimport BRAIN, FLOAT32, FLOAT64, HALF, SERIAL
 from cybn._kernels.waiting cimport Patience, Watch, learn, seconds, threads_now
 
 from numpy import copyto, ndarray, shares_memory
@@ -29,6 +30,7 @@ from .._runtime import thread_count
 
 cdef extern from "numpy/arrayobject.h":
     int _import_array() except -1
+    Py_ssize_t PyArray_ITEMSIZE(const PyArrayObject*) noexcept
     object PyArray_SimpleNew(int ndim, Py_ssize_t* shape, int kind)
     object PyArray_NewLikeArray(PyArrayObject* like, int order, void* dtype, bint subok)
     enum:
@@ -66,8 +68,26 @@ cdef int begin(Call* c, list held, object x) except -1:
 
 
 cdef bint look(object array, View* v) noexcept:
-    """Look at an array; return whether a kernel can read it."""
-    return view_of(array, v, bfloat16)
+    """Look at an array; return whether a kernel can read it: one of aligned native floats."""
+    cdef const PyArrayObject* a = <const PyArrayObject*> array
+    cdef int i, kind = PyArray_TYPE(a)
+    v.flags, v.item, v.size = PyArray_FLAGS(a), PyArray_ITEMSIZE(a), 1
+    v.data, v.ndim = <char*> PyArray_DATA(a), PyArray_NDIM(a)
+    for i in range(v.ndim):
+        v.shape[i], v.strides[i] = PyArray_DIMS(a)[i], PyArray_STRIDES(a)[i]
+        v.size *= v.shape[i]
+    v.ready = v.flags & NPY_ARRAY_ALIGNED and PyArray_ISNOTSWAPPED(a)
+    if kind == NPY_FLOAT:
+        v.storage = FLOAT32
+    elif kind == NPY_DOUBLE:
+        v.storage = FLOAT64
+    elif kind == NPY_HALF:
+        v.storage = HALF
+    elif kind == bfloat16:
+        v.storage = BRAIN
+    else:
+        v.ready = False
+    return v.ready
 
 
 cdef tuple shape_of(const View* v):

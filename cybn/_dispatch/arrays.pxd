@@ -12,8 +12,6 @@ cdef extern from *:
     """
     ctypedef struct PyArrayObject
     enum:
-        NPY_BOOL
-        NPY_INTP
         NPY_FLOAT
         NPY_DOUBLE
         NPY_HALF
@@ -25,13 +23,12 @@ cdef extern from *:
     int PyArray_FLAGS(const PyArrayObject*) noexcept
     bint PyArray_ISNOTSWAPPED(const PyArrayObject*) noexcept
     int PyArray_NDIM(const PyArrayObject*) noexcept
-    Py_ssize_t PyArray_ITEMSIZE(const PyArrayObject*) noexcept
     Py_ssize_t* PyArray_DIMS(const PyArrayObject*) noexcept
     Py_ssize_t* PyArray_STRIDES(const PyArrayObject*) noexcept
     void* PyArray_DATA(const PyArrayObject*) noexcept
     void PyArray_CLEARFLAGS(PyArrayObject*, int) noexcept
 
-from cybn._kernels.problem cimport BRAIN, FLOAT32, FLOAT64, HALF, SUM_ROW, Storage
+from cybn._kernels.problem cimport SUM_ROW, Storage
 
 cdef enum:
     MOST_AXES = 64          # of a NumPy array
@@ -51,32 +48,6 @@ cdef struct Fold:           # how an array of any rank becomes (N, C, S) in plac
     int split               # how many of them fold into N
     Py_ssize_t N, C, S
     Py_ssize_t pitch        # bytes from one n to the next
-
-
-cdef inline bint view_of(object array, View* v, int bfloat16) noexcept:
-    """Look at an array; return whether it is one of aligned native floats.
-
-    `bfloat16` is the number of that type, or -1 while no such array was seen.
-    """
-    cdef const PyArrayObject* a = <const PyArrayObject*> array
-    cdef int i, kind = PyArray_TYPE(a)
-    v.flags, v.item, v.size = PyArray_FLAGS(a), PyArray_ITEMSIZE(a), 1
-    v.data, v.ndim = <char*> PyArray_DATA(a), PyArray_NDIM(a)
-    for i in range(v.ndim):
-        v.shape[i], v.strides[i] = PyArray_DIMS(a)[i], PyArray_STRIDES(a)[i]
-        v.size *= v.shape[i]
-    v.ready = v.flags & NPY_ARRAY_ALIGNED and PyArray_ISNOTSWAPPED(a)
-    if kind == NPY_FLOAT:
-        v.storage = FLOAT32
-    elif kind == NPY_DOUBLE:
-        v.storage = FLOAT64
-    elif kind == NPY_HALF:
-        v.storage = HALF
-    elif kind == bfloat16:
-        v.storage = BRAIN
-    else:
-        v.ready = False
-    return v.ready
 
 
 cdef inline void extent(const View* v, char** low, char** high) noexcept:
