@@ -42,7 +42,8 @@ def test_one_nan_at_every_level(level):
 def test_rounding_to_nearest_even(rng, dtype, level):
     """Products of two half values: every kind of tie, subnormals and overflow among them."""
     x = rng.integers(0, 2**16, 200_000).astype(np.uint16).view(dtype)[None, None]
-    x = x[np.isfinite(x)][None, None]
+    with np.errstate(invalid="ignore"):  # signalling NaN: of which type they warn is up to the CPU
+        x = x[np.isfinite(x.astype(np.float32))][None, None]
     for factor in (0.75, 1.5, 2.0**-9, 1.0009765625, 2.0**9, 3.0):
         y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), [factor], eps=0)
         with np.errstate(over="ignore"):
