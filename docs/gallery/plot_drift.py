@@ -2,8 +2,8 @@
 When the data drifts
 ====================
 
-**Question.** A network is trained on one kind of image and used on another: darker, of less
-contrast. Can one see that from the batch norms, without labels? And do new statistics repair it?
+**Question.** A network is trained on one kind of image and used on images that are darker or have
+less contrast. Do the batch norms show this, without labels? And do new statistics repair it?
 
 The convolutional network of the demo learns handwritten digits. Then the test images are changed in
 four ways. For each, `BatchNorm.drift` compares what the layers see with their running statistics,
@@ -59,7 +59,7 @@ def trained(seed):
 # %%
 # Four changes
 # ------------
-# The last one changes no pixel: only images of the digit 1 come in.
+# The last one changes no pixel: it keeps only images of the digit 1.
 
 
 def half_contrast(x, y, rng):
@@ -153,15 +153,15 @@ right.legend(loc="upper center", ncols=3, fontsize=7)
 # %%
 # Answer
 # ------
-# Drift shows in the batch norms, and new statistics repair it if the data has changed in the same
+# The batch norms show the drift, and new statistics repair it if the data has changed in the same
 # way for all classes. With half and a quarter of the contrast, accuracy falls to 88 and 47 %, and
-# new statistics bring it back to 97.5 %. Brighter images with noise come back from 40 to 82 % only:
-# noise destroys information, and the zeros that the convolution adds at the border do not get
-# brighter.
+# new statistics bring it back to 97.5 %. For brighter images with noise they raise it from 40 to 82
+# % only. Noise destroys information, and the zeros that the convolution adds at the border do not
+# get brighter.
 #
-# If only ones come in, nothing is wrong with the images, and accuracy is fine. New statistics then
-# do harm: 96 % becomes 79 %, because the statistics of a single class are not those of all. The
-# drift of this change is small (0.02 and 0.19). So look at `drift` first, and measure again only on
-# data that has the classes in their usual proportions.
+# Images of ones alone are not damaged, and accuracy is 96 %. Here new statistics make it worse, 79
+# %, because the statistics of a single class are not those of all classes. The drift of this change
+# is small (0.02 and 0.19). So look at `drift` first, and measure statistics again only on data that
+# has the classes in their usual proportions.
 #
-# Figures of five seeds on an Intel Xeon (family 6, model 207).
+# The figures come from five seeds on an Intel Xeon (family 6, model 207).

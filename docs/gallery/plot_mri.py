@@ -1,21 +1,21 @@
 """
-A brain, and the air around it
-==============================
+Statistics of a brain scan with a mask
+======================================
 
 **Question.** Two thirds of the voxels of a brain scan are air. What does that do to the statistics
 of a batch norm, and does a mask help?
 
-nibabel ships a functional MRI for its tests: two volumes of 24 x 96 x 128 voxels. The moments of
-all voxels are compared with those of the voxels in the head, and the scan is normalized with
-either. Nothing here is random.
+nibabel ships a functional MRI for its tests: two volumes of 24 x 96 x 128 voxels. This example
+compares the moments of all voxels with those of the voxels in the head, and normalizes the scan
+with both. It uses no random numbers, so one run is enough.
 """
 
 # %%
 # The volumes, one at a time
 # --------------------------
-# The head is where a voxel is above half the median of those that are not zero. That is enough
-# here, where the histogram has a gap between air and tissue. It is no substitute for a real brain
-# mask.
+# A voxel belongs to the head if it is above half the median of the voxels that are not zero. This
+# is enough here, because the histogram has a gap between air and tissue. It does not replace a real
+# brain mask.
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -81,7 +81,7 @@ figure.colorbar(picture, ax=axes[1:], shrink=0.8)
 # %%
 # Answer
 # ------
-# The mask helps. Air moves the mean to a value that no tissue has, and makes the standard deviation
-# that of the step between air and head: what a network should tell apart is pressed into 0.4
-# standard deviations around 1.35. With the statistics of the head it is centred and has its full
-# contrast. In training, pass the mask to the layer: ``bn(x, mask=...)``.
+# The mask helps. Without it, the mean has a value that no tissue has, and the standard deviation is
+# mostly the difference between air and head. So the values of the head have a standard deviation of
+# only 0.4, around a mean of 1.35. With the statistics of the head they have mean 0 and standard
+# deviation 1. In training, pass the mask to the layer: ``bn(x, mask=...)``.

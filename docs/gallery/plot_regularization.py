@@ -2,8 +2,8 @@
 Batch normalization beside dropout
 ==================================
 
-**Question.** Batch normalization and dropout both act against overfitting. With few training
-images, does one of them do better, and is it worth taking both?
+**Question.** Batch normalization and dropout can both reduce overfitting. Which of them is better
+with few training images, and are both together better than one?
 
 A network with two hidden layers of 128 ReLUs learns handwritten digits from 50 to 400 training
 images, which it can easily learn by heart. It is trained in four ways: plain, with batch
@@ -68,7 +68,7 @@ def network(rng, normalized, dropout):
 # %%
 # Training
 # --------
-# Plain gradient descent, the same number of steps for all.
+# All networks are trained by plain gradient descent with the same number of steps.
 KINDS = {
     "plain": (False, False),
     "dropout": (False, True),
@@ -126,10 +126,10 @@ axes[0].legend(loc="lower right")
 # ------
 # Neither helps here. All four networks learn the training images by heart. On the test images most
 # differences are about as large as their standard deviations. With 200 and 400 images batch
-# normalization is one point above plain; with 50 and 100 it is two points below. Taking both lies
-# between. On so simple a task the number of training images matters far more than the kind of
-# regularization. The noise that batch normalization adds does not replace more data, and it is no
-# reason to leave dropout out, or to put it in.
+# normalization is one point better than plain; with 50 and 100 it is two points worse. The network
+# with both is in between, or like plain. In this simple task the number of training images matters
+# far more than the kind of regularization. The noise that batch normalization adds does not replace
+# more data.
 #
-# Figures of five seeds on an Intel Xeon (family 6, model 207); all kinds had the same learning rate
-# and number of steps, which were not tuned for each.
+# The figures come from five seeds on an Intel Xeon (family 6, model 207). All kinds had the same
+# learning rate and number of steps, which were not tuned for each.
