@@ -21,7 +21,7 @@ from .batch_norm import (
 from .routes import route
 from .rows import normalize_rows, normalize_rows_backward
 from .running import absorb, marks
-from .selection import Positions, Selection, choose, select
+from .selection import Positions, Selection, choose, cut, select
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "absorb",
     "backward",
     "choose",
+    "cut",
     "destination",
     "forward",
     "inference",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .._arguments import finite_sum, finite_weights
 from .shares import checked, require_alike
 
-__all__ = ["Positions", "Selection", "choose", "select"]
+__all__ = ["Positions", "Selection", "choose", "cut", "select"]
 
 
 class Selection(NamedTuple):
@@ -63,6 +64,11 @@ class Positions(NamedTuple):
     number: int  # how many positions count
     total: int | float  # the sum of the shares
 
+    def at(self, index: tuple[slice, ...], masked: str) -> tuple[Any, Any, None, str]:
+        """Return mask, weights, no lengths, and `masked`: what a call for a part of x is given."""
+        part = self.shares[index]
+        return (part, None, None, masked) if part.dtype == np.bool_ else (None, part, None, masked)
+
 
 def choose(
     shape: tuple[int, ...],
@@ -86,3 +92,37 @@ def choose(
     with np.errstate(all="ignore"):
         total = finite_sum(float(shares.sum()))
     return Positions(shares, int(np.count_nonzero(shares)), total)
+
+
+def cut(
+    shape: tuple[int, ...], axis: int, size: int | None, positions: Positions | None = None
+) -> list[tuple[slice, ...]]:
+    """Return the index of each part of a batch: `size` samples each, the last one fewer.
+
+    A part in which fewer than two values a channel count has no variance: it joins the next one,
+    and the last one that before. Samples lie along the first axis that is not the channel axis.
+    """
+    batch = 1 if axis == 0 else 0
+    samples = shape[batch]
+    if size is None or size >= samples:
+        return [(slice(None),) * len(shape)]
+    each = prod(shape) // (shape[axis] * samples)  # values of one channel in one sample
+    if size * each < 2:
+        raise ValueError(
+            f"virtual_batch_size is {size} and x has shape {shape}: one value a channel has no "
+            "variance. Give virtual batches of at least 2"
+        )
+    if positions is None:
+        count = np.full(samples, each)
+    else:
+        shares = np.moveaxis(positions.shares, batch, 0)
+        count = np.count_nonzero(shares.reshape(samples, -1), axis=1)
+    starts = [0]
+    for end in range(size, samples, size):
+        if count[starts[-1] : end].sum() >= 2:
+            starts.append(end)
+    if len(starts) > 1 and count[starts[-1] :].sum() < 2:
+        starts.pop()
+    ends = [*starts[1:], samples]
+    before = (slice(None),) * batch
+    return [(*before, slice(start, end)) for start, end in zip(starts, ends, strict=True)]

@@ -14,7 +14,7 @@ from .. import _runtime
 from .._arguments import array
 from . import _passes, _state
 from ._running import Running, RunningStatistics
-from ._settings import Elsewhere, Parameter, Setting, flag, float_type
+from ._settings import Parameter, Setting, elsewhere, flag, float_type
 from ._state import Keys
 
 __all__ = ["Layer", "same_as"]
@@ -290,4 +290,4 @@ _ELSEWHERE = {
     "other kinds of layers have that",
 )
 for _name, _advice in _ELSEWHERE.items():
-    setattr(Layer, _name, Elsewhere(_name, _advice))
+    setattr(Layer, _name, elsewhere(_name, _advice))

@@ -7,7 +7,6 @@ the kernels could read in place.
 from __future__ import annotations
 
 from functools import partial, reduce
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -145,39 +144,6 @@ def _merged(parts: list[Part]) -> Moments:
     return reduce(Moments.merge, [part.moments for part in parts])
 
 
-def cut(
-    shape: tuple[int, ...], axis: int, size: int | None, shares: NDArray[Any] | None = None
-) -> list[tuple[slice, ...]]:
-    """Return the index of each part: `size` samples each, the last one fewer.
-
-    A part in which fewer than two values a channel count has no variance: it joins the next one,
-    and the last one that before. Samples lie along the first axis that is not the channel axis.
-    """
-    batch = 1 if axis == 0 else 0
-    samples = shape[batch]
-    if size is None or size >= samples:
-        return [(slice(None),) * len(shape)]
-    each = prod(shape) // (shape[axis] * samples)  # values of one channel in one sample
-    if size * each < 2:
-        raise ValueError(
-            f"virtual_batch_size is {size} and x has shape {shape}: one value a channel has no "
-            "variance. Give virtual batches of at least 2"
-        )
-    if shares is None:
-        count = np.full(samples, each)
-    else:
-        count = np.count_nonzero(np.moveaxis(shares, batch, 0).reshape(samples, -1), axis=1)
-    starts = [0]
-    for end in range(size, samples, size):
-        if count[starts[-1] : end].sum() >= 2:
-            starts.append(end)
-    if len(starts) > 1 and count[starts[-1] :].sum() < 2:
-        starts.pop()
-    ends = [*starts[1:], samples]
-    before = (slice(None),) * batch
-    return [(*before, slice(start, end)) for start, end in zip(starts, ends, strict=True)]
-
-
 def _forward(
     x: Any, gamma: Any, beta: Any, residual: Any, settings: Any, selected: Any, out: Any,
     num_threads: int | None, *, size: int | None, limits: Renorm | None, running: Running,
@@ -190,14 +156,12 @@ def _forward(
     _arguments.check_eps(eps)
     functional.is_zero(masked)  # known, or an error
     positions = functional.positions_of(x, axis, *places)
-    number_of = None if positions is None else positions.number
-    _arguments.check_batch(x.shape, axis, number_of, 2)
-    shares = None if positions is None else positions.shares
+    _arguments.check_batch(x.shape, axis, positions and positions.number, 2)
     residual = None if residual is None else _arguments.companion("residual", residual, x)
     y = _dispatch.destination(out, x, (x, residual, gamma, beta))
     parts = []
-    for i in cut(x.shape, axis, size, shares):
-        chosen = _selected(shares, i, masked)
+    for i in _dispatch.cut(x.shape, axis, size, positions):
+        chosen = (None, None, None, masked) if positions is None else positions.at(i, masked)
         more: Any = None if residual is None else residual[i], settings, chosen, y[i], num_threads
         correction = None
         if limits is None:
@@ -209,16 +173,6 @@ def _forward(
             _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)
         parts.append(Part(i, moments, correction, chosen))
     return y, parts
-
-
-def _selected(
-    shares: NDArray[Any] | None, index: Any, masked: str
-) -> tuple[NDArray[Any] | None, NDArray[Any] | None, None, str]:
-    """Return the mask or the weights of a part, with no lengths, and `masked`."""
-    if shares is None:
-        return None, None, None, masked
-    here = shares[index]
-    return (here, None, None, masked) if here.dtype == np.bool_ else (None, here, None, masked)
 
 
 def _backward(

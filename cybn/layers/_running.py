@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .. import _runtime, functional
 from .._arguments import check_degrees
@@ -16,6 +16,8 @@ from .._words import NanPolicy
 from . import _state
 
 __all__ = ["Running", "RunningStatistics"]
+
+NAMES = "running_mean", "running_var", "num_batches_tracked"
 
 
 class Running(NamedTuple):
@@ -55,6 +57,11 @@ class RunningStatistics:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"seen": None}
+
+    @property
+    def shown(self) -> Any:
+        """The statistics, as attributes of the layer: None each where they are not kept."""
+        return self.values if self.tracks else Running(*(None,) * 3)  # type: ignore[arg-type]
 
     def normalizes_by_batch(self, training: bool) -> bool:
         """Whether a batch is normalized with its own statistics."""
@@ -132,36 +139,20 @@ class RunningStatistics:
         if not self.tracks:
             return {}
         mean, var, batches = self.values
-        return {
-            "running_mean": mean.copy(),
-            "running_var": var.copy(),
-            "num_batches_tracked": np.array(batches, np.int64),
-        }
+        copies = mean.copy(), var.copy(), np.array(batches, np.int64)
+        return dict(zip(NAMES, copies, strict=True))
 
     def given(self, state: Mapping[str, Any], eps: float) -> Running:
         """Return the statistics that a state gives; ValueError where one will not do."""
-        checks: dict[str, Callable[[Any], Any]] = {
-            "running_mean": self.mean_of,
-            "running_var": lambda value: self.var_of(value, eps),
-            "num_batches_tracked": _state.batches,
-        }
-        olds: tuple[Any, ...] = self.values
-        found = zip(checks.items(), olds, strict=True)
-        return Running(*(check(state[n]) if n in state else old for (n, check), old in found))
+        found: Any = zip(NAMES, self.values, strict=True)
+        return Running(*(self.checked(n, state[n], eps) if n in state else old for n, old in found))
 
-    def mean_of(self, value: ArrayLike) -> NDArray[Any]:
-        """Return a copy of `value` as a running mean."""
-        return _state.finite("running_mean", self._vector("running_mean", value))
-
-    def var_of(self, value: ArrayLike, eps: float) -> NDArray[Any]:
-        """Return a copy of `value` as a running variance."""
-        return _state.variance("running_var", self._vector("running_var", value), eps)
-
-    def _vector(self, name: str, value: ArrayLike) -> NDArray[Any]:
-        self.need(name)
-        return _state.array(name, value, self.values.mean.shape, self.values.mean.dtype)
-
-    def need(self, name: str) -> None:
-        """Raise AttributeError unless running statistics are kept."""
+    def checked(self, name: str, value: Any, eps: float) -> Any:
+        """Return a value, copied, as the statistic of that name; an error where it will not do."""
         if not self.tracks:
             raise AttributeError(f"{name} cannot be set: track_running_stats is False")
+        if name == "num_batches_tracked":
+            return _state.batches(value)
+        mean = self.values.mean
+        own = _state.array(name, value, mean.shape, mean.dtype)
+        return _state.finite(name, own, eps if name == "running_var" else None)

@@ -25,7 +25,7 @@ from .._words import Activation, NanPolicy
 from . import _state
 from ._parts import Renorm
 
-__all__ = ["Elsewhere", "Fixed", "Parameter", "Setting"]
+__all__ = ["Fixed", "Parameter", "Setting", "Statistic", "elsewhere"]
 
 Kept = TypeVar("Kept")
 Given = TypeVar("Given")
@@ -97,25 +97,28 @@ class Parameter(Setting[NDArray[Any] | Any, ArrayLike | None]):
         own[...] = _state.array(self._name, value, own.shape, own.dtype)
 
 
-class Elsewhere:
-    """An attribute that a layer does not have, and that must not be assigned to no effect.
+class Statistic(Setting[Kept, Given]):
+    """A running statistic, by its field of `Running`; None where the layer keeps none."""
+
+    def __init__(self, field: str) -> None:
+        self._place = f"_running.shown.{field}"
+
+    def __set__(self, layer: Any, value: Given) -> None:
+        """Replace it by a value that will do."""
+        running = layer._running
+        running.replace(**{self._kept_as: running.checked(self._name, value, layer._eps)})
+
+
+def elsewhere(name: str, advice: str) -> property:
+    """Return an attribute that a layer does not have, and that must not be assigned to no effect.
 
     Other libraries' layers have it, under this name, or other layers of cybn.
     """
 
-    def __init__(self, name: str, advice: str) -> None:
-        self._name, self._advice = name, advice
+    def refuse(layer: object, *value: object) -> NoReturn:
+        raise AttributeError(f"{type(layer).__name__} has no {name}; {advice}")
 
-    def __get__(self, layer: object | None, owner: type) -> Any:
-        """Raise AttributeError, as if there were none; this object in the class itself."""
-        return self if layer is None else self._refuse(layer)
-
-    def __set__(self, layer: object, value: object) -> NoReturn:
-        """Raise AttributeError."""
-        self._refuse(layer)
-
-    def _refuse(self, layer: object) -> NoReturn:
-        raise AttributeError(f"{type(layer).__name__} has no {self._name}; {self._advice}")
+    return property(refuse, refuse)
 
 
 # ---- checks ------------------------------------------------------------------------------

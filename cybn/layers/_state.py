@@ -88,22 +88,16 @@ def _fit(array: NDArray[Any], value: Any) -> NDArray[Any]:
         return np.asarray(value).astype(array.dtype)
 
 
-def finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Return `array`; ValueError where it is not finite."""
-    return _checked(name, array, np.isfinite(array), "finite")
-
-
-def variance(name: str, array: NDArray[Any], eps: float) -> NDArray[Any]:
-    """Return `array`; ValueError where it is not finite, or too negative for inference.
+def finite(name: str, array: NDArray[Any], eps: float | None = None) -> NDArray[Any]:
+    """Return `array`; ValueError where it is not finite, or as a variance, with an eps, too small.
 
     Other libraries' variances may lie slightly below 0, by rounding: with eps added they are
     positive, and inference takes them.
     """
-    good = np.isfinite(array) & ((array >= 0) | (array > -eps))
-    return _checked(name, array, good, f"finite, and at least 0 or above -eps, which is {-eps:g}")
-
-
-def _checked(name: str, array: NDArray[Any], good: NDArray[Any], need: str) -> NDArray[Any]:
+    good, need = np.isfinite(array), "finite"
+    if eps is not None:
+        good &= (array >= 0) | (array > -eps)
+        need += f", and at least 0 or above -eps, which is {-eps:g}"
     wrong = np.flatnonzero(~good)
     if wrong.size:
         raise ValueError(

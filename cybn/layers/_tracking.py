@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .. import _runtime, _trials
+from .. import _explain, _runtime, _trials
 from .._arguments import integer, integer_from
 from .._moments import Moments
 from .._sample_moments import SampleMoments
 from .._words import Activation
-from . import _explain, _settings, _snapshots, _state
+from . import _settings, _snapshots
 from ._layer import Layer
 from ._passes import ALL, Way
 from ._running import Running, RunningStatistics
-from ._settings import Fixed, Setting, optional
+from ._settings import Fixed, Setting, Statistic, optional
 
 __all__ = ["Tracking"]
+
+Array: TypeAlias = NDArray[Any] | Any  # or None, as in `Parameter`
 
 
 class Tracking(Layer):
@@ -36,6 +38,9 @@ class Tracking(Layer):
     track_running_stats = Setting(_settings.flag, "_running.tracks")
     update_statistics = Setting(_settings.flag, "_running.updates")
     use_batch_statistics = Setting(optional(_settings.flag), "_running.by_batch")
+    running_mean: Statistic[Array, ArrayLike] = Statistic("mean")
+    running_var: Statistic[Array, ArrayLike] = Statistic("var")
+    num_batches_tracked: Statistic[int | Any, int] = Statistic("batches")
 
     preview = _trials.preview
     snapshot, restore, drift = _snapshots.snapshot, _snapshots.restore, _snapshots.drift
@@ -98,41 +103,6 @@ class Tracking(Layer):
 
     # ---- running statistics --------------------------------------------------------------
 
-    def _statistic(self, name: str) -> Any:
-        """Return a running statistic; None where the layer keeps none."""
-        running = self._running
-        return getattr(running.values, name) if running.tracks else None
-
-    # The types say ``| Any`` for None, as that of `Parameter` does.
-
-    @property
-    def running_mean(self) -> NDArray[Any] | Any:
-        """The running mean, shape (C,), or None."""
-        return self._statistic("mean")
-
-    @running_mean.setter
-    def running_mean(self, value: ArrayLike) -> None:
-        self._running.replace(mean=self._running.mean_of(value))
-
-    @property
-    def running_var(self) -> NDArray[Any] | Any:
-        """The running variance, shape (C,), or None."""
-        return self._statistic("var")
-
-    @running_var.setter
-    def running_var(self, value: ArrayLike) -> None:
-        self._running.replace(var=self._running.var_of(value, self._eps))
-
-    @property
-    def num_batches_tracked(self) -> int | Any:
-        """How many batches moved the running statistics, or None."""
-        return self._statistic("batches")
-
-    @num_batches_tracked.setter
-    def num_batches_tracked(self, value: int) -> None:
-        self._running.need("num_batches_tracked")
-        self._running.replace(batches=_state.batches(value))
-
     def freeze(self) -> Self:
         """Let nothing in the layer change, in either mode; return the layer.
 
@@ -187,16 +157,16 @@ class Tracking(Layer):
             raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
         running = self._running
         self._refuse_within_samples("moments", moments)
-        running.need("running_mean")
+        mean = running.checked("running_mean", moments.mean, self._eps)
         few = np.flatnonzero(np.asarray(moments._degrees(running.ddof)) <= 0)
-        if few.size and moments.mean.shape == running.values.mean.shape:
+        if few.size:
             raise ValueError(
                 f"moments has count {moments.count}, which in channel {few[0]} is too few for the "
                 f"running variance with running_ddof={running.ddof}. Take moments of more "
                 "values, or make the layer with running_ddof=0"
             )
-        mean = running.mean_of(moments.mean)
-        running.replace(mean=mean, var=running.var_of(moments.var(running.ddof), self._eps))
+        var = running.checked("running_var", moments.var(running.ddof), self._eps)
+        running.replace(mean=mean, var=var)
 
     def reset_running_stats(self) -> None:
         """Put the running statistics back to mean 0, variance 1, no batches."""

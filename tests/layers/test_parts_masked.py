@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cybn
-from cybn.layers._parts import cut
+from cybn._dispatch import Positions, cut
 
 C = 3
 MASK = np.array(
@@ -146,5 +146,6 @@ def test_an_all_true_mask_is_none(data, rng):
 )
 def test_parts_join_until_two_values_count(count, size, parts):
     shares = np.arange(2) < np.reshape(count, (-1, 1, 1))
-    found = cut((len(count), 3, 2), 1, size, shares)
+    positions = Positions(shares, sum(count), sum(count))
+    found = cut((len(count), 3, 2), 1, size, positions)
     assert [(i[0].start, i[0].stop) for i in found] == parts

@@ -11,7 +11,7 @@ from layer_cases import gradient_bounds, snapshot
 
 import cybn
 from cybn import reference
-from cybn.layers._parts import cut
+from cybn._dispatch import cut
 
 C = 5
 SHAPES = [(12, C), (6, C, 7), (4, C, 3, 5), (2, C, 600)]

@@ -54,9 +54,10 @@ DOORS = {
     "family": {"_by_sample", "_grouped", "_moments", "_arguments", "_dispatch"},
     "_sample_moments": {"_arguments", "_counts", "_merging", "_moments"},
     "_trials": {"_moments"},
+    "_explain": {"_arguments"},
     "layers": {
         *("family", "functional", "_dispatch", "_moments", "_sample_moments", "_trials"),
-        *("_arguments", "_runtime", "_words"),
+        *("_arguments", "_explain", "_runtime", "_words"),
     },
     "folding": {"layers", "interop", "_arguments"},
     "interop": {"layers", "_arguments", "_foreign"},

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .._arguments import integer, number
-
-if TYPE_CHECKING:
-    from ._tracking import Tracking
+from ._arguments import integer, number
 
 __all__ = ["CONVENTIONS", "describe", "explain", "settings"]
 
@@ -68,7 +65,7 @@ def settings(library: str, given: dict[str, Any]) -> dict[str, Any]:
 # ---- formulas ----------------------------------------------------------------------------
 
 
-def explain(self: Tracking, channel: int = 0) -> None:
+def explain(self: Any, channel: int = 0) -> None:
     """Print the formulas of the next forward pass with this layer's numbers filled in.
 
     Parameters
