@@ -37,9 +37,9 @@ from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
     gather, on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines, Seam,
-    dot_columns, dot_run, has_lines, hold_nothing, lanes_of, let_go, scale, sum_columns, sum_run,
-    unscale)
+    A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
+    Seam, dot_columns, dot_run, has_lines, hold_nothing, lanes_of, let_go, scale, sum_columns,
+    sum_run, unscale)
 from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
     SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem,

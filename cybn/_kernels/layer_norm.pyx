@@ -38,7 +38,7 @@ from cybn._kernels.by_row cimport (
     row_unscale, turned_dots, turned_sums)
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, FLUSH, LANES, LINE, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    BFLOAT16, FLOAT16, FLUSH, LANES, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
     gather, read, spread, stream_end)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, Seam, dot_columns, dot_run, has_lines,
