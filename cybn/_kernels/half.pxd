@@ -28,6 +28,37 @@ cdef extern from * nogil:
         return (h & 0x7FFF) > 0x7C00 ? h & 0xFE00 : h;
     }
 
+    /* Of sixteen float16: of a NaN only the sign is kept, and the quiet bit. */
+    static inline __m256i cybn_quiet16(__m256i w) {
+        __m256i rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7FFF));
+        __m256i nan = _mm256_cmpgt_epi16(rest, _mm256_set1_epi16(0x7C00));
+        return _mm256_andnot_si256(_mm256_and_si256(nan, _mm256_set1_epi16(0x01FF)), w);
+    }
+
+    #if defined(__AVX512F__)
+    /* Vectors as wide as those of the loops: a load of what two stores wrote has to wait. */
+    static inline void cybn_widen16(const uint16_t *h, float *f, int brain) {
+        __m256i w = _mm256_loadu_si256((const __m256i *)h);
+        __m512i u = _mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16);
+        _mm512_storeu_ps(f, brain ? _mm512_castsi512_ps(u) : _mm512_cvtph_ps(w));
+    }
+
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
+        __m512 v = _mm512_loadu_ps(f);
+        __m512i u = _mm512_castps_si512(v);
+        __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        __m256i w;
+        if (brain) {                                    /* as in rounded() below */
+            u = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF)));
+            u = _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                      _mm512_set1_epi32(0x7FC00000));
+            w = _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
+        } else {
+            w = cybn_quiet16(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+        }
+        _mm256_storeu_si256((__m256i *)h, w);
+    }
+    #else
     static inline __m256 cybn_widen8(__m128i h, int brain) {
         if (brain)
             return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -50,7 +81,7 @@ cdef extern from * nogil:
 
     static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
         __m256 f0 = _mm256_loadu_ps(f), f1 = _mm256_loadu_ps(f + 8);
-        __m256i w, rest, nan;
+        __m256i w;
         if (brain) {
             w = _mm256_packs_epi32(_mm256_srai_epi32(cybn_rounded8(f0), 16),
                                    _mm256_srai_epi32(cybn_rounded8(f1), 16));
@@ -58,12 +89,11 @@ cdef extern from * nogil:
         } else {
             w = _mm256_castsi128_si256(_mm256_cvtps_ph(f0, _MM_FROUND_TO_NEAREST_INT));
             w = _mm256_inserti128_si256(w, _mm256_cvtps_ph(f1, _MM_FROUND_TO_NEAREST_INT), 1);
-            rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7FFF));
-            nan = _mm256_cmpgt_epi16(rest, _mm256_set1_epi16(0x7C00));  /* quiet: only the rest */
-            w = _mm256_andnot_si256(_mm256_and_si256(nan, _mm256_set1_epi16(0x01FF)), w);
+            w = cybn_quiet16(w);
         }
         _mm256_storeu_si256((__m256i *)h, w);
     }
+    #endif
     #else
     #define CYBN_SIXTEENS(n) ((ptrdiff_t)0 * (n))
     #define CYBN_F16C 0

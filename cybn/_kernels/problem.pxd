@@ -90,6 +90,7 @@ cdef enum:
     CHUNK = 65536           # values that one chunk of a channel has, about
     MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
     SERIAL = 65536          # elements below which one thread is faster than two
+    MODEST = 1 << 20        # up to which more than two tiles a thread cost more than they level out
 
 cdef struct Tiling:
     Py_ssize_t chunk_rows, chunk_cols   # chunks of a channel: of N, and of S
@@ -230,7 +231,7 @@ cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept no
     t.apply_rows = t.chunk_rows
     t.apply_cols = t.chunk_cols
     if p.S == 1:
-        t.apply_rows = max(1, min(p.N // 64, 4 * t.threads))
+        t.apply_rows = max(1, min(p.N // 64, (2 if p.N * p.C <= MODEST else 4) * t.threads))
     return t
 
 
