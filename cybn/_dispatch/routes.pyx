@@ -11,7 +11,7 @@ from cybn._kernels.problem cimport (
 
 from .batch_norm import ACTIVATIONS
 
-WAYS = ("plain", "stream", "float16", "bfloat16")
+WAYS = ("plain", "float16", "bfloat16")
 LOOPS, SOURCES = ("runs", "columns"), ("memory", "stages")
 GRADIENTS = ("given", "again", "in dresidual", "in dx")
 ITEMS = {"f": (FLOAT32, 4), "d": (FLOAT64, 8), "e": (HALF, 2), "E": (BRAIN, 2)}
@@ -57,5 +57,6 @@ def route(
         "sums from": SOURCES[r.reduce_from],
         "writes from": SOURCES[r.apply_from],
         "way": WAYS[r.way],
+        "stream": bool(r.stream),
         "gradient": GRADIENTS[r.gradient],
     }

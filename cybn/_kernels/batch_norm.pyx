@@ -34,7 +34,7 @@ from libc.string cimport memcpy, memset
 from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, FLUSH, LANES, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    BFLOAT16, FLOAT16, FLUSH, LANES, PLAIN, STRIP, T, WIDE, Way, across, clear,
     gather, on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
@@ -589,7 +589,7 @@ cdef inline void apply_row(
     cdef const char* g = place(gradients(job), p, n, i)
     cdef const char* r = NULL
     cdef Py_ssize_t bytes = w * p.item, most = max(w, lanes_of(co[0]))
-    cdef Way way = job.r.way
+    cdef bint stream = job.r.stream and has_lines(job.r.way, w, co[0])
     if p.apply == SCALE_DY:     # dx as scale has y, of dy
         x, co = g, co + K
     if p.apply == SCALE and p.residual.at != NULL:
@@ -599,13 +599,11 @@ cdef inline void apply_row(
         g = padded(g, bytes, rooms[1]) if p.apply == UNSCALE else x
         r = padded(r, bytes, rooms[2]) if r != NULL else NULL
         y = rooms[3]
-    if way == STREAM and not has_lines(w, co[0]):
-        way = PLAIN
     if p.apply == UNSCALE:
-        unscale(way, step, job.r.bend, g, x, y, most, co, kink, seam)
+        unscale(job.r.way, stream, step, job.r.bend, g, x, y, most, co, kink, seam)
     else:
-        scale(way, step, x, r, y, most, co, job.r.clamped and p.apply == SCALE, <T> job.r.low,
-              <T> job.r.high, seam)
+        scale(job.r.way, stream, step, x, r, y, most, co, job.r.clamped and p.apply == SCALE,
+              <T> job.r.low, <T> job.r.high, seam)
     if w < most:
         memcpy(place(&p.y, p, n, i), y, bytes)
 
@@ -683,7 +681,7 @@ cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
         apply_by_run(job, t, of_type)
     else:
         apply_by_column(job, t, of_type)
-    if job.r.way == STREAM:
+    if job.r.stream:
         stream_end()
 
 

@@ -16,9 +16,9 @@
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write)
+    LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write_strip)
 from cybn._kernels.loops cimport (
-    Ends, Seam, end_of_run, ends_of, lanes_of, put, put_head, put_rest)
+    Ends, Seam, end_of_run, ends_of, lanes_of, put_head, put_rest)
 
 cdef enum:
     HI_OF_ROW = 0           # where the constants of a row stand
@@ -132,8 +132,8 @@ cdef inline void put_end(
 
 
 cdef inline void row_scale(
-    Way way,                    # a constant; not STREAM, which `stream` says
-    bint stream,
+    Way way,                    # a constant
+    bint stream,                # past the caches; only where has_lines
     const char* x,              # IN  (n,)
     const T* gamma,             # IN  (n,)
     const T* beta,              # IN  (n,)
@@ -151,7 +151,7 @@ cdef inline void row_scale(
     cdef const T* g
     cdef const T* b
     cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
-    cdef Ends e = ends_of(y, stream, n, hi)
+    cdef Ends e = ends_of(way, y, stream, n, hi)
     cdef Py_ssize_t lanes = lanes_of(hi), item = item_of(way, hi), i, j, at, m
     for i in range(-1, e.strips + 1):
         at = 0 if i < 0 else e.head + i * lanes
@@ -168,14 +168,15 @@ cdef inline void row_scale(
             at_x = read(way, x + at * item, lanes, room)
         for j in range(lanes):
             v[j] = ((at_x[j] - hi) - lo) * r * g[j] + b[j]
-        put(way, stream and 0 <= i < e.strips, v, y + at * item if m == lanes else at_end + STRIP)
+        write_strip(way, stream and 0 <= i < e.strips, v,
+                    y + at * item if m == lanes else at_end + STRIP)
         if m < lanes:
             put_end(stream, i < 0, seam, at_end + STRIP, m * item, y + at * item)
 
 
 cdef inline void row_unscale(
-    Way way,                    # a constant; not STREAM, which `stream` says
-    bint stream,
+    Way way,                    # a constant
+    bint stream,                # past the caches; only where has_lines
     const char* dy,             # IN  (n,)
     const char* x,              # IN  (n,)
     const T* gamma,             # IN  (n,)
@@ -199,7 +200,7 @@ cdef inline void row_unscale(
     cdef T xhat
     cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
     cdef T c1 = row[C1_OF_ROW], c2 = row[C2_OF_ROW]
-    cdef Ends e = ends_of(dx, stream, n, hi)
+    cdef Ends e = ends_of(way, dx, stream, n, hi)
     cdef Py_ssize_t lanes = lanes_of(hi), item = item_of(way, hi), i, j, at, m
     for i in range(-1, e.strips + 1):
         at = 0 if i < 0 else e.head + i * lanes
@@ -224,8 +225,8 @@ cdef inline void row_unscale(
             to_a[j] += at_dy[j] * xhat
             to_b[j] += at_dy[j]
             v[j] = ((at_dy[j] * g[j] - c1) - xhat * c2) * r
-        put(way, stream and 0 <= i < e.strips, v,
-            dx + at * item if m == lanes else at_end + 2 * STRIP)
+        write_strip(way, stream and 0 <= i < e.strips, v,
+                    dx + at * item if m == lanes else at_end + 2 * STRIP)
         if m < lanes:
             put_end(stream, i < 0, seam, at_end + 2 * STRIP, m * item, dx + at * item)
             memcpy(a + at, to_a, m * sizeof(T))

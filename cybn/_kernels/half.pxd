@@ -43,7 +43,7 @@ cdef extern from * nogil:
         _mm512_storeu_ps(f, brain ? _mm512_castsi512_ps(u) : _mm512_cvtph_ps(w));
     }
 
-    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain, int stream) {
         __m512 v = _mm512_loadu_ps(f);
         __m512i u = _mm512_castps_si512(v);
         __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -56,7 +56,10 @@ cdef extern from * nogil:
         } else {
             w = cybn_quiet16(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
         }
-        _mm256_storeu_si256((__m256i *)h, w);
+        if (stream)
+            _mm256_stream_si256((__m256i *)h, w);
+        else
+            _mm256_storeu_si256((__m256i *)h, w);
     }
     #else
     static inline __m256 cybn_widen8(__m128i h, int brain) {
@@ -79,7 +82,7 @@ cdef extern from * nogil:
         return _mm256_blendv_epi8(u, _mm256_set1_epi32(0x7FC00000), nan);
     }
 
-    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain) {
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int brain, int stream) {
         __m256 f0 = _mm256_loadu_ps(f), f1 = _mm256_loadu_ps(f + 8);
         __m256i w;
         if (brain) {
@@ -91,7 +94,10 @@ cdef extern from * nogil:
             w = _mm256_inserti128_si256(w, _mm256_cvtps_ph(f1, _MM_FROUND_TO_NEAREST_INT), 1);
             w = cybn_quiet16(w);
         }
-        _mm256_storeu_si256((__m256i *)h, w);
+        if (stream)
+            _mm256_stream_si256((__m256i *)h, w);
+        else
+            _mm256_storeu_si256((__m256i *)h, w);
     }
     #endif
     #else
@@ -102,8 +108,8 @@ cdef extern from * nogil:
     static inline void cybn_widen16(const uint16_t *h, float *f, int b) {
         (void)h; (void)f; (void)b;
     }
-    static inline void cybn_narrow16(const float *f, uint16_t *h, int b) {
-        (void)h; (void)f; (void)b;
+    static inline void cybn_narrow16(const float *f, uint16_t *h, int b, int s) {
+        (void)h; (void)f; (void)b; (void)s;
     }
     #endif
     """
@@ -111,7 +117,7 @@ cdef extern from * nogil:
     float widen1 "cybn_widen1"(uint16_t h)
     uint16_t narrow1 "cybn_narrow1"(float f)
     void widen16 "cybn_widen16"(const uint16_t* h, float* f, bint brain)
-    void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain)
+    void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain, bint stream)
     Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
 
 
@@ -178,7 +184,7 @@ cdef inline void narrow(
 ) noexcept nogil:
     cdef Py_ssize_t i, done = 16 * sixteens(n)
     for i in range(done // 16):
-        narrow16(f + 16 * i, h + 16 * i, brain)
+        narrow16(f + 16 * i, h + 16 * i, brain, False)
     if not brain:
         for i in range(done, n):
             h[i] = to_float16(f[i])

@@ -10,15 +10,16 @@
 # written to; it is a constant in every loop, so a loop is written once and compiled for each way.
 #
 #   way        x, dy, residual are           y, dx are
-#   PLAIN      read in place                 written in place
-#   STREAM     read in place                 written past the caches, in whole lines
+#   PLAIN      read in place                 written as they are
 #   FLOAT16    widened as they are read      rounded as they are written
 #   BFLOAT16   widened as they are read      rounded as they are written
+#
+# Strips that begin on a cache line can be written past the caches: one or two whole lines.
 
 from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
-from cybn._kernels.half cimport narrow, widen
+from cybn._kernels.half cimport F16C, narrow, narrow16, widen
 
 ctypedef fused T:           # what is computed with
     float
@@ -34,7 +35,6 @@ cdef enum:
 
 cdef enum Way:
     PLAIN
-    STREAM
     FLOAT16
     BFLOAT16
 
@@ -77,7 +77,7 @@ cdef extern from * nogil:
 
 cdef inline Py_ssize_t item_of(Way way, T of_type) noexcept nogil:
     """Bytes of a value in memory; `of_type` only says which T."""
-    return <Py_ssize_t> sizeof(T) if way <= STREAM else 2
+    return <Py_ssize_t> sizeof(T) if way == PLAIN else 2
 
 
 cdef inline const T* read(
@@ -96,18 +96,36 @@ cdef inline const T* read(
 cdef inline void write(
     Way way,
     const T* v,             # IN  (m,)
-    char* y,                # OUT (m,) in memory; begins on a line where STREAM writes a strip
+    char* y,                # OUT (m,) in memory
     Py_ssize_t m,
 ) noexcept nogil:
     cdef Py_ssize_t j
     if T is float and way >= FLOAT16:
         narrow(v, <uint16_t*> y, m, way == BFLOAT16)
-    elif way == STREAM and m * <Py_ssize_t> sizeof(T) == STRIP:
-        stream_line(v, y)
-        stream_line(v + LINE // <Py_ssize_t> sizeof(T), y + LINE)
     else:
         for j in range(m):
             (<T*> y)[j] = v[j]
+
+
+cdef inline void write_strip(
+    Way way,
+    bint stream,            # past the caches: y begins on a line
+    const T* v,             # IN  (lanes,)
+    char* y,                # OUT (lanes,) in memory
+) noexcept nogil:
+    cdef uint16_t half[LANES]
+    if not stream:
+        write(way, v, y, STRIP // <Py_ssize_t> sizeof(T))
+    elif T is float and way >= FLOAT16:
+        if F16C:
+            narrow16(v, <uint16_t*> y, way == BFLOAT16, True)
+            narrow16(v + 16, <uint16_t*> y + 16, way == BFLOAT16, True)
+        else:
+            narrow(v, half, LANES, way == BFLOAT16)
+            stream_line(half, y)
+    else:
+        stream_line(v, y)
+        stream_line(v + LINE // <Py_ssize_t> sizeof(T), y + LINE)
 
 
 cdef inline Py_ssize_t before_line(const char* y, Py_ssize_t n, T of_type) noexcept nogil:

@@ -38,7 +38,7 @@ from cybn._kernels.by_row cimport (
     row_unscale, turned_dots, turned_sums)
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, FLUSH, LANES, PIECE, PLAIN, STREAM, STRIP, T, WIDE, Way, across, clear,
+    BFLOAT16, FLOAT16, FLUSH, LANES, PIECE, PLAIN, STRIP, T, WIDE, Way, across, clear,
     gather, read, spread, stream_end)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, Seam, dot_columns, dot_run, has_lines,
@@ -46,7 +46,7 @@ from cybn._kernels.loops cimport (
 from cybn._kernels.problem cimport (
     ALONG, BRAIN, DOWN, FLOAT64, HALF, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
     STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
-    ceiling, row_tiling)
+    ceiling, row_tiling, way_of)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
 from cybn._kernels.waiting cimport begun, ended
@@ -55,6 +55,7 @@ cdef struct Job:
     const RowProblem* p
     RowTiling t
     Way way
+    bint stream             # results go past the caches
 
 cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
     Py_ssize_t n0, n1, g0, g1
@@ -543,17 +544,16 @@ cdef inline void apply_line(
     cdef const char* dy = place(&p.dy, job, n, i) if p.backward else x
     cdef char* y = place(&p.y, job, n, i)
     cdef Py_ssize_t most = max(w, lanes_of(co[0])), bytes = w * p.item
-    cdef Way way = job.way
+    cdef bint stream = job.stream and has_lines(job.way, w, co[0])
     if w < most:                # shorter than a strip: by way of copies
         memcpy(rooms[0], x, bytes)
         memcpy(rooms[1], dy, bytes)
         x, dy, y = rooms[0], rooms[1], rooms[2]
-    if way == STREAM and not has_lines(w, co[0]):
-        way = PLAIN
     if p.backward:
-        unscale(way, step, STRAIGHT, dy, x, y, most, co, co, seam)
+        unscale(job.way, stream, step, STRAIGHT, dy, x, y, most, co, co, seam)
     else:
-        scale(way, step, x, NULL, y, most, co, False, <T> (-INFINITY), <T> INFINITY, seam)
+        scale(job.way, stream, step, x, NULL, y, most, co, False, <T> (-INFINITY), <T> INFINITY,
+              seam)
     if w < most:
         memcpy(place(&p.y, job, n, i), y, bytes)
 
@@ -593,7 +593,7 @@ cdef void apply_along(
     cdef const char* x
     cdef const char* dy
     cdef char* y
-    cdef bint stream = job.way == STREAM and has_lines(m, of_type)
+    cdef bint stream = job.stream and has_lines(job.way, m, of_type)
     cdef Seam seam
     hold_nothing(&seam)
     if p.backward:
@@ -608,17 +608,17 @@ cdef void apply_along(
         x, y = place(&p.x, job, n, at), place(&p.y, job, n, at)
         if not p.backward:
             if T is float and job.way == FLOAT16:
-                row_scale(FLOAT16, False, x, gamma, beta, y, m, terms, &seam)
+                row_scale(FLOAT16, stream, x, gamma, beta, y, m, terms, &seam)
             elif T is float and job.way == BFLOAT16:
-                row_scale(BFLOAT16, False, x, gamma, beta, y, m, terms, &seam)
+                row_scale(BFLOAT16, stream, x, gamma, beta, y, m, terms, &seam)
             else:
                 row_scale(PLAIN, stream, x, gamma, beta, y, m, terms, &seam)
             continue
         dy = place(&p.dy, job, n, at)
         if T is float and job.way == FLOAT16:
-            row_unscale(FLOAT16, False, dy, x, gamma, y, m, terms, a, b, &seam)
+            row_unscale(FLOAT16, stream, dy, x, gamma, y, m, terms, a, b, &seam)
         elif T is float and job.way == BFLOAT16:
-            row_unscale(BFLOAT16, False, dy, x, gamma, y, m, terms, a, b, &seam)
+            row_unscale(BFLOAT16, stream, dy, x, gamma, y, m, terms, a, b, &seam)
         else:
             row_unscale(PLAIN, stream, dy, x, gamma, y, m, terms, a, b, &seam)
     let_go(&seam)
@@ -679,7 +679,7 @@ cdef void apply(
                     apply_runs(job, s.n0, g, &rows[g - s.g0], t, of_type)
                 else:
                     apply_along(job, s, rows, t, parts, parts + C, of_type)
-    if job.way == STREAM:
+    if job.stream:
         stream_end()
 
 
@@ -755,15 +755,10 @@ cdef void share_apply(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     ended(job.p.watch, since)
 
 
-cdef inline Way way_of(const RowProblem* p) noexcept nogil:
+cdef inline bint streamed(const RowProblem* p) noexcept nogil:
+    """Whether results go past the caches; those in place are there already."""
     cdef Py_ssize_t touched = (3 if p.backward else 2) * p.N * p.G * p.D * p.item
-    if p.storage == HALF:
-        return FLOAT16
-    if p.storage == BRAIN:
-        return BFLOAT16
-    if p.y.at == p.x.at or p.y.at == p.dy.at:
-        return PLAIN
-    return STREAM if touched > min(caches.l3, 2 * caches.l2) else PLAIN
+    return p.y.at != p.x.at and p.y.at != p.dy.at and touched > min(caches.l3, 2 * caches.l2)
 
 
 cdef void run(const RowProblem* p, T of_type) noexcept nogil:
@@ -772,7 +767,8 @@ cdef void run(const RowProblem* p, T of_type) noexcept nogil:
     cdef int nt = p.threads if values >= SERIAL else 1
     job.p = p
     job.t = row_tiling(p)
-    job.way = way_of(p)
+    job.way = way_of(p.storage)
+    job.stream = streamed(p)
     tasks = job.t.chunks * job.t.spans
     grain = max(1, SERIAL // 4 * tasks // values)
     size = p.G // job.t.apart * p.D     # of what is summed by itself

@@ -25,8 +25,8 @@
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STREAM, STRIP, T, WIDE, Way, clear, flush, item_of, read,
-    stream_line, write)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read,
+    stream_line, write_strip)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
@@ -84,16 +84,18 @@ cdef struct Ends:               # of a row: what does not fill whole strips that
     Py_ssize_t head, strips, rest, lanes
 
 
-cdef inline bint has_lines(Py_ssize_t w, T of_type) noexcept nogil:
-    """Whether a row has a whole strip that begins on a line, wherever it begins."""
-    return w * <Py_ssize_t> sizeof(T) >= STRIP + LINE
+cdef inline bint has_lines(Way way, Py_ssize_t w, T of_type) noexcept nogil:
+    """Whether a row has a whole strip that begins on a line, wherever the row begins."""
+    return (w - lanes_of(of_type)) * item_of(way, of_type) >= LINE
 
 
-cdef inline Ends ends_of(const char* row, bint align, Py_ssize_t w, T of_type) noexcept nogil:
+cdef inline Ends ends_of(
+    Way way, const char* row, bint align, Py_ssize_t w, T of_type
+) noexcept nogil:
     cdef Ends e
     cdef Py_ssize_t lanes = lanes_of(of_type)
     e.lanes = lanes
-    e.head = (-<size_t> row & (LINE - 1)) // sizeof(T) if align else 0
+    e.head = <Py_ssize_t> (-<size_t> row & (LINE - 1)) // item_of(way, of_type) if align else 0
     if e.head + lanes > w:      # no whole strip begins on a line
         e.head = min(w, lanes)
     e.strips = (w - e.head) // lanes
@@ -167,7 +169,7 @@ cdef inline void sum_columns(
 ) noexcept nogil:
     cdef T ends_a[2 * LANES]
     cdef T ends_b[2 * LANES]
-    cdef Ends e = ends_of(x.at[0], way < FLOAT16, w, a[0])
+    cdef Ends e = ends_of(way, x.at[0], way == PLAIN, w, a[0])
     cdef Py_ssize_t item = item_of(way, a[0]), i, at
     take_ends(e, a, w, ends_a)
     take_ends(e, b, w, ends_b)
@@ -303,7 +305,7 @@ cdef inline void dot_columns(
 ) noexcept nogil:
     cdef T ends_a[2 * LANES]
     cdef T ends_b[2 * LANES]
-    cdef Ends e = ends_of(x.at[0], way < FLOAT16, w, a[0])
+    cdef Ends e = ends_of(way, x.at[0], way == PLAIN, w, a[0])
     cdef Py_ssize_t item = item_of(way, a[0]), i, at
     take_ends(e, a, w, ends_a)
     take_ends(e, b, w, ends_b)
@@ -423,14 +425,6 @@ cdef inline void put_rest(Seam* seam, const char* rest, Py_ssize_t bytes, char* 
     seam.at, seam.held = y, bytes
 
 
-cdef inline void put(Way way, bint stream, const T* v, char* y) noexcept nogil:
-    """Write a strip."""
-    if stream:
-        write(STREAM, v, y, lanes_of(v[0]))
-    else:
-        write(way, v, y, lanes_of(v[0]))
-
-
 # ---- scale -------------------------------------------------------------------------------
 
 cdef inline void scale_strip(
@@ -452,7 +446,7 @@ cdef inline void scale_strip(
         if added:
             z = z + at_r[j]
         v[j] = clamp(z, low, high) if clamped else z
-    put(way, stream, v, y)
+    write_strip(way, stream, v, y)
 
 
 cdef inline void scale_row(
@@ -461,7 +455,7 @@ cdef inline void scale_row(
 ) noexcept nogil:
     cdef char head[STRIP]
     cdef char rest[STRIP]
-    cdef Ends e = ends_of(y, stream, w, low)
+    cdef Ends e = ends_of(way, y, stream, w, low)
     cdef Py_ssize_t item = item_of(way, low), last = w - e.lanes, i, at
     if e.head:
         scale_strip(way, step, clamped, added, False, x, r, head, co, low, high)
@@ -483,8 +477,9 @@ cdef inline void scale_row(
 
 cdef inline void scale(
     Way way,
+    bint stream,                # past the caches; only where has_lines
     Py_ssize_t step,            # a constant
-    const char* x,              # IN  (w,), of at least a strip; where STREAM, and a line
+    const char* x,              # IN  (w,), of at least a strip
     const char* r,              # IN  (w,) residual, or NULL
     char* y,                    # OUT (w,), may be x or r
     Py_ssize_t w,
@@ -492,21 +487,20 @@ cdef inline void scale(
     bint clamped,
     T low,                      # infinite where there is no clamping
     T high,
-    Seam* seam,                 # IO  where STREAM; to be let go at the end
+    Seam* seam,                 # IO  where `stream`; to be let go at the end
 ) noexcept nogil:
     """y = (x - hi) * a + z + residual, clamped to low..high"""
-    cdef bint stream = way == STREAM
     if r != NULL:
         if T is float and way == FLOAT16:
-            scale_row(FLOAT16, step, True, True, False, x, r, y, w, co, low, high, seam)
+            scale_row(FLOAT16, step, True, True, stream, x, r, y, w, co, low, high, seam)
         elif T is float and way == BFLOAT16:
-            scale_row(BFLOAT16, step, True, True, False, x, r, y, w, co, low, high, seam)
+            scale_row(BFLOAT16, step, True, True, stream, x, r, y, w, co, low, high, seam)
         else:
             scale_row(PLAIN, step, True, True, stream, x, r, y, w, co, low, high, seam)
     elif T is float and way == FLOAT16:
-        scale_row(FLOAT16, step, True, False, False, x, x, y, w, co, low, high, seam)
+        scale_row(FLOAT16, step, True, False, stream, x, x, y, w, co, low, high, seam)
     elif T is float and way == BFLOAT16:
-        scale_row(BFLOAT16, step, True, False, False, x, x, y, w, co, low, high, seam)
+        scale_row(BFLOAT16, step, True, False, stream, x, x, y, w, co, low, high, seam)
     elif clamped:
         scale_row(PLAIN, step, True, False, stream, x, x, y, w, co, low, high, seam)
     else:
@@ -535,7 +529,7 @@ cdef inline void unscale_strip(
         if bend != STRAIGHT:
             g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], kink)
         v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
-    put(way, stream, v, dx)
+    write_strip(way, stream, v, dx)
 
 
 cdef inline void unscale_row(
@@ -544,7 +538,7 @@ cdef inline void unscale_row(
 ) noexcept nogil:
     cdef char head[STRIP]
     cdef char rest[STRIP]
-    cdef Ends e = ends_of(dx, stream, w, co[0])
+    cdef Ends e = ends_of(way, dx, stream, w, co[0])
     cdef Py_ssize_t item = item_of(way, co[0]), last = w - e.lanes, i, at
     if e.head:
         unscale_strip(way, step, bend, False, dy, x, head, co, kink)
@@ -566,22 +560,22 @@ cdef inline void unscale_row(
 
 cdef inline void unscale(
     Way way,
+    bint stream,                # past the caches; only where has_lines
     Py_ssize_t step,            # a constant
     Bend bend,                  # STRAIGHT for half types
-    const char* dy,             # IN  (w,), of at least a strip; where STREAM, and a line
+    const char* dy,             # IN  (w,), of at least a strip
     const char* x,              # IN  (w,)
     char* dx,                   # OUT (w,), may be dy or x
     Py_ssize_t w,
     const T* co,                # IN  HI, A, K, B and Z
     const T* kink,              # IN  (4,)
-    Seam* seam,                 # IO  where STREAM; to be let go at the end
+    Seam* seam,                 # IO  where `stream`; to be let go at the end
 ) noexcept nogil:
     """dx = g * a + (x - hi) * k + b"""
-    cdef bint stream = way == STREAM
     if T is float and way == FLOAT16:
-        unscale_row(FLOAT16, step, STRAIGHT, False, dy, x, dx, w, co, kink, seam)
+        unscale_row(FLOAT16, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and way == BFLOAT16:
-        unscale_row(BFLOAT16, step, STRAIGHT, False, dy, x, dx, w, co, kink, seam)
+        unscale_row(BFLOAT16, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and bend == RECTIFIED:
         unscale_row(PLAIN, step, RECTIFIED, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and bend == STEPS:

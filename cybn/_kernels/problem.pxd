@@ -16,7 +16,7 @@ from libc.stddef cimport size_t
 
 from cybn._kernels.activation cimport (
     HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, Activation)
-from cybn._kernels.lanes cimport BFLOAT16, FLOAT16, LINE, PLAIN, STREAM, Way
+from cybn._kernels.lanes cimport BFLOAT16, FLOAT16, LINE, PLAIN, Way
 from cybn._kernels.loops cimport RAMP, RECTIFIED, STEPS, STRAIGHT, Bend
 from cybn._kernels.waiting cimport Watch
 
@@ -155,6 +155,7 @@ cdef enum Gradient:         # where the gradient before the activation is, in th
 cdef struct Route:
     Loops reduce_by, apply_by
     Way way
+    bint stream             # results go past the caches
     Source reduce_from, apply_from
     Bend bend               # of the activation, where loops of gradients go through it themselves
     Gradient gradient
@@ -235,18 +236,19 @@ cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept no
     return t
 
 
-cdef inline Way way_of(const Problem* p, const Tiling* t, const Caches* caches) noexcept nogil:
-    if p.storage == HALF:
+cdef inline Way way_of(Storage storage) noexcept nogil:
+    if storage == HALF:
         return FLOAT16
-    if p.storage == BRAIN:
-        return BFLOAT16
+    return BFLOAT16 if storage == BRAIN else PLAIN
+
+
+cdef inline bint streamed(const Problem* p, const Tiling* t, const Caches* caches) noexcept nogil:
+    """Whether results go past the caches, so that x stays in the last level for the second look."""
     if p.y.at == p.x.at or p.y.at == p.dy.at or p.y.at == p.residual.at:
-        return PLAIN        # in place: these lines are in the caches already
+        return False        # in place: these lines are in the caches already
     if gradient_of(p) == IN_DX:
-        return PLAIN
-    if t.touched > min(caches.l3, 2 * caches.l2):
-        return STREAM       # and x stays in the last level for the second look
-    return PLAIN
+        return False
+    return t.touched > min(caches.l3, 2 * caches.l2)
 
 
 cdef inline Source reduce_from(const Problem* p) noexcept nogil:
@@ -280,7 +282,8 @@ cdef inline Route route_of(const Problem* p, const Tiling* t, const Caches* cach
     r.apply_by = r.reduce_by
     if p.reduce == NO_SUMS and p.S >= RUN_APPLY and p.share == NULL:
         r.apply_by = BY_RUN
-    r.way = way_of(p, t, caches)
+    r.way = way_of(p.storage)
+    r.stream = streamed(p, t, caches)
     r.reduce_from = reduce_from(p)
     r.apply_from = apply_from(p)
     r.gradient = gradient_of(p)

@@ -18,7 +18,7 @@ from libc.string cimport memcpy
 
 from cybn._kernels.activation cimport IDENTITY, LEAKY_RELU, activate, through
 from cybn._kernels.check cimport check
-from cybn._kernels.lanes cimport LINE, PLAIN, STREAM, STRIP, T, Way, item_of, read, write
+from cybn._kernels.lanes cimport LINE, STRIP, T, Way, item_of, read, write, write_strip
 from cybn._kernels.loops cimport A, B, HI, K, Z
 from cybn._kernels.problem cimport (
     AGAIN, IN_DRESIDUAL, IN_DX, SCALE, STAGED, UNSCALE, Problem, Route, Rows)
@@ -40,19 +40,19 @@ cdef inline const T* fetch(
 
 
 cdef inline void deliver(
-    const T* v, const Rows* rows, const Problem* p, Way way, Py_ssize_t n, Py_ssize_t i,
-    Py_ssize_t m,
+    const T* v, const Rows* rows, const Problem* p, Way way, bint stream, Py_ssize_t n,
+    Py_ssize_t i, Py_ssize_t m,
 ) noexcept nogil:
     """Bring what was computed to values i..i + m of row n, if it is not there already."""
     cdef char* to = place(rows, p, n, i)
     cdef Py_ssize_t j = 0, lanes = STRIP // <Py_ssize_t> sizeof(T), item = item_of(way, v[0])
-    if way == STREAM:
+    if stream:
         j = min(m, <Py_ssize_t> (-<size_t> to & (LINE - 1)) // item)
-        write(PLAIN, v, to, j)
+        write(way, v, to, j)
         while j + lanes <= m:
-            write(STREAM, v + j, to + j * item, lanes)
+            write_strip(way, True, v + j, to + j * item)
             j += lanes
-        write(PLAIN, v + j, to + j * item, m - j)
+        write(way, v + j, to + j * item, m - j)
     elif <const void*> to != <const void*> v:
         write(way, v, to, m)
 
@@ -166,8 +166,7 @@ cdef inline void keep(
 ) noexcept nogil:
     """Leave g for the second pass, where the route says so."""
     if r.gradient == IN_DRESIDUAL or r.gradient == IN_DX:
-        deliver(g, &p.dresidual if r.gradient == IN_DRESIDUAL else &p.y, p,
-                PLAIN if r.way == STREAM else r.way, n, i, m)
+        deliver(g, &p.dresidual if r.gradient == IN_DRESIDUAL else &p.y, p, r.way, False, n, i, m)
 
 
 cdef struct Piece:              # of x, the gradient before the activation, and shares; in T
@@ -267,4 +266,4 @@ cdef inline void apply_piece(
             activate(v, m, p.activation, <T> p.slope)
             if p.zeroed:
                 counted(v, shares(p, step == 0, n, i, m, room), &zero, 0, v, m)
-    deliver(v, &p.y, p, r.way, n, i, m)
+    deliver(v, &p.y, p, r.way, r.stream, n, i, m)

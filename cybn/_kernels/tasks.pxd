@@ -48,7 +48,7 @@ cdef inline Py_ssize_t next_task(
     Py_ssize_t thread,
     Py_ssize_t* emptied,        # IO  shares in which this thread found no task left
 ) noexcept nogil:
-    """A task that nobody has yet, of the thread's own share first; -1 where there is none."""
+    """A task that nobody has yet, of the thread's own share first; -1 at the end."""
     cdef Py_ssize_t k, first, last, i
     while emptied[0] < tasks.shares:
         k = (thread + emptied[0]) % tasks.shares

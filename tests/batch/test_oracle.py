@@ -135,15 +135,17 @@ def test_masks_are_stages(operation, masked, shape, dtype, residual, activation)
 
 
 @pytest.mark.parametrize(
-    ("options", "way"),
+    ("options", "way", "stream"),
     [
-        ({"l2": 1 << 22}, "plain"),
-        ({"l2": 1 << 18}, "stream"),
-        ({"l2": 1 << 22, "l3": 1 << 20}, "stream"),
-        ({"l2": 1 << 18, "in_place": True}, "plain"),
-        ({"l2": 1 << 18, "dtype": "e"}, "float16"),
-        ({"l2": 1 << 18, "dtype": "E"}, "bfloat16"),
+        ({"l2": 1 << 22}, "plain", False),
+        ({"l2": 1 << 18}, "plain", True),
+        ({"l2": 1 << 22, "l3": 1 << 20}, "plain", True),
+        ({"l2": 1 << 18, "in_place": True}, "plain", False),
+        ({"l2": 1 << 17, "dtype": "e"}, "float16", True),
+        ({"l2": 1 << 22, "dtype": "e"}, "float16", False),
+        ({"l2": 1 << 17, "dtype": "E"}, "bfloat16", True),
     ],
 )
-def test_results_go_past_the_caches_where_these_do_not_hold_them(options, way):
-    assert _dispatch.route("forward", 32, 64, 196, **options)["way"] == way
+def test_results_go_past_the_caches_where_these_do_not_hold_them(options, way, stream):
+    route = _dispatch.route("forward", 32, 64, 196, **options)
+    assert (route["way"], route["stream"]) == (way, stream)
