@@ -44,7 +44,7 @@ from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, Seam, dot_columns, dot_run, has_lines,
     hold_nothing, lanes_of, let_go, scale, sum_columns, sum_run, unscale)
 from cybn._kernels.problem cimport (
-    ALONG, BRAIN, DOWN, FLOAT64, HALF, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
+    ALONG, DOWN, FLOAT64, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
     STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
     ceiling, row_tiling, way_of)
 from cybn._kernels.statistics cimport (
