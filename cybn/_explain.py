@@ -71,7 +71,7 @@ def explain(self: Any, channel: int = 0) -> None:
     Parameters
     ----------
     channel : int, default 0
-        Whose gamma, beta and running statistics to put in.
+        The channel whose gamma, beta and running statistics are filled in.
 
     Raises
     ------

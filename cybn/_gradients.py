@@ -92,7 +92,7 @@ def batch_norm_backward(
     Parameters
     ----------
     dy : array_like, shape and dtype of `x`
-        Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
+        Gradient with respect to y. It is copied first if its memory layout is not that of `x`.
     x : array_like
         The batch given to `batch_norm`.
     moments : Moments
@@ -100,39 +100,39 @@ def batch_norm_backward(
     gamma, beta : array_like, shape (C,), optional
         As given to `batch_norm`. beta matters only with an activation or `from_output`.
     axis, eps, activation, slope, residual, mask, weights, lengths, num_threads
-        As given to `batch_norm`. What the activation was given is computed again from `x`.
+        As given to `batch_norm`. The input of the activation is computed again from `x`.
     masked : {"normalize", "zero"}, default "normalize"
-        As given to `batch_norm`. With "normalize", dy counts where a position does not, as y there
-        depends on `x`, gamma and beta too; dx there is ``dy * f' * gamma / sqrt(var + eps)``. With
-        "zero" dy is ignored there, and dx and dresidual are 0.
+        As given to `batch_norm`. With "normalize", dy is used also at masked positions, because y
+        there depends on `x`, gamma and beta; dx there is ``dy * f' * gamma / sqrt(var + eps)``.
+        With "zero" dy is ignored there, and dx and dresidual are 0.
     from_output : bool, default False
-        `x` is not the batch but the y that `batch_norm` made of it, for a forward that wrote over
-        its input. Needs no activation or leaky_relu, no residual, and no gamma of 0; xhat is then
-        known to about ``2**-23 * |y / gamma|`` in float32.
+        True if `x` is not the batch but the y that `batch_norm` computed from it, for a forward
+        that overwrote its input. The activation must be None or leaky_relu, there must be no
+        residual, and no gamma may be 0. The error of xhat is then about ``2**-23 * |y / gamma|`` in
+        float32.
     out : ndarray, optional
-        Where dx goes; may be `dy`, `x` or `residual` itself.
+        Array for dx. It may be `dy`, `x` or `residual` itself.
     out_residual : ndarray, optional
-        Where dresidual goes; must not overlap another array.
+        Array for dresidual. It must not overlap another array.
 
     Returns
     -------
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        Gradients with respect to gamma and beta, in the dtype of `gamma`; where that is None, of
-        `x`, but float32 for half types.
+        Gradients with respect to gamma and beta, in the dtype of `gamma`. If that is None, they
+        have the dtype of `x`, or float32 for half types.
     dresidual : ndarray
-        Gradient with respect to the residual: `out_residual` or a new array; only where there
-        was a residual.
+        Gradient with respect to the residual, in `out_residual` or a new array, only if there was a
+        residual.
 
     Raises
     ------
     TypeError
-        If an array is of a dtype that `batch_norm` does not take, or `moments` is no `Moments`.
+        If an array has a dtype that `batch_norm` does not accept, or `moments` is not a `Moments`.
     ValueError
-        If shapes or dtypes do not fit, `moments` has another count than a channel of `x`,
-        `from_output` asks for what cannot be undone, or as in `batch_norm`; `out_residual` is
-        checked as `out` is.
+        As in `batch_norm`, and if `moments` has another count than a channel of `x`, or
+        `from_output` is impossible. `out_residual` is checked like `out`.
     RuntimeError
         As in `batch_norm`.
 
@@ -225,9 +225,9 @@ def batch_norm_inference_backward(
     mean, var : array_like, shape (C,)
         As given to `batch_norm_inference`.
     out : ndarray, optional
-        Where dx goes; may be `dy`, `x` or `residual` itself.
+        Array for dx. It may be `dy`, `x` or `residual` itself.
     out_residual : ndarray, optional
-        Where dresidual goes; must not overlap another array.
+        Array for dresidual. It must not overlap another array.
 
     Returns
     -------
@@ -237,7 +237,7 @@ def batch_norm_inference_backward(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As in `batch_norm_backward`; but any number of values will do, and `eps` may be 0.
+        As in `batch_norm_backward`; but any number of values is allowed, and `eps` may be 0.
 
     Examples
     --------

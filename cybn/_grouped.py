@@ -115,15 +115,15 @@ def group_norm_backward(
     gamma, num_groups, axis, eps, mask, lengths, num_threads
         As given to `group_norm`.
     masked : {"normalize", "zero"}, default "normalize"
-        As given to `group_norm`. With "normalize", dy counts where a position does not, as y there
-        depends on `x`, gamma and beta too. With "zero" dy is ignored there, and dx is 0.
+        As given to `group_norm`. With "normalize", dy is used also at masked positions, because y
+        there depends on `x`, gamma and beta. With "zero" dy is ignored there, and dx is 0.
 
     Returns
     -------
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
+        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
 
     Raises
     ------
@@ -185,9 +185,9 @@ def instance_norm(
     Raises
     ------
     TypeError
-        If an array is of another dtype.
+        If an array has another dtype.
     ValueError
-        As in `group_norm`, and if a channel has but one position.
+        As in `group_norm`, and if a channel has only one position.
 
     Examples
     --------
@@ -230,7 +230,7 @@ def instance_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
+        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
 
     Raises
     ------

@@ -130,7 +130,7 @@ def empty_like(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def empty_cache() -> None:
-    """Give memory that is kept for the next results back to the system.
+    """Release the memory that is kept for later results.
 
     Results of 1 MiB and more that are allocated here (no `out`) are written to memory of earlier
     results that have been freed, because new memory costs page faults: up to half of a call's time.
@@ -144,19 +144,18 @@ def empty_cache() -> None:
 
 
 def set_cache_limit(limit: int) -> None:
-    """Set the most memory that is kept for the next results; what is over it goes back at once.
+    """Set how much memory is kept for later results; the rest is released at once.
 
     Parameters
     ----------
     limit : int
-        In bytes; 512 MiB at the start. It covers results in use as well as freed ones;
-        results beyond it get new memory, which goes back to the system as they do. 0 keeps
-        nothing.
+        The limit in bytes, 512 MiB by default. It includes results in use as well as freed ones.
+        Results beyond it get new memory, which is released with them. 0 keeps nothing.
 
     Raises
     ------
     TypeError, ValueError
-        `limit` is not an integer, or negative.
+        If `limit` is not an integer, or negative.
 
     Examples
     --------

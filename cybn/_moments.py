@@ -22,33 +22,33 @@ __all__ = ["Moments"]
 class Moments:
     """Count, mean and centred sum of squares of each channel. Immutable.
 
-    Statistics of data of any size are collected with `empty` and `update`, and those of several
-    parts or processes brought together with `merge`. Each returns a new object.
+    `empty` and `update` collect statistics of data of any size, and `merge` combines those of
+    several parts or processes. Each returns a new object.
 
     Parameters
     ----------
     count : int, float, or array_like of shape (C,)
-        How many values each channel has: N * S. A float, the sum of the weights, where values
-        are weighted; an array where a mask or weights differ by channel.
+        The number of values of each channel, N * S. With weights it is their sum, a float. It is an
+        array if a mask or weights differ by channel.
     mean : array_like, shape (C,)
-        Mean of each channel. Copied, held as float64.
+        Mean of each channel, copied as float64.
     m2 : array_like, shape (C,)
-        Sum of squared deviations from the mean, so that ``m2 / count`` is the biased
-        variance. Copied, held as float64.
+        Sum of squared deviations from the mean, so that ``m2 / count`` is the biased variance. It
+        is copied as float64.
 
     Raises
     ------
     TypeError
-        If `count`, `mean` or `m2` is not of numbers, or masked.
+        If `count`, `mean` or `m2` does not consist of numbers, or is masked.
     ValueError
         If `count` or an `m2` is negative, `count` is not finite, or `mean` and `m2` are not
         vectors of one length.
 
     Notes
     -----
-    What is added is first measured by itself and then merged, so no sum grows long. The rounding
-    error of the mean is carried along and put back in, so it does not grow with the number of
-    parts: see docs/statistics.md for figures.
+    New values are first measured by themselves and then merged, so sums stay short. The rounding
+    error of the mean is stored and added back, so it does not grow with the number of parts.
+    docs/statistics.md has figures.
 
     Examples
     --------
@@ -326,13 +326,14 @@ class Moments:
     def allreduce(self, comm: Any) -> Moments:
         """Return the moments of the samples of all processes taken together.
 
-        Every process must call it. All get the same bits, as all merge in the order of the ranks.
+        Every process must call it. All get the same bits, because all merge in the order of the
+        ranks.
 
         Parameters
         ----------
         comm : object with a method ``allgather``
-            Given a value, it returns the list of those of all processes: `mpi4py.MPI.COMM_WORLD`,
-            or a `cybn.mpi.Ranks`, which waits for a limited time only.
+            Given a value, it returns the list of the values of all processes, such as
+            `mpi4py.MPI.COMM_WORLD`, or a `cybn.mpi.Ranks`, which waits for a limited time only.
 
         Returns
         -------
@@ -342,7 +343,7 @@ class Moments:
         Raises
         ------
         TypeError
-            If `comm` has no such method, or a process gave something else.
+            If `comm` has no such method, or a process passed something else.
         ValueError, OverflowError
             As in `merge`, in every process.
         """
@@ -361,8 +362,8 @@ class Moments:
         Returns
         -------
         dict of str to ndarray
-            ``count``, of shape () or (C,), int64 or float64; ``mean``, ``m2`` and ``rest``, what
-            rounding left of the mean, as float64 of shape (C,). Copies.
+            ``count``, of shape () or (C,), int64 or float64; ``mean``, ``m2`` and ``rest``, the
+            rounding error of the mean, as float64 of shape (C,). Copies.
 
         Raises
         ------

@@ -160,14 +160,14 @@ def _checked(n: Any, name: str) -> int:
 
 
 def set_num_threads(n: int | None) -> None:
-    """Set how many threads a call uses unless it says otherwise.
+    """Set the default number of threads of a call.
 
     Parameters
     ----------
     n : int or None
-        At least 1. None goes back to the default: what OpenMP says (OMP_NUM_THREADS, CPU
-        affinity, threadpoolctl), but no more than the cgroup's CPU quota. A call never starts
-        more than four threads a CPU, or 64 where that is more.
+        At least 1. None restores the initial value: OpenMP's number (OMP_NUM_THREADS, CPU affinity,
+        threadpoolctl), but at most the cgroup's CPU quota. A call never starts more than four
+        threads per CPU, or 64 if that is more.
 
     Raises
     ------
@@ -176,9 +176,9 @@ def set_num_threads(n: int | None) -> None:
 
     Notes
     -----
-    Results do not depend on the number of threads: they are the same bits. A process made by
-    ``os.fork`` always runs serial, because the parent's threads do not exist in it; use the
-    "spawn" or "forkserver" start method for children that should run parallel.
+    Results are the same bits for any number. A child of ``os.fork`` uses one thread, because the
+    parent's threads do not exist in it. Use the start method "spawn" or "forkserver" for children
+    that should use several.
 
     Examples
     --------
@@ -194,7 +194,7 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call uses unless it says otherwise.
+    """Return the default number of threads of a call.
 
     Returns
     -------
@@ -275,8 +275,8 @@ def config() -> dict[str, Any]:
 def show_config() -> None:
     """Print versions, instruction levels, OpenMP and threads.
 
-    The line to look at when a call is slower than expected: "level active" should be the last
-    of the supported ones, and "openmp" a date.
+    If calls are slower than expected, check that "level active" is the last of the supported
+    levels, and that "openmp" is a date.
 
     Examples
     --------

@@ -113,19 +113,19 @@ def active(layer: object) -> Trial[Any] | None:
 
 
 def preview(self: _Given) -> Trial[_Given]:
-    """Run forwards in training mode that leave no trace, within a ``with`` block.
+    """Run forwards in training mode that change nothing, within a ``with`` block.
 
-    A forward in it normalizes as in training, whatever the mode. Running statistics,
-    `num_batches_tracked`, the mode and what the last real forward left for `backward` stay as
-    they are; `backward` itself raises. The switches hold: a layer that is frozen, or has
-    `use_batch_statistics` set, normalizes as it does in training, by the statistics it is
-    told. Holds for the calling thread (or task) alone: others may go on training the layer.
-    It ends with the block, also where an interrupt comes on the way in or out.
+    In the block a forward normalizes as in training, in either mode. Running statistics,
+    `num_batches_tracked` and the mode do not change. `backward` raises an error in the block; after
+    it, it belongs to the last forward before the block. Switches apply: a layer that is frozen, or
+    has `use_batch_statistics` set, normalizes as it does in training. The preview holds for the
+    calling thread (or task) only, so others may continue to train the layer. It ends with the
+    block, also after an interrupt at its beginning or end.
 
     Returns
     -------
     context manager
-        For one ``with`` block; gives the layer.
+        For one ``with`` block; its value is the layer.
 
     Examples
     --------

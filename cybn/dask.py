@@ -44,36 +44,37 @@ def moments(
     Parameters
     ----------
     x : dask.array.Array of float32, float64, float16 or bfloat16, at least 2 axes
-        Of any chunking, along the channel axis too.
+        It may have any chunks, also along the channel axis.
     axis : int, default 1
-        The channel axis; negative counts from the end.
+        The channel axis. Negative numbers count from the end.
     mask : array_like of bool, optional
-        True where a value counts; a dask array or another one. With as many axes as `x` it must be
-        broadcastable to it; with fewer it is for all channels alike, and must be broadcastable to
-        the shape of `x` without its channel axis.
+        True for values that are used. It is a dask array or another one. With as many axes as `x`
+        it must be broadcastable to `x`. With fewer it applies to all channels, and must be
+        broadcastable to the shape of `x` without the channel axis.
     weights : array_like, optional
-        How often each value counts, of a shape as that of `mask`.
+        How often each value counts, with a shape as for `mask`.
     split_every : int, default 8
-        How many moments are merged at a time. At least 2. Another number may give other bits,
-        within rounding.
+        How many moments are merged at a time, at least 2. It may change the last bits of the
+        result.
 
     Returns
     -------
     dask.delayed.Delayed
-        Of `Moments`: ``moments(x).compute()``, or together with others by `dask.compute`.
+        The `Moments`, after ``moments(x).compute()`` or, together with others, `dask.compute`.
 
     Raises
     ------
     TypeError
-        If `x` is no dask array, or, when it is computed, as in `Moments.update`.
+        If `x` is not a dask array; and, when it is computed, as in `Moments.update`.
     ValueError
         If a shape does not fit, or `split_every` is less than 2; when it is computed, as in
         `Moments.update`.
 
     Notes
     -----
-    A chunk is measured by one thread, with the memory of that chunk and its mask; of the rest, only
-    moments are kept, 32 bytes a channel. Chunks of 10 to 100 MB are a good size.
+    A chunk is measured by one thread, with the memory of that chunk and its mask. Of the other
+    chunks only the moments are in memory, 32 bytes per channel. Chunks of 10 to 100 MB are a good
+    size.
 
     Examples
     --------

@@ -71,9 +71,9 @@ def layer_norm(
         Scale and shift of each element of the normalized axes, float32 or float64. None means 1 and
         0. They are rounded to the type of the computation: float64 for float64, otherwise float32.
     axis : int, default -1
-        The first normalized axis; negative counts from the end. All after it are normalized, too,
-        as in PyTorch and ONNX: Keras' ``axis=1`` of (N, T, C), which is axis 1 alone, is
-        ``np.moveaxis(layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)``.
+        The first normalized axis; negative numbers count from the end. All axes after it are
+        normalized, too, as in PyTorch and ONNX. In Keras ``axis=1`` of (N, T, C) means axis 1
+        alone. For that, use ``np.moveaxis(layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)``.
     eps : float, default 1e-5
         Added to the variance. Positive.
     out : ndarray, optional
@@ -134,9 +134,9 @@ def layer_norm_backward(
     Parameters
     ----------
     dy : array_like, shape and dtype of `x`
-        Gradient with respect to y. Copied first where it does not lie in memory as `x` does.
+        Gradient with respect to y. It is copied first if its memory layout is not that of `x`.
     x : array_like
-        What was given to `layer_norm`.
+        The input of `layer_norm`.
     moments : Moments
         What `layer_norm` returned for it.
     gamma : array_like, shape ``x.shape[axis:]``, optional
@@ -144,19 +144,19 @@ def layer_norm_backward(
     axis, eps, num_threads
         As given to `layer_norm`.
     out : ndarray, optional
-        Where dx goes; may be `dy` or `x` itself.
+        Array for dx. It may be `dy` or `x` itself.
 
     Returns
     -------
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
+        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
 
     Raises
     ------
     TypeError
-        If an array has another dtype, or `moments` is no `Moments`.
+        If an array has another dtype, or `moments` is not a `Moments`.
     ValueError
         If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
 
@@ -198,12 +198,12 @@ def rms_norm(
     x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
         As in `layer_norm`.
     gamma : array_like, shape ``x.shape[axis:]``, optional
-        Scale of each element of the normalized axes; 1 where None.
+        Scale of each element of the normalized axes. None means 1.
     axis, out, num_threads
         As in `layer_norm`.
     eps : float, optional
-        Added to the mean square. Positive; where None, the machine epsilon of the type that is
-        computed in, as in PyTorch: that of float32 for half types.
+        Added to the mean square. Positive. None means the machine epsilon of the input's dtype, as
+        in PyTorch, and that of float32 for half types.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def rms_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`; where that is None, of `x`, but float32 for half types.
+        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
 
     Raises
     ------

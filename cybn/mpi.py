@@ -49,14 +49,14 @@ class Ranks:
     Parameters
     ----------
     comm : mpi4py.MPI.Comm, default MPI.COMM_WORLD
-        All of its ranks must take part in every call, and in one order.
+        All of its ranks must take part in every call, in the same order.
     timeout : float or None, default 300
-        Seconds to wait for the others; None waits for ever.
+        Seconds to wait for the others. None means no limit.
 
     Raises
     ------
     TypeError
-        If `comm` is no communicator.
+        If `comm` is not a communicator.
     ValueError
         If `timeout` is not positive.
     """
@@ -84,13 +84,13 @@ class Ranks:
         Parameters
         ----------
         row : ndarray of float64, shape (n,)
-            As long on every rank.
+            It has the same length on every rank.
 
         Raises
         ------
         TimeoutError
-            If a rank has sent nothing in time. It may have died, or be somewhere else in the
-            program; no further message can be sent on this communicator.
+            If a rank has sent nothing in time. It may have died, or made another call. No further
+            message can be sent on this communicator.
         RuntimeError
             If MPI reports an error, such as rows of different lengths, or an earlier call raised
             `TimeoutError`.
@@ -161,26 +161,26 @@ class Ranks:
 
 
 class SyncBatchNorm(BatchNorm):
-    """`BatchNorm` of a batch whose parts the ranks of an MPI communicator hold.
+    """`BatchNorm` of a batch that is divided among the ranks of an MPI communicator.
 
-    In training mode, y is normalized with the mean and variance of the whole batch, over all ranks;
-    `backward` returns dx of the part that this rank has, and fills `grad_gamma` and `grad_beta`
-    with the gradients of the whole batch, which are the same bits on every rank, as the running
-    statistics are. Do not sum those two over the ranks again. Ranks may have different numbers of
-    samples, and none.
+    In training mode, y is normalized with the mean and variance of the whole batch, over all ranks.
+    `backward` returns dx of this rank's part, and fills `grad_gamma` and `grad_beta` with the
+    gradients of the whole batch. Do not sum these two over the ranks again. They and the running
+    statistics are the same bits on every rank. Ranks may have different numbers of samples, or
+    none.
 
-    Every rank must make the same calls in the same order: a training forward is one message of 16
-    bytes a channel, a backward another. Where one rank raises, all do, and no layer has changed.
-    In eval mode there are no messages.
+    Every rank must make the same calls in the same order. A training forward and a backward each
+    send one message of 16 bytes per channel. If one rank raises an error, all raise one, and no
+    layer has changed. In eval mode there are no messages.
 
     Parameters
     ----------
     num_features : int
         C, the number of channels.
     comm : mpi4py.MPI.Intracomm, optional
-        The ranks; MPI.COMM_WORLD where None.
+        The ranks. None means MPI.COMM_WORLD.
     timeout : float or None, default 300
-        Seconds to wait for the other ranks before TimeoutError is raised; None waits for ever.
+        Seconds to wait for the other ranks before TimeoutError is raised. None means no limit.
     axis, eps, momentum, affine, track_running_stats, running_ddof, dtype
         As in `BatchNorm`: 1, 1e-5, 0.1, True, True, 1 (unbiased) and float32.
     activation, slope, nan_policy
@@ -193,10 +193,10 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    A preview normalizes by the whole batch too, so all ranks must be in one. There are no ghost
-    batches and no renormalization: `virtual_batch_size` and `renorm` are None. Copies are on the
-    same communicator. A layer can be pickled where its communicator is one that MPI itself makes,
-    such as MPI.COMM_WORLD.
+    A preview normalizes by the whole batch, too, so all ranks must use it together. There are no
+    ghost batches and no renormalization: `virtual_batch_size` and `renorm` are None. Copies use the
+    same communicator. A layer can be pickled if MPI itself provides its communicator, such as
+    MPI.COMM_WORLD.
 
     Examples
     --------
@@ -262,7 +262,7 @@ class SyncBatchNorm(BatchNorm):
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
-        """Normalize the part of a batch that this rank has; in training mode, learn from all.
+        """Normalize this rank's part of a batch; in training mode, update the running statistics.
 
         Parameters
         ----------
@@ -277,9 +277,9 @@ class SyncBatchNorm(BatchNorm):
         Raises
         ------
         TypeError, ValueError, FloatingPointError
-            As in `BatchNorm.forward`; what it says of a batch holds for that of all ranks.
+            As in `BatchNorm.forward`, for the batch of all ranks.
         RuntimeError
-            If another rank raised an error, which is quoted, or is somewhere else in the program.
+            If another rank raised an error, which is quoted, or made another call.
         TimeoutError
             If another rank has sent nothing within `timeout` seconds.
         """
@@ -308,7 +308,7 @@ class SyncBatchNorm(BatchNorm):
     ) -> Any:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        As in `BatchNorm.backward`, but that the two are those of the whole batch.
+        As in `BatchNorm.backward`, but both gradients are those of the whole batch.
 
         Parameters
         ----------

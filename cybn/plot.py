@@ -33,22 +33,22 @@ def drift(
     limit: float = 1.0,
     axes: tuple[Axes, Axes] | None = None,
 ) -> tuple[Axes, Axes]:
-    """Draw how far batch statistics lie from the running ones, a dot for each channel.
+    """Draw the drift of batch statistics from the running statistics, a dot for each channel.
 
     Parameters
     ----------
     drifts : Drift, or mapping of str to Drift
-        What `BatchNorm.drift` returned, for one layer or for several by name.
+        The result of `BatchNorm.drift`, for one layer or for several by name.
     limit : float, default 1
-        Where to draw the lines of an alarm, either side of 0.
+        The value of the warning lines, on both sides of 0.
     axes : pair of matplotlib Axes, optional
-        Where to draw; a new figure where None.
+        The axes to draw in. None means a new figure.
 
     Returns
     -------
     pair of matplotlib Axes
-        Those of the shift and of the log variance ratio. Channels that are not finite are missing
-        from both, and counted in the legend.
+        The axes of the shift and of the log variance ratio. Channels that are not finite are not
+        drawn, but counted in the legend.
 
     Examples
     --------

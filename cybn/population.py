@@ -25,7 +25,7 @@ def population_statistics(
     inputs: Callable[[Any], Any] | None = None,
     comm: Any = None,
 ) -> dict[Any, Moments]:
-    """Return the mean and variance over a whole dataset for each batch norm that it reaches.
+    """Return the mean and variance over a whole dataset for each batch norm of a model.
 
     Merged `Moments` count every value once. So a shorter last batch has its own weight, and the
     variance between batches is included, which an average of batch variances leaves out. No layer
@@ -45,27 +45,28 @@ def population_statistics(
     model_or_layers : callable, or sequence of callables
         Called with each batch: a forward function, a network object, one layer; or a list of
         layers, called one after the other. Every `BatchNorm` that runs in the call, and tracks
-        running statistics, is recorded; one that runs twice has both inputs counted. It must run
-        in the thread of the call. In a `torch.nn.Module`, its batch norms are recorded too.
+        running statistics, is recorded; if it runs twice, both inputs are counted. It must run in
+        the thread of the call. The batch norms of a `torch.nn.Module` are recorded, too.
     batches : iterable
-        What the model takes, one batch at a time. It is iterated once. A function gets each batch
-        unchanged. A layer, a list of layers and a `torch.nn.Module` get the first item of a batch
-        that is a tuple or a list, such as (images, labels).
+        The batches, in the form that the model takes. It is iterated once. A function gets each
+        batch unchanged. A layer, a list of layers and a `torch.nn.Module` get the first item of a
+        batch that is a tuple or a list, such as (images, labels).
     progress : callable, optional
         Given `batches`, it returns an iterable over them, and may draw a bar: `tqdm.tqdm`, or a
         `functools.partial` of it.
     upstream : {"batch", "running"}, default "batch"
-        How the layers normalize meanwhile, which decides what the next layers get. "batch": by each
+        How the layers normalize while they are measured, which affects the inputs of the next
+        layers. "batch": by each
         batch, as in training and in Algorithm 2 of the paper, so the result belongs to this batch
         size. "running": by the running statistics, as in inference, so the result does not depend
         on the batches; then set the statistics of all layers from the first to the last, one call
         each.
     inputs : callable, optional
-        Given a batch, what the model is called with: `operator.itemgetter(0)` for a function that
-        takes the first part.
+        A function from a batch to the input of the model, such as `operator.itemgetter(0)` for its
+        first item.
     comm : object with a method ``allgather``, optional
-        The dataset is spread over processes, as in `Moments.allreduce`: each calls this with
-        batches of its own, at least one, and all get the statistics of all batches.
+        For a dataset that is divided among processes, as in `Moments.allreduce`. Each process calls
+        the function with its own batches, at least one, and gets the statistics of all batches.
 
     Returns
     -------
@@ -77,27 +78,26 @@ def population_statistics(
     TypeError
         If `model_or_layers` is neither callable nor a sequence of callables.
     ValueError
-        If there were no batches, no batch norm ran, or `upstream` is neither; with `comm`, if
-        other batch norms ran in another process.
+        If there were no batches, no batch norm ran, or `upstream` is unknown; with `comm`, if other
+        batch norms ran in another process.
     RuntimeError
         With `comm`, if another process raised an error, which is quoted.
 
-    An error that a batch causes has a note on what the model was called with.
+    An error that a batch causes has a note that describes the input of the model.
 
     Notes
     -----
-    Whatever the modes and switches of the layers, nothing in them changes, neither running
-    statistics nor modes, also where a batch raises. With "batch", a batch that has one value a
-    channel raises, as in training.
+    Nothing in the layers changes, even if a batch raises an error. With "batch", a batch with one
+    value per channel raises an error, as in training.
 
-    Switches hold, as in training and inference themselves: a layer that is frozen, or whose
-    `use_batch_statistics` is False, normalizes by its running statistics with "batch" too, and one
-    where that is True by the batch with "running" too. It is recorded like the others. To have
-    all layers normalize as `upstream` says, `unfreeze` them first.
+    The switches of a layer have priority over `upstream`. A layer that is frozen, or whose
+    `use_batch_statistics` is False, always uses its running statistics, and one where it is True
+    always uses the batch. Such layers are recorded like the others. To make all layers follow
+    `upstream`, `unfreeze` them first.
 
-    For an instance norm, means and variances are those within samples, which is what its running
-    statistics are of: the result is a kind of `Moments` with an attribute `samples`, and its
-    variance leaves out how the samples differ from each other.
+    For an instance norm, means and variances are those within samples, like its running statistics.
+    The result is a kind of `Moments` with an attribute `samples`, whose variance does not include
+    the differences between samples.
 
     References
     ----------

@@ -88,8 +88,8 @@ def fold_conv(
     ----------
     weight : array_like of float32, float64, float16 or bfloat16
         The weight of a convolution over any number of axes, in `layout`. Arrays of other libraries
-        are read by `cybn.interop.as_array`, here and below: tensors that require gradients are read
-        without them, and bfloat16 tensors of PyTorch become float32.
+        are read by `cybn.interop.as_array`, here and below. It ignores the gradients of tensors,
+        and bfloat16 tensors of PyTorch become float32.
     bias : array_like, shape (C,), or None
         None if the convolution has no bias.
     bn : BatchNorm, module of PyTorch, or tuple of (scale, shift)
@@ -109,9 +109,9 @@ def fold_conv(
     Raises
     ------
     TypeError
-        If `weight` or `bias` is not of floats, or `bn` is of another type.
+        If `weight` or `bias` does not consist of floats, or `bn` is of another type.
     ValueError
-        If shapes do not fit each other, `layout` is unknown, the layer has no running statistics,
+        If shapes do not fit together, `layout` is unknown, the layer has no running statistics,
         does not use them or has an activation, or the result is not finite.
 
     Examples
@@ -137,8 +137,8 @@ def fold_conv_transpose(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the transposed convolution before it.
 
-    With groups, an output channel g * O + o is in column o of the weight for the inputs of
-    group g alone: the same column holds other output channels for other groups.
+    With groups of O output channels, channel g * O + o is in column o of the weight, for the inputs
+    of group g. The same column has other output channels for the inputs of other groups.
 
     Parameters
     ----------
@@ -239,22 +239,22 @@ def fold_into_next_linear(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the linear layer after it.
 
-    Exact only where nothing but a flattening lies between the two: no activation, no pooling by
-    maxima, no dropout in use.
+    This is exact only if nothing but a flattening is between the two: no activation, no max pooling
+    and no active dropout.
 
     Parameters
     ----------
     weight : array_like of float32, float64, float16 or bfloat16
-        Of the linear layer, in `layout`, with C or C * S inputs.
+        The weight of the linear layer, in `layout`, with C or C * S inputs.
     bias : array_like, shape (outputs,), or None
-        None: the linear layer has no bias.
+        None if the linear layer has no bias.
     bn : BatchNorm or tuple of (scale, shift)
         As in `fold_conv`.
     layout : {"torch", "onnx", "onnx-matmul", "keras", "flax"}
         As in `fold_linear`.
     flatten : {"channels-first", "channels-last"}, optional
-        What was flattened to C * S inputs: (C, S), as in PyTorch; or (S, C), as in Keras and Flax
-        with their usual order. Needed where S is more than 1.
+        The array that was flattened to C * S inputs: (C, S), as in PyTorch; or (S, C), as in Keras
+        and Flax with their usual order. Needed if S is more than 1.
 
     Returns
     -------
@@ -297,8 +297,8 @@ def fold_into_next_conv(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the convolution after it.
 
-    Exact only where nothing lies between the two, and where the convolution pads nothing: zeros
-    that it pads come after the shift, and a folded convolution would shift them too.
+    This is exact only if nothing is between the two, and the convolution does not pad. Its zeros
+    are added after the shift, and a folded convolution would shift them, too.
 
     Parameters
     ----------
@@ -309,8 +309,8 @@ def fold_into_next_conv(
     bn
         As in `fold_conv`.
     padding : int, str, or sequence of these
-        What the convolution pads. All must be 0 or "valid", unless the shift of `bn` is 0 in every
-        channel.
+        The padding of the convolution. It must be 0 or "valid", unless the shift of `bn` is 0 in
+        every channel.
 
     Returns
     -------

@@ -34,14 +34,14 @@ BATCH = 2
 
 
 class Report(NamedTuple):
-    """What a fold did to the outputs.
+    """The effect of folding on the outputs.
 
     Attributes
     ----------
     dtype : dtype
         Of the weight.
     outputs : int
-        How many were compared.
+        The number of outputs that were compared.
     largest : float
         The largest absolute output before folding.
     error : float
@@ -139,38 +139,38 @@ def measure(
     seed: int = 0,
     **options: Any,
 ) -> Report:
-    """Measure what a fold does to the outputs for a random input.
+    """Measure the effect of folding on the outputs for a random input.
 
-    Runs both ways in plain NumPy, in a wider type than the weights have, on a batch of two small
-    inputs of standard normal values.
+    Both networks are computed in plain NumPy, in a wider type than that of the weights, for a batch
+    of two small inputs of standard normal values.
 
     Parameters
     ----------
     fold : function
-        One of the five folds of this package.
+        One of the five functions of this package.
     weight, bias, bn
-        As given to the fold.
+        As given to that function.
     folded : tuple of (weight, bias), optional
-        What to measure, such as arrays that another program has folded; the fold's own result
-        where None.
+        The arrays to measure, such as those of another program. None means the result of `fold`.
     stride, padding, dilation : int
-        Of a convolution, the same along each axis. They make no difference to a right fold.
+        Those of the convolution, the same along each axis. They do not affect the error of a
+        correct result.
     seed : int, default 0
-        Of the random input.
+        The seed of the random input.
     **options
-        The fold's own: `layout`, `groups`, `flatten`.
+        The other arguments of `fold`: `layout`, `groups`, `flatten`.
 
     Returns
     -------
     Report
-        Its `worst` is below 1 for a right fold of float32 and half types, below 4 for one of
-        float64; its `str` is a sentence.
+        Its `worst` is below 1 for a correct result in float32 and half types, and below 4 in
+        float64. Its `str` is a sentence.
 
     Raises
     ------
     TypeError, ValueError
-        As from the fold; if `folded` does not have the shapes that the fold gives; and if `stride`
-        or `dilation` is not an int of at least 1, or `padding` not one of at least 0.
+        As in `fold`, and if `folded` has other shapes than its result, `stride` or `dilation` is
+        not an int of at least 1, or `padding` is not an int of at least 0.
 
     Examples
     --------

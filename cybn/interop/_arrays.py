@@ -16,30 +16,30 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
     """Return an array of another library as a NumPy array, without a copy where possible.
 
     DLPack is tried first, then ``__array__``. PyTorch tensors, JAX and CuPy-like arrays on the CPU
-    share their memory with the result; whether it may be written to is up to the library.
+    share their memory with the result; the library decides whether it is writable.
 
     Parameters
     ----------
     value : array_like
-        An array of NumPy, PyTorch, JAX, TensorFlow, Keras or any library that speaks DLPack or
+        An array of NumPy, PyTorch, JAX, TensorFlow, Keras or any library that supports DLPack or
         ``__array__``; or a number, or nested sequences of them. A tensor that requires gradients is
         read without them, as by its ``detach()``. bfloat16 and float8 tensors of PyTorch become
         float32, which holds their values exactly; bfloat16 arrays of JAX and of the package
         ml_dtypes stay bfloat16.
     name : str, default "x"
-        What errors call it.
+        The name of the argument in error messages.
 
     Returns
     -------
     ndarray
-        `value` itself where it is a NumPy array.
+        `value` itself if it is a NumPy array.
 
     Raises
     ------
     ValueError
-        If `value` lies on a device whose memory the CPU does not read.
+        If `value` is on a device whose memory the CPU cannot read.
     TypeError
-        If it is masked, sparse, of a type that NumPy does not have, or no array at all.
+        If it is masked, sparse, of a type that NumPy does not have, or not an array.
 
     Examples
     --------

@@ -10,17 +10,18 @@ from ._forms import VAR, computed, form, search, variance, write
 
 
 class Converted(NamedTuple):
-    """A converted state, and what was done to it.
+    """A converted state, with a record of the conversion.
 
     Attributes
     ----------
     state : dict
         The new state.
     taken : dict of str to dict of str to str
-        For each batch norm, by its prefix in the old state: old key to new key, None for a key
-        that the new form has no place for.
+        For each batch norm, by its prefix in the old state, the new key of each old key; None if
+        the new form has no such key.
     passed_over : dict of str to str
-        What has a running mean or variance and was left alone, by prefix, and why.
+        The reason, by prefix, why a group of keys with a running mean or variance was not
+        converted.
     """
 
     state: dict[str, Any]
@@ -35,23 +36,24 @@ def find(
     only: Iterable[str] | None = None,
     skip: Iterable[str] = (),
 ) -> dict[str, tuple[str, ...]]:
-    """Return the batch norms in a model's state: their prefixes, and each one's keys.
+    """Return the prefixes of the batch norms in a model's state, with the keys of each.
 
-    What has no running statistics, such as a layer norm, is not taken unasked. An instance norm of
-    PyTorch that tracks statistics has the same keys as a batch norm: name it in `skip`.
+    Norms without running statistics, such as layer norms, are included only if `only` names them.
+    An instance norm of PyTorch that tracks statistics has the same keys as a batch norm, so exclude
+    it by `skip`.
 
     Parameters
     ----------
     state : mapping of str to array_like
         Flat.
     form : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
-        Whose names to look for.
+        The library whose names to look for.
     only : iterable of str, optional
-        The prefixes to take, and no others. "keras-h5" numbers its keys, so a batch norm is taken
-        unasked only where its name has "batch_norm" in it; "nnx" and "onnx" ones without scale and
-        shift are not taken unasked either.
+        The prefixes to include, and no others. Without `only`, two kinds of batch norms are left
+        out: in "keras-h5", where keys are numbers, those without "batch_norm" in their name; in
+        "nnx" and "onnx", those without scale and shift.
     skip : iterable of str, default ()
-        Prefixes to leave alone.
+        Prefixes to leave out.
 
     Returns
     -------
@@ -61,14 +63,14 @@ def find(
     Raises
     ------
     TypeError
-        If `state` is no mapping.
+        If `state` is not a mapping.
     ValueError
-        If `form` is unknown, or `only` names what is not there.
+        If `form` is unknown, or `only` names a prefix that is not there.
 
     Warns
     -----
     UserWarning
-        Where a batch norm of PyTorch is parametrized or pruned, and so passed over.
+        If a batch norm of PyTorch is parametrized or pruned, and therefore left out.
 
     Examples
     --------
@@ -105,29 +107,30 @@ def convert(
     state : mapping of str to array_like
         Flat. Read only.
     source, target : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
-        Whose names `state` has, and whose it is to have.
+        The form of `state`, and that of the result.
     only, skip
         As in `find`.
     rename : callable, optional
-        Gives the new prefix of a batch norm from the old one; the same where None.
+        A function from the old prefix of a batch norm to the new one. None keeps the prefixes.
     count : int, array_like or mapping of str to these, optional
-        Values of a channel in a training batch, N * S, for all or by old prefix. Where it is given
-        and the two forms follow different variances, the running variance is converted; else it
-        goes over unchanged, and inference gives the same. The form "cybn" takes either.
+        The number of values per channel in a training batch, N * S, for all batch norms or by old
+        prefix. If it is given and the two forms store different variances, the running variance is
+        converted. Otherwise it is copied unchanged, and inference gives the same results. The form
+        "cybn" accepts both.
     state_ddof : {None, 0, 1}
-        Which variance `state` has, where it is not the one that its form has: 1 for a Keras form
-        that TensorFlow's fused kernel left, as in `from_keras`. None: that of the form.
+        The kind of variance in `state`. None means the usual one of its form. Pass 1 for a Keras
+        state of TensorFlow's fused kernel, as in `from_keras`.
 
     Returns
     -------
     Converted
-        (state, taken, passed_over). The arrays in `state` are those given, not copies, but for
-        converted variances, and zeros and ones for what the source left out.
+        (state, taken, passed_over). The arrays in `state` are the given ones, not copies, except
+        for converted variances, and for zeros and ones that replace missing arrays.
 
     Raises
     ------
     TypeError
-        If `state` is no mapping, or a variance that is to be converted is not of floats.
+        If `state` is not a mapping, or a variance to convert does not consist of floats.
     ValueError
         As in `find`, and if a new key is in `state` already.
 

@@ -32,23 +32,23 @@ MOST_NAME = 65000  # bytes of a name; a zip archive has room for 65535, ending a
 def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
     """Write a dict of arrays to a file.
 
-    The file is written beside `path` and then moved there, so `path` never holds a part of it.
+    The file is written beside `path` and then moved there, so `path` never has an incomplete file.
 
     Parameters
     ----------
     path : path or binary file
-        A path ends in ".npz" or ".safetensors", which needs the package of that name. To an open
-        file, such as an `io.BytesIO`, all is written in one call of its ``write``.
+        A path ends in ".npz" or ".safetensors", which needs the package of that name. An open file,
+        such as an `io.BytesIO`, is written in one call of its ``write``.
     arrays : mapping of str to array_like
-        Of numbers: bool, int, float or complex; as far as the format has them. bfloat16 stays
-        bfloat16 in a safetensors file and is float32 in an npz file.
+        Arrays of bool, int, float or complex, if the format has the type. bfloat16 is stored as
+        bfloat16 in a safetensors file and as float32 in an npz file.
     format : {"npz", "safetensors"}, optional
-        By the ending of the path where None, and npz for an open file.
+        None means that the ending of the path decides, and npz for an open file.
 
     Raises
     ------
     TypeError
-        If `arrays` is no mapping of str, or an array is not of numbers.
+        If `arrays` is not a mapping of str, or an array does not consist of numbers.
     ValueError
         If `path` has another ending, or a name has NUL in it, is not valid Unicode or takes more
         than 65000 bytes.
@@ -70,27 +70,27 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
 
 
 def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArray[Any]]:
-    """Return the arrays in a file that `save_arrays` or any other program has written.
+    """Return the arrays in a file that `save_arrays` or another program has written.
 
     Nothing is unpickled, and no more memory is allocated than the file actually contains.
 
     Parameters
     ----------
     path : path or binary file
-        A path ends in ".npz" or ".safetensors"; an open file is read from where it is to its end.
+        A path ends in ".npz" or ".safetensors"; an open file is read from its position to its end.
     most_bytes : int, default 4 GiB
-        What a compressed npz file may unpack to. Uncompressed ones have no limit.
+        The largest size of an unpacked npz file. Uncompressed files have no limit.
 
     Returns
     -------
     dict of str to ndarray
-        New arrays. bfloat16 and float8 become float32, which holds their values exactly.
+        New arrays. bfloat16 and float8 become float32, which represents their values exactly.
 
     Raises
     ------
     ValueError
-        If the file is broken, or holds anything but plain arrays of numbers, or `path` has another
-        ending.
+        If the file is broken or contains something other than plain arrays of numbers, or `path`
+        has another ending.
     OSError
         If it cannot be opened.
     ImportError
@@ -118,12 +118,12 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
     path, format
         As in `save_arrays`.
     layers : layer or mapping of str to layers
-        Layers of any kind that cybn has. Names must not be empty.
+        Layers of cybn of any kind. Names must not be empty.
 
     Raises
     ------
     TypeError
-        If there is anything else in `layers`, or a class that is not cybn's own.
+        If `layers` has an object of another class.
     ValueError
         If a name is empty, two names make the same key, or a layer could not be loaded again, such
         as one with NaN in its running statistics; and as in `save_arrays`.
@@ -182,7 +182,7 @@ def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any
 
 
 def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
-    """Return what `save_layers` wrote: a layer, or layers by name; all of them or none.
+    """Return the layer, or the layers by name, of a file of `save_layers`.
 
     Parameters
     ----------
@@ -192,14 +192,14 @@ def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
     Returns
     -------
     layer or dict of str to layers
-        New layers, of the kinds, in the modes and with the switches that were saved; in training
-        mode those of files that do not say.
+        New layers with the kinds, modes and switches that were saved; in training mode if the file
+        has no mode.
 
     Raises
     ------
     ValueError
-        As in `load_arrays`, and if the file has no settings of layers, or settings and arrays do
-        not fit each other or do not pass the checks of the layers.
+        As in `load_arrays`, and if the file has no settings of layers, settings and arrays do not
+        fit together, or a layer refuses them.
     OSError, ImportError
         As in `load_arrays`.
 

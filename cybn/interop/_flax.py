@@ -16,7 +16,7 @@ _DEEPEST = 100  # dicts in dicts; a model has a dozen
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as a flat one, with "/" between the keys; the leaves as they are.
+    """Return nested dicts as a flat dict, with "/" between the keys and the same leaves.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Returns
     -------
     dict
-        A leaf for each path.
+        The leaves by path.
 
     Raises
     ------
@@ -62,12 +62,12 @@ def _leaves(nested: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tupl
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a flat dict, with "/" between the parts of its keys, as nested ones.
+    """Return a flat dict, with "/" between the parts of its keys, as nested dicts.
 
     Parameters
     ----------
     flat : mapping of str
-        What `flatten` returned, or a dict like it.
+        A dict as from `flatten`.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If a key is both a leaf and the way to another.
+        If a key is a leaf and also the beginning of another key.
     TypeError
         If a key is not a str.
 
@@ -133,10 +133,10 @@ def from_flax(
     prefix : str, default ""
         Where in `variables` the module is, such as "Block_0/BatchNorm_0"; without the collection.
     epsilon, momentum, axis
-        The module's, in Flax's sense: `momentum` weighs the old value. Flax's defaults: an
-        epsilon of None is 1e-5 for a batch norm and 1e-6 for all others.
+        The settings of the module, with Flax's meaning: `momentum` weighs the old value. An epsilon
+        of None is Flax's default, 1e-5 for a batch norm and 1e-6 for all others.
     api : {"linen", "nnx"}
-        Which of Flax's two kinds of modules.
+        The API of Flax that the module belongs to.
     layer, running_ddof, count, state_ddof, num_groups
         As in `from_keras`.
 
@@ -169,7 +169,7 @@ def from_flax(
 def to_flax(
     bn: Any, prefix: str = "", *, api: Api = "linen", count: ArrayLike | None = None
 ) -> dict[str, Any]:
-    """Return the state of a layer as Flax has it: nested dicts.
+    """Return the state of a layer in Flax's form, as nested dicts.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def to_flax(
 
 
 def flax_options(bn: Any) -> dict[str, Any]:
-    """Return what to give the module of ``flax.linen`` of the same name, or nnx's after its sizes.
+    """Return the settings for the module of the same name in ``flax.linen`` or ``flax.nnx``.
 
     Parameters
     ----------

@@ -33,27 +33,28 @@ def from_keras(
     prefix : str, default ""
         Where in `weights` the layer is, such as "sequential/batch_normalization".
     epsilon, momentum, axis
-        The Keras layer's, in Keras's sense: `momentum` weighs the old value. Keras's defaults:
-        an epsilon of None is 1e-3, and 1e-6 for an RMSNorm.
+        The settings of the Keras layer, with Keras's meaning: `momentum` weighs the old value. An
+        epsilon of None is Keras's default, 1e-3, and 1e-6 for an RMSNorm.
     layer : type, default BatchNorm
         As in `from_torch`.
     running_ddof : {None, 0, 1}
-        None: the layer follows the variance of the weights, biased as Keras has it. 1: the unbiased
-        one from now on, and running_var is converted.
+        None: the layer continues with the kind of variance in the weights, which is biased in
+        Keras. 1: the layer uses the unbiased variance from now on, and running_var is converted.
     count : int or array_like, optional
-        Values of a channel in a training batch, N * S; needed where the variance is converted.
+        The number of values per channel in a training batch, N * S; needed if the variance is
+        converted.
     state_ddof : {None, 0, 1}
-        Which variance the weights have, where it is not the biased one: 1 for what TensorFlow's
-        fused kernel left, which Keras 2 and TF1 use for inputs of 4 axes.
+        The kind of variance in the weights. None means biased. Pass 1 for weights of TensorFlow's
+        fused kernel, which Keras 2 and TF1 use for inputs of 4 axes.
     num_groups : int, optional
-        Of a GroupNorm: Keras' ``groups``.
+        The number of groups of a GroupNorm, ``groups`` in Keras.
 
     Returns
     -------
     layer
-        A new one in training mode with copies of the arrays; its `momentum` is 1 - `momentum`,
-        taken in decimal. A scale or a center that Keras left out is 1 or 0. Keras counts no
-        batches: `num_batches_tracked` is 0.
+        A new layer in training mode with copies of the arrays. Its `momentum` is 1 - `momentum`,
+        computed in decimal. A missing scale or center is 1 or 0. `num_batches_tracked` is 0,
+        because Keras does not count batches.
 
     Raises
     ------
@@ -77,29 +78,30 @@ def from_keras(
 def to_keras(
     bn: Any, prefix: str = "", *, count: ArrayLike | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Return the state of a layer as Keras has it.
+    """Return the state of a layer in Keras's form.
 
     Parameters
     ----------
     bn : layer
-        Of any kind that cybn has; left as it is. An instance norm is a GroupNormalization there.
+        A layer of any kind, which is not changed. An instance norm is a GroupNormalization in
+        Keras.
     prefix : str, default ""
-        What the keys start with, without the slash.
+        The beginning of the keys, without the slash.
     count : int or array_like, optional
-        Values of a channel in a training batch, N * S. Where it is given and the layer follows the
-        unbiased variance, running_var is converted to the biased one; else it goes over unchanged,
-        and inference gives the same.
+        The number of values per channel in a training batch, N * S. If it is given and the layer
+        has the unbiased variance, running_var is converted to the biased one. Otherwise it is
+        copied unchanged, and inference gives the same results.
 
     Returns
     -------
     dict of str to ndarray
-        Copies, in the order of Keras: ``layer.set_weights(list(...values()))`` takes them. Without
-        gamma and beta where the layer has none.
+        Copies, in the order of Keras: ``layer.set_weights(list(...values()))`` takes them. gamma
+        and beta are missing if the layer has none.
 
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer, or has an activation or `use_batch_statistics`, is a batch norm without
+        If `bn` is not a layer, has an activation or `use_batch_statistics`, is a batch norm without
         running statistics or an instance norm with them, or `count` is not above 1.
 
     Examples
@@ -116,10 +118,10 @@ def to_keras(
 
 
 def keras_options(bn: Any) -> dict[str, Any]:
-    """Return what to give the layer of ``keras.layers`` for one like `bn`.
+    """Return the settings for the corresponding layer of ``keras.layers``.
 
-    A BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization; the last for
-    an instance norm, too. A batch norm that `freeze` was called on has ``trainable=False``.
+    That is a BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization; the
+    last for an instance norm, too. A batch norm after `freeze` has ``trainable=False``.
 
     Parameters
     ----------

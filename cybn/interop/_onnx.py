@@ -129,39 +129,39 @@ def to_onnx(
 ) -> OnnxNode:
     """Return a layer as a node of normalization.
 
-    But for layer and RMS norms, ONNX normalizes axis 1, whatever the layer's axis is.
+    Except for layer and RMS norms, the node normalizes axis 1, for any axis of the layer.
 
     Parameters
     ----------
     bn : layer
-        Of any kind that cybn has; left as it is.
+        A layer of any kind, which is not changed.
     name : str, default "bn"
-        Of the node; its initializers are called name.scale, name.B and so on.
+        The name of the node; its initializers are called name.scale, name.B and so on.
     x, y : str
         Names of the input and of the output.
     opset : int, optional
-        Which form. None: 15 for a batch norm, and the first that has the node for the others.
+        The version of the node. None means 15 for a batch norm, and the first that has the node for
+        the others.
     training : bool, default False
         Whether the node of a batch norm normalizes with the batch and gives new running statistics.
     count : int or array_like, optional
-        As in `to_keras`: ONNX follows the biased variance.
+        As in `to_keras`: ONNX uses the biased variance.
     dtype : dtype, optional
-        Of the initializers, which must be that of x before opset 15: float32, float64, float16 or
-        bfloat16; that of the layer where None. Each value is rounded once.
+        The type of the initializers: float32, float64, float16 or bfloat16; by default that of the
+        layer. Before opset 15 it must be that of x. Each value is rounded once.
 
     Returns
     -------
     OnnxNode
-        Of copies, plain data; `protos` makes protocol buffers of it. A layer without gamma and
-        beta gives ones and zeros where the node needs them.
+        Plain data with copies of the arrays; `protos` makes protocol buffers of it. If the node
+        needs gamma and beta and the layer has none, they are ones and zeros.
 
     Raises
     ------
     TypeError, ValueError
-        As in `to_keras`; ValueError too if `opset` is below the first that has the node, a value
-        does not fit `dtype`, or `training` is True and the layer's momentum is None, or it does not
-        train: `use_batch_statistics` or `update_statistics` is False. For inference such a node
-        goes without momentum.
+        As in `to_keras`, and ValueError if `opset` is below the first that has the node, or a value
+        does not fit `dtype`. With ``training=True`` also if the momentum is None, or
+        `use_batch_statistics` or `update_statistics` is False.
 
     Examples
     --------
@@ -264,28 +264,27 @@ def from_onnx(
         A BatchNormalization of any opset, or an InstanceNormalization, LayerNormalization,
         GroupNormalization (of opset 21, with a scale for each channel) or RMSNormalization.
     initializers : mapping of str to array_like or onnx.TensorProto, optional
-        Where the node's inputs are found by name; those of an `OnnxNode` where None.
+        The arrays of the node's inputs by name. None means those of an `OnnxNode`.
     axis : int, default 1
         The channel axis of the new layer's input; 1 in ONNX.
     layer : type, optional
-        `BatchNorm` where None, or `InstanceNorm2d` for an InstanceNormalization, which does not
-        say how many axes its input has; a form of these.
+        The class of the result, `BatchNorm` by default. For an InstanceNormalization, which does
+        not say how many axes its input has, the default is `InstanceNorm2d`.
     running_ddof, count, state_ddof
         As in `from_keras`.
 
     Returns
     -------
     layer
-        A new one with copies of the arrays. Settings that ONNX holds in float32 come back as the
-        shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0. The momentum of
-        a node for inference plays no part; without one, ONNX's default is used.
+        A new layer with copies of the arrays. Settings that ONNX stores in float32 become the
+        shortest decimal: 0.9, not 0.8999999761581421. `num_batches_tracked` is 0. Without a
+        momentum, ONNX's default is used.
 
     Raises
     ------
     ValueError
-        If the node is of another kind or `spatial` is 0, or an input is not among the
-        initializers, or its data is broken or lies in another file, or the arrays do not pass
-        `load_state_dict`.
+        If the node is of another kind, `spatial` is 0, an input is not among the initializers, its
+        data is broken or in another file, or `load_state_dict` refuses the arrays.
     TypeError
         If `node` is of another type.
 

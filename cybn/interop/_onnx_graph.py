@@ -150,22 +150,23 @@ class _Found(NamedTuple):
 def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     """Return a layer for each node of normalization in an ONNX model.
 
-    In the main graph, in the graphs within it, such as the branches of an If, and in the model's
+    It searches the main graph, the graphs within it, such as the branches of an If, and the model's
     own functions, once for each call.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Its initializers and constant nodes are looked in for the nodes' inputs.
+        The inputs of the nodes must be initializers or constant nodes of it.
     **options
-        As in `from_onnx`; `layer`, `running_ddof`, `state_ddof` and `count` for batch norms alone.
+        As in `from_onnx`; `layer`, `running_ddof`, `state_ddof` and `count` apply to batch norms
+        only.
 
     Returns
     -------
     dict of str to layer
-        By the node's name, or that of its output where the name is empty or not the only one. By
-        the outputs of all nodes where even so two would have the same name. A node that cannot be
-        read is left out, and its ``passed_over`` says why, by name.
+        The layers by the node's name, or by the name of its output if the name is empty or not
+        unique. If two would still have the same name, all are named by their outputs. A node that
+        cannot be read is left out; the attribute ``passed_over`` has the reason by name.
 
     Raises
     ------

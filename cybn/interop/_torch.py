@@ -29,42 +29,44 @@ def from_torch(
     Parameters
     ----------
     state : mapping of str to array_like
-        A state dict, of the module or of a whole model: tensors or arrays. Read only.
+        A state dict of the module or of a whole model, with tensors or arrays. It is not changed.
     prefix : str, default ""
         Where in `state` the module is, such as "layer1.0.bn1".
     eps, momentum : float
-        The module's, which a state dict does not have. PyTorch's defaults, and cybn's: an eps of
-        None is 1e-5, and for an RMSNorm None itself.
+        The settings of the module, which a state dict does not have. An eps of None is the default,
+        1e-5, and for an RMSNorm None itself.
     axis : int, default 1
         The channel axis of the new layer's input; 1 in PyTorch.
     layer : type, default BatchNorm
-        `BatchNorm` or a form of it, such as `BatchNorm2d`; or an `InstanceNorm1d`, `2d` or `3d`,
-        `LayerNorm`, `RMSNorm` or `GroupNorm`, where the state is that of one.
+        The class of the result: `BatchNorm` or `BatchNorm1d` to `3d`; or `InstanceNorm1d` to `3d`,
+        `LayerNorm`, `RMSNorm` or `GroupNorm`, if the state is that of one.
     running_ddof : {None, 1, 0}
-        None: the layer follows the variance of the state, unbiased as PyTorch has it. 0: the
-        biased one from now on, and running_var is converted.
+        None: the layer continues with the kind of variance in the state, which is unbiased in
+        PyTorch. 0: the layer uses the biased variance from now on, and running_var is converted.
     count : int or array_like, optional
-        Values of a channel in a training batch, N * S; needed where the variance is converted.
+        The number of values per channel in a training batch, N * S; needed if the variance is
+        converted.
     state_ddof : {None, 0, 1}
-        Which variance the state has, where it is not that of the library: 0 biased, 1 unbiased.
+        The kind of variance in the state: 0 for biased, 1 for unbiased. None means that of the
+        library.
     num_groups : int, optional
-        Of a GroupNorm, which a state dict does not have either.
+        The number of groups of a GroupNorm, which a state dict does not have either.
 
     Returns
     -------
     layer
-        A new one in training mode with copies of the arrays: float64 where one of them is, else
-        float32. Without running statistics where `state` has none. A weight or a bias that stands
-        alone is joined by a bias of 0 or a weight of 1; counts of batches that are floats, as in
-        averaged checkpoints, are rounded.
+        A new layer in training mode with copies of the arrays, in float64 if one of them is, else
+        in float32. It has running statistics if `state` has them. A missing weight or bias becomes
+        1 or 0 if only one of them is there. Numbers of batches that are floats, as in averaged
+        checkpoints, are rounded.
 
     Raises
     ------
     TypeError
-        If `state` is no mapping, or an array is of a type or on a device that NumPy does not read.
+        If `state` is not a mapping, or NumPy cannot read the type or the device of an array.
     ValueError
-        If there is no such layer at `prefix`, it is parametrized or pruned, or its arrays do not
-        pass `load_state_dict`.
+        If there is no such layer at `prefix`, it is parametrized or pruned, or `load_state_dict`
+        refuses its arrays.
 
     Examples
     --------
@@ -83,18 +85,18 @@ def from_torch(
 def to_torch(
     bn: Any, prefix: str = "", *, count: ArrayLike | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Return the state of a layer as PyTorch has it.
+    """Return the state of a layer in PyTorch's form.
 
     Parameters
     ----------
     bn : layer
-        Of any kind that cybn has; left as it is. Its mode and switches stay behind.
+        A layer of any kind, which is not changed. Its mode and switches are not transferred.
     prefix : str, default ""
-        What the keys start with, without the dot.
+        The beginning of the keys, without the dot.
     count : int or array_like, optional
-        Values of a channel in a training batch, N * S. Where it is given and the layer follows the
-        biased variance, running_var is converted to the unbiased one; else it goes over unchanged,
-        and inference gives the same.
+        The number of values per channel in a training batch, N * S. If it is given and the layer
+        has the biased variance, running_var is converted to the unbiased one. Otherwise it is
+        copied unchanged, and inference gives the same results.
 
     Returns
     -------
@@ -104,7 +106,7 @@ def to_torch(
     Raises
     ------
     TypeError, ValueError
-        If `bn` is no layer, or has an activation or `use_batch_statistics`, or `count` is not
+        If `bn` is not a layer, or has an activation or `use_batch_statistics`, or `count` is not
         above 1.
 
     Examples
@@ -118,7 +120,7 @@ def to_torch(
 
 
 def torch_options(bn: Any) -> dict[str, Any]:
-    """Return what to give the module of ``torch.nn`` of the same name for one like `bn`.
+    """Return the settings for the module of the same name in ``torch.nn``.
 
     Parameters
     ----------

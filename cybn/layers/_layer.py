@@ -29,16 +29,16 @@ def same_as(forward: Callable[P, R]) -> Callable[[Any], Callable[P, R]]:
 
 
 class Layer(ABC):
-    """A normalization that remembers its parameters: what all layers of cybn have in common.
+    """The base class of all layers: a normalization with its parameters and their gradients.
 
-    Calling a layer is its forward pass, so a list of layers is a network. Copies, by `copy.copy`,
-    `copy.deepcopy` and `pickle`, share no array with the layer, and have no forward behind them.
+    Calling a layer runs its forward pass. Copies, by `copy.copy`, `copy.deepcopy` and `pickle`,
+    share no array with the layer, and need a forward of their own before `backward`.
 
     Attributes
     ----------
     gamma, beta : ndarray, or None
-        Scale and shift; 1 and 0 at the start. Change them in place, or assign: values are then
-        checked and copied into the array, which stays the same one.
+        Scale and shift; 1 and 0 at the start. Change them in place, or assign to them: assigned
+        values are checked and copied into the existing array.
     grad_gamma, grad_beta : ndarray, or None
         Their gradients, overwritten in place by each `backward`; 0 at the start.
     training : bool
@@ -82,7 +82,7 @@ class Layer(ABC):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of gamma, beta and all else that the layer holds: float32 or float64."""
+        """The type of the layer's arrays: float32 or float64."""
         return self._dtype
 
     # ---- passes --------------------------------------------------------------------------
@@ -96,12 +96,12 @@ class Layer(ABC):
         Parameters
         ----------
         x : array_like of float32, float64, float16 or bfloat16
-            Kept by reference for `backward`.
+            The layer refers to it, without a copy, until `backward`.
         out : ndarray, optional
-            Where y goes: shape and dtype of `x`. May be `x` itself; then there is no backward,
-            which needs it, unless y tells what it was: see the layer.
+            Array for y, with the shape and dtype of `x`. It may be `x` itself; then `backward`
+            raises an error, unless the layer can recover x from y.
         num_threads : int, optional
-            Threads for this call; `cybn.get_num_threads` where None.
+            Threads for this call. None means `cybn.get_num_threads`.
 
         Returns
         -------
@@ -111,7 +111,7 @@ class Layer(ABC):
         Raises
         ------
         TypeError, ValueError
-            As in the function of the layer's name, and if the shape of `x` is not the layer's.
+            As in the function of the same name, and if the shape of `x` does not fit the layer.
         """
 
     def backward(
@@ -119,14 +119,14 @@ class Layer(ABC):
     ) -> Any:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        The input is not kept afterwards: one backward a forward.
+        Afterwards the layer no longer refers to the input, so call it once per forward.
 
         Parameters
         ----------
         dy : array_like, shape and dtype of the last forward's input
             Gradient with respect to y.
         out : ndarray, optional
-            Where dx goes; may be `dy` itself.
+            Array for dx. It may be `dy` itself.
         num_threads
             As in `forward`.
 
@@ -138,8 +138,8 @@ class Layer(ABC):
         Raises
         ------
         RuntimeError
-            If there was no forward since the last backward, or it wrote over its input and y does
-            not tell what that was, or x (y, where that was written over x) or gamma has changed.
+            If there was no forward since the last backward, if the forward overwrote its input and
+            y does not determine it, or if gamma or x (or the y that replaced it) has changed.
         TypeError, ValueError
             If `dy` or `out` does not fit the input.
         """
@@ -152,7 +152,7 @@ class Layer(ABC):
         return self.forward(x, out=out, num_threads=num_threads)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, or to eval mode where `mode` is False; return the layer."""
+        """Switch to training mode, or to eval mode if `mode` is False; return the layer."""
         self.training = mode
         return self
 
@@ -183,7 +183,7 @@ class Layer(ABC):
     # ---- parameters and state ------------------------------------------------------------
 
     def parameters(self) -> list[NDArray[Any]]:
-        """Return gamma and beta, the arrays themselves, as far as the layer has and trains them."""
+        """Return the arrays of gamma and beta themselves, if the layer has and trains them."""
         return [getattr(self, f"_{name}") for name in self._names if self._train_affine]
 
     def gradients(self) -> list[NDArray[Any]]:
@@ -199,33 +199,33 @@ class Layer(ABC):
         return arrays
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return copies of all that `load_state_dict` needs.
+        """Return copies of the arrays that `load_state_dict` needs.
 
         Returns
         -------
         dict of str to ndarray
-            ``gamma`` and ``beta``, as far as the layer has them, and its running statistics, if
-            there are any: ``running_mean``, ``running_var`` and ``num_batches_tracked`` (int64,
-            shape ()). A NaN or infinity in those is saved, but not loaded again.
+            ``gamma``, ``beta``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
+            (int64, shape ()), if the layer has them. A NaN or infinity in the running statistics is
+            saved, but `load_state_dict` refuses it.
         """
         state = {name: getattr(self, f"_{name}").copy() for name in self._names}
         return state if self._running is None else state | self._running.state()
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> Keys:
-        """Take over a state; every part is checked before any is changed.
+        """Load a state. Everything is checked before anything is changed.
 
         Parameters
         ----------
         state : mapping of str to array_like
             With the keys of `state_dict`. Copied, and converted to the layer's dtype.
         strict : bool, default True
-            Whether missing and unexpected keys are an error. Where they are not, what is missing
-            stays as it is in the layer, and unexpected keys are ignored.
+            Whether missing and unexpected keys are an error. If not, arrays without a key do not
+            change, and unexpected keys are ignored.
 
         Returns
         -------
         missing_keys, unexpected_keys : list of str
-            As a named tuple; both are empty where `strict` is True.
+            As a named tuple; both are empty if `strict` is True.
 
         Raises
         ------

@@ -30,7 +30,7 @@ def parts_of(size: int | None, limits: Renorm | None, running: Running) -> Way:
 
 
 class Renorm:
-    """The limits of batch renormalization. Mutable, so that a schedule can move them.
+    """The limits of batch renormalization. Mutable, so that a schedule can change them.
 
     A layer with ``renorm=`` computes, in training,
 
@@ -39,9 +39,9 @@ class Renorm:
     ``d = clip((mean - running_mean) / running_std, -d_max, d_max)``,
 
     with ``std = sqrt(var + eps)`` and ``running_std = sqrt(running_var + eps)``, the running
-    statistics being those before this batch. Gradients do not flow through r and d. Within its
-    limits that is what inference will compute, whatever the batch; with ``r_max=1, d_max=0`` it
-    is plain batch normalization, to the bit.
+    statistics being those before this batch. Gradients treat r and d as constants. Within the
+    limits the result equals that of inference. With ``r_max=1, d_max=0`` it is plain batch
+    normalization, with the same bits.
 
     Parameters
     ----------
@@ -55,9 +55,10 @@ class Renorm:
 
     Notes
     -----
-    Begin with ``r_max=1, d_max=0``: the running statistics of a new layer say nothing yet. The
-    paper leaves these for 5000 steps, then widens them step by step to the defaults: r_max at
-    40000, d_max at 25000. Layers that were given one `Renorm` follow it together.
+    Begin with ``r_max=1, d_max=0``, because the running statistics of a new layer are not yet those
+    of the data. The paper uses these limits for 5000 steps, then widens them step by step to the
+    defaults, r_max until step 40000 and d_max until step 25000. Layers with the same `Renorm`
+    object share its limits.
 
     References
     ----------

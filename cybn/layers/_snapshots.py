@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """What inference will see differently from training, channel by channel.
+    """The differences between a batch and the running statistics, per channel.
 
     Attributes
     ----------
@@ -36,20 +36,20 @@ class Drift(NamedTuple):
         ``(mean - running_mean) / sqrt(running_var + eps)``: in inference the normalized batch
         has this mean instead of 0.
     log_variance_ratio : ndarray of float64, shape (C,)
-        ``log((var + eps) / (running_var + eps))``: 0 where they agree, 0.69 where the batch has
-        twice the variance, -0.69 where it has half.
+        ``log((var + eps) / (running_var + eps))``: 0 if they agree, 0.69 if the batch has twice the
+        variance, -0.69 if it has half.
     """
 
     shift: NDArray[np.float64]
     log_variance_ratio: NDArray[np.float64]
 
     def beyond(self, shift: float = 1.0, log_variance_ratio: float = 1.0) -> NDArray[np.intp]:
-        """Return the channels that lie further off than this either way, or are not numbers.
+        """Return the channels whose drift exceeds a limit or is NaN.
 
         Parameters
         ----------
         shift, log_variance_ratio : float, default 1
-            What is still acceptable, in absolute value.
+            The largest absolute values that are acceptable.
         """
         near = np.abs(self.shift) <= shift
         near &= np.abs(self.log_variance_ratio) <= log_variance_ratio
@@ -59,8 +59,8 @@ class Drift(NamedTuple):
 def snapshot(self: Any) -> Snapshot:
     """Return a copy of gamma, beta, gradients, running statistics, mode and switches.
 
-    Unlike a state dict it holds all that training changes, NaN included, and fits this layer
-    or a copy of it. Settings, such as `momentum` and `renorm`, are not in it.
+    Unlike a state dict, it contains everything that training changes, NaN included. `restore` of
+    this layer or of a copy takes it. It does not contain settings such as `momentum` and `renorm`.
     """
     statistics = self._running
     with _runtime.turn:
@@ -77,15 +77,14 @@ def _names(layer: Any) -> list[str]:
 
 
 def restore(self: Layer, snapshot: Snapshot) -> Layer:
-    """Go back to a snapshot, to the bit; return the layer.
+    """Restore a snapshot exactly; return the layer.
 
-    gamma, beta and their gradients are written to in place. A forward since then can no
-    longer be followed by a backward.
+    gamma, beta and their gradients are written in place. Afterwards `backward` needs a new forward.
 
     Parameters
     ----------
     snapshot : Snapshot
-        From `snapshot` of this layer, or of one made alike. May be used again.
+        From `snapshot` of this layer, or of one with the same settings. It may be used again.
 
     Raises
     ------
@@ -118,30 +117,30 @@ def restore(self: Layer, snapshot: Snapshot) -> Layer:
 
 
 def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
-    """Measure how far the statistics of a batch lie from the running ones, per channel.
+    """Compare the statistics of a batch with the running statistics, per channel.
 
-    So it does whatever the switches say, also where `use_batch_statistics` is True.
+    The result does not depend on the mode or on switches such as `use_batch_statistics`.
 
     Parameters
     ----------
     data : array_like, Moments, or None
-        A batch, or its moments, to compare with the running statistics as they are now. None:
-        the last batch that moved them, against what they were before it. An instance norm
-        compares the mean over the samples of their means and variances, as it learns them.
+        A batch, or its moments, to compare with the present running statistics. None means the last
+        batch that updated them, compared with the statistics before it. An instance norm compares
+        the averages, over the samples, of the means and variances within samples.
 
     Returns
     -------
     Drift
-        ``shift``, in running standard deviations, and ``log_variance_ratio``. Variances are
-        unbiased or not as `running_ddof` says.
+        ``shift``, in running standard deviations, and ``log_variance_ratio``. `running_ddof`
+        decides whether variances are unbiased.
 
     Raises
     ------
     RuntimeError
-        If the layer has no running statistics, or `data` is None and no batch has moved them.
+        If the layer has no running statistics, or `data` is None and no batch has updated them.
     TypeError, ValueError
-        If `data` is not a batch that the layer takes, or moments of other channels, or the
-        within-sample statistics of an instance norm where this is not one.
+        If `data` does not fit the layer, or holds the within-sample statistics of an instance norm
+        and this layer is not one.
     """
     statistics = self._running
     if not statistics.tracks:

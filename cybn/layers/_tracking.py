@@ -69,12 +69,13 @@ class Tracking(Layer):
         Parameters
         ----------
         library : {"torch", "keras", "onnx", "paper"}
-            Their default eps, default momentum, what that weighs, and running variance are
+            The library's default eps, its default momentum and the value that this weighs, and its
+            running variance:
 
             - torch: 1e-5; 0.1, the new value; unbiased
             - keras: 1e-3; 0.99, the old value; biased
             - onnx: 1e-5; 0.9, the old value; biased
-            - paper: 1e-5, as the paper names none; the mean over all batches; unbiased
+            - paper: 1e-5 (the paper does not give one); the mean over all batches; unbiased
         num_features, **options
             As for the layer itself, with `momentum` in the library's meaning: with "keras",
             ``momentum=0.99`` is 0.01 here. The channel axis stays 1: give ``axis=-1`` for another.
@@ -104,17 +105,17 @@ class Tracking(Layer):
     # ---- running statistics --------------------------------------------------------------
 
     def freeze(self) -> Self:
-        """Let nothing in the layer change, in either mode; return the layer.
+        """Stop all changes of the layer, in both modes; return the layer.
 
-        Batches are normalized with the running statistics, which stay as they are, as do gamma and
-        beta. Gradients still flow through to the input. Sets `update_statistics`,
-        `use_batch_statistics` and `train_affine`, all three, to False.
+        Batches are normalized with the running statistics. These, gamma and beta do not change, but
+        `backward` still returns the gradient of the input. This sets `update_statistics`,
+        `use_batch_statistics` and `train_affine` to False.
         """
         self._switch((False, False, False))
         return self
 
     def unfreeze(self) -> Self:
-        """Put all three switches back to where they are in a new layer; return the layer."""
+        """Reset all three switches to their defaults; return the layer."""
         self._switch((True, None, True))
         return self
 
@@ -133,16 +134,16 @@ class Tracking(Layer):
             )
 
     def set_statistics(self, moments: Moments) -> None:
-        """Take these moments, such as those of a whole dataset, for the running statistics.
+        """Set the running statistics from moments, such as those of a whole dataset.
 
-        `running_mean` becomes their mean and `running_var` their variance, unbiased or not as
-        `running_ddof` says. `num_batches_tracked` stays as it is.
+        `running_mean` becomes their mean and `running_var` their variance with `running_ddof`.
+        `num_batches_tracked` does not change.
 
         Parameters
         ----------
         moments : Moments
-            Of C channels, with more than `running_ddof` values in each. For an instance norm, what
-            `population_statistics` found for it.
+            Moments of C channels, with more than `running_ddof` values in each. For an instance
+            norm, the result of `population_statistics` for it.
 
         Raises
         ------
@@ -150,8 +151,8 @@ class Tracking(Layer):
             If `moments` is not a Moments, or holds the within-sample statistics of an instance
             norm and this layer is not one.
         AttributeError, ValueError
-            If `track_running_stats` is False; if it has other channels, too few values, or one
-            that is not finite. The layer is unchanged.
+            If `track_running_stats` is False, or `moments` has another number of channels, too few
+            values, or a value that is not finite. The layer is unchanged.
         """
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is of type {type(moments).__name__}; it must be Moments")
@@ -169,7 +170,7 @@ class Tracking(Layer):
         running.replace(mean=mean, var=var)
 
     def reset_running_stats(self) -> None:
-        """Put the running statistics back to mean 0, variance 1, no batches."""
+        """Reset the running statistics to mean 0, variance 1 and no batches."""
         running = self._running
         start = Running.start(self.num_features, self.dtype)
         with _runtime.turn:
@@ -181,21 +182,21 @@ class Tracking(Layer):
         Parameters
         ----------
         dtype : dtype, optional
-            Of the result: float32 or float64; that of the layer where None. Computed in float64
-            and rounded once.
+            Type of the result, float32 or float64; by default that of the layer. It is computed in
+            float64 and rounded once.
 
         Returns
         -------
         scale, shift : ndarray, shape (C,)
-            ``gamma / sqrt(running_var + eps)`` and ``beta - running_mean * scale``: new arrays,
-            without the activation. Where the mean is many standard deviations from zero,
-            ``x * scale`` and ``shift`` cancel, and the layer itself is more accurate.
+            ``gamma / sqrt(running_var + eps)`` and ``beta - running_mean * scale``, as new arrays,
+            without the activation. If the mean is many standard deviations from zero, ``x * scale``
+            and ``shift`` nearly cancel, and the layer itself is more accurate.
 
         Raises
         ------
         ValueError
-            If eval mode normalizes by the batch, as `track_running_stats` is False or
-            `use_batch_statistics` is True: then there is no such form.
+            If eval mode normalizes by the batch, because `track_running_stats` is False or
+            `use_batch_statistics` is True.
         TypeError
             If `dtype` is neither float32 nor float64.
         """

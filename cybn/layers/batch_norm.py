@@ -158,23 +158,23 @@ class BatchNorm(Tracking):
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
-        """Normalize a batch; in training mode, move the running statistics.
+        """Normalize a batch; in training mode, update the running statistics.
 
         Parameters
         ----------
         x : array_like of float32, float64, float16 or bfloat16
             C values along the channel axis.
         residual : array_like, shape and dtype of `x`, optional
-            Added before the activation. Kept by reference for `backward`, as `x` is.
+            Added before the activation. The layer refers to it until `backward`, as to `x`.
         mask, weights, lengths : array_like, optional
-            Which positions count, and how often; as in `batch_norm`. Batch and running statistics
-            are those of what counts.
+            Which positions are used, and their weights, as in `batch_norm`. Batch and running
+            statistics ignore the other positions.
         masked : {"normalize", "zero"}, default "normalize"
-            What y is where a position does not count; `backward` follows it.
+            What y is at positions that are not used; `backward` does the same.
         out : ndarray, optional
-            Where y goes: shape and dtype of `x`. May be `x` itself; then `backward` works from
-            y, if the activation is None or leaky_relu. May be `residual` itself; then there is
-            no backward through an activation, which needs it.
+            Array for y, with the shape and dtype of `x`. It may be `x` itself; then `backward`
+            recovers x from y, if the activation is None or leaky_relu. It may be `residual` itself;
+            then `backward` raises an error if there is an activation.
         num_threads
             As in `Layer.forward`.
 
@@ -186,13 +186,13 @@ class BatchNorm(Tracking):
         Raises
         ------
         TypeError, ValueError
-            As in `batch_norm`, and if the rank or the number of channels of `x` is not the
-            layer's, or weights that are to move the running variance sum to no more than
-            `running_ddof`.
+            As in `batch_norm`, and if `x` has another rank or number of channels than the layer, or
+            if the sum of the weights is at most `running_ddof` in a step that updates the running
+            variance.
         FloatingPointError
-            With ``nan_policy="raise"``, where the running statistics would not stay finite. With
-            `out` as well, statistics are taken once more beforehand, to leave it as it was. A
-            `backward` then still belongs to the forward before.
+            With ``nan_policy="raise"``, if the running statistics would not stay finite. `out` is
+            unchanged then, for which statistics are computed twice. `backward` can still be called
+            for the forward before.
         """
         selected: Selected = ALL
         if not (mask is None and weights is None and lengths is None and masked == "normalize"):
@@ -231,29 +231,29 @@ class BatchNorm(Tracking):
     ) -> Any:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        Goes through the batch statistics if that forward used them, else through the running
-        ones as constants. One backward a forward.
+        The gradient includes the batch statistics if that forward used them; otherwise the running
+        statistics are constants. Call it once per forward.
 
         Parameters
         ----------
         dy, out, num_threads
             As in `Layer.backward`.
         out_residual : ndarray, optional
-            Where dresidual goes; must not overlap another array.
+            Array for dresidual. It must not overlap another array.
 
         Returns
         -------
         dx : ndarray
             `out`, or a new array with the dtype and memory layout of the input.
         dresidual : ndarray
-            Gradient of the residual; only where the forward had one: ``dx, dr = ...``.
+            Gradient of the residual, only if the forward had one: ``dx, dr = ...``.
 
         Raises
         ------
         RuntimeError
-            As in `Layer.backward`; with an activation also where beta or the residual has changed.
+            As in `Layer.backward`, and with an activation also if beta or the residual has changed.
         TypeError, ValueError
-            As in `Layer.backward`, and if the forward wrote over its input and a gamma is 0.
+            As in `Layer.backward`, and if the forward overwrote its input and a gamma is 0.
         """
         self._no_preview()
         return _passes.backward(self, dy, out, out_residual, num_threads)

@@ -33,17 +33,20 @@ class InstanceNorm(Tracking):
     num_features : int
         C, the number of channels. At least 1.
     axis : int, default 1
-        The channel axis of a batch, whose axis 0 holds the samples; negative counts from the end.
+        The channel axis of a batch, not axis 0, which has the samples. Negative numbers count from
+        the end.
     eps, running_ddof, dtype
         As in `BatchNorm`: 1e-5, 1 (unbiased) and float32.
     momentum : float or None, default 0.1
-        As in `BatchNorm`, so None is the mean over all batches (PyTorch takes None for 0 here).
+        As in `BatchNorm`, so None means the average over all batches. (In PyTorch None stops the
+        updates.)
     affine : bool, default False
         Whether the layer has gamma and beta.
     track_running_stats : bool, default False
-        Whether the layer has running statistics. A training step moves them towards the mean
-        over the samples of their means and variances, and eval mode uses them. `drift` and
-        `population_statistics` measure the same; how samples differ from each other is in none.
+        Whether the layer has running statistics. A training step moves them towards the averages,
+        over the samples, of the means and variances within samples, and eval mode uses them.
+        `drift` and `population_statistics` measure the same. None of them includes the differences
+        between samples.
 
     Attributes
     ----------
@@ -93,10 +96,10 @@ class InstanceNorm(Tracking):
         out: NDArray[Any] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
-        """Normalize a batch or one sample; in training mode, move the running statistics.
+        """Normalize a batch or one sample; in training mode, update the running statistics.
 
-        As `Layer.forward`; `x` is a batch, or one sample without the axis of samples, which `mask`
-        and `lengths` then have none of either. They and `masked` are those of `instance_norm`.
+        As `Layer.forward`. `x` is a batch, or one sample without the axis of samples; then `mask`
+        and `lengths` have no such axis either. These and `masked` are those of `instance_norm`.
         """
         x = array("x", x)
         selected: Selected = ALL
@@ -118,7 +121,7 @@ class InstanceNorm(Tracking):
     ) -> NDArray[Any]:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        As in `BatchNorm.backward`; `dy` has the shape that was given to `forward`.
+        As in `BatchNorm.backward`. `dy` has the shape of the input of `forward`.
         """
         self._no_preview()
         dy = array("dy", dy)

@@ -121,15 +121,15 @@ class LayerNorm(LastAxes):
     elementwise_affine : bool, default True
         Whether the layer has gamma and beta.
     bias : bool, default True
-        Whether it has beta; without meaning where `elementwise_affine` is False.
+        Whether it has beta. Ignored if `elementwise_affine` is False.
     dtype : dtype, default float32
-        Of gamma, beta and their gradients: float32 or float64. Inputs may be either, or a half
-        type, whatever this is.
+        The type of gamma, beta and their gradients: float32 or float64. Inputs may have either type
+        or a half type.
 
     Attributes
     ----------
     gamma, beta, grad_gamma, grad_beta : ndarray of `normalized_shape`, or None
-        As in `Layer`; so is `training`, although both modes compute the same.
+        As in `Layer`, like `training`; both modes compute the same.
 
     Raises
     ------
@@ -138,8 +138,8 @@ class LayerNorm(LastAxes):
 
     Notes
     -----
-    The input of a forward is kept by reference, not copied, until the next forward or backward:
-    do not change it in between. A call that raises has changed nothing.
+    The layer refers to the input of a forward, without a copy, until the next forward or backward.
+    Do not change it in between. If a call raises an error, nothing has changed.
 
     References
     ----------
@@ -179,17 +179,17 @@ class RMSNorm(LastAxes):
     normalized_shape : int or sequence of int
         Shape of the axes that are normalized, which are the last ones of the input.
     eps : float, optional
-        Added to the mean square. Positive; where None, the machine epsilon of the input's dtype,
-        as in PyTorch; that of float32 for half types.
+        Added to the mean square. Positive. None means the machine epsilon of the input's dtype, as
+        in PyTorch, and that of float32 for half types.
     elementwise_affine : bool, default True
         Whether the layer has gamma. It never has a beta.
     dtype : dtype, default float32
-        Of gamma and its gradient, as in `LayerNorm`.
+        The type of gamma and its gradient, as in `LayerNorm`.
 
     Attributes
     ----------
     gamma, grad_gamma : ndarray of `normalized_shape`, or None
-        As in `Layer`; so is `training`, although both modes compute the same.
+        As in `Layer`, like `training`; both modes compute the same.
     beta, grad_beta : None
 
     Raises
@@ -236,18 +236,19 @@ class GroupNorm(PerSample):
     num_channels : int
         C, the number of channels: a multiple of `num_groups`.
     axis : int, default 1
-        The channel axis of the input, whose axis 0 holds the samples; negative counts from the end.
+        The channel axis of the input, not axis 0, which has the samples. Negative numbers count
+        from the end.
     eps : float, default 1e-5
         Added to the variance. Positive.
     affine : bool, default True
         Whether the layer has gamma and beta.
     dtype : dtype, default float32
-        Of gamma, beta and their gradients, as in `LayerNorm`.
+        The type of gamma, beta and their gradients, as in `LayerNorm`.
 
     Attributes
     ----------
     gamma, beta, grad_gamma, grad_beta : ndarray, shape (C,), or None
-        As in `Layer`; so is `training`, although both modes compute the same.
+        As in `Layer`, like `training`; both modes compute the same.
 
     Raises
     ------

@@ -27,10 +27,10 @@ def convert(
     sync: bool = False,
     process_group: Any = None,
 ) -> nn.Module:
-    """Let cybn compute every norm of a model; in place.
+    """Convert every norm of a model in place, so that cybn computes it.
 
-    A module stays the object that it is and changes its class, so its parameters, buffers, hooks,
-    mode and name stay too, and so does what refers to it: optimizers, other modules.
+    A module stays the same object and gets another class. So its parameters, buffers, hooks, mode
+    and name stay the same, and optimizers and other modules still refer to it.
 
     Parameters
     ----------
@@ -39,17 +39,17 @@ def convert(
         module whose forward calls the functions of `torch.nn.functional` for these, such as timm's
         norms with an activation inside, and frozen batch norms.
     fuse : bool, default False
-        Compute an activation, or the sum with a residual and an activation, together with the
-        batch norm before it. Which ones is learned in the first call of each mode; what comes
-        otherwise later gets the right values, and turns fusing off for that module. False
+        Compute an activation, or the sum with a residual and an activation, together with the batch
+        norm before it. The first call of each mode shows which operation follows. If another one
+        follows later, it gets correct values, and fusing is turned off for that module. False
         undoes an earlier True.
     memory_format : torch.memory_format, optional
-        Such as `torch.channels_last`: put the weights of convolutions into it. Inputs should be in
-        it, too: ``x = x.to(memory_format=torch.channels_last)``.
+        The memory format for the weights of convolutions, such as `torch.channels_last`. Convert
+        the inputs, too: ``x = x.to(memory_format=torch.channels_last)``.
     sync : bool, default False
-        Take the statistics of batch norms over all processes of `torch.distributed`.
+        Compute the statistics of batch norms over all processes of `torch.distributed`.
     process_group : ProcessGroup, optional
-        Which processes; all of them where None.
+        The processes. None means all.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def convert(
     Raises
     ------
     TypeError
-        If `model` is no module, or `memory_format` no memory format.
+        If `model` is not a module, or `memory_format` not a memory format.
 
     Warns
     -----
@@ -68,8 +68,8 @@ def convert(
 
     Notes
     -----
-    `report` says what is computed by what, and why. What changed is logged to the logger
-    "cybn.torch": a summary at level INFO, and each module at level DEBUG. `revert` undoes it.
+    `report` says which library computes each norm, and why. `revert` undoes the conversion. Changes
+    are logged to the logger "cybn.torch": a summary at level INFO, and each module at level DEBUG.
     """
     _check(model)
     if memory_format is not None and not isinstance(memory_format, torch.memory_format):
@@ -121,7 +121,7 @@ def _synchronize(module: nn.Module, process_group: Any) -> bool:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place: every module has its class of before, and all else as it is now.
+    """Undo `convert` in place: every module gets its former class, and nothing else changes.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def revert(model: nn.Module) -> nn.Module:
     Raises
     ------
     TypeError
-        If `model` is no module.
+        If `model` is not a module.
     """
     _check(model)
     count = 0

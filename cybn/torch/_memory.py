@@ -90,10 +90,10 @@ if hasattr(os, "register_at_fork"):  # another thread may have held the lock
 
 
 def empty_cache() -> None:
-    """Give memory that is kept for the next results back to the system.
+    """Release the memory that is kept for later results.
 
     Gradients of 1 MiB and more are written to memory of earlier ones that have been freed, because
-    new memory costs page faults. `cybn.set_cache_limit` says how much is kept at most.
+    new memory costs page faults. `cybn.set_cache_limit` limits how much is kept.
     """
     storages.clear()
     _arrays.clear()

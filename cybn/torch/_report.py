@@ -58,7 +58,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Return a table of what computes each norm of a model, and why not cybn, or not fused.
+    """Return a table of which library computes each norm of a model, with reasons.
 
     Parameters
     ----------
@@ -68,13 +68,13 @@ def report(model: nn.Module) -> Report:
     Returns
     -------
     Report
-        One row a norm. What a call was too unusual for, such as a tensor on another device, is
-        that of the last call of the module.
+        One row per norm. If PyTorch computed the last call of a module, because of its arguments,
+        the row has the reason.
 
     Raises
     ------
     TypeError
-        If `model` is no module.
+        If `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")

@@ -36,14 +36,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     In training mode y is normalized by the batch of all processes in the group. Processes may have
     different numbers of samples, and none. Running statistics are the same bits in all of them.
-    `weight.grad` and `bias.grad` are those of the process alone, as in PyTorch:
-    DistributedDataParallel averages them with the rest. The gradient of the input goes through the
+    `weight.grad` and `bias.grad` are those of each process alone, as in PyTorch, because
+    DistributedDataParallel averages all gradients. The gradient of the input includes the
     statistics of the whole batch.
 
-    In eval mode, and where there is no process group or one process, it is a plain batch norm.
+    In eval mode, without a process group, and with one process, it is a plain batch norm.
 
-    It is no subclass of `torch.nn.SyncBatchNorm`, as DistributedDataParallel refuses those on the
-    CPU.
+    It is not a subclass of `torch.nn.SyncBatchNorm`, because DistributedDataParallel refuses those
+    on the CPU.
 
     Parameters
     ----------
@@ -52,15 +52,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     eps, momentum, affine, track_running_stats, device, dtype
         As in `torch.nn.SyncBatchNorm`: 1e-5, 0.1, True, True, None and None.
     **options
-        What else that takes in the PyTorch that is installed, such as `bias`.
+        Other arguments of `torch.nn.SyncBatchNorm` in the installed PyTorch, such as `bias`.
     process_group : torch.distributed.ProcessGroup, optional
-        The processes; the default group where None.
+        The processes. None means the default group.
 
     Notes
     -----
-    A training forward sends 16 bytes a channel, a backward as many. Where a process raises because
-    of its arguments, all raise, and no running statistics have moved. One that dies is an error in
-    the others within the timeout of the process group.
+    A training forward and a backward each send 16 bytes per channel. If a process raises an error
+    because of its arguments, all raise one, and no running statistics have changed. If a process
+    dies, the others raise an error within the timeout of the process group.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         module : torch.nn.Module
             Its batch norms are replaced by new modules with the same parameters and buffers.
         process_group : torch.distributed.ProcessGroup, optional
-            The processes; the default group where None.
+            The processes. None means the default group.
 
         Returns
         -------
         torch.nn.Module
-            `module`, or a new module where that is a batch norm itself.
+            `module`, or a new module if it is a batch norm itself.
         """
         converted = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

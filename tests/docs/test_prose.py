@@ -28,7 +28,7 @@ PRIVATE = {
     r"\bat the door\b|\bthe door (opens|refuses|checks)": "on entry; the function, the dispatch",
     r"\b(this|that|which|the|whose|other) rooms?\b": "module",
     r"\bslow minutes?\b": "while the machine was slow",
-    r"\bis none\b": "is None; is not one; does not",
+    r"(?<!there )\bis none\b": "is None; is not one; does not",
     r"\bis no (int|float|number|array|bool|str|string|dict|list|tuple|Moments)\b": "is not a",
     r"\b[Tt]he slow twin\b": "the reference implementation",
     r"\b(let|lets) go of\b": "release",
