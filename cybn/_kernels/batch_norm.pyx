@@ -445,19 +445,29 @@ cdef void reduce_tile(const Job* job, const Tile* t, Py_ssize_t chunk, T of_type
 
 
 cdef void find_pivots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
-    """The mean of eight values of each channel; neighbouring channels are read together."""
+    """The mean of eight values of each channel; channels-last, neighbours are read together."""
     cdef const Problem* p = job.p
     cdef double* pivot = p.sums + 2 * p.chunks * p.C
     cdef double v[VECTOR * SAMPLES]
     cdef T room[VECTOR]
     cdef const T* x
-    cdef Py_ssize_t most = VECTOR if p.S == 1 else 1, k, c, m, i, j, at
-    for k in range(ceiling(c1 - c0, most)):
-        c = c0 + k * most
-        m = min(most, c1 - c)
+    cdef Py_ssize_t k, c, m, i, j, at
+    cdef Py_ssize_t n[SAMPLES]
+    cdef Py_ssize_t s[SAMPLES]
+    for i in range(SAMPLES):
+        at = sample_of(i, p.N * p.S) if p.share == NULL else p.places[i]
+        n[i], s[i] = at // p.S, at % p.S
+    if p.S > 1:
+        for c in range(c0, c1):
+            for i in range(SAMPLES):
+                v[i] = fetch(&p.x, p, job.r.way, n[i], c * p.S + s[i], 1, room)[0]
+            pivot[c] = pivot_of(v, of_type)
+        return
+    for k in range(ceiling(c1 - c0, VECTOR)):
+        c = c0 + k * VECTOR
+        m = min(VECTOR, c1 - c)
         for i in range(SAMPLES):
-            at = sample_of(i, p.N * p.S) if p.share == NULL else p.places[i]
-            x = fetch(&p.x, p, job.r.way, at // p.S, c * p.S + at % p.S, m, room)
+            x = fetch(&p.x, p, job.r.way, n[i], c, m, room)
             for j in range(m):
                 v[j * SAMPLES + i] = x[j]
         for j in range(m):
