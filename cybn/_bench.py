@@ -284,7 +284,7 @@ def _pytorch(seconds: dict[str, float]) -> float:
 def check_writable(path: Path) -> None:
     """Refuse a path that cannot be written; nothing is created."""
     if not path.parent.is_dir():
-        raise BenchError(f"json is {path}, and {path.parent} is no folder; make it first")
+        raise BenchError(f"json is {path}, and {path.parent} is not a folder; make it first")
     target = path if path.exists() else path.parent
     if path.is_dir() or not os.access(target, os.W_OK):
         raise BenchError(f"json is {path}, which cannot be written; name another file")

@@ -402,7 +402,7 @@ class Moments:
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
         if not np.isfinite(rest).all():
-            raise ValueError("rest is not finite; it is what rounding left of the mean, or 0")
+            raise ValueError("rest is not finite; it must be the rounding error of the mean, or 0")
         return cls._adopt(given.count, given.mean, given.m2, frozen(rest))
 
     def __eq__(self, other: object) -> bool:

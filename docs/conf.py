@@ -66,7 +66,7 @@ sphinx_gallery_conf = {
 os.environ.setdefault("CYBN_GALLERY_SEEDS", "5")
 
 html_theme = "pydata_sphinx_theme"
-html_title = "cybn"
+html_title = f"cybn {version}"  # in the header of each page
 html_favicon = "_static/cybn.svg"
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
@@ -75,8 +75,6 @@ html_show_sourcelink = False
 html_copy_source = False
 html_sidebars = {"index": [], "install": [], "auto_gallery/index": []}
 html_theme_options = {
-    "navbar_start": ["navbar-logo", "version-switcher"],
-    "switcher": {"json_url": "_static/versions.json", "version_match": version},
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
     "show_prev_next": True,

@@ -177,7 +177,7 @@ def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{called(name)} could not be loaded again: {error}. Save the others without it, or "
-            "mend it first, such as by reset_running_stats()"
+            "fix it first, such as by reset_running_stats()"
         ) from error
 
 

@@ -105,7 +105,7 @@ def family_layer(group: Group, layer: Any, num_groups: int | None, eps: Any, axi
         norm: Any = layer(num_groups, shape[0], axis=axis, eps=eps, dtype=dtype)
     elif issubclass(layer, RMSNorm):
         if BETA in vectors:
-            raise ValueError("there is a shift, which an RMSNorm has not: give layer=LayerNorm")
+            raise ValueError("there is a shift, and an RMSNorm has none: give layer=LayerNorm")
         norm = layer(shape, eps=eps, dtype=dtype)
     else:
         norm = layer(shape, eps=eps, bias=BETA in vectors, dtype=dtype)
@@ -140,7 +140,7 @@ def arrays_of(bn: Any, name: str, prefix: str, count: Any) -> dict[str, Any]:
         if MEAN in group:
             raise ValueError(
                 "track_running_stats is True, and an instance norm of that library has no running "
-                "statistics; set bn.track_running_stats = False to leave them behind"
+                "statistics; set bn.track_running_stats = False to leave them out"
             )
     elif not isinstance(bn, FAMILY) and MEAN not in group and known.tracked:
         raise ValueError(

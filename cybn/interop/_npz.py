@@ -52,7 +52,7 @@ def read(file: IO[bytes], most_bytes: int) -> dict[str, NDArray[Any]]:
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or name in arrays:
-                    raise ValueError(f"{member.filename!r} is no npy file, or there are two")
+                    raise ValueError(f"{member.filename!r} is not an npy file, or there are two")
                 arrays[name] = _member(archive, member)
             return arrays
     except _BROKEN as error:

@@ -104,7 +104,7 @@ class _Constants(Mapping[str, Any]):
         if node.op_type == "ConstantOfShape":
             shape = [int(size) for size in array.ravel()]
             if prod(shape) > _MOST or min(shape, default=0) < 0:
-                raise ValueError(f"{name} has the shape {tuple(shape)}; that is no parameter")
+                raise ValueError(f"{name} has the shape {tuple(shape)}; it cannot be a parameter")
             value = tensor_array(given["value"].t, name) if "value" in given else np.float32(0)
             return np.full(shape, np.asarray(value).ravel()[0])
         if node.op_type == "Cast":
@@ -122,7 +122,7 @@ def _dense(tensor: Any, name: str) -> Any:
     values = np.asarray(tensor_array(tensor.values, name))
     places = np.asarray(tensor_array(tensor.indices, name))
     if min(shape, default=0) < 0 or prod(shape) > _MOST:
-        raise ValueError(f"{name} has the shape {tuple(shape)}; that is no parameter")
+        raise ValueError(f"{name} has the shape {tuple(shape)}; it cannot be a parameter")
     array = np.zeros(shape, values.dtype)
     try:
         if places.ndim == 1:

@@ -100,7 +100,7 @@ class Tracking(Layer):
     def _no_preview(self) -> None:
         """Raise RuntimeError where the forwards of this layer leave no trace."""
         if _trials.active(self) is not None:
-            raise RuntimeError("there is no backward in a preview: its forwards leave no trace")
+            raise RuntimeError("there is no backward in a preview, whose forwards are not stored")
 
     # ---- running statistics --------------------------------------------------------------
 

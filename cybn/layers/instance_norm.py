@@ -157,7 +157,7 @@ class InstanceNorm(Tracking):
     def _whole(self, each: Moments) -> SampleMoments:
         """Return the moments within the samples, of those of each channel of each sample."""
         if not len(each):
-            raise ValueError("x has no samples, so there is nothing to move running statistics by")
+            raise ValueError("x has no samples, so running statistics cannot be updated")
         return SampleMoments.of(each, self._shape[0])
 
 

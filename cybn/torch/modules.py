@@ -72,7 +72,7 @@ def _empty(stock: type) -> nn.Module:
 
     cls = converted_class(stock)
     if cls is None:
-        raise TypeError(f"{stock.__name__} is no class that cybn.torch converts any more")
+        raise TypeError(f"{stock.__name__} is not a class that cybn.torch converts")
     return object.__new__(cls)
 
 

@@ -110,7 +110,7 @@ def test_the_well_formed_member_of_these_tests_is_read(tmp_path):
 
 def test_hostile_archives(tmp_path):
     member = npy(header(), b"\0" * 12)
-    with pytest.raises(ValueError, match="no npy file"):
+    with pytest.raises(ValueError, match="not an npy file"):
         interop.load_arrays(archive(tmp_path, readme=b"hello"))
     with pytest.raises(ValueError, match="packed by method"):
         interop.load_arrays(archive(tmp_path, zipfile.ZIP_LZMA, a_npy=member))

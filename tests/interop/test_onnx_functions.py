@@ -108,7 +108,7 @@ def test_sparse_initializers(places):
         ([0], [3], "s cannot be read as an array"),
         ([[0, 0], [1, 1]], [3], "s cannot be read as an array"),
         ([0, 1], [-3], r"s has the shape \(-3,\)"),
-        ([0, 1], [2**40], "that is no parameter"),
+        ([0, 1], [2**40], "it cannot be a parameter"),
     ],
 )
 def test_broken_sparse_initializers(places, dims, message):
