@@ -126,7 +126,7 @@ def integer_from(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_mapping(state: Any) -> None:
-    """Refuse a state that is no mapping."""
+    """Raise TypeError if a state is not a mapping."""
     if not isinstance(state, Mapping):
         raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
 

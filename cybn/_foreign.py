@@ -1,6 +1,6 @@
-"""What to do about values that are no arrays of numbers: errors with a conversion that runs.
+"""Errors for values that are not arrays of numbers, with a conversion that works.
 
-All of this is called only where something went wrong, so it may look closely, and take its time.
+This code runs only after an error, so it need not be fast.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def advice(name: str, array: NDArray[Any]) -> str:
     if array.dtype.kind == "c":
         return f"Take the real part or the size: np.real({name}), np.abs({name})"
     if array.dtype == object and array.ndim == 0 and array[()] is None:
-        return "None is no array"
+        return "None is not an array"
     if array.dtype.names:
         return f"Convert it: np.array({name}.tolist(), np.float32)"
     if array.dtype.kind in "OSU" and (wrong := _no_number(array)):
         parts = array.tolist() if array.ndim == 1 else []
         if any(isinstance(part, np.ndarray | list | tuple) for part in parts):
             return f"It is ragged: {_of_ragged(name, parts)}"
-        return f"It holds {wrong}, which is no number"
+        return f"It holds {wrong}, which is not a number"
     return f"Convert it: np.asarray({name}, np.float32)"
 
 

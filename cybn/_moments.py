@@ -393,7 +393,7 @@ class Moments:
         ValueError
             If a key is missing or unexpected, or a value is not what `Moments` takes.
         TypeError
-            If `state` is no mapping, or a value is not of numbers.
+            If `state` is not a mapping, or a value does not consist of numbers.
         """
         count, mean, m2, rest = parts_of(state)
         given = cls(count, mean, m2)

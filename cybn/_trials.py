@@ -1,7 +1,7 @@
-"""Forwards without a trace: `preview`, and what a layer looks up before it learns from a batch.
+"""Forwards without side effects: `preview`, and how a layer finds out that one is active.
 
-A trial lives in a context variable and not in the layer, so that it holds for one thread (or
-task) alone: others go on training the same layer meanwhile.
+A trial is stored in a context variable and not in the layer, so that it applies to one thread (or
+task) only. Others may continue to train the same layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Trial(Generic[_Given]):
     Parameters
     ----------
     layer : Layer or None
-        Whose forwards leave no trace; None: those of every layer. It is what `__enter__` returns.
+        The layer whose forwards change nothing; None means every layer. `__enter__` returns it.
     training : bool
         The mode in which they run.
     note : callable, optional
@@ -84,7 +84,7 @@ class Trial(Generic[_Given]):
         return not self._open.locked()
 
     def holds_for(self, layer: object) -> bool:
-        """Whether forwards of `layer` are to leave no trace now."""
+        """Whether forwards of `layer` change nothing now."""
         whose = self._whose
         return self._begun and not self.over() and (whose is None or whose() is layer)
 

@@ -194,7 +194,7 @@ def run_sigmoid(
 
 
 def typical_unit(percentiles: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pick the unit whose median wanders as far as that of half of the units.
+    """Choose the unit whose median moves by the median amount within its layer.
 
     Parameters
     ----------

@@ -239,7 +239,7 @@ def search(
 
 
 def _check_flat(state: Any) -> None:
-    """Refuse what is no mapping, and say how to make one of a module."""
+    """Raise TypeError if the state is not a mapping, and say how to get one from a module."""
     if isinstance(state, Mapping):
         return
     text = f"the state is of type {type(state).__name__}; it must be a flat dict"

@@ -114,7 +114,7 @@ def family_layer(group: Group, layer: Any, num_groups: int | None, eps: Any, axi
 
 
 def check_norm(bn: Any) -> None:
-    """Refuse what is no layer of cybn, or does what other libraries' layers of its name do not."""
+    """Raise an error for anything but a layer, and for options that other libraries lack."""
     known: tuple[Any, ...] = NORMS
     if not isinstance(bn, known):
         raise TypeError(f"bn is of type {type(bn).__name__}; it must be a layer, as cybn.BatchNorm")

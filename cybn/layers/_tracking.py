@@ -98,7 +98,7 @@ class Tracking(Layer):
         """Return the moments of a batch; ValueError where fewer than `least` values count."""
 
     def _no_preview(self) -> None:
-        """Raise RuntimeError where the forwards of this layer leave no trace."""
+        """Raise RuntimeError in a preview of this layer."""
         if _trials.active(self) is not None:
             raise RuntimeError("there is no backward in a preview, whose forwards are not stored")
 

@@ -72,7 +72,7 @@ def needs_grad(inputs: Inputs) -> bool:
 
 
 def _is_foreign(dy: Tensor) -> bool:
-    """Whether this is no plain tensor in memory, such as one of torch.vmap's."""
+    """Whether this is not a plain tensor in memory, such as one of torch.vmap's."""
     return (
         type(dy) is not Tensor
         or torch._C._are_functorch_transforms_active()

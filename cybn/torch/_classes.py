@@ -128,7 +128,7 @@ _KNOWN = (nn.modules.batchnorm._NormBase, *NORMS)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalization, as far as its class tells."""
+    """Whether this is a normalization, judged by its class."""
     return isinstance(module, _KNOWN) or (
         "norm" in type(module).__name__.lower()
         and not any(is_norm(child) for child in module.children())

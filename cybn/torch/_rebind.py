@@ -47,7 +47,7 @@ _SPACES: dict[Any, _Namespace] = {functional: _FUNCTIONAL, torch.nn: _NN, torch:
 def rebound(function: Any, depth: int = _DEPTH) -> Callable[..., Any] | None:
     """Return a function that does what `function` does with cybn's normalizations.
 
-    None where it is no function of Python, or does not seem to normalize by PyTorch's functions.
+    None if it is not a Python function, or does not seem to normalize by PyTorch's functions.
     """
     if not isinstance(function, types.FunctionType):
         return None

@@ -30,6 +30,8 @@ PRIVATE = {
     r"\bslow minutes?\b": "while the machine was slow",
     r"(?<!there )\bis none\b": "is None; is not one; does not",
     r"\bis no (int|float|number|array|bool|str|string|dict|list|tuple|Moments)\b": "is not a",
+    r"\bis no (mapping|module|layer|function|class|subclass|file|folder)\b": "is not a",
+    r"\b(leave|leaves|without) (no|a) trace\b": "changes nothing, without side effects",
     r"\b[Tt]he slow twin\b": "the reference implementation",
     r"\b(let|lets) go of\b": "release",
     r"\b(has|have) not got\b": "does not contain",

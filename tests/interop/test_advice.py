@@ -53,7 +53,7 @@ def test_pandas(kind):
 
 def test_pandas_without_numbers_and_for_other_arguments():
     pd = pytest.importorskip("pandas")
-    with pytest.raises(TypeError, match=r"x is .*It holds 'a', of type str, which is no number"):
+    with pytest.raises(TypeError, match=r"x is .*It holds 'a', of type str, which is not a number"):
         cybn.batch_norm(pd.DataFrame({"a": ["a", "b"], "b": ["c", "d"]}, dtype=object))
     mask = pd.array([True, False, True, None], dtype="boolean")
     code = advised(lambda: cybn.batch_norm(X, mask=mask), "mask")
@@ -138,11 +138,11 @@ def test_other_types_of_numpy(given):
 def test_records_and_what_is_no_array():
     records = np.zeros(4, [("a", "f4"), ("b", "f8")])
     assert follow(records).shape == (4, 2)
-    with pytest.raises(TypeError, match=r"x is object.*None is no array"):
+    with pytest.raises(TypeError, match=r"x is object.*None is not an array"):
         cybn.batch_norm(None)
-    with pytest.raises(TypeError, match=r"x is .*It holds 'a', of type str_, which is no number"):
+    with pytest.raises(TypeError, match=r"x is .*It holds 'a', of type str_, which is not a"):
         cybn.batch_norm([["1", "a"], ["2", "3"]])
-    with pytest.raises(TypeError, match=r"x is object.*of type generator, which is no number"):
+    with pytest.raises(TypeError, match=r"x is object.*of type generator, which is not a number"):
         cybn.batch_norm(row for row in X)
 
 
