@@ -33,7 +33,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure this machine: cybn beside memory, NumPy, and PyTorch if it is installed."""
+    """Time cybn on this machine against a memory copy, NumPy, and PyTorch if it is installed."""
     from . import _bench
 
     _bench.run(json_file=options.json, num_threads=options.threads)
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=info)
 
     one = commands.add_parser(
-        "bench", help="how fast this machine is, beside memory, NumPy and PyTorch; under 30 seconds"
+        "bench", help="time cybn against a memory copy, NumPy and PyTorch; under 30 seconds"
     )
     one.add_argument("--threads", type=at_least_1, metavar="N", help="default: all CPUs")
     one.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -68,10 +68,14 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help="made if missing; default: here",
+        help="where the results go, created if missing; default: the current folder",
     )
-    one.add_argument("--seed", type=int, default=0, help="default: 0; same seed, same bits")
-    one.add_argument("--quick", action="store_true", help="5 seconds, with too few steps to learn")
+    one.add_argument(
+        "--seed", type=int, default=0, help="default: 0; the same seed gives the same bits"
+    )
+    one.add_argument(
+        "--quick", action="store_true", help="a few steps only: a smoke test of 5 seconds"
+    )
     one.set_defaults(command=demo, extra="demo")
     return top
 

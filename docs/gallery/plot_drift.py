@@ -6,9 +6,9 @@ When the data drifts
 less contrast. Do the batch norms show this, without labels? And do new statistics repair it?
 
 The convolutional network of the demo learns handwritten digits. Then the test images are changed in
-four ways. For each, `BatchNorm.drift` compares what the layers see with their running statistics,
-and the statistics are measured again on 300 changed images, without their labels
-(`cybn.population_statistics`). The accuracy is that on 200 others, before and after.
+four ways. For each change, `BatchNorm.drift` compares the input of the layers with their running
+statistics. Then the statistics are measured again on 300 changed images, without their labels
+(`cybn.population_statistics`). Accuracy is measured on 200 others, before and after.
 """
 
 # %%
