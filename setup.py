@@ -28,8 +28,9 @@ STRICT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 # Builds to test with (docs/reliability.md). Same sources, folders of their own.
 SANITIZE = os.environ.get("CYBN_SANITIZE", "")  # as -fsanitize: address,undefined or thread
-DEBUG = os.environ.get("CYBN_DEBUG", "0") not in ("", "0")
-BUILD = " ".join(["debug"] * DEBUG + [f"sanitize={SANITIZE}"] * bool(SANITIZE)) or "release"
+DEBUG, QUICK = (os.environ.get(f"CYBN_{n}", "0") not in ("", "0") for n in ("DEBUG", "QUICK"))
+KINDS = ["debug"] * DEBUG + [f"sanitize={SANITIZE}"] * bool(SANITIZE)
+BUILD = " ".join(KINDS) or ("quick" if QUICK else "release")
 FOLDER = "build" if BUILD == "release" else "build/" + BUILD.replace(" ", "-")
 
 # What Cython checks where arrays come in; behind that door there are only pointers, and check.pxd.
@@ -64,7 +65,7 @@ ALWAYS = "__forceinline" if WINDOWS else "inline __attribute__((always_inline, u
 
 # Checks watch the source, which is the same at every level: one is enough, and a third of the time.
 LEVELS = {"baseline": []}
-if TARGET.endswith("x86_64") and BUILD == "release":
+if TARGET.endswith("x86_64") and not KINDS:
     LEVELS["x86-64-v3"] = ["-march=x86-64-v3"]
     LEVELS["x86-64-v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
@@ -168,8 +169,8 @@ def build_flags():
     """Return the flags of this kind of build, to compile with and to link with."""
     if WINDOWS:
         return ["/O2", "/fp:precise", "/DNDEBUG"], []
-    if BUILD == "release":
-        fast = SHORT if supported(*SHORT) else ["-O3"]
+    if not KINDS:  # a quick build takes half as long, and its loops twice: to test, not to measure
+        fast = ["-O1"] if QUICK else SHORT if supported(*SHORT) else ["-O3"]
         strip = ["-Wl,-s"] if TARGET.startswith("linux") else []
         return [*fast, *STRICT, "-g0", "-DNDEBUG"], strip
     compiling = [*STRICT, "-O1", "-g1", "-UNDEBUG" if DEBUG else "-DNDEBUG"]
@@ -212,7 +213,7 @@ def extensions():
     plain = extension("_kernels.plain", "_kernels/plain", small)
     dispatch = [extension(f"_dispatch.{name}", f"_dispatch/{name}", small) for name in DISPATCH]
     yield from translated([host, plain, *dispatch], "shared")
-    if "baseline" in LEVELS and len(LEVELS) > 1 and supported(*OLDER):
+    if "baseline" in LEVELS and len(LEVELS) > 1 and not QUICK and supported(*OLDER):
         LEVELS["baseline"] = OLDER
     for level, flags in LEVELS.items():
         if flags and not supported(*flags):
