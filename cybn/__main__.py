@@ -14,10 +14,9 @@ from .demo import DemoError
 
 def at_least_1(text: str) -> int:
     """Return a number of threads."""
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of threads; give 1 or more")
+    return int(text)
 
 
 def info(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -285,9 +286,11 @@ def check_writable(path: Path) -> None:
     """Refuse a path that cannot be written; nothing is created."""
     if not path.parent.is_dir():
         raise BenchError(f"json is {path}, and {path.parent} is not a folder; make it first")
-    target = path if path.exists() else path.parent
-    if path.is_dir() or not os.access(target, os.W_OK):
-        raise BenchError(f"json is {path}, which cannot be written; name another file")
+    try:
+        (path.open("r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent)).close()
+    except OSError as error:
+        why = f"which cannot be written ({error.strerror})"
+        raise BenchError(f"json is {path}, {why}; name another file") from None
 
 
 def _cpu() -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def test_a_path_is_refused_before_anything_is_measured(name, tmp_path, monkeypat
     assert out == ""
     assert str(tmp_path) in err
     assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder in which nobody can write")
+def test_a_folder_in_which_not_even_root_can_write(short, capsys):
+    assert main(["bench", "--json", "/proc/cybn.json"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, "which cannot be written (No such file" in err) == ("", True)
 
 
 def test_a_wrong_result_is_not_timed(short, monkeypatch, capsys):
