@@ -287,10 +287,10 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise BenchError(f"json is {path}, and {path.parent} is not a folder; make it first")
     try:
-        (path.open("r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent)).close()
+        with path.open("r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
-        why = f"which cannot be written ({error.strerror})"
-        raise BenchError(f"json is {path}, {why}; name another file") from None
+        raise BenchError(f"json is {path}: {error.strerror}; name another file") from None
 
 
 def _cpu() -> str:

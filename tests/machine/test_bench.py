@@ -76,7 +76,7 @@ def test_a_path_is_refused_before_anything_is_measured(name, tmp_path, monkeypat
 def test_a_folder_in_which_not_even_root_can_write(short, capsys):
     assert main(["bench", "--json", "/proc/cybn.json"]) == 1
     out, err = capsys.readouterr()
-    assert (out, "which cannot be written (No such file" in err) == ("", True)
+    assert (out, "json is /proc/cybn.json: No such file" in err) == ("", True)
 
 
 def test_a_wrong_result_is_not_timed(short, monkeypatch, capsys):
