@@ -291,10 +291,10 @@ def statistics():
     return {"raised": attempt(lambda: cybn.population_statistics(plain, data, comm=COMM))}
 
 
-def _network(rng, norm):
+def _network(rng, norm, dtype):
     from cybn.demo.network import AveragePool, Conv3x3, Dense, Flatten, Network
 
-    return Network(
+    network = Network(
         Conv3x3(rng, 1, 8, 0.3, bias=False),
         norm(8),
         AveragePool(),
@@ -303,28 +303,33 @@ def _network(rng, norm):
         Flatten(),
         Dense(rng, 256, 10, 0.06),
     )
+    for layer in network.layers:
+        if isinstance(layer, Conv3x3 | Dense):  # their weights are float32
+            arrays = {k: v for k, v in vars(layer).items() if isinstance(v, np.ndarray)}
+            vars(layer).update({name: array.astype(dtype) for name, array in arrays.items()})
+    return network
 
 
-def digits(activation):
+def digits(activation, dtype):
     """Two hundred steps of the digits network, with the batch on all ranks, and in one process."""
     from cybn.demo.data import batches, load_digits
     from cybn.demo.network import softmax_cross_entropy
 
     data = load_digits(0)
-    size, steps = 64, 200
+    size, steps, kind = 64, 200, np.dtype(dtype).type
     here = np.array_split(np.arange(size), COMM.size)[COMM.rank]
 
     def train(norm, mine_of):
-        network = _network(np.random.default_rng(0), norm)
+        network = _network(np.random.default_rng(0), norm, kind)
         order = batches(np.random.default_rng(1), len(data.train_x), size)
         losses = []
         for _ in range(steps):
             chosen = next(order)[mine_of]
             share = len(chosen) / size
             loss, dlogits = softmax_cross_entropy(
-                network(data.train_x[chosen]), data.train_y[chosen]
+                network(data.train_x[chosen].astype(kind)), data.train_y[chosen]
             )
-            network.backward(dlogits * np.float32(share))
+            network.backward(dlogits * kind(share))
             if mine_of is here:
                 loss = COMM.allreduce(loss * share)
                 for layer in network.layers:
@@ -334,7 +339,7 @@ def digits(activation):
             network.descend(0.1)
             losses.append(loss)
         network.eval()
-        right = network(data.test_x).argmax(1) == data.test_y
+        right = network(data.test_x.astype(kind)).argmax(1) == data.test_y
         statistics = [
             v
             for layer in network.layers
@@ -343,8 +348,8 @@ def digits(activation):
         ]
         return losses, float(right.mean()), statistics
 
-    def norm(kind, **options):
-        return lambda C: kind(C, activation=activation, **options)
+    def norm(of, **options):
+        return lambda C: of(C, activation=activation, dtype=kind, **options)
 
     together, accuracy, statistics = train(norm(SyncBatchNorm, timeout=120), here)
     found = {"together": together, "accuracy": accuracy, "same": same_everywhere(*statistics)}

@@ -32,6 +32,7 @@ def test_a_module_alone(tmp_path):
         assert report["bfloat16"] < 0.3  # gradients of weights are sums of rounded dy
 
 
+@pytest.mark.row(39)
 def test_bad_input_in_one_process_raises_in_all(tmp_path):
     reports = run(tmp_path, "bad_input", ranks=2)
     kinds = {"channels": "ValueError", "rank": "ValueError", "dtype": "TypeError"}
@@ -45,6 +46,7 @@ def test_bad_input_in_one_process_raises_in_all(tmp_path):
         assert "channels" in report["number"][1]
 
 
+@pytest.mark.row(39)
 def test_a_killed_process_is_an_error_in_the_others(tmp_path):
     reports, codes, _ = start(launchers_of_torch(3), tmp_path, PROGRAM, "killed", ranks=3)
     assert codes[1] == -9

@@ -1,4 +1,4 @@
-"""The reliability matrix: its 38 rows, and the figures that the tests of each row note down.
+"""The reliability matrix: its 39 rows, and the figures that the tests of each row note down.
 
 A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
 fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
@@ -52,6 +52,7 @@ ROWS = {
     36: "mutation: planted faults are caught",
     37: "property fuzz against the reference",
     38: "two threads where other processes keep the cores busy",
+    39: "ranks: one is killed, has bad input, or other shapes",
 }
 
 HOW = {"max": max, "min": min, "sum": lambda a, b: a + b, "last": lambda a, b: b}
