@@ -11,6 +11,7 @@ from torch import nn
 
 from ._classes import class_for, is_norm, why_not
 from ._fuse import Fusing
+from ._small import borders_of
 from .modules import KEPT, Converted, stock_class
 from .sync import SyncBatchNorm
 
@@ -26,6 +27,7 @@ def convert(
     memory_format: torch.memory_format | None = None,
     sync: bool = False,
     process_group: Any = None,
+    small_calls: bool = False,
 ) -> nn.Module:
     """Convert every norm of a model in place, so that cybn computes it.
 
@@ -50,6 +52,9 @@ def convert(
         Compute the statistics of batch norms over all processes of `torch.distributed`.
     process_group : ProcessGroup, optional
         The processes. None means all.
+    small_calls : bool, default False
+        Compute small calls by cybn, too. By default PyTorch computes calls that are so small that it
+        is faster; the results are its own. docs/pytorch.md lists the borders.
 
     Returns
     -------
@@ -91,6 +96,10 @@ def convert(
                 logger.debug("%s: left as it is; %s", name or "the model", why_not(module))
             continue
         norms += 1
+        if small_calls or not isinstance(module, Converted):
+            module.__dict__.pop("_cybn_borders", None)
+        else:
+            module.__dict__["_cybn_borders"] = borders_of(module)
         if fuse and isinstance(module, Converted):
             module.__dict__["_cybn_fusing"] = Fusing()
         else:

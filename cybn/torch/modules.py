@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as _NormBase
 
 from ._functional import counting_batch_norm, current
 from ._rebind import rebound
+from ._small import is_small, quick
 
 __all__ = [
     "BatchNorm1d",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # What cybn keeps in the dictionary of a module.
-KEPT = ("_cybn_fusing", "_cybn_reason")
+KEPT = ("_cybn_borders", "_cybn_fusing", "_cybn_reason")
 
 
 class Converted(nn.Module):
@@ -76,21 +77,34 @@ def _empty(stock: type) -> nn.Module:
     return object.__new__(cls)
 
 
-def forward_of(original: Callable[..., Any], computed: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs `computed`, and stands in graphs as one module."""
+def forward_of(
+    original: Callable[..., Any], computed: Callable[..., Any], alone: bool = True
+) -> Callable[..., Any]:
+    """Return a forward that runs `computed`, and stands in graphs as one module.
+
+    Small calls are PyTorch's: of `original` where that is `alone`, which means that it calls no
+    methods that lead to cybn; else `computed` passes them on.
+    """
+    of_pytorch = quick(original) or (original if alone else None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return computed(self, *args, **kwargs)
+        small = bool(args) and is_small(self, args[0])
+        if small and of_pytorch is not None:
+            y = of_pytorch(self, *args, **kwargs)
+            if y is not None:
+                return y
         if args and isinstance(args[0], fx.Proxy):
             tracer = args[0].tracer
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, args, kwargs)
-        before, current.module = current.module, self
+        before = current.module, current.small
+        current.module, current.small = self, small
         try:
             return computed(self, *args, **kwargs)
         finally:
-            current.module = before
+            current.module, current.small = before
 
     forward.__doc__ = original.__doc__ or "Normalize, as the class of the same name does."
     # Checkers do not know that inspect looks for this attribute of a function.
@@ -114,7 +128,8 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
         computed = found.get("forward", original)
         if original is _NormBase.forward:
             computed = _whole(computed)
-        found["forward"] = forward_of(original, computed)
+        alone = found.keys() <= {"forward"}
+        found["forward"] = forward_of(original, computed, alone)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Forty situations: computed by cybn, or by PyTorch with the reason in `report`.
+"""Some forty situations: computed by cybn, or by PyTorch with the reason in `report`.
 
 The table of docs/pytorch.md has a row for each.
 """
@@ -16,6 +16,7 @@ from torch_cases import twin  # noqa: E402
 
 import cybn.torch  # noqa: E402
 from cybn import _dispatch  # noqa: E402
+from cybn.torch._small import borders_of  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "pytorch.md"
 BATCH, ROWS = (lambda: nn.BatchNorm2d(4)), (lambda: nn.LayerNorm(6))
@@ -56,6 +57,11 @@ def with_statistics_that_require_gradients(module):
 
 def with_one_number(module):
     module.running_mean = torch.zeros(1).expand(4)
+    return module
+
+
+def as_convert_leaves_it(module):
+    vars(module)["_cybn_borders"] = borders_of(module)  # which PyTorch's own does not look at
     return module
 
 
@@ -136,6 +142,7 @@ REASONS = {
         why="a transform of torch.func",
     ),
     "forward-mode derivatives": Situation(call=forward_mode, why="forward-mode derivatives"),
+    "a small call": Situation(change=as_convert_leaves_it, why="the call is small"),
     "another device, such as meta": Situation(
         lambda: image().to("meta"), change=lambda m: m.to("meta"), why="the input is on meta"
     ),
@@ -230,7 +237,7 @@ def test_a_reason_goes_with_the_next_call():
 
 def test_the_table_has_them_all():
     names = [*CYBN, *PYTORCH, *REASONS]
-    assert len(names) == 40
+    assert len(names) == 41
     table = DOCS.read_text("utf-8")
     missing = [name for name in names if f"| {name} |" not in table]
     assert not missing

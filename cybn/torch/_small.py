@@ -1,0 +1,119 @@
+"""Small calls, for which PyTorch is faster: modules that `convert` has changed hand them over.
+
+A call of cybn costs more than one of PyTorch's own, however little there is to normalize, and what
+it gains grows with the input. The borders between are measured (``python bench/small.py``) and
+constant: what computes a call depends on its size and mode, never on the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SMALL", "borders_of", "is_small", "quick"]
+
+SMALL = "the call is small: PyTorch is faster"
+
+# Values of the input below which PyTorch computes a call: in evaluation without gradients and with
+# them, in training without and with.
+Borders = tuple[int, int, int, int]
+_BORDERS: dict[type, Borders] = {
+    nn.modules.batchnorm._BatchNorm: (1 << 20, 1 << 20, 1 << 19, 1 << 19),
+    nn.modules.instancenorm._InstanceNorm: (1 << 15,) * 4,
+    nn.GroupNorm: (1 << 17,) * 4,
+    nn.LayerNorm: (1 << 17,) * 4,
+    nn.RMSNorm: (1 << 15,) * 4,
+}
+_OTHERS = _BORDERS[nn.modules.batchnorm._BatchNorm]  # mostly subclasses of timm's and users' own
+
+
+def borders_of(module: nn.Module) -> Borders:
+    """Return the borders for the calls of a module."""
+    kinds = (found for kind, found in _BORDERS.items() if isinstance(module, kind))
+    return next(kinds, _OTHERS)
+
+
+def is_small(module: nn.Module, x: Any) -> bool:
+    """Whether PyTorch is to compute a call of a module, outside graphs; noted for `report`."""
+    known = module.__dict__
+    borders = known.get("_cybn_borders")
+    if (
+        borders is None
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or x.numel() >= borders[2 * module.training + torch.is_grad_enabled()]
+        or not x.is_cpu
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return False
+    if known.get("_cybn_reason") is not SMALL:
+        known["_cybn_reason"] = SMALL
+    return True
+
+
+# ---- PyTorch's forwards, without what is settled by then; None where one may be an error -------
+
+
+def _batch_norm(self: Any, input: Tensor) -> Tensor | None:
+    self._check_input_dim(input)
+    training, momentum, tracks = self.training, self.momentum, self.track_running_stats
+    if training and input.numel() <= input.shape[1]:
+        return None
+    mean, var = self.running_mean, self.running_var
+    by_batch = training or (mean is None and var is None)
+    if training and tracks:
+        counter = self.num_batches_tracked
+        if counter is not None:
+            counter.add_(1)
+            momentum = 1.0 / float(counter) if momentum is None else momentum
+    elif training:
+        mean = var = None
+    return torch.batch_norm(
+        input, self.weight, self.bias, mean, var, by_batch, momentum or 0.0, self.eps, False
+    )
+
+
+def _instance_norm(self: Any, input: Tensor) -> Tensor | None:
+    self._check_input_dim(input)
+    shape, channels = input.shape, self.num_features
+    if len(shape) == self._get_no_batch_dim() or shape[1] != channels:
+        return None
+    by_sample = self.training or not self.track_running_stats
+    if by_sample and input.numel() <= shape[0] * channels:
+        return None
+    return torch.instance_norm(
+        input, self.weight, self.bias, self.running_mean, self.running_var, by_sample,
+        self.momentum or 0.0, self.eps, False,
+    )  # fmt: skip
+
+
+def _layer_norm(self: Any, input: Tensor) -> Tensor:
+    return torch.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, False)
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _group_norm(self: Any, input: Tensor) -> Tensor | None:
+    groups = self.num_groups
+    if input.numel() < 2 * groups:
+        return None
+    return torch.group_norm(input, groups, self.weight, self.bias, self.eps, False)
+
+
+_QUICK: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    nn.modules.batchnorm._BatchNorm.forward: _batch_norm,
+    nn.modules.instancenorm._InstanceNorm.forward: _instance_norm,
+    nn.LayerNorm.forward: _layer_norm,
+    nn.RMSNorm.forward: _rms_norm,
+    nn.GroupNorm.forward: _group_norm,
+}
+
+
+def quick(original: Callable[..., Any]) -> Callable[..., Tensor | None] | None:
+    """Return a forward that does for small calls what one of PyTorch's does, if it is known."""
+    return _QUICK.get(original)
