@@ -22,10 +22,10 @@ SMALL = "the call is small: PyTorch is faster"
 Borders = tuple[int, int, int, int]
 _BORDERS: dict[type, Borders] = {
     nn.modules.batchnorm._BatchNorm: (1 << 20, 1 << 20, 1 << 19, 1 << 19),
-    nn.modules.instancenorm._InstanceNorm: (1 << 15,) * 4,
-    nn.GroupNorm: (1 << 17,) * 4,
-    nn.LayerNorm: (1 << 17,) * 4,
-    nn.RMSNorm: (1 << 15,) * 4,
+    nn.modules.instancenorm._InstanceNorm: (1 << 15, 1 << 16, 1 << 15, 1 << 16),
+    nn.GroupNorm: (1 << 20, 1 << 20, 1 << 20, 1 << 20),
+    nn.LayerNorm: (1 << 20, 1 << 20, 1 << 20, 1 << 20),
+    nn.RMSNorm: (1 << 16, 1 << 15, 1 << 16, 1 << 15),
 }
 _OTHERS = _BORDERS[nn.modules.batchnorm._BatchNorm]  # mostly subclasses of timm's and users' own
 
