@@ -53,8 +53,8 @@ def convert(
     process_group : ProcessGroup, optional
         The processes. None means all.
     small_calls : bool, default False
-        Compute small calls by cybn, too. By default PyTorch computes calls that are so small that it
-        is faster; the results are its own. docs/pytorch.md lists the borders.
+        Compute small calls by cybn, too. By default PyTorch computes calls that are so small that
+        it is faster; the results are its own. docs/pytorch.md lists the borders.
 
     Returns
     -------
