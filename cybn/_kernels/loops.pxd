@@ -58,18 +58,18 @@ cdef inline T clamp(T z, T low, T high) noexcept nogil:
 
 
 cdef inline T bent(
-    Bend bend,
-    T dy,
-    T z,
-    const T* kink,              # IN  (4,) low, high, slope from low down, slope from high up
+    Bend bend, T dy, T z,
+    T low, T high,
+    T below,                    # slope from low down
+    T above,                    # slope from high up
 ) noexcept nogil:
     """dy times the slope at z; 0 where the slope is 0, whatever dy is."""
     cdef T s, one = 1
     if bend == RECTIFIED:
         return 0 if z <= 0 else dy
     s = one if bend == STEPS else (z + <T> 1.5) * <T> (1.0 / 3)
-    s = kink[2] if z <= kink[0] else s
-    s = kink[3] if z >= kink[1] else s
+    s = below if z <= low else s
+    s = above if z >= high else s
     return 0 if s == 0 else dy * s
 
 
@@ -254,7 +254,7 @@ cdef inline void dot_strip(
     Py_ssize_t start,
     Py_ssize_t sweeps,
     const T* co,                # IN  HI and, with a bend, A and Z of columns, or of one
-    const T* kink,              # IN  (4,)
+    const T* kink,              # IN  (4,) low, high, and the slopes beyond
     T* restrict a,              # IO  (lanes,)
     T* restrict b,              # IO  (lanes,)
 ) noexcept nogil:
@@ -262,6 +262,7 @@ cdef inline void dot_strip(
     cdef T vb[LANES]
     cdef T room[4 * LANES]
     cdef T d0, d1, g0, g1
+    cdef T low = kink[0], high = kink[1], below = kink[2], above = kink[3]
     cdef const T* x0
     cdef const T* x1
     cdef const T* dy0
@@ -280,10 +281,12 @@ cdef inline void dot_strip(
             d1 = x1[j] - co[HI + j * step]
             g0 = dy0[j]
             if bend != STRAIGHT:
-                g0 = bent(bend, g0, d0 * co[A + j * step] + co[Z + j * step], kink)
+                g0 = bent(bend, g0, d0 * co[A + j * step] + co[Z + j * step], low, high, below,
+                          above)
             g1 = dy1[j]
             if bend != STRAIGHT:
-                g1 = bent(bend, g1, d1 * co[A + j * step] + co[Z + j * step], kink)
+                g1 = bent(bend, g1, d1 * co[A + j * step] + co[Z + j * step], low, high, below,
+                          above)
             va[j] += g0 + g1
             vb[j] += g0 * d0 + g1 * d1
     for j in range(lanes):
@@ -520,6 +523,7 @@ cdef inline void unscale_strip(
     cdef T room[2 * LANES]
     cdef T v[LANES]
     cdef T d, g
+    cdef T low = kink[0], high = kink[1], below = kink[2], above = kink[3]
     cdef const T* at_x = read(way, x, lanes_of(co[0]), room)
     cdef const T* at_dy = read(way, dy, lanes_of(co[0]), room + LANES)
     cdef Py_ssize_t j
@@ -527,7 +531,7 @@ cdef inline void unscale_strip(
         d = at_x[j] - co[HI + j * step]
         g = at_dy[j]
         if bend != STRAIGHT:
-            g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], kink)
+            g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], low, high, below, above)
         v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
     write_strip(way, stream, v, dx)
 
