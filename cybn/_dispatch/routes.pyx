@@ -12,7 +12,7 @@ from cybn._kernels.problem cimport (
 from .batch_norm import ACTIVATIONS
 
 WAYS = ("plain", "float16", "bfloat16")
-LOOPS, SOURCES = ("runs", "columns"), ("memory", "stages")
+LOOPS, SOURCES = ("runs", "columns"), ("memory", "kept", "stages")
 GRADIENTS = ("given", "again", "in dresidual", "in dx")
 ITEMS = {"f": (FLOAT32, 4), "d": (FLOAT64, 8), "e": (HALF, 2), "E": (BRAIN, 2)}
 OPERATIONS = {

@@ -41,10 +41,11 @@ from cybn._kernels.loops cimport (
     Seam, dot_columns, dot_run, has_lines, hold_nothing, lanes_of, let_go, scale, sum_columns,
     sum_run, unscale)
 from cybn._kernels.problem cimport (
-    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, NO_SUMS, NO_WRITE, SAMPLES,
-    SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels, Problem,
-    Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
-from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
+    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
+    SAMPLES, SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels,
+    Problem, Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
+from cybn._kernels.stages cimport (
+    Piece, apply_piece, counted, fetch, inputs, keep_gradient, place, shares, weigh)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
 from cybn._kernels.tasks cimport Tasks, deal, next_task
@@ -223,6 +224,13 @@ cdef void kinks(const Problem* p, T* kink) noexcept nogil:
 
 # ---- reduce ------------------------------------------------------------------------------
 
+cdef inline const Rows* gradients(const Job* job) noexcept nogil:
+    """Where the gradient before the activation is, if the first pass left it."""
+    if job.r.gradient == IN_DRESIDUAL:
+        return &job.p.dresidual
+    return &job.p.y if job.r.gradient == IN_DX else &job.p.dy
+
+
 cdef Piece first_piece(
     const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
 ) noexcept nogil:
@@ -240,6 +248,13 @@ cdef Piece first_piece(
     return piece
 
 
+cdef void keep_piece(
+    const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
+) noexcept nogil:
+    """Leave the gradient before the activation of a piece; compiled once for runs and columns."""
+    keep_gradient(job.p, gradients(job), n, i, m, co, step, room)
+
+
 cdef void reduce_by_run(
     const Job* job, const Tile* t, T of_type, double* out1, double* out2
 ) noexcept nogil:
@@ -251,8 +266,8 @@ cdef void reduce_by_run(
     cdef const Problem* p = job.p
     cdef Py_ssize_t c, n, i, j, m, length = t.s1 - t.s0
     cdef bint sums = p.reduce == SUMS and not p.weighted
-    cdef bint staged = job.r.reduce_from == STAGED_PIECES
-    cdef Py_ssize_t most = STAGED if staged else length
+    cdef bint staged = job.r.reduce_from == STAGED_PIECES, kept = job.r.reduce_from == KEPT
+    cdef Py_ssize_t most = STAGED if staged or kept else length
     cdef Way way = PLAIN if staged else job.r.way
     cdef Bend bend = STRAIGHT if staged else job.r.bend
     cdef const char* x
@@ -272,6 +287,9 @@ cdef void reduce_by_run(
                     x, dy = <const char*> piece.x, <const char*> piece.g
                 else:
                     x, dy = place(&p.x, p, n, i), place(&p.dy, p, n, i)
+                if kept:
+                    keep_piece(job, n, i, m, co + c, 0, room)
+                    dy = place(gradients(job), p, n, i)
                 if sums:
                     sum_run(way, x, m, co[c], acc + c * 2 * WIDE)
                 else:
@@ -345,7 +363,7 @@ cdef void add_staged(
         clear(of_g, most)
         if k >= rows:
             continue
-        if job.r.reduce_from == STAGED_PIECES:
+        if job.r.reduce_from != IN_PLACE:
             piece = first_piece(job, n + k * apart, i, w, co, 1, room)
         else:
             piece.x = fetch(&p.x, p, job.r.way, n + k * apart, i, w, room)
@@ -354,8 +372,21 @@ cdef void add_staged(
                 piece.g = fetch(&p.dy, p, job.r.way, n + k * apart, i, w, room + STAGED)
         memcpy(of_x, piece.x, w * sizeof(T))
         memcpy(of_g, piece.g, w * sizeof(T))
-    add_lines(job, PLAIN, STRAIGHT if job.r.reduce_from == STAGED_PIECES else job.r.bend, &g, &x, 1,
+    add_lines(job, PLAIN, STRAIGHT if job.r.reduce_from != IN_PLACE else job.r.bend, &g, &x, 1,
               most, co, kink, a, b)
+
+
+cdef void keep_rows(
+    const Job* job, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t apart, Py_ssize_t ahead,
+    Py_ssize_t sweeps, Py_ssize_t i, Py_ssize_t w, const T* co, T* room,
+) noexcept nogil:
+    """Leave the gradient before the activation of some rows."""
+    cdef Py_ssize_t s, k, j
+    for s in range(sweeps):
+        for k in range(rows):
+            for j in range(ceiling(w, STAGED)):
+                keep_piece(job, n + s * ahead + k * apart, i + j * STAGED,
+                           min(STAGED, w - j * STAGED), co + j * STAGED, 1, room)
 
 
 cdef void add_rows(
@@ -371,21 +402,24 @@ cdef void add_rows(
 ) noexcept nogil:
     """Add some rows to the sums of columns i..i + w."""
     cdef const Problem* p = job.p
+    cdef const Rows* g = gradients(job) if job.r.reduce_from == KEPT else &p.dy
     cdef Lines x
     cdef Lines dy
     cdef Py_ssize_t s, k, j
     cdef bint whole = rows == (4 if sums_alone(p) else 2) and w >= lanes_of(co[0])
-    if not whole or job.r.reduce_from == STAGED_PIECES:
+    if not whole or job.r.reduce_from == STAGED_PIECES:     # what is kept is staged as well
         for s in range(sweeps):
             for k in range(ceiling(w, STAGED_COLUMNS)):
                 j = k * STAGED_COLUMNS
                 add_staged(job, n + s * ahead, rows, apart, i + j,
                            min(STAGED_COLUMNS, w - j), co + j, kink, a + j, b + j, room)
         return
-    x.pitch, dy.pitch = ahead * p.x.pitch, ahead * p.dy.pitch
+    if job.r.reduce_from == KEPT:
+        keep_rows(job, n, rows, apart, ahead, sweeps, i, w, co, room)
+    x.pitch, dy.pitch = ahead * p.x.pitch, ahead * g.pitch
     for k in range(rows):
         x.at[k] = place(&p.x, p, n + k * apart, i)
-        dy.at[k] = place(&p.dy, p, n + k * apart, i)
+        dy.at[k] = place(g, p, n + k * apart, i)
     add_lines(job, job.r.way, job.r.bend, &dy, &x, sweeps, w, co, kink, a, b)
 
 
@@ -573,13 +607,6 @@ cdef void finish(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexce
 
 
 # ---- apply -------------------------------------------------------------------------------
-
-cdef inline const Rows* gradients(const Job* job) noexcept nogil:
-    """Where the gradient before the activation is, if the first pass left it."""
-    if job.r.gradient == IN_DRESIDUAL:
-        return &job.p.dresidual
-    return &job.p.y if job.r.gradient == IN_DX else &job.p.dy
-
 
 cdef inline const char* padded(const char* row, Py_ssize_t bytes, char* room) noexcept nogil:
     """A row that is shorter than a strip, where there is room for one."""

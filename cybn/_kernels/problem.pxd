@@ -144,6 +144,7 @@ cdef enum Loops:
 
 cdef enum Source:
     IN_PLACE                # loops read memory
+    KEPT                    # the same, and the gradient where a stage left it for the second pass
     STAGED_PIECES           # stages fill a piece in L1, which loops read
 
 cdef enum Gradient:         # where the gradient before the activation is, in the second pass
@@ -256,9 +257,11 @@ cdef inline Source reduce_from(const Problem* p) noexcept nogil:
         return STAGED_PIECES
     if p.reduce != DOTS or p.activation == IDENTITY and p.dresidual.at == NULL:
         return IN_PLACE
-    if p.dresidual.at != NULL or p.inverse or smooth(p) or p.storage != FLOAT32:
+    if p.inverse or p.storage > FLOAT64:
         return STAGED_PIECES
-    return IN_PLACE
+    if gradient_of(p) != AGAIN:
+        return KEPT
+    return STAGED_PIECES if smooth(p) or p.storage != FLOAT32 else IN_PLACE
 
 
 cdef inline Source apply_from(const Problem* p) noexcept nogil:

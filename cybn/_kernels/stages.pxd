@@ -124,11 +124,12 @@ cdef inline void normalize(
 ) noexcept nogil:
     """z = (x - hi) * a + z + residual: scale, of a piece in L1."""
     cdef Py_ssize_t j
-    for j in range(m):
-        z[j] = (x[j] - co[HI + j * step]) * co[A + j * step] + co[Z + j * step]
-    if r != NULL:
+    if r == NULL:
         for j in range(m):
-            z[j] += r[j]
+            z[j] = (x[j] - co[HI + j * step]) * co[A + j * step] + co[Z + j * step]
+    else:
+        for j in range(m):
+            z[j] = (x[j] - co[HI + j * step]) * co[A + j * step] + co[Z + j * step] + r[j]
 
 
 cdef inline void gradient(
@@ -230,6 +231,28 @@ cdef inline Piece inputs(
         keep(dy, p, r, n, i, m)
     piece.x, piece.g, piece.w = x, dy, w
     return piece
+
+
+cdef inline void keep_gradient(
+    const Problem* p, const Rows* to, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
+    Py_ssize_t step,
+    T* room,                    # OUT (2, STAGED)
+) noexcept nogil:
+    """Leave dy times the slope of the activation at values i..i + m of row n; nothing is masked."""
+    cdef const T* x = <const T*> place(&p.x, p, n, i)
+    cdef const T* dy = <const T*> place(&p.dy, p, n, i)
+    cdef const T* r = <const T*> place(&p.residual, p, n, i) if p.residual.at != NULL else NULL
+    cdef T* z = room
+    cdef T* at = <T*> place(to, p, n, i)
+    cdef T* g = room + STAGED if at == dy else at
+    if p.activation != IDENTITY:
+        if step:
+            normalize(x, r, z, m, co, 1)
+        else:
+            normalize(x, r, z, m, co, 0)
+    through(dy, z, g, m, p.activation, <T> p.slope)
+    if g != at:
+        memcpy(at, g, m * sizeof(T))
 
 
 cdef inline void apply_piece(

@@ -112,6 +112,8 @@ def test_stages_follow_what_there_is(
         gradient = "again"  # rounded once, at the end
     if gradient == "again" and dtype != "f":
         backward = "stages", "stages"  # float32 alone has loops that bend
+    elif dtype in "fd" and gradient.startswith("in"):
+        backward = "kept", backward[1]  # unrounded, so the sums can be taken from there
     route = _dispatch.route("backward", *shape, dtype, **options)
     assert (route["sums from"], route["writes from"]) == backward
     assert route["gradient"] == gradient
