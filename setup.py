@@ -47,6 +47,9 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fno-split-loops"]
 SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
 
+# No symbols, and no tables that exceptions find their way up the stack by: C throws none.
+BARE = ["-g0", "-DNDEBUG", "-fno-asynchronous-unwind-tables"]
+
 # Where there are other levels, baseline is for processors from before 2013: it is to be short.
 OLDER = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
 
@@ -172,7 +175,7 @@ def build_flags():
     if not KINDS:  # a quick build takes half as long, and its loops twice: to test, not to measure
         fast = ["-O1"] if QUICK else SHORT if supported(*SHORT) else ["-O3"]
         strip = ["-Wl,-s"] if TARGET.startswith("linux") else []
-        return [*fast, *STRICT, "-g0", "-DNDEBUG"], strip
+        return [*fast, *STRICT, *BARE], strip
     compiling = [*STRICT, "-O1", "-g1", "-UNDEBUG" if DEBUG else "-DNDEBUG"]
     if DEBUG and supported(FILLED):
         compiling.append(FILLED)
