@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, imported when it is needed
 
 from .. import _dispatch, _ranks, _runtime
 from .._moments import Moments
@@ -29,6 +30,10 @@ __all__ = ["SyncBatchNorm"]
 
 _alone: Any = rebound(nn.modules.batchnorm._BatchNorm.forward)  # as `convert` computes it
 _ALL = (None, None, None, "normalize")  # positions count
+_OUTSIDE = (
+    "cybn.torch.SyncBatchNorm takes tensors on the CPU, outside torch.jit and torch.func; on other "
+    "devices take torch.nn.SyncBatchNorm"
+)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -96,6 +101,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         group = self._group()
         if group is None or not isinstance(input, Tensor):
             return _alone(self, input)
+        if torch.jit.is_tracing():
+            raise RuntimeError(_OUTSIDE)  # before a graph gets hold of the message
+        return self._synchronized(input, group)
+
+    @_disable_dynamo
+    def _synchronized(self, input: Tensor, group: Any) -> Tensor:
+        """Normalize by the batch of all processes; torch.compile breaks its graph here."""
         with _message(group, "forward", self.num_features) as message:
             self._check_input_dim(input)
             y, moments = self._normalize(input, group, message)
@@ -171,11 +183,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _normalize(self, x: Tensor, group: Any, message: _ranks.Message) -> tuple[Tensor, Moments]:
         vectors = self.weight, self.bias
-        if not x.is_cpu or torch.compiler.is_compiling() or _transformed():
-            raise RuntimeError(
-                "cybn.torch.SyncBatchNorm takes tensors on the CPU, outside torch.compile, "
-                "torch.jit and torch.func; on other devices take torch.nn.SyncBatchNorm"
-            )
+        if not x.is_cpu or _transformed():
+            raise RuntimeError(_OUTSIDE)
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"input is {x.dtype}; it must be of one of {', '.join(map(str, DTYPES))}"

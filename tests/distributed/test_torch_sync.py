@@ -42,6 +42,8 @@ def test_bad_input_in_one_process_raises_in_all(tmp_path):
         assert reports[0][name][1].startswith(f"rank 1 raised {kind}: ")
     for report in reports:
         assert report["few"][0] == "ValueError"
+        assert "outside torch.jit" in report["trace"][1]
+        assert report["one graph"][0] == "Unsupported"  # where it may not be broken
         assert report["number"][0] == "ValueError"
         assert "channels" in report["number"][1]
 

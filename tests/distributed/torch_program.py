@@ -149,6 +149,13 @@ def bad_input():
     tried("dtype", lambda: bn(x.int() if last else x))
     tried("few", lambda: bn(x[:0]))
     bn(x)  # and the processes are in step
+    tried("trace", lambda: torch.jit.trace(bn, x))
+    whole = torch.compile(bn, backend="eager", fullgraph=True)
+    tried("one graph", lambda: whole(x))
+    torch._dynamo.reset()
+    compiled, before = torch.compile(bn, backend="eager"), int(bn.num_batches_tracked)
+    assert torch.equal(compiled(x), bn(x))
+    assert bn.num_batches_tracked == before + 2
     other = SyncBatchNorm(5 if last else 6)
     found["number"] = attempt(lambda: other(x[:, : other.num_features]))
     return found
