@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,8 @@ from ._merging import Part, merged
 from ._runtime import thread_count
 
 __all__ = ["Moments"]
+
+Vector: TypeAlias = NDArray[np.float64]
 
 
 class Moments:
@@ -67,9 +69,9 @@ class Moments:
     __slots__ = ("_rest", "count", "m2", "mean")
 
     count: Count
-    mean: NDArray[np.float64]
-    m2: NDArray[np.float64]
-    _rest: NDArray[np.float64] | None  # what rounding left of the mean; None: nothing
+    mean: Vector
+    m2: Vector
+    _rest: Vector | None  # what rounding left of the mean; None: nothing
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         mean, m2 = vector(mean, "mean"), vector(m2, "m2")
@@ -77,54 +79,24 @@ class Moments:
             raise ValueError(
                 f"mean has shape {mean.shape} and m2 has shape {m2.shape}; they must be the same"
             )
-        mean, m2 = frozen(mean), frozen(m2)
-        count = counted(count, mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 is {m2.min()} in channel {m2.argmin()}; it must not be negative")
-        self._set(count, mean, m2)
+        self._put(counted(count, mean.size), frozen(mean), frozen(m2), None)
 
-    def _set(
-        self,
-        count: Count,
-        mean: NDArray[np.float64],
-        m2: NDArray[np.float64],
-        rest: NDArray[np.float64] | None = None,
-    ) -> None:
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "m2", m2)
-        object.__setattr__(self, "_rest", rest)
+    def _put(self, *values: Any) -> None:
+        """Set count, mean, m2 and rest, which cannot be assigned."""
+        for name, value in zip(("count", "mean", "m2", "_rest"), values, strict=True):
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def _adopt(
-        cls,
-        count: Count,
-        mean: NDArray[np.float64],
-        m2: NDArray[np.float64],
-        rest: NDArray[np.float64] | None = None,
-    ) -> Self:
+    def _adopt(cls, count: Count, mean: Vector, m2: Vector, rest: Vector | None = None) -> Self:
         """Wrap fresh arrays that no one else will write to, without a copy."""
         mean.setflags(write=False)
         m2.setflags(write=False)
         if isinstance(count, np.ndarray):
             count.setflags(write=False)
-        return cls._of_frozen(count, mean, m2, rest)
-
-    @classmethod
-    def _of_frozen(
-        cls,
-        count: Count,
-        mean: NDArray[np.float64],
-        m2: NDArray[np.float64],
-        rest: NDArray[np.float64] | None = None,
-    ) -> Self:
-        """Wrap arrays that no one can write to."""
         self = cls.__new__(cls)
-        put = object.__setattr__  # as in _set, whose call would take as long as all of it
-        put(self, "count", count)
-        put(self, "mean", mean)
-        put(self, "m2", m2)
-        put(self, "_rest", rest)
+        self._put(count, mean, m2, rest)
         return self
 
     @classmethod
@@ -347,13 +319,12 @@ class Moments:
         ValueError, OverflowError
             As in `merge`, in every process.
         """
-        gather = getattr(comm, "allgather", None)
-        if gather is None:
+        if not hasattr(comm, "allgather"):
             raise TypeError(
                 f"comm is of type {type(comm).__name__}; it must have a method allgather, as "
                 "mpi4py.MPI.COMM_WORLD has"
             )
-        parts: list[Moments] = gather(self)
+        parts: list[Moments] = comm.allgather(self)
         return reduce(lambda one, other: one.merge(other), parts)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -370,14 +341,9 @@ class Moments:
         OverflowError
             If the count is 2**63 or more.
         """
-        dtype = np.int64 if isinstance(self.count, int) else None
+        count = np.array(self.count, np.int64 if isinstance(self.count, int) else None)
         rest = np.zeros(len(self)) + self._parts()[3]
-        return {
-            "count": np.array(self.count, dtype),
-            "mean": self.mean.copy(),
-            "m2": self.m2.copy(),
-            "rest": rest,
-        }
+        return {"count": count, "mean": self.mean.copy(), "m2": self.m2.copy(), "rest": rest}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
@@ -420,11 +386,10 @@ class Moments:
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments._adopt, (self.count, self.mean, self.m2, self._rest)
 
-    def __copy__(self) -> Moments:
+    def __copy__(self, memo: object = None) -> Moments:
         return self
 
-    def __deepcopy__(self, memo: object) -> Moments:
-        return self
+    __deepcopy__ = __copy__
 
     def __repr__(self) -> str:
         var = self.m2 if is_nothing(self.count) else self.var()
