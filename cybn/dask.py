@@ -11,6 +11,7 @@ the chunks alone. So results are the same bits for any scheduler and any number 
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from typing import Any
 
@@ -115,7 +116,7 @@ def _spread(name: str, values: Any, x: Any, axis: int) -> Any:
     if values.ndim < x.ndim:
         rest = x.ndim - 1 - values.ndim
         values = values[(np.newaxis,) * rest + (...,)]
-        values = da.expand_dims(values, axis)
+        values = values[(slice(None),) * axis + (np.newaxis, ...)]  # expand_dims wants known sizes
     sizes = zip(values.shape, x.shape, strict=False)
     if values.ndim != x.ndim or any(a not in (1, b) for a, b in sizes if b == b):
         without = x.shape[:axis] + x.shape[axis + 1 :]
@@ -124,7 +125,14 @@ def _spread(name: str, values: Any, x: Any, axis: int) -> Any:
             f"x, or to {without}, that without its channel axis"
         )
     chunks = [(1,) if n == 1 else c for n, c in zip(values.shape, x.chunks, strict=True)]
-    return values.rechunk(tuple(chunks))
+    if not any(math.isnan(size) for axis in (*values.chunks, *chunks) for size in axis):
+        return values.rechunk(tuple(chunks))
+    if list(map(len, values.chunks)) != list(map(len, chunks)):  # sizes are compared when computed
+        raise ValueError(
+            f"{name} has {values.numblocks} chunks, and x has {x.numblocks}, of unknown sizes, so "
+            "that they cannot be cut anew. Call compute_chunk_sizes() on both first"
+        )
+    return values
 
 
 def _blocks(array: Any, shape: tuple[int, ...]) -> Any:

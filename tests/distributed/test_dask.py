@@ -96,6 +96,19 @@ def test_unknown_chunks_and_empty_ones(rng):
     np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-14)
 
 
+def test_masks_of_unknown_chunks(rng):
+    values, mask = rng.standard_normal((50, 3, 4)), rng.random((50, 4)) < 0.5
+    x, chosen = da.from_array(values, chunks=(7, 3, 4)), da.from_array(mask, chunks=(7, 4))
+    kept = x[:, 0, 0] > 0
+    found = moments(x[kept], mask=chosen[kept]).compute()
+    rows = values[:, 0, 0] > 0
+    wanted = cybn.Moments.empty(3).update(values[rows], mask=mask[rows])
+    assert found.count == wanted.count
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-14, atol=1e-15)
+    with pytest.raises(ValueError, match=r"mask has .* chunks, .* compute_chunk_sizes\(\)"):
+        moments(x[kept], mask=da.from_array(mask[rows], chunks=(99, 2)))
+
+
 def test_it_is_lazy():
     def fail(block):
         raise RuntimeError("computed")
