@@ -5,26 +5,13 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from bounds import ULP32, ULP64, column, wide
+from digest_cases import FAMILIES as FAMILIES  # which stands where pytest is not needed
 from shapes import GROUPS, Shape
 
 from cybn import reference
 
 DTYPES = [np.float32, np.float64]
 AXES = [pytest.param(1, id="channels-first"), pytest.param(-1, id="channels-last")]
-
-# One of each way through the kernels, as (N, C, S): rows, one column a channel, runs, tails of
-# runs, chunks of N, chunks of S, enough rows of one column for chunks of those, and few columns.
-FAMILIES = [
-    (9, 6, 7),
-    (200, 33, 1),
-    (3, 5, 512),
-    (3, 5, 1071),
-    (270, 2, 490),
-    (3, 2, 45000),
-    (1, 2, 131073),
-    (4097, 33, 1),
-    (20001, 3, 1),
-]
 
 
 def small(shape, most=2**16):

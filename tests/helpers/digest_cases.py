@@ -99,8 +99,9 @@ def flat(result):
 
 # ---- batch normalization -----------------------------------------------------------------
 
-# One of each way through the kernels, as (N, C, S): those of tests/helpers/cases.py.
-SHAPES = [
+# One of each way through the kernels, as (N, C, S): rows, one column a channel, runs, tails of
+# runs, chunks of N, chunks of S, enough rows of one column for chunks of those, and few columns.
+FAMILIES = [
     (9, 6, 7),
     (200, 33, 1),
     (3, 5, 512),
@@ -144,12 +145,12 @@ def add_batch(function, shape, axis, dtype, *words, **options):
 
 for dtype in SINGLE_DOUBLE:
     for axis in (1, -1):
-        for shape in SHAPES:
+        for shape in FAMILIES:
             for function in FUNCTIONS[:2]:
                 add_batch(function, shape, axis, dtype)
 for dtype in SINGLE_DOUBLE:
     for axis in (1, -1):
-        for shape in SHAPES[:3]:
+        for shape in FAMILIES[:3]:
             for function in FUNCTIONS[2:]:
                 add_batch(function, shape, axis, dtype)
 for dtype in HALF:
