@@ -11,14 +11,11 @@
 # The mean comes as hi + lo, both of type T: subtracted one after the other, the first exactly where
 # it matters, so the error does not grow with |mean| / std (docs/math.md, 7.5).
 #
-# What does not fill a strip at the ends of a row is copied to one that is padded, and back.
-
-from libc.string cimport memcpy
+# What does not fill a strip at the ends of a row goes through the same loops, with their length.
 
 from cybn._kernels.lanes cimport (
-    LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write_strip)
-from cybn._kernels.loops cimport (
-    Ends, Seam, end_of_run, ends_of, lanes_of, put_head, put_rest)
+    LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write, write_strip)
+from cybn._kernels.loops cimport Ends, Seam, end_of_run, ends_of, lanes_of, put_head, put_rest
 
 cdef enum:
     HI_OF_ROW = 0           # where the constants of a row stand
@@ -119,16 +116,33 @@ cdef inline void row_dots(
     flush(b, acc + WIDE)
 
 
-cdef inline void put_end(
-    bint stream, bint first, Seam* seam, const char* end, Py_ssize_t bytes, char* y
+cdef inline void put_some(
+    Way way, bint stream, bint first, Seam* seam, const T* v, Py_ssize_t m, char* y
 ) noexcept nogil:
-    """Write what a row has before its whole strips, or after them."""
+    """Write the m values that a row has before its whole strips, or after them."""
+    cdef char end[STRIP]
     if not stream:
-        memcpy(y, end, bytes)
-    elif first:
-        put_head(seam, end, bytes, y)
+        write(way, v, y, m)
+        return
+    write(way, v, end, m)
+    if first:
+        put_head(seam, end, m * item_of(way, v[0]), y)
     else:
-        put_rest(seam, end, bytes, y)
+        put_rest(seam, end, m * item_of(way, v[0]), y)
+
+
+cdef inline void scale_values(
+    const T* x,                 # IN  (m,)
+    const T* gamma,             # IN  (m,)
+    const T* beta,              # IN  (m,)
+    T* v,                       # OUT (m,)
+    Py_ssize_t m,
+    const T* row,               # IN  (ROW_TERMS,)
+) noexcept nogil:
+    cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
+    cdef Py_ssize_t j
+    for j in range(m):
+        v[j] = ((x[j] - hi) - lo) * r * gamma[j] + beta[j]
 
 
 cdef inline void row_scale(
@@ -145,33 +159,43 @@ cdef inline void row_scale(
     """y = ((x - hi) - lo) * r * gamma + beta"""
     cdef T v[LANES]
     cdef T room[LANES]
-    cdef T ends[2 * LANES]
-    cdef char at_end[2 * STRIP]
-    cdef const T* at_x
-    cdef const T* g
-    cdef const T* b
-    cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
-    cdef Ends e = ends_of(way, y, stream, n, hi)
-    cdef Py_ssize_t lanes = lanes_of(hi), item = item_of(way, hi), i, j, at, m
+    cdef Ends e = ends_of(way, y, stream, n, row[0])
+    cdef Py_ssize_t item = item_of(way, row[0]), i, at, m
+    if n < e.lanes:             # most of the time goes to what stands around the loop
+        scale_values(read(way, x, n, room), gamma, beta, v, n, row)
+        write(way, v, y, n)
+        return
     for i in range(-1, e.strips + 1):
-        at = 0 if i < 0 else e.head + i * lanes
-        m = e.head if i < 0 else (lanes if i < e.strips else e.rest)
-        if m == 0:
+        at = 0 if i < 0 else e.head + i * e.lanes
+        if 0 <= i < e.strips:
+            scale_values(read(way, x + at * item, lanes_of(row[0]), room), gamma + at, beta + at, v,
+                         lanes_of(row[0]), row)
+            write_strip(way, stream, v, y + at * item)
             continue
-        g, b = gamma + at, beta + at
-        if m < lanes:
-            memcpy(at_end, x + at * item, m * item)
-            memcpy(ends, g, m * sizeof(T))
-            memcpy(&ends[LANES], b, m * sizeof(T))
-            at_x, g, b = read(way, at_end, lanes, room), &ends[0], &ends[LANES]
-        else:
-            at_x = read(way, x + at * item, lanes, room)
-        for j in range(lanes):
-            v[j] = ((at_x[j] - hi) - lo) * r * g[j] + b[j]
-        write_strip(way, stream and 0 <= i < e.strips, v,
-                    y + at * item if m == lanes else at_end + STRIP)
-        if m < lanes:
-            put_end(stream, i < 0, seam, at_end + STRIP, m * item, y + at * item)
+        m = e.head if i < 0 else e.rest
+        if m > 0:
+            scale_values(read(way, x + at * item, m, room), gamma + at, beta + at, v, m, row)
+            put_some(way, stream, i < 0, seam, v, m, y + at * item)
+
+
+cdef inline void unscale_values(
+    const T* dy,                # IN  (m,)
+    const T* x,                 # IN  (m,)
+    const T* gamma,             # IN  (m,)
+    T* restrict v,              # OUT (m,)
+    Py_ssize_t m,
+    const T* row,               # IN  (ROW_TERMS,)
+    T* restrict a,              # IO  (m,) sums of dy * xhat
+    T* restrict b,              # IO  (m,) sums of dy
+) noexcept nogil:
+    cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
+    cdef T c1 = row[C1_OF_ROW], c2 = row[C2_OF_ROW], xhat
+    cdef Py_ssize_t j
+    for j in range(m):
+        xhat = ((x[j] - hi) - lo) * r
+        a[j] += dy[j] * xhat
+        b[j] += dy[j]
+        v[j] = ((dy[j] * gamma[j] - c1) - xhat * c2) * r
 
 
 cdef inline void row_unscale(
@@ -190,44 +214,25 @@ cdef inline void row_unscale(
     """dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r"""
     cdef T v[LANES]
     cdef T room[2 * LANES]
-    cdef T ends[3 * LANES]
-    cdef char at_end[3 * STRIP]
     cdef const T* at_x
     cdef const T* at_dy
-    cdef const T* g
-    cdef T* to_a
-    cdef T* to_b
-    cdef T xhat
-    cdef T hi = row[HI_OF_ROW], lo = row[LO_OF_ROW], r = row[R_OF_ROW]
-    cdef T c1 = row[C1_OF_ROW], c2 = row[C2_OF_ROW]
-    cdef Ends e = ends_of(way, dx, stream, n, hi)
-    cdef Py_ssize_t lanes = lanes_of(hi), item = item_of(way, hi), i, j, at, m
+    cdef Ends e = ends_of(way, dx, stream, n, row[0])
+    cdef Py_ssize_t item = item_of(way, row[0]), i, at, m
+    if n < e.lanes:
+        at_x, at_dy = read(way, x, n, room), read(way, dy, n, room + LANES)
+        unscale_values(at_dy, at_x, gamma, v, n, row, a, b)
+        write(way, v, dx, n)
+        return
     for i in range(-1, e.strips + 1):
-        at = 0 if i < 0 else e.head + i * lanes
-        m = e.head if i < 0 else (lanes if i < e.strips else e.rest)
+        at = 0 if i < 0 else e.head + i * e.lanes
+        m = e.head if i < 0 else (e.lanes if i < e.strips else e.rest)
         if m == 0:
             continue
-        g, to_a, to_b = gamma + at, a + at, b + at
-        if m < lanes:
-            memcpy(at_end, x + at * item, m * item)
-            memcpy(at_end + STRIP, dy + at * item, m * item)
-            memcpy(ends, g, m * sizeof(T))
-            memcpy(&ends[LANES], to_a, m * sizeof(T))
-            memcpy(&ends[2 * LANES], to_b, m * sizeof(T))
-            at_x = read(way, at_end, lanes, room)
-            at_dy = read(way, at_end + STRIP, lanes, room + LANES)
-            g, to_a, to_b = &ends[0], &ends[LANES], &ends[2 * LANES]
+        at_x = read(way, x + at * item, m, room)
+        at_dy = read(way, dy + at * item, m, room + LANES)
+        if 0 <= i < e.strips:
+            unscale_values(at_dy, at_x, gamma + at, v, lanes_of(row[0]), row, a + at, b + at)
+            write_strip(way, stream, v, dx + at * item)
         else:
-            at_x = read(way, x + at * item, lanes, room)
-            at_dy = read(way, dy + at * item, lanes, room + LANES)
-        for j in range(lanes):
-            xhat = ((at_x[j] - hi) - lo) * r
-            to_a[j] += at_dy[j] * xhat
-            to_b[j] += at_dy[j]
-            v[j] = ((at_dy[j] * g[j] - c1) - xhat * c2) * r
-        write_strip(way, stream and 0 <= i < e.strips, v,
-                    dx + at * item if m == lanes else at_end + 2 * STRIP)
-        if m < lanes:
-            put_end(stream, i < 0, seam, at_end + 2 * STRIP, m * item, dx + at * item)
-            memcpy(a + at, to_a, m * sizeof(T))
-            memcpy(b + at, to_b, m * sizeof(T))
+            unscale_values(at_dy, at_x, gamma + at, v, m, row, a + at, b + at)
+            put_some(way, stream, i < 0, seam, v, m, dx + at * item)
