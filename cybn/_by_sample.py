@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch, functional
 from ._arguments import F32, F64, check_eps, companion, tensor
+from ._dispatch.beyond import in_range
 from ._dispatch.forms import Form, form_of
 from ._moments import Moments
 
@@ -65,12 +66,22 @@ def forward(
     for i in range(len(x)):
         one = slice(i, i + 1)
         within = _split(keep[one], form), None, None, "normalize"
-        found = _dispatch.statistics(_split(x[one], form), form.axis, within, num_threads)
-        mean, var = _by_channel(found, form)
+        part = _split(x[one], form)
+        found = _dispatch.statistics(part, form.axis, within, num_threads)
         chosen = keep[one], None, None, selected[2]
-        _dispatch.inference(
-            x[one], mean, var, gamma, beta, None, options, chosen, y[one], num_threads
-        )
+        far = in_range(part, form.axis, found, settings[2], within, num_threads)
+        if far is None:
+            mean, var = _by_channel(form, found.mean, found.var())
+            _dispatch.inference(
+                x[one], mean, var, gamma, beta, None, options, chosen, y[one], num_threads
+            )
+        else:
+            mean, var = _by_channel(form, far[1], far[2])
+            with np.errstate(all="ignore"):  # what is beyond a narrower type is infinite
+                y[one] = _dispatch.inference(
+                    far[0].reshape(x[one].shape), mean, var, gamma, beta, None,
+                    (form.axis, 0.0, None, 0.0), chosen, None, num_threads,
+                )  # fmt: skip
         means.append(found.mean)
         squares.append(found.m2)
     return y, Moments(counts, np.concatenate(means), np.concatenate(squares))
@@ -98,22 +109,32 @@ def backward(
     scale, result = _scale(gamma, form, x.dtype)
     dx = _dispatch.destination(out, x, (dy, scale))
     ones, sums = np.ones(form.values), np.zeros((2, form.values))  # sums come in float64
-    options = form.axis, settings[2], None, 0.0
     for i in range(len(x)):
         one, rows = slice(i, i + 1), slice(i * form.groups, (i + 1) * form.groups)
         own = Moments(int(counts[rows][0]), moments.mean[rows], moments.m2[rows])
         chosen = keep[one], None, None, selected[2]
+        within = _split(keep[one], form), None, None, selected[2]
+        part, above, kind = x[one], dy[one], scale.dtype
+        options = fixed = form.axis, settings[2], None, 0.0
+        mean, var, e = own.mean, own.var(), None
+        far = in_range(_split(part, form), form.axis, own, settings[2], within, num_threads)
+        if far is not None:
+            part, mean, var, e = far
+            part, above, kind = part.reshape(above.shape), above.astype(F64), F64
+            own = Moments(own.count, mean, var * own.count)
+            options, fixed = (form.axis, 5e-324, None, 0.0), (form.axis, 0.0, None, 0.0)
         _, *found = _dispatch.backward(
-            dy[one], x[one], _by_channel(own, form), ones, None, None, options, chosen, False,
+            above, part, _by_channel(form, mean, var), ones, None, None, fixed, chosen, False,
             None, None, num_threads,
         )  # fmt: skip
         with np.errstate(all="ignore"):  # what is beyond a half type is infinite
-            g = dy[one] if gamma is None else dy[one] * scale.reshape(_along(form.axis, x.ndim))
-            g, part = (_split(v.astype(scale.dtype, copy=False), form) for v in (g, x[one]))
-            chosen = _split(keep[one], form), None, None, selected[2]
+            g = above if gamma is None else above * scale.reshape(_along(form.axis, x.ndim))
+            g, part = (_split(v.astype(kind, copy=False), form) for v in (g, part))
             dz, *_ = _dispatch.backward(
-                g, part, own, None, None, None, options, chosen, False, None, None, num_threads
+                g, part, own, None, None, None, options, within, False, None, None, num_threads
             )
+            if e is not None:
+                dz = np.ldexp(dz, -e.reshape(_along(form.axis, dz.ndim)))
             dx[one] = dz.reshape(dx[one].shape)
             sums += found
     with np.errstate(all="ignore"):
@@ -158,10 +179,10 @@ def _along(axis: int, ndim: int) -> tuple[int, ...]:
     return tuple(-1 if i == axis else 1 for i in range(ndim))
 
 
-def _by_channel(moments: Moments, form: Form) -> tuple[Array, Array]:
+def _by_channel(form: Form, mean: Array, var: Array) -> tuple[Array, Array]:
     """Return mean and variance of each channel, of those of each group."""
     each = form.values // form.groups
-    return np.repeat(moments.mean, each), np.repeat(moments.var(), each)
+    return np.repeat(mean, each), np.repeat(var, each)
 
 
 def _scale(

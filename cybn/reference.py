@@ -66,9 +66,9 @@ def batch_norm(
     """Normalize each channel of `x` by its own mean and variance; return y and the moments."""
     rows = _fold(x, axis)
     w = _shares(x, axis, mask, weights, lengths)
-    mean, e, m2 = _statistics(rows, w)
+    mean, e, m2, power = _statistics(rows, w)
     var = m2 / w.sum()  # (4), (65)
-    rstd = 1 / np.sqrt(var + eps)  # (5)
+    rstd = 1 / np.sqrt(var + np.ldexp(eps, -2 * power))  # (5)
     xhat = e * rstd  # (6)
     z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
     if residual is not None:
@@ -76,6 +76,7 @@ def batch_norm(
     y, _ = activated(z, activation, slope)
     if masked == "zero":
         y = np.where(w > 0, y, 0)
+    m2 = np.ldexp(m2, 2 * power)
     return _unfold(y, x, axis, out), Moments(_count(w, weights), mean[:, 0], m2[:, 0])
 
 
@@ -100,9 +101,8 @@ def batch_norm_inference(
     num_threads: int | None = None,
 ) -> Array:
     """Normalize each channel of `x` by a given mean and variance; return y."""
-    e = _fold(x, axis) - _column(mean, 0.0)  # (2)
-    rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
-    xhat = e * rstd  # (6)
+    root = np.sqrt(_column(var, 1.0) + eps)  # (5)
+    xhat = _scaled(_fold(x, axis), _column(mean, 0.0), root)
     z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
     if residual is not None:
         z = z + _fold(residual, axis)
@@ -137,20 +137,21 @@ def batch_norm_backward(
     """Return dx, dgamma and dbeta of `batch_norm`, through the batch statistics."""
     w = _shares(x, axis, mask, weights, lengths)
     above, silent = _above(dy, axis, w, masked)
-    rows = np.where(silent, 0, _fold(x, axis))
-    rstd = 1 / np.sqrt(_column(moments.var(), 1.0) + eps)  # (5)
-    xhat, z = _xhat(
-        rows, _column(moments.mean, 0.0), rstd, gamma, beta, activation, slope, from_output
-    )
+    rows, up = np.where(silent, 0, _fold(x, axis)), _power(above)
+    mean, var = _column(moments.mean, 0.0), _column(moments.var(), 1.0)
+    root = np.sqrt(var + eps) if from_output else _root(rows, mean, var, eps, w)  # (5)
+    xhat, z = _xhat(rows, mean, root, gamma, beta, activation, slope, from_output)
     g, dresidual = _through_activation(
         above, x, z, axis, activation, slope, residual, silent, out_residual
     )
+    g = np.ldexp(g, -up)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
     shared = np.where(w > 0, w * (dbeta + xhat * dgamma), 0)  # not 0 * NaN
     projected = g - shared / w.sum()  # (20), (66)
-    dx = _column(gamma, 1.0) * rstd * projected  # (21)
-    return _unfold(dx, x, axis, out), dgamma[:, 0], dbeta[:, 0], *dresidual
+    dx = np.ldexp(_column(gamma, 1.0) * projected / root, up)  # (21)
+    dgamma, dbeta = (np.ldexp(v, up)[:, 0] for v in (dgamma, dbeta))
+    return _unfold(dx, x, axis, out), dgamma, dbeta, *dresidual
 
 
 @np.errstate(all="ignore")
@@ -177,17 +178,18 @@ def batch_norm_inference_backward(
     num_threads: int | None = None,
 ) -> tuple[Array, ...]:
     """Return dx, dgamma and dbeta of `batch_norm_inference`; `mean` and `var` are constants."""
-    rstd = 1 / np.sqrt(_column(var, 1.0) + eps)  # (5)
+    root = np.sqrt(_column(var, 1.0) + eps)  # (5)
     w = _shares(x, axis, mask, weights, lengths)
     above, silent = _above(dy, axis, w, masked)
-    rows = np.where(silent, 0, _fold(x, axis))
-    xhat, z = _xhat(rows, _column(mean, 0.0), rstd, gamma, beta, activation, slope, from_output)
+    rows, up = np.where(silent, 0, _fold(x, axis)), _power(above)
+    xhat, z = _xhat(rows, _column(mean, 0.0), root, gamma, beta, activation, slope, from_output)
     g, dresidual = _through_activation(
         above, x, z, axis, activation, slope, residual, silent, out_residual
     )
-    dbeta = g.sum(axis=1)  # (12)
-    dgamma = (g * xhat).sum(axis=1)  # (13)
-    dx = _column(gamma, 1.0) * rstd * g  # (23)
+    g = np.ldexp(g, -up)
+    dbeta = np.ldexp(g.sum(axis=1), up[:, 0])  # (12)
+    dgamma = np.ldexp((g * xhat).sum(axis=1), up[:, 0])  # (13)
+    dx = np.ldexp(_column(gamma, 1.0) * g / root, up)  # (23)
     return _unfold(dx, x, axis, out), dgamma, dbeta, *dresidual
 
 
@@ -203,8 +205,8 @@ def moments(
 ) -> Moments:
     """Return count, mean and M2 of each channel of `x`."""
     w = _shares(x, axis, mask, weights, lengths)
-    mean, _, m2 = _statistics(_fold(x, axis), w)
-    return Moments(_count(w, weights), mean[:, 0], m2[:, 0])
+    mean, _, m2, power = _statistics(_fold(x, axis), w)
+    return Moments(_count(w, weights), mean[:, 0], np.ldexp(m2, 2 * power)[:, 0])
 
 
 @np.errstate(all="ignore")
@@ -255,7 +257,7 @@ def _normal(z: Array) -> Array:
 def _xhat(
     rows: Array,
     mean: Array | float,
-    rstd: Array,
+    root: Array,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     activation: str | None,
@@ -266,7 +268,7 @@ def _xhat(
     if from_output:
         z = np.where(rows < 0, rows / slope, rows) if activation else rows
         return (z - _column(beta, 0.0)) / _column(gamma, 1.0), z
-    xhat = (rows - mean) * rstd  # (2), (6)
+    xhat = _scaled(rows, mean, root)
     return xhat, _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
 
 
@@ -350,8 +352,7 @@ def rms_norm(
     """Divide each sample by its root mean square; return y and the mean squares."""
     rows = _last_axes(x, axis)
     mean_square = (rows * rows).sum(axis=2) / rows.shape[2]  # (52)
-    rrms = 1 / np.sqrt(mean_square[:, :, np.newaxis] + _rms_eps(x, eps))  # (53)
-    xhat = rows * rrms  # (54)
+    xhat = rows / _root(rows, 0.0, np.inf, _rms_eps(x, eps))  # (53), (54)
     y = _each(gamma, np.shape(x)[axis:]) * xhat  # (55)
     return _deliver(y.reshape(np.shape(x)), out), mean_square[:, 0]
 
@@ -370,12 +371,15 @@ def rms_norm_backward(
 ) -> tuple[Array, Array]:
     """Return dx and dgamma of `rms_norm`."""
     g, rows, shape = _last_axes(dy, axis), _last_axes(x, axis), np.shape(x)[axis:]
-    rrms = 1 / np.sqrt(_wide(mean_square)[:, np.newaxis, np.newaxis] + _rms_eps(x, eps))  # (53)
-    xhat = rows * rrms  # (54)
-    dgamma = (g * xhat).sum(axis=0)  # (48)
+    square = _wide(mean_square)[:, np.newaxis, np.newaxis]
+    root = _root(rows, 0.0, square, _rms_eps(x, eps))  # (53)
+    xhat = rows / root  # (54)
+    up = _power(g.ravel())
+    g = np.ldexp(g, -up)
+    dgamma = np.ldexp((g * xhat).sum(axis=0), up)  # (48)
     dz = g * _each(gamma, shape)  # (49)
     c2 = (dz * xhat).mean(axis=2, keepdims=True)  # (50)
-    dx = rrms * (dz - xhat * c2)  # (57)
+    dx = np.ldexp((dz - xhat * c2) / root, up)  # (57)
     return _deliver(dx.reshape(np.shape(x)), out), dgamma.reshape(shape)
 
 
@@ -482,14 +486,16 @@ def _normalize_rows(
     """
     n, groups, count = rows.shape
     if w is None:
-        mean, e, m2 = _statistics(rows.reshape(n * groups, count), np.ones((1, count)))
+        mean, e, m2, power = _statistics(rows.reshape(n * groups, count), np.ones((1, count)))
         sizes: Any = count
     else:
         parts = [_statistics(row, keep) for row, keep in zip(rows, w, strict=True)]
-        mean, e, m2 = (np.concatenate(v) for v in zip(*parts, strict=True))
+        mean, e, m2, power = (np.concatenate(v) for v in zip(*parts, strict=True))
         sizes = np.repeat(w.sum(axis=2).astype(np.int64).ravel(), groups)
-    rstd = 1 / np.sqrt(m2 / np.reshape(sizes, (-1, 1)) + eps)  # (4), (5)
+    var = m2 / np.reshape(sizes, (-1, 1))  # (4)
+    rstd = 1 / np.sqrt(var + np.ldexp(eps, -2 * power))  # (5)
     xhat = (e * rstd).reshape(rows.shape)  # (6)
+    m2 = np.ldexp(m2, 2 * power)
     return gamma * xhat + beta, Moments(sizes, mean[:, 0], m2[:, 0])  # (46)
 
 
@@ -504,18 +510,20 @@ def _row_gradients(
 ) -> tuple[Array, Array, Array]:
     """Return dx of rows (N, G, D), and dgamma and dbeta for (G, D); w as in `_normalize_rows`."""
     by_row = (*rows.shape[:2], 1)
-    e = rows - moments.mean.reshape(by_row)  # (2)
-    rstd = 1 / np.sqrt(moments.var().reshape(by_row) + eps)  # (5)
-    xhat = e * rstd  # (6)
+    mean, var = moments.mean.reshape(by_row), moments.var().reshape(by_row)
+    root = _root(rows, mean, var, eps, w)  # (5)
+    xhat = _scaled(rows, mean, root)
     if w is not None:
         xhat = np.where((w == 0) & (g == 0), 0, xhat)  # else NaN * 0 = NaN
-    dbeta = g.sum(axis=0)  # (47)
-    dgamma = (g * xhat).sum(axis=0)  # (48)
+    up = _power(g.ravel())
+    g = np.ldexp(g, -up)
+    dbeta = np.ldexp(g.sum(axis=0), up)  # (47)
+    dgamma = np.ldexp((g * xhat).sum(axis=0), up)  # (48)
     dz = g * gamma  # (49)
     count = np.reshape(moments.count, (-1, 1, 1)) if w is None else w.sum(axis=2, keepdims=True)
     c1 = dz.sum(axis=2, keepdims=True) / count  # (50)
     c2 = (dz * xhat).sum(axis=2, keepdims=True) / count  # (50)
-    dx = rstd * (dz - (1 if w is None else w) * (c1 + xhat * c2))  # (51)
+    dx = np.ldexp((dz - (1 if w is None else w) * (c1 + xhat * c2)) / root, up)  # (51)
     return dx, dgamma, dbeta
 
 
@@ -576,25 +584,56 @@ def _deliver(y: Array, out: Array | None) -> Array:
 # ---- shared ------------------------------------------------------------------------------
 
 
-def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Return mean (C, 1), deviations (C, M) and M2 (C, 1), by the corrected two-pass.
+def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array, NDArray[np.intc]]:
+    """Return mean (C, 1), deviations e (C, M), M2 (C, 1) and p (C, 1), by the corrected two-pass.
 
-    Of the values that count, each w times; the deviations are those of all. A sum may be beyond
-    float64 where the mean is not: so huge values are scaled by a power of two. Where M2 is beyond
-    it, the deviations are taken for 0, as what they are divided by is infinite.
+    Of the values that count, each w times; the deviations are those of all. They are divided by
+    2**p, and M2 by its square: so squares are in range.
     """
     count, valid = w.sum(), w[0] > 0  # (62)
+    w = w[:, valid]
     most = np.abs(rows[:, valid]).max(axis=1, keepdims=True)
-    down = np.where(np.isfinite(most) & (most > 2.0**900), 2.0**-600, 1)
-    rows = rows * down
-    v, w = rows[:, valid], w[:, valid]
+    first = np.where(np.isfinite(most) & (most > 2.0**900), 600, 0)
+    rows = np.ldexp(rows, -first)
+    v = rows[:, valid]
     pivot = (w * v).sum(axis=1, keepdims=True) / count  # (1), (63)
     pivot = np.clip(pivot, v.min(axis=1, keepdims=True), v.max(axis=1, keepdims=True))  # (31)
     residual = (w * (v - pivot)).sum(axis=1, keepdims=True) / count  # (30)
     e = (rows - pivot) - residual  # (2), (33)
-    m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True) / down / down  # (3), (64)
-    mean = (pivot + residual) / down  # (32)
-    return mean, np.where(np.isposinf(m2), 0, e / down), m2
+    power = _power(e[:, valid])
+    e = np.ldexp(e, -power)
+    m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True)  # (3), (64)
+    return np.ldexp(pivot + residual, first), e, m2, first + power  # (32)
+
+
+def _power(values: Array) -> NDArray[np.intc]:
+    """Return p, the largest value over the last axis being below 2**p; from -500, 0 without one."""
+    most = np.abs(values).max(axis=-1, keepdims=True, initial=0)
+    power = np.maximum(np.frexp(most)[1], -500)
+    return np.where(np.isfinite(most) & (most > 0), power, 0).astype(np.intc)
+
+
+def _scaled(rows: Array, mean: Array | float, root: Array) -> Array:
+    """Return (2) and (6): (rows - mean) / root, also where the difference is beyond the range."""
+    near = (rows - mean) / root
+    return np.where(np.abs(rows) > 1, (rows / 4 - mean / 4) / (root / 4), near)
+
+
+def _root(
+    rows: Array, mean: Array | float, var: Array | float, eps: float, w: Array | None = None
+) -> Array:
+    """Return sqrt(var + eps); of the squares of the rows about their mean where var is no help."""
+    root = np.sqrt(var + eps)
+    lost = (var == np.inf) | (np.asarray(var) < 1e-290)
+    if not np.any(lost):
+        return np.asarray(root)
+    w = np.ones_like(rows[..., :1]) + np.zeros_like(rows) if w is None else w + np.zeros_like(rows)
+    e = np.where(w > 0, rows / 4 - mean / 4, 0)
+    power = _power(e)
+    squares = (w * np.ldexp(e, -power) ** 2).sum(axis=-1, keepdims=True)
+    power = power + 2
+    scaled = squares / w.sum(axis=-1, keepdims=True) + np.ldexp(eps, -2 * power)
+    return np.where(lost, np.ldexp(np.sqrt(scaled), power), root)
 
 
 def _shares(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from numpy.typing import ArrayLike, NDArray
@@ -52,11 +53,12 @@ def inference(
     selected: Selected,
     out: Array | None,
     num_threads: int | None,
+    again: bool = False,
 ) -> Array: ...
 def backward(
     dy: ArrayLike,
     x: ArrayLike,
-    statistics: Moments | tuple[ArrayLike, ...],
+    statistics: Moments | SimpleNamespace | tuple[ArrayLike, ...],
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     residual: ArrayLike | None,
@@ -67,5 +69,6 @@ def backward(
     out_residual: Array | None,
     num_threads: int | None,
     exchange: Callable[[Array], Array] | None = None,
+    again: bool = False,
 ) -> tuple[Array, ...]: ...
 def layout(x: ArrayLike, axis: int) -> tuple[int, int, int, bool]: ...

@@ -13,7 +13,8 @@
 
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.string cimport memcpy, memset
+from libc.math cimport sqrt
+from libc.string cimport memchr, memcpy, memset
 
 from cybn._dispatch.arguments cimport (
     BETA, DY, GAMMA, MEAN, OUT, OUT_RESIDUAL, RESIDUAL, VAR, Call, Kernel, X, begin,
@@ -25,10 +26,11 @@ from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
-    DOTS, FLOAT64, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Kernels, Problem,
-    Vector, chunks_of)
+    DOTS, FLOAT64, IN_DX, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Kernels, Problem,
+    Vector, chunks_of, gradient_of)
+from cybn._kernels.statistics cimport beyond
 
-from numpy import ascontiguousarray, ndarray, zeros
+from numpy import ascontiguousarray, flatnonzero, frombuffer, ndarray, zeros
 
 from .. import _arguments
 
@@ -38,6 +40,9 @@ ACTIVATIONS = {
     "sigmoid": SIGMOID, "tanh": TANH, "silu": SILU, "gelu": GELU}
 
 SMALL = SERIAL                  # values from which a call is not a small one
+
+cdef enum:
+    FEW = 1024                  # channels whose marks are on the stack
 
 cdef const Kernels* kernels = NULL
 
@@ -115,13 +120,21 @@ cdef int check_batch(const Call* c, const Problem* p) except -1:
     return 0
 
 
-cdef object run(Call* c, Problem* p):
-    """Settle where everything lies, and run a kernel; return the array that holds its sums."""
+cdef object run(Call* c, Problem* p, tuple settings, tuple selected, bint again=False):
+    """Settle where everything lies, and run a kernel; return the array that holds its sums.
+
+    Channels that the kernel leaves out are written after it. Where this is what happens `again`,
+    it leaves out none.
+    """
+    cdef char few[FEW]
     settle(c, DY, &p.dy)
     settle(c, RESIDUAL, &p.residual)
-    settle(c, OUT, &p.y)
-    settle(c, OUT_RESIDUAL, &p.dresidual)
     p.count = 1 if p.apply == SCALE_DY or p.apply == SCALE and p.reduce == NO_SUMS else p.M
+    settle(c, OUT, &p.y)
+    if p.reduce == DOTS and p.y.at == p.dy.at and loses_dy(p):
+        c.at[OUT].view.ready = False
+        settle(c, OUT, &p.y)
+    settle(c, OUT_RESIDUAL, &p.dresidual)
     sums = None
     if p.reduce != NO_SUMS:
         sums = new_vector((2 * p.chunks + 1) * p.C, True)
@@ -129,8 +142,87 @@ cdef object run(Call* c, Problem* p):
         if p.reduce == SUMS:
             p.mean.data, p.mean.wide = p.sums, True
             p.var.data, p.var.wide = p.sums + p.C, True
+    if p.apply == NO_WRITE or again:
+        launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
+        return sums
+    marks = None if p.C <= FEW else bytearray(p.C)
+    p.left = &few[0]
+    if marks is not None:
+        p.left = <char*> marks
+    memset(p.left, 0, p.C)
     launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
+    if memchr(p.left, 1, p.C) != NULL:
+        write_left(c, p, settings, selected)
+    p.left = NULL
     return sums
+
+
+# ---- channels that a kernel leaves out ---------------------------------------------------
+
+cdef bint loses_dy(const Problem* p) noexcept:
+    """Whether a kernel would write a wrong gradient over the dy of a channel that it leaves out.
+
+    That may be where it keeps the gradient before the activation in dx, which is dy itself.
+    """
+    cdef Py_ssize_t i
+    cdef double mean, v, a, b
+    if gradient_of(p) != IN_DX:
+        return False
+    for i in range(p.C):
+        mean, v = value_of(&p.mean, i, 0), value_of(&p.var, i, 0) / p.count + p.eps
+        a, b = value_of(&p.gamma, i, 1) / sqrt(v), value_of(&p.beta, i, 0)
+        if p.storage == FLOAT64:
+            if beyond(mean, v, True, a, b, <double> 0):
+                return True
+        elif beyond(mean, v, True, a, b, <float> 0):
+            return True
+    return False
+
+
+cdef double value_of(const Vector* v, Py_ssize_t i, double absent) noexcept:
+    if v.data == NULL:
+        return absent
+    return (<const double*> v.data)[i] if v.wide else (<const float*> v.data)[i]
+
+
+cdef object values_of(const Vector* v, object where, double absent):
+    """Return values of a vector as a new array of float64."""
+    cdef Py_ssize_t i, n = where.size
+    cdef const Py_ssize_t* at = <const Py_ssize_t*> PyArray_DATA(<const PyArrayObject*> where)
+    values = new_vector(n, True)
+    for i in range(n):
+        (<double*> PyArray_DATA(<const PyArrayObject*> values))[i] = value_of(v, at[i], absent)
+    return values
+
+
+cdef object array_at(const Call* c, int k):
+    return None if c.at[k].given == NULL else <object> c.at[k].used
+
+
+cdef int write_left(Call* c, Problem* p, tuple settings, tuple selected) except -1:
+    """Write the channels that a kernel has left out, and what it says of them in its sums."""
+    from . import beyond as left
+
+    cdef Py_ssize_t i
+    cdef bint kept = p.reduce == DOTS and p.y.at == p.dy.at and gradient_of(p) == IN_DX
+    where = flatnonzero(frombuffer((<const char*> p.left)[:p.C], "b"))
+    _, *options = settings
+    if kept:                    # the gradient before the activation is where dx goes
+        options[1] = None
+    call = left.Channels(
+        array_at(c, X), array_at(c, OUT) if kept else array_at(c, DY), array_at(c, RESIDUAL),
+        array_at(c, OUT), array_at(c, OUT_RESIDUAL), c.axis, where, values_of(&p.mean, where, 0),
+        values_of(&p.var, where, 0), values_of(&p.gamma, where, 1), values_of(&p.beta, where, 0),
+        1 if p.count == 1 and p.M != 1 else count_of(c, p),
+        p.reduce == SUMS or p.apply == UNSCALE, (c.axis, *options), selected, p.inverse, p.threads)
+    if p.reduce != DOTS:
+        left.forward(call)
+        return 0
+    dgamma, dbeta = left.backward(call)
+    for i in range(where.size):
+        p.sums[<Py_ssize_t> where[i]] = dbeta[i]
+        p.sums[p.C + <Py_ssize_t> where[i]] = dgamma[i]
+    return 0
 
 
 # ---- the calls ---------------------------------------------------------------------------
@@ -157,7 +249,7 @@ def statistics(x, axis, selected, num_threads):
     p.reduce, p.apply = SUMS, NO_WRITE
     held = []
     prepare(&c, &p, held, x, None, None, None, (axis, 1.0, None, 0), selected, num_threads)
-    _sums = run(&c, &p) if c.at[X].view.size else None
+    _sums = run(&c, &p, (), selected) if c.at[X].view.size else None
     return moments_in(&c, &p)
 
 
@@ -177,12 +269,14 @@ def forward(x, gamma, beta, residual, settings, selected, out, num_threads, exch
     prepare(&c, &p, held, x, gamma, beta, residual, settings, selected, num_threads, part)
     take_output(&c, OUT, "out", out)
     if part:
-        return deliver_part(&c, &p, exchange)
-    _sums = run(&c, &p) if c.at[X].view.size else None
+        return deliver_part(&c, &p, settings, selected, exchange)
+    _sums = run(&c, &p, settings, selected) if c.at[X].view.size else None
     return deliver(&c, OUT), moments_in(&c, &p)
 
 
-cdef object deliver_part(Call* c, Problem* p, object exchange):
+cdef object deliver_part(
+    Call* c, Problem* p, tuple settings, tuple selected, object exchange
+):
     """Return y of a part of a batch, and the moments of the part."""
     cdef Py_ssize_t channels = c.at[X].view.shape[c.axis]
     cdef bint some = c.at[X].view.size > 0
@@ -195,14 +289,14 @@ cdef object deliver_part(Call* c, Problem* p, object exchange):
         number = p.N * p.S if p.share == NULL else c.counted
     if number:
         p.apply = NO_WRITE
-        _sums = run(c, p)
+        _sums = run(c, p, settings, selected)
         mean, m2 = frozen(p.sums, channels), frozen(p.sums + channels, channels)
     use_mean, use_var = exchange(number, count, mean, m2)
     take_vector(c, MEAN, "mean", use_mean, channels, True, &p.mean)
     take_vector(c, VAR, "var", use_var, channels, True, &p.var)
     if some:
         p.reduce, p.apply = NO_SUMS, SCALE
-        run(c, p)
+        run(c, p, settings, selected)
     return deliver(c, OUT), moments_of(count, mean, m2)
 
 
@@ -228,15 +322,15 @@ def learn(
     take_output(&c, OUT, "out", out)
     if c.at[X].view.size == 0:
         return deliver(&c, OUT), moments_in(&c, &p), running_mean, running_var
-    _sums = run(&c, &p)
+    _sums = run(&c, &p, settings, selected)
     moved = moved_to(&mean, &var, p.sums, p.sums + p.C, p.C, count_of(&c, &p) - ddof, weight)
     return deliver(&c, OUT), moments_in(&c, &p), *moved
 
 
 def inference(
-    x, mean, var, gamma, beta, residual, settings, selected, out, num_threads,
+    x, mean, var, gamma, beta, residual, settings, selected, out, num_threads, bint again=False,
 ):
-    """Return y; see `batch_norm_inference`."""
+    """Return y; see `batch_norm_inference`. `again` is for channels that were left out."""
     cdef Call c
     cdef Problem p
     memset(&p, 0, sizeof(p))
@@ -247,13 +341,13 @@ def inference(
     take_vector(&c, VAR, "var", var, c.at[X].view.shape[c.axis], True, &p.var)
     take_output(&c, OUT, "out", out)
     if c.at[X].view.size:
-        run(&c, &p)
+        run(&c, &p, settings, selected, again)
     return deliver(&c, OUT)
 
 
 def backward(
     dy, x, statistics, gamma, beta, residual, settings, selected, from_output, out, out_residual,
-    num_threads, exchange=None,
+    num_threads, exchange=None, bint again=False,
 ):
     """Return dx, dgamma, dbeta and, where there is a residual, its gradient.
 
@@ -277,7 +371,7 @@ def backward(
         _arguments.tensor("dy", dy)
     take_companion(&c, DY, "dy", dy)
     if through:
-        if c.at[X].view.size and not part:
+        if c.at[X].view.size and not part and not again:
             _arguments.check_count(statistics.count, count_of(&c, &p))
         take_vector(&c, MEAN, "moments.mean", statistics.mean, channels, True, &p.mean)
         take_vector(&c, VAR, "moments.m2", statistics.m2, channels, True, &p.var)
@@ -304,7 +398,7 @@ def backward(
         _sums = run_part(
             &c, &p, statistics.count, out is not None, out_residual is not None, exchange)
     else:
-        _sums = run(&c, &p)
+        _sums = run(&c, &p, settings, selected, again)
     results = rounded(p.sums + p.C, p.C, wide), rounded(p.sums, p.C, wide)
     if residual is None:
         return deliver(&c, OUT), *results
@@ -328,7 +422,7 @@ cdef object run_part(
         settle(c, OUT, &p.y)
         p.dresidual = p.y
     p.apply = NO_WRITE
-    sums = run(c, p)
+    sums = run(c, p, (), ())
     own = sums[:2 * p.C].reshape(2, p.C).copy()
     totals = ascontiguousarray(exchange(own), _arguments.F64)
     memcpy(p.sums, PyArray_DATA(<const PyArrayObject*> totals), 2 * p.C * sizeof(double))

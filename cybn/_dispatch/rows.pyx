@@ -7,7 +7,7 @@
 # N = samples, G = groups of a sample, D = K * S values of a group, S = neighbours of one gamma.
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 
 from cybn._dispatch.arguments cimport (
     BETA, DY, GAMMA, MEAN, OUT, VAR, Call, Kernel, X, begin, deliver, launch, moments_of,
@@ -19,7 +19,7 @@ from cybn._dispatch.arrays cimport (
 from cybn._kernels.problem cimport (
     FLOAT64, Kernels, RowProblem, RowTiling, row_tiling)
 
-from numpy import ascontiguousarray, errstate, moveaxis, zeros
+from numpy import ascontiguousarray, errstate, flatnonzero, frombuffer, moveaxis, zeros
 
 from .. import _arguments
 from .forms import constant, form_of, ordered
@@ -109,11 +109,32 @@ cdef object run(Call* c, RowProblem* p, RowTiling* t):
     settle(c, OUT, &p.y)
     t[0] = row_tiling(p)
     cdef Py_ssize_t rows = 2 * p.N * p.G * t.slots
-    sums = new_vector(rows + (2 * t.chunks * p.G * p.K if p.backward else 0), True)
+    cdef Py_ssize_t parts = 2 * t.chunks * p.G * p.K if p.backward else 0
+    sums = new_vector(rows + parts + (p.N * p.G + 7) // 8, True)
     p.sums = doubles(sums)
     p.parts = p.sums + rows
+    p.left = <char*> (p.parts + parts)
     launch(c, <Kernel> kernels.rows, p, &p.threads, &p.watch)
     return sums
+
+
+cdef object rows_left(
+    Call* c, const RowProblem* p, object form, object mean, object m2, object dy
+):
+    """Return the rows that a kernel has left out, and all that they are computed of; None: none.
+
+    `mean` and `m2` are in the order of the rows in memory.
+    """
+    if memchr(p.left, 1, p.N * p.G) == NULL:
+        return None
+    from . import beyond
+
+    marks = frombuffer((<const char*> p.left)[:p.N * p.G], "b")
+    marks, mean, m2 = (in_order(c, form, v, False) for v in (marks, mean, m2))
+    return beyond.Rows(
+        form, flatnonzero(marks), <object> c.at[X].used, dy, <object> c.at[OUT].used, mean, m2,
+        <object> c.at[GAMMA].used, None if c.at[BETA].used == NULL else <object> c.at[BETA].used,
+        p.eps, p.centred)
 
 
 cdef double* doubles(object array) noexcept:
@@ -131,6 +152,25 @@ cdef object in_order(Call* c, object form, object values, bint to_rows):
 cdef object freeze(object array):
     PyArray_CLEARFLAGS(<PyArrayObject*> array, NPY_ARRAY_WRITEABLE)
     return array
+
+
+cdef int write_left(object left) except -1:
+    from .beyond import forward_rows
+
+    forward_rows(left)
+    return 0
+
+
+cdef int add_left(object left, double* parts, Py_ssize_t channels) except -1:
+    """Write dx of rows that were left out, and add what they are in dgamma and dbeta."""
+    from .beyond import backward_rows
+
+    cdef Py_ssize_t i
+    dgamma, dbeta = backward_rows(left)
+    for i in range(channels):
+        parts[i] += <double> dgamma[i]
+        parts[channels + i] += <double> dbeta[i]
+    return 0
 
 
 # ---- the calls ---------------------------------------------------------------------------
@@ -153,6 +193,9 @@ def normalize_rows(x, gamma, beta, settings, bint centred, out, num_threads):
     mean, m2 = new_vector(form.rows, True), new_vector(form.rows, True)
     p.mean, p.m2 = doubles(mean), doubles(m2)
     _sums = run(&c, &p, &t)
+    left = rows_left(&c, &p, form, mean, m2, None)
+    if left is not None:
+        write_left(left)
     mean, m2 = in_order(&c, form, mean, False), in_order(&c, form, m2, False)
     return deliver(&c, OUT), moments_of(form.size, freeze(mean), freeze(m2))
 
@@ -193,6 +236,9 @@ def normalize_rows_backward(
     for k in range(1, t.chunks):        # in order
         for i in range(2 * channels):
             p.parts[i] += p.parts[k * 2 * channels + i]
+    left = rows_left(&c, &p, form, mean, m2, <object> c.at[DY].used)
+    if left is not None:
+        add_left(left, p.parts, channels)
     return (
         deliver(&c, OUT), rounded(p.parts, channels, wide).reshape(form.shape),
         rounded(p.parts + channels, channels, wide).reshape(form.shape))

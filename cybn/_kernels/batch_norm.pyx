@@ -47,7 +47,8 @@ from cybn._kernels.problem cimport (
 from cybn._kernels.stages cimport (
     Piece, apply_piece, counted, fetch, inputs, keep_gradient, place, shares, weigh)
 from cybn._kernels.statistics cimport (
-    Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
+    Wide, add_wide, beyond, is_finite, mark, pivot_of, sample_of, settle, settled,
+    wide_sums)
 from cybn._kernels.tasks cimport Tasks, deal, next_task
 from cybn._kernels.waiting cimport begun, ended
 
@@ -117,15 +118,17 @@ cdef inline void load_xhat_scale(
             r[i] = 1 / sqrt(r[i] / p.count + p.eps)
 
 
-cdef inline void scale_terms(
+cdef inline bint scale_terms(
     const Problem* p, Py_ssize_t c, Py_ssize_t n,
     T* restrict co,             # OUT HI, A and Z of channels c..c + n
 ) noexcept nogil:
-    """(x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + z."""
+    """(x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + z; whether one is beyond T."""
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double beta[VECTOR]
     cdef double gamma[VECTOR]
+    cdef double v
+    cdef int left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
     load(&p.var, c, n, 0, r)
@@ -133,23 +136,27 @@ cdef inline void scale_terms(
     load(&p.beta, c, n, 0, beta)
     for i in range(n):
         mean[i] = 0 if r[i] == INFINITY else mean[i]    # so x - mean is finite, and y is beta
-        r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
+        v = r[i] / p.count + p.eps
+        r[i] = gamma[i] / sqrt(v)
+        left |= beyond(mean[i], v, False, r[i], beta[i], co[0])
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
         co[Z + i] = <T> (beta[i] - r[i] * mean[i] if mean[i] != 0 else beta[i])
+    return left != 0
 
 
-cdef inline void unscale_terms(
+cdef inline bint unscale_terms(
     const Problem* p, Py_ssize_t c, Py_ssize_t n,
     T* restrict co,             # OUT HI, A, K and B of channels c..c + n
 ) noexcept nogil:
-    """r gamma (g - dbeta / M - xhat dgamma / M), as g * a + (x - hi) * k + b."""
+    """r gamma (g - dbeta / M - xhat dgamma / M), as g * a + (x - hi) * k + b; as scale_terms."""
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double gamma[VECTOR]
     cdef double xhat[VECTOR]
-    cdef double slope
+    cdef double slope, base, v
+    cdef int left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
     load(&p.var, c, n, 0, r)
@@ -157,21 +164,30 @@ cdef inline void unscale_terms(
     load_xhat_scale(p, c, n, xhat)
     for i in range(n):
         mean[i] = 0 if r[i] == INFINITY else mean[i]
-        r[i] = gamma[i] / sqrt(r[i] / p.count + p.eps)
+        v = r[i] / p.count + p.eps
+        r[i] = gamma[i] / sqrt(v)
         slope = -r[i] * xhat[i] * p.sums[p.C + c + i] / p.M
+        base = -r[i] * p.sums[c + i] / p.M - slope * (mean[i] - <T> mean[i])
+        left |= beyond(mean[i], v, True, slope, base, co[0]) | beyond(
+            mean[i], v, True, r[i], p.sums[c + i], co[0])
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         co[K + i] = <T> slope
-        co[B + i] = <T> (-r[i] * p.sums[c + i] / p.M - slope * (mean[i] - <T> mean[i]))
+        co[B + i] = <T> base
+    return left != 0
 
 
-cdef void coefficients(
+cdef bint coefficients(
     const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, T* co
 ) noexcept nogil:
-    """What the loops of a pass need of channels c0..c0 + m: the first sums, the second writes."""
+    """What the loops of a pass need of channels c0..c0 + m: the first sums, the second writes.
+
+    Whether one of them is beyond the range of T, which matters where the dispatch asks for it.
+    """
     cdef const Problem* p = job.p
     cdef const double* shift = p.sums + 2 * p.chunks * p.C
     cdef Py_ssize_t v, n, i
+    cdef bint left = False
     for v in range(ceiling(m, VECTOR)):
         n = min(VECTOR, m - v * VECTOR)
         if first and p.reduce == SUMS:
@@ -179,16 +195,18 @@ cdef void coefficients(
                 co[HI + i] = <T> shift[c0 + i]
         else:
             if not first and p.apply == UNSCALE:
-                unscale_terms(p, c0, n, co)
+                left |= unscale_terms(p, c0, n, co)
             if first or p.apply != UNSCALE or p.activation != IDENTITY:
-                scale_terms(p, c0, n, co)
+                left |= scale_terms(p, c0, n, co)
             if not first and p.apply == SCALE_DY:   # dx as scale has y, of dy: (dy - 0) * a + 0
                 for i in range(n):
+                    left |= not (is_finite(p.sums[c0 + i]) & is_finite(p.sums[p.C + c0 + i]))
                     co[K + HI + i] = 0
                     co[K + A + i] = co[A + i]
                     co[K + Z + i] = 0
         co += n
         c0 += n
+    return left and p.left != NULL
 
 
 cdef inline int slots_of(const Problem* p, bint first) noexcept nogil:
@@ -202,16 +220,17 @@ cdef inline int slots_of(const Problem* p, bint first) noexcept nogil:
     return 0b111111
 
 
-cdef void columns_of(
+cdef bint columns_of(
     const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t times, T* co
 ) noexcept nogil:
     """The coefficients of m * S columns, `times` times: computed at the end, spread from there."""
     cdef Py_ssize_t slot, end = m * job.p.S - m
     cdef int wanted = slots_of(job.p, first)
-    coefficients(job, first, c0, m, co + end)
+    cdef bint left = coefficients(job, first, c0, m, co + end)
     for slot in range(6):
         if wanted >> slot & 1:
             spread(co + slot * ROOM, m, job.p.S, times)
+    return left
 
 
 cdef void kinks(const Problem* p, T* kink) noexcept nogil:
@@ -652,15 +671,16 @@ cdef void write_piece(
     apply_piece(job.p, &job.r, n, i, m, co, step, room)
 
 
-cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    """y or dx of channels c0..c1, run after run, the last rows first."""
+cdef bint apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    """y or dx of channels c0..c1, run after run, the last rows first; False: one is beyond T."""
     cdef T co[COEFFICIENTS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
     cdef Seam seam
     cdef Py_ssize_t n, c, i, j, length = t.s1 - t.s0
     hold_nothing(&seam)
-    coefficients(job, False, t.c0, t.c1 - t.c0, co)
+    if coefficients(job, False, t.c0, t.c1 - t.c0, co):
+        return False
     kinks(job.p, kink)
     for n in range(t.n1 - 1, t.n0 - 1, -1):
         for c in range(t.c1 - t.c0):
@@ -672,6 +692,7 @@ cdef void apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
             else:
                 apply_row(job, 0, n, i, length, co + c, kink, &seam)
     let_go(&seam)
+    return True
 
 
 cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows) noexcept nogil:
@@ -687,8 +708,11 @@ cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows
     return max(1, min(APPLY_ROW // w, rows))
 
 
-cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    """y or dx of channels c0..c1, row after row: groups of rows down, and up in each of them."""
+cdef bint apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    """y or dx of channels c0..c1, row after row: groups of rows down, and up in each of them.
+
+    False where one of the channels is beyond T; then none is written.
+    """
     cdef T array[COEFFICIENTS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
@@ -699,7 +723,8 @@ cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nog
     cdef T* co = on_line(&array[0], place(&job.p.y, job.p, t.n0, i))
     cdef Seam seam
     hold_nothing(&seam)
-    columns_of(job, False, t.c0, m, step, co)
+    if columns_of(job, False, t.c0, m, step, co):
+        return False
     kinks(job.p, kink)
     for g in range((t.n1 - t.n0 - 1) // group, -1, -1):
         n = t.n0 + g * group
@@ -711,13 +736,26 @@ cdef void apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nog
                 apply_row(job, 1, n, i, w * min(step, end - n), co, kink, &seam)
             n += step
     let_go(&seam)
+    return True
+
+
+cdef bint apply_part(const Job* job, const Tile* t, T of_type) noexcept nogil:
+    if job.r.apply_by == BY_RUN:
+        return apply_by_run(job, t, of_type)
+    return apply_by_column(job, t, of_type)
 
 
 cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    if job.r.apply_by == BY_RUN:
-        apply_by_run(job, t, of_type)
-    else:
-        apply_by_column(job, t, of_type)
+    """y or dx of all channels but those beyond T, which are marked: as many at once as will do."""
+    cdef Tile part = t[0]
+    while part.c0 < t.c1:
+        part.c1 = t.c1
+        while part.c1 > part.c0 and not apply_part(job, &part, of_type):
+            part.c1 -= (part.c1 - part.c0 + 1) // 2
+        if part.c1 == part.c0:
+            mark(&job.p.left[part.c0])
+            part.c1 += 1
+        part.c0 = part.c1
     if job.r.stream:
         stream_end()
 

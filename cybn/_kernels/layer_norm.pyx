@@ -48,7 +48,7 @@ from cybn._kernels.problem cimport (
     STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
     ceiling, row_tiling, way_of)
 from cybn._kernels.statistics cimport (
-    Wide, add_wide, pivot_of, sample_of, settle, settled, wide_sums)
+    Wide, add_wide, beyond, pivot_of, sample_of, settle, settled, wide_sums)
 from cybn._kernels.waiting cimport begun, ended
 
 cdef struct Job:
@@ -61,6 +61,7 @@ cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
     Py_ssize_t n0, n1, g0, g1
 
 cdef struct Row:            # what the second pass has to know of a row
+    bint left               # to the dispatch: beyond the range of T
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
     double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
 
@@ -455,10 +456,20 @@ cdef void finish_forward(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) 
         at.job, at.n, at.g = job, n, g
         settle(look_float if T is float else look_double, &at, p.D, p.centred, &p.mean[row],
                &p.m2[row])
+    p.left[row] = beyond(p.mean[row], p.m2[row] / p.D + p.eps, False, 0, 0, of_type)
 
 
 cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
     return 1 / sqrt(job.p.m2[row] / job.p.D + job.p.eps)
+
+
+cdef inline bint left_to_dispatch(
+    const Job* job, Py_ssize_t row, double total1, double total2, T of_type
+) noexcept nogil:
+    """Whether a row of a backward pass, of these sums, is beyond the range of T."""
+    cdef const RowProblem* p = job.p
+    cdef double v = p.m2[row] / p.D + p.eps, r = rstd(job, row)
+    return beyond(p.mean[row], v, True, total1, total2 * r * r / p.D, of_type)
 
 
 cdef void finish_backward(
@@ -471,25 +482,28 @@ cdef void finish_backward(
     cdef Py_ssize_t row = n * p.G + g, C = p.G * p.K, c, i
     cdef double mean = p.mean[row], r = rstd(job, row) if by_channel else 0
     cdef double lo = mean - <T> mean
-    cdef double* part = p.sums + row * job.t.slots * 2
+    cdef double* first = p.sums + row * job.t.slots * 2
+    cdef double* part = first
     cdef double s1, s2, total1 = 0, total2 = 0
     for c in range(g * p.K, g * p.K + (p.K if by_channel else 1)):
         s1 = s2 = 0
         for i in range(job.t.cuts):
             s1 += part[2 * i]
             s2 += part[2 * i + 1]
-        part += 2 * job.t.cuts
         s2 -= lo * s1
-        if by_channel:
-            dgamma[c] += s2 * r if r != 0 else 0
-            dgamma[C + c] += s1
-            s1 *= gamma[c]
-            s2 *= gamma[c]
-        total1 += s1
-        total2 += s2
-    part = p.sums + row * job.t.slots * 2
-    part[0] = total1
-    part[1] = total2
+        part[0], part[1] = s1, s2
+        part += 2 * job.t.cuts
+        total1 += s1 * gamma[c] if by_channel else s1
+        total2 += s2 * gamma[c] if by_channel else s2
+    p.left[row] = left_to_dispatch(job, row, total1, total2, of_type)
+    if by_channel and not p.left[row]:
+        part = first
+        for c in range(g * p.K, (g + 1) * p.K):
+            dgamma[c] += part[1] * r if r != 0 else 0
+            dgamma[C + c] += part[0]
+            part += 2 * job.t.cuts
+    first[0] = total1
+    first[1] = total2
 
 
 cdef void finish(const Job* job, const Span* s, double* parts, T of_type) noexcept nogil:
@@ -509,6 +523,7 @@ cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil
     cdef const RowProblem* p = job.p
     cdef const double* total = p.sums + row * job.t.slots * 2
     cdef Row c
+    c.left = p.left[row]
     c.r = rstd(job, row)
     c.hi = <T> p.mean[row] if c.r != 0 else 0   # where m2 is infinite, y is beta
     c.lo = p.mean[row] - c.hi if c.r != 0 else 0
@@ -602,6 +617,8 @@ cdef void apply_along(
     else:
         beta = spread_tile(job, <const T*> p.beta, s.g0, t, room + TILE)
     for n in range(s.n0, s.n1):
+        if rows[n - s.n0].left:
+            continue
         terms[HI_OF_ROW], terms[LO_OF_ROW] = <T> rows[n - s.n0].hi, <T> rows[n - s.n0].lo
         terms[R_OF_ROW] = <T> rows[n - s.n0].r
         terms[C1_OF_ROW], terms[C2_OF_ROW] = <T> rows[n - s.n0].c1, <T> rows[n - s.n0].c2
@@ -635,7 +652,7 @@ cdef void apply_channels(
     cdef T co[COEFFICIENTS]
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t C = p.G * p.K, c, i, s, slot
-    cdef Py_ssize_t step = max(1, min(TILE // C, (s1 - s0) // 32)), end
+    cdef Py_ssize_t step = max(1, min(TILE // C, (s1 - s0) // 32)) if m == C else 1, end
     cdef Py_ssize_t stretch = ceiling(STRETCH_OF_RUNS, m * step) * step
     cdef Row row
     cdef Seam seam
@@ -655,18 +672,33 @@ cdef void apply_channels(
     let_go(&seam)
 
 
+cdef inline Py_ssize_t kept(
+    const Job* job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t most
+) noexcept nogil:
+    """How many channels from c on, `most` at most, are of rows of sample n that are not left."""
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t g = c // p.K
+    while g * p.K < c + most and not p.left[n * p.G + g]:
+        g += 1
+    return max(0, min(most, g * p.K - c))
+
+
 cdef void apply(
     const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1, T of_type
 ) noexcept nogil:
     """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
     cdef const RowProblem* p = job.p
     cdef Row rows[ROW_BLOCK]
-    cdef Py_ssize_t n, g, t, i, C = p.G * p.K
+    cdef Py_ssize_t n, g, t, i, m, C = p.G * p.K
     if job.t.loops == DOWN:
         for n in range(s.n0, s.n1):
-            for i in range(ceiling(C, TILE)):
-                apply_channels(job, n, i * TILE, min(TILE, C - i * TILE), t0 * job.t.tile,
-                               min(t1 * job.t.tile, p.S), of_type)
+            i = 0
+            while i < C:
+                m = kept(job, n, i, min(TILE, C - i))
+                if m > 0:
+                    apply_channels(job, n, i, m, t0 * job.t.tile, min(t1 * job.t.tile, p.S),
+                                   of_type)
+                i += m if m > 0 else p.K - i % p.K
     else:
         i = 0
         for n in range(s.n0, s.n1):
@@ -675,10 +707,10 @@ cdef void apply(
                 i += 1
         for g in range(s.g1 - 1, s.g0 - 1, -1):
             for t in range(t1 - 1, t0 - 1, -1):
-                if job.t.loops == RUNS:
-                    apply_runs(job, s.n0, g, &rows[g - s.g0], t, of_type)
-                else:
+                if job.t.loops != RUNS:
                     apply_along(job, s, rows, t, parts, parts + C, of_type)
+                elif not rows[g - s.g0].left:
+                    apply_runs(job, s.n0, g, &rows[g - s.g0], t, of_type)
     if job.stream:
         stream_end()
 

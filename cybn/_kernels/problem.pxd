@@ -70,6 +70,7 @@ cdef struct Problem:
     bint weighted           # shares are other than 0 and 1
     bint zeroed             # masked values: y is 0, dy is ignored
     double* sums            # OUT (2 * chunks + 1, C): two results, and at the end the pivots
+    char* left              # OUT (C,) 1 where loops cannot write a channel, else as it was; or NULL
     Py_ssize_t chunks       # of each channel: count_chunks
     int threads
     Watch* watch            # OUT; NULL where nobody asks
@@ -315,6 +316,7 @@ cdef struct RowProblem:     # N samples of G groups of D = K * S values that sha
     double* m2              # OUT (N * G,) sum of squares about the mean, backward IN
     double* sums            # OUT (N * G * slots, 2)
     double* parts           # OUT (chunks, 2, G * K): dgamma, dbeta, to be added in order
+    char* left              # OUT (N * G,) whether loops cannot write a row: it is in no sum
     int threads
     Watch* watch            # OUT; NULL where nobody asks
 

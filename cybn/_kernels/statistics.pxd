@@ -10,6 +10,16 @@ from libc.math cimport INFINITY
 from cybn._kernels.lanes cimport T, WIDE, across
 from cybn._kernels.problem cimport SAMPLES
 
+cdef extern from * nogil:
+    """
+    #if defined(_MSC_VER) && !defined(__clang__)
+    static __inline void cybn_mark(char *at) { *(volatile char *) at = 1; }
+    #else
+    static inline void cybn_mark(char *at) { __atomic_store_n(at, 1, __ATOMIC_RELAXED); }
+    #endif
+    """
+    void mark "cybn_mark"(char* at)     # set to 1, which several threads may do
+
 cdef enum:
     STRETCH = 1024          # values between two additions of lanes to totals
 
@@ -99,6 +109,24 @@ cdef inline bint settled(double s1, double s2, double M, T of_type) noexcept nog
 
 cdef inline bint is_finite(double v) noexcept nogil:
     return -INFINITY < v < INFINITY
+
+
+cdef inline bint beyond(
+    double mean, double v, bint backward, double a, double b, T of_type
+) noexcept nogil:
+    """Whether the loops of T cannot write a channel or row, though it has a mean and a variance.
+
+    v is var + eps. a and b are two of the coefficients, or what these are made of: a product of
+    theirs with a value, or a part of it, may be out of range where the result is not. NaN and
+    infinity in x are no reason: their results are what they are.
+    """
+    cdef double high = 2.0 ** (80 if T is float else 800), low = 2.0 ** (-100 if T is float else -800)
+    cdef double far = 2.0 ** (100 if T is float else 960), most = 2.0 ** (120 if T is float else 1000)
+    cdef bint fits = (
+        ((v <= high) | ((not backward) & (v <= high * 2.0 ** 40)))
+        & ((v <= 0) | (v >= low)) & (-far <= mean) & (mean <= far)
+        & (-most <= a) & (a <= most) & (-most <= b) & (b <= most))
+    return (v == v) & (-INFINITY < mean) & (mean < INFINITY) & (not fits)
 
 
 cdef inline void settle(

@@ -22,7 +22,8 @@ LAYERS: dict[str, Any] = {
         *(_layers.LayerNorm, _layers.RMSNorm, _layers.GroupNorm),
     )
 }
-MODES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
+SWITCHES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
+MODES = (*SWITCHES, "nan_policy")  # what is set after a layer was made; of batch norms, before
 MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
 
 
@@ -37,7 +38,8 @@ def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
     if renorm is not None:
         shared = limits.setdefault(id(renorm), len(limits))
         values["renorm"] = {"r_max": renorm.r_max, "d_max": renorm.d_max, "shared": shared}
-    values["modes"] = {name: getattr(layer, name) for name in MODES if hasattr(layer, name)}
+    later = (name for name in MODES if name not in names and hasattr(layer, name))
+    values["modes"] = {name: getattr(layer, name) for name in later}
     return values
 
 
@@ -67,7 +69,7 @@ def layer_from(
     layer = kind(**settings)
     layer.load_state_dict(state)
     for mode, value in modes.items():
-        if mode not in MODES or not (isinstance(value, bool) or value is None):
+        if mode not in MODES or (mode in SWITCHES and not isinstance(value, bool | None)):
             raise ValueError(f"it has the mode {mode!r}, and that is {value!r}")
         setattr(layer, mode, value)
     return layer

@@ -1,0 +1,262 @@
+"""Channels and rows that the loops of a kernel cannot write.
+
+The sum of the squares of values of 1e200 is beyond float64, the values divided by their standard
+deviation are not. Kernels mark such a channel, or row, and leave it out, as they do where a sum of
+gradients is beyond their type (`beyond` in `_kernels/statistics.pxd`). Here it is computed once
+more: in float64, of values that are multiplied by a power of two, which rounds nothing.
+
+d = sqrt(var + eps) is divided by; 2**e is the power of two just above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import batch_norm
+from .forms import Form
+
+__all__ = [
+    "Channels",
+    "Rows",
+    "backward",
+    "backward_rows",
+    "forward",
+    "forward_rows",
+    "in_range",
+]
+
+Array = NDArray[Any]
+
+_PIECE = 1 << 21  # values of rows that are copied at once
+_MOST, _LEAST = 2.0**500, 2.0**-500  # of a variance whose sums float64 holds
+
+
+class Channels(NamedTuple):
+    """A call of batch normalization, and the channels that it has left out."""
+
+    x: Array  # as the kernel has read it
+    dy: Array | None
+    residual: Array | None
+    y: Array  # y, or dx: where the result goes
+    dresidual: Array | None
+    axis: int
+    where: NDArray[np.intp]  # the channels
+    mean: Array  # and what follows: of these alone, in float64
+    var: Array  # the variance, or M2 where `count` is not 1
+    gamma: Array
+    beta: Array
+    count: Any
+    measured: bool  # whether mean and M2 are those of x
+    settings: tuple[int, float, str | None, float]
+    selected: tuple[Any, ...]
+    from_output: bool
+    threads: int | None
+
+
+@np.errstate(all="ignore")
+def forward(call: Channels) -> None:
+    """Write y of the channels that were left out."""
+    for own, index in _pieces(call):
+        x, residual = _wide(call.x, index), _wide(call.residual, index)
+        e, mean, var = _scaled(call, own, x)
+        settings = call.axis, 0.0, *call.settings[2:]
+        call.y[index] = batch_norm.inference(
+            np.ldexp(x, -_column(e, call)), mean, var, call.gamma[own], call.beta[own], residual,
+            settings, call.selected, None, call.threads, True,
+        )  # fmt: skip
+
+
+@np.errstate(all="ignore")
+def backward(call: Channels) -> tuple[Array, Array]:
+    """Write dx and the gradient of the residual, and return dgamma and dbeta, in float64."""
+    sums = np.zeros((2, call.where.size))
+    for own, index in _pieces(call):
+        x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
+        e, mean, var = _scaled(call, own, x)
+        up = _exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
+        if not call.from_output:
+            x = np.ldexp(x, -_column(e, call))
+        through = SimpleNamespace(count=call.count, mean=mean, m2=var * call.count)
+        statistics = through if call.measured else (mean, var)
+        settings = call.axis, 5e-324 if call.measured else 0.0, *call.settings[2:]
+        dx, dgamma, dbeta, *rest = batch_norm.backward(
+            np.ldexp(dy, -_column(up, call)), x, statistics, call.gamma[own], call.beta[own],
+            residual, settings, call.selected, call.from_output, None, None, call.threads, None,
+            True,
+        )  # fmt: skip
+        call.y[index] = np.ldexp(dx, _column(up - e, call))
+        sums[:, own] = np.ldexp((dgamma, dbeta), up)
+        if call.dresidual is not None:
+            call.dresidual[index] = np.ldexp(rest[0], _column(up, call))
+    return sums[0], sums[1]
+
+
+@np.errstate(all="ignore")
+def in_range(
+    x: Array, axis: int, moments: Any, eps: float, selected: tuple[Any, ...], threads: int | None
+) -> tuple[Array, Array, Array, NDArray[np.intc]] | None:
+    """Return x / 2**e in float64, mean and var + eps of that, and e; None where x is in range.
+
+    There is one mean, var and e for each channel.
+    """
+    var = moments.m2 / moments.count + eps
+    if not (_unsure(var) & np.isfinite(moments.mean)).any():
+        return None
+    zeros = np.zeros_like(var)
+    call = Channels(
+        x, None, None, x, None, axis, np.arange(var.size), moments.mean, moments.m2, zeros, zeros,
+        moments.count, True, (axis, eps, None, 0.0), selected, False, threads,
+    )  # fmt: skip
+    wide = x.astype(np.float64)
+    e, mean, var = _scaled(call, slice(None), wide)
+    return np.ldexp(wide, -_column(e, call)), mean, var, e
+
+
+def _pieces(call: Channels) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Yield the channels one by one, as the bits of none may depend on the others."""
+    for i in range(call.where.size):
+        own = slice(i, i + 1)
+        yield own, (*[slice(None)] * call.axis, call.where[own])
+
+
+def _wide(array: Array | None, index: tuple[Any, ...]) -> Any:
+    return None if array is None else array[index].astype(np.float64)
+
+
+def _column(values: Array, call: Channels) -> Array:
+    return values.reshape([-1 if i == call.axis else 1 for i in range(call.x.ndim)])
+
+
+def _exponent(values: Array) -> NDArray[np.intc]:
+    """Return e of 2**(e - 1) <= value < 2**e; 0 where that is none."""
+    exponents: NDArray[np.intc] = np.where(np.isfinite(values), np.frexp(values)[1], 0)
+    return exponents
+
+
+def _scaled(call: Channels, own: slice, x: Array) -> tuple[NDArray[np.intc], Array, Array]:
+    """Return e, and mean and var + eps of the values of x / 2**e."""
+    mean, eps = call.mean[own], call.settings[1]
+    var = call.var[own] / call.count
+    d, shift = np.sqrt(var + eps), _shift(var + eps)
+    again = np.flatnonzero(_unsure(var + eps)) if call.measured and not call.from_output else ()
+    if len(again):
+        some = np.ldexp(np.take(x, again, call.axis), _column(shift[again], call))
+        found = batch_norm.statistics(some, call.axis, call.selected, call.threads)
+        var = found.m2 / found.count + np.ldexp(eps, 2 * shift[again])
+        d[again] = np.ldexp(np.sqrt(var), -shift[again])
+    e = _exponent(d)
+    if not call.from_output:  # else mean is beta
+        e = np.where(np.abs(mean) > 2.0**1000, np.maximum(e, 2), e)  # x - mean stays in range
+        mean = np.ldexp(mean, -e)
+    return e, mean, np.ldexp(d, -e) ** 2
+
+
+def _shift(v: Array) -> NDArray[np.intc]:
+    """Return the power of two that brings squares of such a variance into range."""
+    shift: NDArray[np.intc] = np.where(v > _MOST, -600, np.where(v < _LEAST, 600, 0))
+    return shift
+
+
+def _unsure(v: Array) -> NDArray[np.bool_]:
+    """Whether squares may have left the range of float64, or of float32."""
+    return (v > _MOST) | (v < 2.0**-60)
+
+
+class Rows(NamedTuple):
+    """A call for rows, and those that it has left out."""
+
+    form: Form
+    where: NDArray[np.intp]  # in the order of the axes of x
+    x: Array  # as the kernel has read it
+    dy: Array | None
+    y: Array  # y, or dx
+    mean: Array  # of all rows, in the order of the axes
+    m2: Array
+    gamma: Array
+    beta: Array | None
+    eps: float
+    centred: bool
+
+
+@np.errstate(all="ignore")
+def forward_rows(call: Rows) -> None:
+    """Write y of the rows that were left out."""
+    for rows, index in _row_pieces(call):
+        xhat, _, _ = _xhat(call, rows, index)
+        y = xhat * _along(call.gamma, call.form, rows) + _along(call.beta, call.form, rows)
+        _write(call, call.y, index, y)
+
+
+@np.errstate(all="ignore")
+def backward_rows(call: Rows) -> tuple[Array, Array]:
+    """Write dx, and return what the rows add to dgamma and dbeta, in float64, (G * K,) each."""
+    form = call.form
+    dgamma, dbeta = np.zeros((2, form.groups, form.size // form.run))
+    for rows, index in _row_pieces(call):
+        xhat, d, shift = _xhat(call, rows, index)
+        dy = _read(call, call.dy, index)
+        up = int(_exponent(np.abs(dy).max()))
+        dy = np.ldexp(dy, -up)
+        dz = dy * _along(call.gamma, form, rows)
+        c1 = dz.mean(1, keepdims=True) if call.centred else 0.0
+        dz -= c1 + xhat * (dz * xhat).mean(1, keepdims=True)
+        _write(call, call.y, index, np.ldexp(dz / d, shift + up))
+        for into, values in ((dgamma, dy * xhat), (dbeta, dy)):
+            sums = np.ldexp(values.reshape(len(rows), -1, form.run).sum(2), up)
+            np.add.at(into, rows % form.groups, sums)
+    return dgamma.ravel(), dbeta.ravel()
+
+
+def _row_pieces(call: Rows) -> Iterator[tuple[NDArray[np.intp], tuple[Any, ...]]]:
+    """Yield some of the rows, and where they lie in arrays like x whose channels are on axis 1."""
+    form, each = call.form, max(1, _PIECE // call.form.size)
+    for start in range(0, call.where.size, each):
+        rows = call.where[start : start + each]
+        if form.axis == 0:
+            yield rows, np.unravel_index(rows, call.x.shape[: form.lead])
+        else:
+            n, g = np.divmod(rows, form.groups)
+            channels = form.values // form.groups
+            yield rows, (n[:, None], channels * g[:, None] + np.arange(channels))
+
+
+def _first(call: Rows, array: Array) -> Array:
+    return np.moveaxis(array, call.form.axis, 1) if call.form.axis else array
+
+
+def _read(call: Rows, array: Any, index: tuple[Any, ...]) -> Array:
+    rows: Array = _first(call, array)[index].astype(np.float64)
+    return rows.reshape(-1, call.form.size)
+
+
+def _write(call: Rows, array: Array, index: tuple[Any, ...], values: Array) -> None:
+    into = _first(call, array)
+    into[index] = values.reshape(into[index].shape)
+
+
+def _along(values: Array | None, form: Form, rows: NDArray[np.intp]) -> Any:
+    """Return gamma or beta of each value of some rows, in float64."""
+    if values is None:
+        return 0.0
+    wide = values.astype(np.float64).reshape(form.groups, -1)
+    return np.repeat(wide, form.run, 1)[rows % form.groups]
+
+
+def _xhat(
+    call: Rows, rows: NDArray[np.intp], index: tuple[Any, ...]
+) -> tuple[Array, Array, NDArray[np.intc]]:
+    """Return xhat, and d and s of what is divided by: d / 2**s."""
+    size = call.form.size
+    v = call.m2[rows, None] / size + call.eps
+    shift = _shift(v)
+    e = np.ldexp(_read(call, call.x, index), shift) - np.ldexp(call.mean[rows, None], shift)
+    if call.dy is None or _unsure(v).any():
+        rest = e.mean(1, keepdims=True) if call.centred else 0.0
+        v = ((e - rest) ** 2).mean(1, keepdims=True) + np.ldexp(call.eps, 2 * shift)
+    d = np.sqrt(v)
+    return e / d, d, shift
