@@ -352,9 +352,12 @@ def _load(place: _File, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:
     path = cast("str | os.PathLike[str]", place)
     kind = _format(path, None)
     with open(path, "rb") as file:  # OSError where it cannot be opened
-        if kind == "npz":
-            return _untied(_npz.read(file, most_bytes))
-    return _noted(*_safetensors.read(path))
+        try:
+            if kind == "npz":
+                return _untied(_npz.read(file, most_bytes))
+            return _noted(*_safetensors.read(path))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is {error}") from error
 
 
 def _untied(arrays: dict[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], str]:
