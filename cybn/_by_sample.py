@@ -62,7 +62,7 @@ def forward(
     x, form, keep, counts = samples
     y = _dispatch.destination(out, x, (gamma, beta))
     options = form.axis, settings[2], None, 0.0
-    means, squares = [], []
+    all_found = []
     for i in range(len(x)):
         one = slice(i, i + 1)
         within = _split(keep[one], form), None, None, "normalize"
@@ -82,9 +82,12 @@ def forward(
                     far[0].reshape(x[one].shape), mean, var, gamma, beta, None,
                     (form.axis, 0.0, None, 0.0), chosen, None, num_threads,
                 )  # fmt: skip
-        means.append(found.mean)
-        squares.append(found.m2)
-    return y, Moments(counts, np.concatenate(means), np.concatenate(squares))
+        all_found.append(found)
+    mean, m2 = (np.concatenate(v) for v in zip(*((f.mean, f.m2) for f in all_found), strict=True))
+    moments = Moments(counts, mean, m2)
+    if np.isinf(m2).any():
+        moments._tell(np.concatenate([f.std() for f in all_found]))
+    return y, moments
 
 
 def backward(

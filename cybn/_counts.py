@@ -70,18 +70,18 @@ def frozen(values: NDArray[Any]) -> NDArray[np.float64]:
     return own
 
 
-def parts_of(state: Mapping[str, Any]) -> tuple[Any, Any, Any, NDArray[Any] | None]:
-    """Return count, mean, M2 and the rest of the mean, if it is there, of a state; not copied."""
+def parts_of(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return count, mean, M2, and rest and std, None where they are missing; not copied."""
     check_mapping(state)
     required = {"count", "mean", "m2"}
-    if not required <= set(state) <= required | {"rest"}:
+    if not required <= set(state) <= required | {"rest", "std"}:
         raise ValueError(
             f"the state has the keys {sorted(map(str, state))}; it must have "
-            "count, mean, m2 and may have rest"
+            "count, mean, m2 and may have rest and std"
         )
     count = array("count", state["count"])
-    rest = vector(state["rest"], "rest") if "rest" in state else None
-    return count[()] if count.ndim == 0 else count, state["mean"], state["m2"], rest
+    more = (vector(state[name], name) if name in state else None for name in ("rest", "std"))
+    return count[()] if count.ndim == 0 else count, state["mean"], state["m2"], *more
 
 
 def short(value: Count) -> str:

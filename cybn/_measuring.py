@@ -17,7 +17,8 @@ from ._dispatch import Selection, select
 __all__ = ["Progress", "float_array", "measured", "selected"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
-Statistics = tuple[Count, NDArray[np.float64], NDArray[np.float64]]  # count, mean, m2
+Vector = NDArray[np.float64]
+Statistics = tuple[Count, Vector, Vector, Vector | None]  # count, mean, m2; std beyond float64
 
 
 def float_array(x: Any) -> Any:
@@ -77,7 +78,7 @@ def selected(
 def measured(
     data: Any, axis: int, selection: Selection | None, threads: int, progress: Progress | None
 ) -> Iterator[Statistics]:
-    """Yield count, mean and M2 of each piece of what `float_array` returned, in float64."""
+    """Yield the statistics of each piece of what `float_array` returned, in float64."""
     pieces = Chunks(data.shape, data.strides, axis)
     for index in pieces if progress is None else progress(pieces):
         part = data.read(index, pieces.last) if isinstance(data, Sliced) else data[index]
@@ -92,24 +93,26 @@ def _measure(
     selection: Selection | None,
     threads: int,
 ) -> Statistics:
-    """Return count, mean and M2 of what counts of a piece; mean and M2 are 0 where nothing does."""
+    """Return the statistics of what counts of a piece; mean and M2 are 0 where nothing does."""
     if selection is None:
         return _statistics(piece, axis, None, None, threads)
     mask, weights = selection.at(index)
     channels = piece.shape[axis]
     if channels == 1 or all(v is None or v.shape[axis] == 1 for v in (mask, weights)):
         return _measure_selected(piece, axis, mask, weights, threads)
-    counts, means, squares = [], [], []
+    found = []
     for c in range(channels):
         one = tuple(slice(c, c + 1) if i == axis else slice(None) for i in range(piece.ndim))
         valid = mask if mask is None or mask.shape[axis] == 1 else mask[one]
         often = weights if weights is None or weights.shape[axis] == 1 else weights[one]
-        count, mean, m2 = _measure_selected(piece[one], axis, valid, often, threads)
-        counts.append(count)
-        means.append(mean)
-        squares.append(m2)
+        found.append(_measure_selected(piece[one], axis, valid, often, threads))
+    counts, means, squares, stds = zip(*found, strict=True)
     kind = np.int64 if weights is None else np.float64
-    return np.array(counts, kind), np.concatenate(means), np.concatenate(squares)
+    m2, std = np.concatenate(squares), None
+    if np.isinf(m2).any():
+        std = np.concatenate([np.full(1, np.nan) if one is None else one for one in stds])
+        std = np.where(np.isinf(m2), std, np.sqrt(m2 / np.maximum(counts, 1)))
+    return np.array(counts, kind), np.concatenate(means), m2, std
 
 
 def _measure_selected(
@@ -123,7 +126,7 @@ def _measure_selected(
     counts = mask if weights is None else weights > 0 if mask is None else mask & (weights > 0)
     if not np.any(counts):
         none = np.zeros(piece.shape[axis])
-        return 0 if weights is None else 0.0, none, none.copy()
+        return 0 if weights is None else 0.0, none, none.copy(), None
     return _statistics(piece, axis, mask, weights, threads)
 
 
@@ -131,4 +134,4 @@ def _statistics(
     piece: NDArray[Any], axis: int, mask: Any, weights: Any, threads: int
 ) -> Statistics:
     found = _dispatch.statistics(piece, axis, (mask, weights, None, "normalize"), threads)
-    return found.count, found.mean, found.m2
+    return found.count, found.mean, found.m2, found.std() if np.isinf(found.m2).any() else None

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ._counts import Count, is_finite
 
-__all__ = ["Part", "between", "merged", "sum_of"]
+__all__ = ["Part", "between", "deviation_of", "merged", "share_of", "sum_of"]
 
 Rest = NDArray[np.float64] | float
 Part = tuple[Count, NDArray[np.float64], NDArray[np.float64], Rest]  # count, mean, m2, rest
@@ -33,6 +33,24 @@ def merged(one: Part, other: Part) -> tuple[Count, Any, Any, Any]:
     # A channel that one side is empty in has no delta, and its square may be infinite.
     one_sided = np.asarray((n == 0) | (n_other == 0))
     return count, total, np.where(one_sided, m2 + m2_other, squares), left
+
+
+Deviation = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean, standard deviation
+
+
+@np.errstate(all="ignore")
+def deviation_of(one: Deviation, other: Deviation, share: Any) -> NDArray[np.float64]:
+    """Return the standard deviation of two parts, whose variance may be beyond float64.
+
+    `share` is that of the other part in the count.
+    """
+    (mean, std), (mean_other, std_other) = one, other
+    apart = 2 * np.sqrt(share * (1 - share)) * np.abs(mean_other / 2 - mean / 2)
+    within = np.hypot(np.sqrt(1 - share) * std, np.sqrt(share) * std_other)
+    both: NDArray[np.float64] = np.where(
+        share == 0, std, np.where(share == 1, std_other, np.hypot(within, apart))
+    )
+    return both
 
 
 def sum_of(a: Count, b: Count) -> Count:

@@ -13,7 +13,7 @@ from . import _dispatch
 from ._arguments import channel_axis
 from ._counts import Count, counted, frozen, is_nothing, parts_of, short, vector
 from ._measuring import Progress, float_array, measured, selected
-from ._merging import Part, merged
+from ._merging import Part, deviation_of, merged, share_of
 from ._runtime import thread_count
 
 __all__ = ["Moments"]
@@ -66,12 +66,13 @@ class Moments:
     Moments(count=4, mean=[3.], var=[5.])
     """
 
-    __slots__ = ("_rest", "count", "m2", "mean")
+    __slots__ = ("_rest", "_std", "count", "m2", "mean")
 
     count: Count
     mean: Vector
     m2: Vector
     _rest: Vector | None  # what rounding left of the mean; None: nothing
+    _std: Vector  # where an m2 is beyond float64, and the deviation known; else unset
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         mean, m2 = vector(mean, "mean"), vector(m2, "m2")
@@ -89,7 +90,14 @@ class Moments:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _adopt(cls, count: Count, mean: Vector, m2: Vector, rest: Vector | None = None) -> Self:
+    def _adopt(
+        cls,
+        count: Count,
+        mean: Vector,
+        m2: Vector,
+        rest: Vector | None = None,
+        std: Vector | None = None,
+    ) -> Self:
         """Wrap fresh arrays that no one else will write to, without a copy."""
         mean.setflags(write=False)
         m2.setflags(write=False)
@@ -97,7 +105,17 @@ class Moments:
             count.setflags(write=False)
         self = cls.__new__(cls)
         self._put(count, mean, m2, rest)
+        return self._tell(std)
+
+    def _tell(self, std: Vector | None) -> Self:
+        """Note the standard deviations, if an m2 is beyond float64; return these moments."""
+        if std is not None and np.isinf(self.m2).any():
+            object.__setattr__(self, "_std", std)
         return self
+
+    def _told(self) -> Vector | None:
+        """Return the standard deviations where an m2 is beyond float64 and they are known."""
+        return getattr(self, "_std", None)
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
@@ -155,6 +173,11 @@ class Moments:
     def std(self, ddof: int = 0) -> NDArray[np.float64]:
         """Return the standard deviation of each channel, the square root of `var`."""
         deviation: NDArray[np.float64] = np.sqrt(self.var(ddof))
+        told = self._told()
+        if told is not None:
+            with np.errstate(all="ignore"):
+                told = told * np.sqrt(self.count / self._degrees(ddof))
+            deviation = np.where(np.isinf(deviation), told, deviation)
         return deviation
 
     def __add__(self, other: object) -> Moments:
@@ -248,8 +271,8 @@ class Moments:
         if data.size == 0:
             return self
         total = self
-        for count, mean, m2 in measured(data, axis, selection, threads, progress):
-            total = total.merge(Moments._adopt(count, mean, m2))
+        for count, mean, m2, std in measured(data, axis, selection, threads, progress):
+            total = total.merge(Moments._adopt(count, mean, m2, None, std))
         return total
 
     def merge(self, other: Moments) -> Moments:
@@ -290,7 +313,11 @@ class Moments:
             return other
         if is_nothing(other.count):
             return self
-        return Moments._adopt(*merged(self._parts(), other._parts()))
+        both = Moments._adopt(*merged(self._parts(), other._parts()))
+        if np.isinf(both.m2).any():
+            share = share_of(other.count, both.count)
+            both._tell(deviation_of((self.mean, self.std()), (other.mean, other.std()), share))
+        return both
 
     def _parts(self) -> Part:
         return self.count, self.mean, self.m2, 0.0 if self._rest is None else self._rest
@@ -334,7 +361,8 @@ class Moments:
         -------
         dict of str to ndarray
             ``count``, of shape () or (C,), int64 or float64; ``mean``, ``m2`` and ``rest``, the
-            rounding error of the mean, as float64 of shape (C,). Copies.
+            rounding error of the mean, as float64 of shape (C,). Copies. Where an ``m2`` is
+            infinite, because it is beyond float64, also ``std``.
 
         Raises
         ------
@@ -343,7 +371,9 @@ class Moments:
         """
         count = np.array(self.count, np.int64 if isinstance(self.count, int) else None)
         rest = np.zeros(len(self)) + self._parts()[3]
-        return {"count": count, "mean": self.mean.copy(), "m2": self.m2.copy(), "rest": rest}
+        parts = {"count": count, "mean": self.mean.copy(), "m2": self.m2.copy(), "rest": rest}
+        told = self._told()
+        return parts if told is None else parts | {"std": told.copy()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
@@ -361,30 +391,37 @@ class Moments:
         TypeError
             If `state` is not a mapping, or a value does not consist of numbers.
         """
-        count, mean, m2, rest = parts_of(state)
+        count, mean, m2, rest, std = parts_of(state)
         given = cls(count, mean, m2)
+        if std is not None:
+            if std.shape != given.mean.shape:
+                raise ValueError(f"std has shape {std.shape}; it must have shape ({len(given)},)")
+            given._tell(frozen(std))
         if rest is None:
             return given
         if rest.shape != given.mean.shape:
             raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
         if not np.isfinite(rest).all():
             raise ValueError("rest is not finite; it must be the rounding error of the mean, or 0")
-        return cls._adopt(given.count, given.mean, given.m2, frozen(rest))
+        return cls._adopt(given.count, given.mean, given.m2, frozen(rest), given._told())
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
+        ours, theirs = self._told(), other._told()
         return (
             np.array_equal(self.count, other.count)
             and np.array_equal(self.mean, other.mean, equal_nan=True)
             and np.array_equal(self.m2, other.m2, equal_nan=True)
+            and (ours is None) == (theirs is None)
+            and (ours is None or theirs is None or np.array_equal(ours, theirs, equal_nan=True))
         )
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and arrays have no hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Moments._adopt, (self.count, self.mean, self.m2, self._rest)
+        return Moments._adopt, (self.count, self.mean, self.m2, self._rest, self._told())
 
     def __copy__(self, memo: object = None) -> Moments:
         return self

@@ -81,7 +81,11 @@ class SampleMoments(Moments):
             if isinstance(each.count, np.ndarray) or not np.isfinite(pooled).all():
                 # Of different sizes; or the sum is beyond float64, which the mean is not.
                 pooled = (np.where(sizes, mean, 0) * weights).sum(0)
-            return _restore(count, pooled, m2.sum(0), int(np.count_nonzero(sizes)))
+            both = _restore(count, pooled, m2.sum(0), int(np.count_nonzero(sizes)))
+            if not np.isinf(both.m2).any():
+                return both
+            stds = np.where(sizes, each.std().reshape(-1, channels), 0) * np.sqrt(weights)
+            return both._tell(np.hypot.reduce(stds, axis=0))
 
     def _degrees(self, ddof: int) -> Any:
         return self.count - ddof * self.samples  # each sample has a mean of its own
@@ -131,7 +135,13 @@ class SampleMoments(Moments):
         with np.errstate(all="ignore"):
             mean = between(self.mean, other.mean, other.count / count)
             m2 = self.m2 + other.m2
-        return _restore(count, mean, m2, self.samples + other.samples)
+            std = np.hypot(*(m._within() * np.sqrt(m.count / count) for m in (self, other)))
+        return _restore(count, mean, m2, self.samples + other.samples, std)
+
+    def _within(self) -> NDArray[np.float64]:
+        """Return the standard deviation about the means of the samples, biased."""
+        told = self._told()
+        return np.sqrt(self.m2 / self.count) if told is None else told
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return all that `from_state_dict` needs: as `Moments`, and ``samples``."""
@@ -146,7 +156,7 @@ class SampleMoments(Moments):
         plain = Moments.from_state_dict(given)
         if samples.shape != () or samples.dtype.kind not in "iu":
             raise ValueError(f"samples is {state.get('samples')!r}; it must be an int")
-        return cls(plain.count, plain.mean, plain.m2, int(samples))
+        return cls(plain.count, plain.mean, plain.m2, int(samples))._tell(plain._told())
 
     def __eq__(self, other: object) -> bool:
         """Whether all numbers are the same, the number of samples too."""
@@ -156,11 +166,11 @@ class SampleMoments(Moments):
     __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.count, self.mean, self.m2, self.samples)
+        return _restore, (self.count, self.mean, self.m2, self.samples, self._told())
 
 
-def _restore(count: Any, mean: Any, m2: Any, samples: int) -> SampleMoments:
+def _restore(count: Any, mean: Any, m2: Any, samples: int, std: Any = None) -> SampleMoments:
     """Return moments of these numbers, without a copy."""
-    pooled = SampleMoments._adopt(count, mean, m2)
+    pooled = SampleMoments._adopt(count, mean, m2, None, std)
     object.__setattr__(pooled, "samples", samples)
     return pooled

@@ -76,8 +76,7 @@ def batch_norm(
     y, _ = activated(z, activation, slope)
     if masked == "zero":
         y = np.where(w > 0, y, 0)
-    m2 = np.ldexp(m2, 2 * power)
-    return _unfold(y, x, axis, out), Moments(_count(w, weights), mean[:, 0], m2[:, 0])
+    return _unfold(y, x, axis, out), _moments(_count(w, weights), mean, m2, power)
 
 
 @np.errstate(all="ignore")
@@ -206,7 +205,7 @@ def moments(
     """Return count, mean and M2 of each channel of `x`."""
     w = _shares(x, axis, mask, weights, lengths)
     mean, _, m2, power = _statistics(_fold(x, axis), w)
-    return Moments(_count(w, weights), mean[:, 0], np.ldexp(m2, 2 * power)[:, 0])
+    return _moments(_count(w, weights), mean, m2, power)
 
 
 @np.errstate(all="ignore")
@@ -495,8 +494,7 @@ def _normalize_rows(
     var = m2 / np.reshape(sizes, (-1, 1))  # (4)
     rstd = 1 / np.sqrt(var + np.ldexp(eps, -2 * power))  # (5)
     xhat = (e * rstd).reshape(rows.shape)  # (6)
-    m2 = np.ldexp(m2, 2 * power)
-    return gamma * xhat + beta, Moments(sizes, mean[:, 0], m2[:, 0])  # (46)
+    return gamma * xhat + beta, _moments(sizes, mean, m2, power)  # (46)
 
 
 @np.errstate(all="ignore")
@@ -604,6 +602,12 @@ def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array, NDArray[np.
     e = np.ldexp(e, -power)
     m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True)  # (3), (64)
     return np.ldexp(pivot + residual, first), e, m2, first + power  # (32)
+
+
+def _moments(count: Any, mean: Array, m2: Array, power: NDArray[np.intc]) -> Moments:
+    """Return moments of what `_statistics` returns."""
+    std = np.ldexp(np.sqrt(m2 / np.reshape(count, (-1, 1))), power)[:, 0].astype(np.float64)
+    return Moments(count, mean[:, 0], np.ldexp(m2, 2 * power)[:, 0])._tell(std)
 
 
 def _power(values: Array) -> NDArray[np.intc]:

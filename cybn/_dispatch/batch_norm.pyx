@@ -13,7 +13,7 @@
 
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport sqrt
+from libc.math cimport INFINITY, sqrt
 from libc.string cimport memchr, memcpy, memset
 
 from cybn._dispatch.arguments cimport (
@@ -28,7 +28,7 @@ from cybn._kernels.activation cimport (
 from cybn._kernels.problem cimport (
     DOTS, FLOAT64, IN_DX, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Kernels, Problem,
     Vector, chunks_of, gradient_of)
-from cybn._kernels.statistics cimport beyond
+from cybn._kernels.statistics cimport beyond, is_finite
 
 from numpy import ascontiguousarray, flatnonzero, frombuffer, ndarray, zeros
 
@@ -216,7 +216,9 @@ cdef int write_left(Call* c, Problem* p, tuple settings, tuple selected) except 
         1 if p.count == 1 and p.M != 1 else count_of(c, p),
         p.reduce == SUMS or p.apply == UNSCALE, (c.axis, *options), selected, p.inverse, p.threads)
     if p.reduce != DOTS:
-        left.forward(call)
+        std = left.forward(call)
+        for i in range(where.size if p.reduce == SUMS else 0):
+            p.sums[2 * p.chunks * p.C + <Py_ssize_t> where[i]] = std[i]
         return 0
     dgamma, dbeta = left.backward(call)
     for i in range(where.size):
@@ -234,11 +236,33 @@ cdef object count_of(const Call* c, const Problem* p):
     return c.total if p.weighted else c.counted
 
 
-cdef object moments_in(const Call* c, const Problem* p):
+cdef object moments_in(const Call* c, const Problem* p, tuple selected):
     """Return the moments that a kernel has left in `sums`."""
     if c.at[X].view.size == 0:
         return moments_of(0, frozen(NULL, 0), frozen(NULL, 0))
-    return moments_of(count_of(c, p), frozen(p.sums, p.C), frozen(p.sums + p.C, p.C))
+    moments = moments_of(count_of(c, p), frozen(p.sums, p.C), frozen(p.sums + p.C, p.C))
+    cdef Py_ssize_t i
+    for i in range(p.C):
+        if p.sums[p.C + i] == INFINITY:
+            add_deviations(c, p, moments, selected)
+            break
+    return moments
+
+
+cdef int add_deviations(const Call* c, const Problem* p, object moments, tuple selected) except -1:
+    """Tell moments their standard deviations, as a variance is beyond float64."""
+    from .beyond import deviations
+
+    cdef Py_ssize_t i
+    if p.apply == NO_WRITE:
+        std = deviations(<object> c.at[X].used, c.axis, moments, selected, p.threads)
+    else:                       # x may have been written over: `write_left` has left them
+        std = moments.std()
+        for i in range(p.C):
+            if p.sums[p.C + i] == INFINITY and is_finite(p.sums[i]):
+                std[i] = p.sums[2 * p.chunks * p.C + i]
+    moments._tell(std)
+    return 0
 
 
 def statistics(x, axis, selected, num_threads):
@@ -250,7 +274,7 @@ def statistics(x, axis, selected, num_threads):
     held = []
     prepare(&c, &p, held, x, None, None, None, (axis, 1.0, None, 0), selected, num_threads)
     _sums = run(&c, &p, (), selected) if c.at[X].view.size else None
-    return moments_in(&c, &p)
+    return moments_in(&c, &p, selected)
 
 
 def forward(x, gamma, beta, residual, settings, selected, out, num_threads, exchange=None):
@@ -271,7 +295,7 @@ def forward(x, gamma, beta, residual, settings, selected, out, num_threads, exch
     if part:
         return deliver_part(&c, &p, settings, selected, exchange)
     _sums = run(&c, &p, settings, selected) if c.at[X].view.size else None
-    return deliver(&c, OUT), moments_in(&c, &p)
+    return deliver(&c, OUT), moments_in(&c, &p, selected)
 
 
 cdef object deliver_part(
@@ -321,10 +345,10 @@ def learn(
         _arguments.check_degrees(c.total, ddof)
     take_output(&c, OUT, "out", out)
     if c.at[X].view.size == 0:
-        return deliver(&c, OUT), moments_in(&c, &p), running_mean, running_var
+        return deliver(&c, OUT), moments_in(&c, &p, selected), running_mean, running_var
     _sums = run(&c, &p, settings, selected)
     moved = moved_to(&mean, &var, p.sums, p.sums + p.C, p.C, count_of(&c, &p) - ddof, weight)
-    return deliver(&c, OUT), moments_in(&c, &p), *moved
+    return deliver(&c, OUT), moments_in(&c, &p, selected), *moved
 
 
 def inference(

@@ -25,6 +25,7 @@ __all__ = [
     "Rows",
     "backward",
     "backward_rows",
+    "deviations",
     "forward",
     "forward_rows",
     "in_range",
@@ -59,16 +60,18 @@ class Channels(NamedTuple):
 
 
 @np.errstate(all="ignore")
-def forward(call: Channels) -> None:
-    """Write y of the channels that were left out."""
+def forward(call: Channels) -> Array:
+    """Write y of the channels that were left out, and return their standard deviations."""
+    std = np.empty(call.where.size)
     for own, index in _pieces(call):
         x, residual = _wide(call.x, index), _wide(call.residual, index)
-        e, mean, var = _scaled(call, own, x)
+        e, mean, var, std[own] = _scaled(call, own, x)
         settings = call.axis, 0.0, *call.settings[2:]
         call.y[index] = batch_norm.inference(
             np.ldexp(x, -_column(e, call)), mean, var, call.gamma[own], call.beta[own], residual,
             settings, call.selected, None, call.threads, True,
         )  # fmt: skip
+    return std
 
 
 @np.errstate(all="ignore")
@@ -77,7 +80,7 @@ def backward(call: Channels) -> tuple[Array, Array]:
     sums = np.zeros((2, call.where.size))
     for own, index in _pieces(call):
         x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
-        e, mean, var = _scaled(call, own, x)
+        e, mean, var, _ = _scaled(call, own, x)
         up = _exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
         if not call.from_output:
             x = np.ldexp(x, -_column(e, call))
@@ -113,8 +116,21 @@ def in_range(
         moments.count, True, (axis, eps, None, 0.0), selected, False, threads,
     )  # fmt: skip
     wide = x.astype(np.float64)
-    e, mean, var = _scaled(call, slice(None), wide)
+    e, mean, var, _ = _scaled(call, slice(None), wide)
     return np.ldexp(wide, -_column(e, call)), mean, var, e
+
+
+@np.errstate(all="ignore")
+def deviations(
+    x: Array, axis: int, moments: Any, selected: tuple[Any, ...], threads: int | None
+) -> Array:
+    """Return the standard deviation of each channel, of which some have an infinite M2."""
+    std: Array = np.sqrt(moments.m2 / moments.count)
+    for c in np.flatnonzero(np.isinf(moments.m2) & np.isfinite(moments.mean)):
+        part = np.ldexp(np.take(x, [c], axis), -600)
+        found = batch_norm.statistics(part, axis, selected, threads)
+        std[c] = np.ldexp(np.sqrt(found.m2 / found.count), 600)[0]
+    return std
 
 
 def _pieces(call: Channels) -> Iterator[tuple[slice, tuple[Any, ...]]]:
@@ -138,22 +154,24 @@ def _exponent(values: Array) -> NDArray[np.intc]:
     return exponents
 
 
-def _scaled(call: Channels, own: slice, x: Array) -> tuple[NDArray[np.intc], Array, Array]:
-    """Return e, and mean and var + eps of the values of x / 2**e."""
+def _scaled(call: Channels, own: slice, x: Array) -> tuple[NDArray[np.intc], Array, Array, Array]:
+    """Return e, mean and var + eps of the values of x / 2**e, and the standard deviation of x."""
     mean, eps = call.mean[own], call.settings[1]
     var = call.var[own] / call.count
-    d, shift = np.sqrt(var + eps), _shift(var + eps)
+    d, std, shift = np.sqrt(var + eps), np.sqrt(var), _shift(var + eps)
     again = np.flatnonzero(_unsure(var + eps)) if call.measured and not call.from_output else ()
     if len(again):
         some = np.ldexp(np.take(x, again, call.axis), _column(shift[again], call))
         found = batch_norm.statistics(some, call.axis, call.selected, call.threads)
-        var = found.m2 / found.count + np.ldexp(eps, 2 * shift[again])
+        var = found.m2 / found.count
+        std[again] = np.ldexp(np.sqrt(var), -shift[again])
+        var += np.ldexp(eps, 2 * shift[again])
         d[again] = np.ldexp(np.sqrt(var), -shift[again])
     e = _exponent(d)
     if not call.from_output:  # else mean is beta
         e = np.where(np.abs(mean) > 2.0**1000, np.maximum(e, 2), e)  # x - mean stays in range
         mean = np.ldexp(mean, -e)
-    return e, mean, np.ldexp(d, -e) ** 2
+    return e, mean, np.ldexp(d, -e) ** 2, std
 
 
 def _shift(v: Array) -> NDArray[np.intc]:
@@ -184,12 +202,15 @@ class Rows(NamedTuple):
 
 
 @np.errstate(all="ignore")
-def forward_rows(call: Rows) -> None:
-    """Write y of the rows that were left out."""
+def forward_rows(call: Rows) -> Array:
+    """Write y of the rows that were left out, and return the standard deviations of all rows."""
+    std: Array = np.sqrt(call.m2 / call.form.size)
     for rows, index in _row_pieces(call):
-        xhat, _, _ = _xhat(call, rows, index)
+        xhat, d, shift = _xhat(call, rows, index)
+        std[rows] = np.ldexp(np.sqrt(d * d - np.ldexp(call.eps, 2 * shift)), -shift)[:, 0]
         y = xhat * _along(call.gamma, call.form, rows) + _along(call.beta, call.form, rows)
         _write(call, call.y, index, y)
+    return std
 
 
 @np.errstate(all="ignore")

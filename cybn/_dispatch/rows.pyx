@@ -154,11 +154,11 @@ cdef object freeze(object array):
     return array
 
 
-cdef int write_left(object left) except -1:
+cdef object write_left(object left):
+    """Write y of rows that were left out; return the standard deviations of all rows."""
     from .beyond import forward_rows
 
-    forward_rows(left)
-    return 0
+    return forward_rows(left)
 
 
 cdef int add_left(object left, double* parts, Py_ssize_t channels) except -1:
@@ -194,10 +194,12 @@ def normalize_rows(x, gamma, beta, settings, bint centred, out, num_threads):
     p.mean, p.m2 = doubles(mean), doubles(m2)
     _sums = run(&c, &p, &t)
     left = rows_left(&c, &p, form, mean, m2, None)
-    if left is not None:
-        write_left(left)
+    std = None if left is None else write_left(left)
     mean, m2 = in_order(&c, form, mean, False), in_order(&c, form, m2, False)
-    return deliver(&c, OUT), moments_of(form.size, freeze(mean), freeze(m2))
+    moments = moments_of(form.size, freeze(mean), freeze(m2))
+    if std is not None:
+        moments._tell(std)
+    return deliver(&c, OUT), moments
 
 
 def normalize_rows_backward(

@@ -109,6 +109,7 @@ class Correction(NamedTuple):
     def of(cls, batch: Moments, running: Running, limits: Renorm, eps: float) -> Correction:
         """Return the correction from a batch to the running statistics, within limits."""
         std = np.sqrt(batch.var() + eps)
+        std = np.where(np.isinf(std), batch.std(), std)  # a variance may be beyond float64
         running_std = np.sqrt(running.var.astype(np.float64) + eps)
         r = std / running_std
         d = (batch.mean - running.mean) / running_std
@@ -171,7 +172,10 @@ def _forward(
             moments = _dispatch.statistics(x[i], axis, chosen, num_threads)
             correction = Correction.of(moments, running, limits, eps)
             affine = correction.compose(gamma, beta)
-            _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)
+            if np.isinf(moments.m2).any():  # then the variance does not say what it is
+                _dispatch.forward(x[i], *affine, *more)
+            else:
+                _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)
         parts.append(Part(i, moments, correction, chosen))
     return y, parts
 

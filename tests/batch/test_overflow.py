@@ -4,6 +4,8 @@ A mean is right wherever it is in range itself, and a constant gives beta. A var
 is infinite; y and the gradients are those of the variance that it is (`test_beyond.py`).
 """
 
+import copy
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -42,6 +44,8 @@ def exact(values):
 
 def check(moments, values, close=4):
     mean, m2 = exact(values)
+    small = exact(values * 2.0**-600)[1] / len(values)
+    np.testing.assert_allclose(moments.std(), np.sqrt(small) * 2.0**600, rtol=1e-12)
     scale = np.abs(values).max()
     assert np.abs(moments.mean / scale - mean / scale).max() <= close * 2.0**-52
     np.testing.assert_allclose(moments.var(), m2 / len(values), rtol=1e-12)
@@ -82,7 +86,13 @@ def test_moments_in_parts(name):
         parts = [values[i : i + size, None] for i in range(0, 48, size)]
         merged = sum(cybn.Moments.empty(1).update(part) for part in parts)
         check(merged, values, 4 * len(parts))
-        assert cybn.Moments.from_state_dict(merged.state_dict()) == merged
+        for same in (
+            cybn.Moments.from_state_dict(merged.state_dict()),
+            pickle.loads(pickle.dumps(merged)),
+            copy.deepcopy(merged),
+        ):
+            assert same == merged
+            check(same, values, 4 * len(parts))
     bn = cybn.BatchNorm(1, dtype=float)
     check(cybn.population_statistics(bn, values.reshape(4, 12, 1))[bn], values, 16)
     twice = np.concatenate([values, values[:24]])
