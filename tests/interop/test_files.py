@@ -1,5 +1,7 @@
 """Files: what was saved comes back to the bit, and saving is whole or not at all."""
 
+import re
+
 import numpy as np
 import pytest
 from file_cases import ARRAYS, layers, same
@@ -162,3 +164,23 @@ def test_arrays_are_no_layers(path):
     interop.save_arrays(path, {"gamma": np.ones(3, np.float32)})
     with pytest.raises(ValueError, match="is not a file of layers"):
         interop.load_layers(path)
+
+
+def test_what_is_set_later_comes_back(path):
+    """Instance norms take nan_policy as an attribute alone."""
+    layers = {"one": cybn.InstanceNorm1d(3, track_running_stats=True), "two": cybn.BatchNorm(3)}
+    for layer in layers.values():
+        layer.nan_policy = "skip"
+        layer.eval().freeze()
+    interop.save_layers(path, layers)
+    for name, layer in interop.load_layers(path).items():
+        assert layer.nan_policy == "skip"
+        assert repr(layer) == repr(layers[name])
+        assert not layer.training
+
+
+def test_an_unreadable_file_is_named(path):
+    path.write_bytes(b"nothing of the kind")
+    for load in (interop.load_arrays, interop.load_layers):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a readable"):
+            load(path)
