@@ -138,7 +138,7 @@ cdef inline bint scale_terms(
         mean[i] = 0 if r[i] == INFINITY else mean[i]    # so x - mean is finite, and y is beta
         v = r[i] / p.count + p.eps
         r[i] = gamma[i] / sqrt(v)
-        left |= beyond(mean[i], v, False, r[i], beta[i], co[0])
+        left |= beyond(mean[i], v, False, r[i], beta[i], <T> 0)
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
@@ -168,8 +168,8 @@ cdef inline bint unscale_terms(
         r[i] = gamma[i] / sqrt(v)
         slope = -r[i] * xhat[i] * p.sums[p.C + c + i] / p.M
         base = -r[i] * p.sums[c + i] / p.M - slope * (mean[i] - <T> mean[i])
-        left |= beyond(mean[i], v, True, slope, base, co[0]) | beyond(
-            mean[i], v, True, r[i], p.sums[c + i], co[0])
+        left |= beyond(mean[i], v, True, slope, base, <T> 0) | beyond(
+            mean[i], v, True, r[i], p.sums[c + i], <T> 0)
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         co[K + i] = <T> slope
