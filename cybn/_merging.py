@@ -35,7 +35,7 @@ def merged(one: Part, other: Part) -> tuple[Count, Any, Any, Any]:
     return count, total, np.where(one_sided, m2 + m2_other, squares), left
 
 
-Deviation = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean, standard deviation
+Deviation = tuple[NDArray[np.float64], Rest, NDArray[np.float64]]  # mean and its rest, deviation
 
 
 @np.errstate(all="ignore")
@@ -44,8 +44,9 @@ def deviation_of(one: Deviation, other: Deviation, share: Any) -> NDArray[np.flo
 
     `share` is that of the other part in the count.
     """
-    (mean, std), (mean_other, std_other) = one, other
-    apart = 2 * np.sqrt(share * (1 - share)) * np.abs(mean_other / 2 - mean / 2)
+    (mean, rest, std), (mean_other, rest_other, std_other) = one, other
+    half = np.abs((mean_other / 2 - mean / 2) + (rest_other / 2 - rest / 2))
+    apart = 2 * np.sqrt(share * (1 - share)) * half
     within = np.hypot(np.sqrt(1 - share) * std, np.sqrt(share) * std_other)
     both: NDArray[np.float64] = np.where(
         share == 0, std, np.where(share == 1, std_other, np.hypot(within, apart))

@@ -316,7 +316,8 @@ class Moments:
         both = Moments._adopt(*merged(self._parts(), other._parts()))
         if np.isinf(both.m2).any():
             share = share_of(other.count, both.count)
-            both._tell(deviation_of((self.mean, self.std()), (other.mean, other.std()), share))
+            ours, theirs = ((m.mean, m._parts()[3], m.std()) for m in (self, other))
+            both._tell(deviation_of(ours, theirs, share))
         return both
 
     def _parts(self) -> Part:

@@ -601,7 +601,8 @@ def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array, NDArray[np.
     power = _power(e[:, valid])
     e = np.ldexp(e, -power)
     m2 = (w * e[:, valid] ** 2).sum(axis=1, keepdims=True)  # (3), (64)
-    return np.ldexp(pivot + residual, first), e, m2, first + power  # (32)
+    total = np.where(m2 == 0, 0, first + power).astype(np.intc)
+    return np.ldexp(pivot + residual, first), e, m2, total  # (32)
 
 
 def _moments(count: Any, mean: Array, m2: Array, power: NDArray[np.intc]) -> Moments:

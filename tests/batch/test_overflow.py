@@ -45,10 +45,17 @@ def exact(values):
 def check(moments, values, close=4):
     mean, m2 = exact(values)
     small = exact(values * 2.0**-600)[1] / len(values)
-    np.testing.assert_allclose(moments.std(), np.sqrt(small) * 2.0**600, rtol=1e-12)
+    std = np.sqrt(small) * 2.0**600
+    np.testing.assert_allclose(moments.std(), std, rtol=1e-12 + rounding(moments))
     scale = np.abs(values).max()
     assert np.abs(moments.mean / scale - mean / scale).max() <= close * 2.0**-52
     np.testing.assert_allclose(moments.var(), m2 / len(values), rtol=1e-12)
+
+
+def rounding(moments):
+    """Return what rounding of the mean may change of y, which grows with mean / std."""
+    std = moments.std()
+    return 2.0**-48 * (1 + np.max(np.abs(moments.mean) / np.where(std > 1, std, np.inf)))
 
 
 def arrays(values):
@@ -70,7 +77,7 @@ def test_batch_norm(name, level):
             check(moments, values)
         if m.m2[0] == 0:
             assert (np.moveaxis(y, axis, -1) == beta).all()
-        np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(y, want, rtol=1e-12, atol=rounding(m))
         if m.m2[0] == np.inf:
             assert (
                 abs((y - beta.reshape(-1 if axis == -1 else (-1, *[1] * (y.ndim - 2)))).std() - 1)
@@ -130,7 +137,7 @@ def test_rows(name, level):
         want, of_reference = getattr(reference, function.__name__)(x, **options)
         check(m, row, 16)
         check(of_reference, row, 16)
-        np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-13, err_msg=kind)
+        np.testing.assert_allclose(y, want, rtol=1e-12, atol=rounding(m), err_msg=kind)
         assert np.isfinite(y).all(), kind
 
 
