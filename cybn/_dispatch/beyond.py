@@ -3,9 +3,9 @@
 The sum of the squares of values of 1e200 is beyond float64, the values divided by their standard
 deviation are not. Kernels mark such a channel, or row, and leave it out, as they do where a sum of
 gradients is beyond their type (`beyond` in `_kernels/statistics.pxd`). Here it is computed once
-more: in float64, of values that are multiplied by a power of two, which rounds nothing.
+more: in float64, of values that are multiplied by a power of two, which is exact.
 
-d = sqrt(var + eps) is divided by; 2**e is the power of two just above it.
+d = sqrt(var + eps) is the divisor; 2**e is the power of two just above it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _column(values: Array, call: Channels) -> Array:
 
 
 def _exponent(values: Array) -> NDArray[np.intc]:
-    """Return e of 2**(e - 1) <= value < 2**e; 0 where that is none."""
+    """Return e of 2**(e - 1) <= value < 2**e; 0 if a value is 0 or not finite."""
     exponents: NDArray[np.intc] = np.where(np.isfinite(values), np.frexp(values)[1], 0)
     return exponents
 

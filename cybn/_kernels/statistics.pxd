@@ -120,11 +120,12 @@ cdef inline bint beyond(
     theirs with a value, or a part of it, may be out of range where the result is not. NaN and
     infinity in x are no reason: their results are what they are.
     """
-    cdef double high = 2.0 ** (80 if T is float else 800), low = 2.0 ** (-100 if T is float else -800)
-    cdef double far = 2.0 ** (100 if T is float else 960), most = 2.0 ** (120 if T is float else 1000)
+    cdef double high = (1e24 if T is float else 1e240) * (1 if backward else 1e12)
+    cdef double low = 1e-30 if T is float else 1e-240
+    cdef double far = 1e30 if T is float else 1e288
+    cdef double most = 1e36 if T is float else 1e300
     cdef bint fits = (
-        ((v <= high) | ((not backward) & (v <= high * 2.0 ** 40)))
-        & ((v <= 0) | (v >= low)) & (-far <= mean) & (mean <= far)
+        (v <= high) & ((v <= 0) | (v >= low)) & (-far <= mean) & (mean <= far)
         & (-most <= a) & (a <= most) & (-most <= b) & (b <= most))
     return (v == v) & (-INFINITY < mean) & (mean < INFINITY) & (not fits)
 
