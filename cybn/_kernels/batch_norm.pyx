@@ -128,7 +128,7 @@ cdef inline bint scale_terms(
     cdef double beta[VECTOR]
     cdef double gamma[VECTOR]
     cdef double v
-    cdef int left = 0
+    cdef Py_ssize_t left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
     load(&p.var, c, n, 0, r)
@@ -156,7 +156,7 @@ cdef inline bint unscale_terms(
     cdef double gamma[VECTOR]
     cdef double xhat[VECTOR]
     cdef double slope, base, v
-    cdef int left = 0
+    cdef Py_ssize_t left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
     load(&p.var, c, n, 0, r)
