@@ -13,7 +13,7 @@
 
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY, fabs, sqrt
 from libc.string cimport memchr, memcpy, memset
 
 from cybn._dispatch.arguments cimport (
@@ -165,16 +165,16 @@ cdef bint loses_dy(const Problem* p) noexcept:
     That may be where it keeps the gradient before the activation in dx, which is dy itself.
     """
     cdef Py_ssize_t i
-    cdef double mean, v, a, b
+    cdef double mean, v, size
     if gradient_of(p) != IN_DX:
         return False
     for i in range(p.C):
         mean, v = value_of(&p.mean, i, 0), value_of(&p.var, i, 0) / p.count + p.eps
-        a, b = value_of(&p.gamma, i, 1) / sqrt(v), value_of(&p.beta, i, 0)
+        size = fabs(value_of(&p.gamma, i, 1) / sqrt(v)) + fabs(value_of(&p.beta, i, 0))
         if p.storage == FLOAT64:
-            if beyond(mean, v, True, a, b, <double> 0):
+            if beyond(mean, v, True, size, <double> 0):
                 return True
-        elif beyond(mean, v, True, a, b, <float> 0):
+        elif beyond(mean, v, True, size, <float> 0):
             return True
     return False
 

@@ -28,7 +28,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport parallel, prange
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY, fabs, sqrt
 from libc.string cimport memcpy, memset
 
 from cybn._kernels.activation cimport HARDSWISH, IDENTITY, LEAKY_RELU, RELU6
@@ -127,7 +127,7 @@ cdef inline bint scale_terms(
     cdef double r[VECTOR]
     cdef double beta[VECTOR]
     cdef double gamma[VECTOR]
-    cdef double v
+    cdef double v[VECTOR]
     cdef Py_ssize_t left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
@@ -136,9 +136,11 @@ cdef inline bint scale_terms(
     load(&p.beta, c, n, 0, beta)
     for i in range(n):
         mean[i] = 0 if r[i] == INFINITY else mean[i]    # so x - mean is finite, and y is beta
-        v = r[i] / p.count + p.eps
-        r[i] = gamma[i] / sqrt(v)
-        left |= beyond(mean[i], v, False, r[i], beta[i], <T> 0)
+        v[i] = r[i] / p.count + p.eps
+        r[i] = gamma[i] / sqrt(v[i])
+    for i in range(n):
+        left |= beyond(mean[i], v[i], False, fabs(r[i]) + fabs(beta[i]), <T> 0)
+    for i in range(n):
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
@@ -155,7 +157,9 @@ cdef inline bint unscale_terms(
     cdef double r[VECTOR]
     cdef double gamma[VECTOR]
     cdef double xhat[VECTOR]
-    cdef double slope, base, v
+    cdef double v[VECTOR]
+    cdef double size[VECTOR]
+    cdef double slope, base
     cdef Py_ssize_t left = 0
     cdef Py_ssize_t i
     load(&p.mean, c, n, 0, mean)
@@ -164,16 +168,17 @@ cdef inline bint unscale_terms(
     load_xhat_scale(p, c, n, xhat)
     for i in range(n):
         mean[i] = 0 if r[i] == INFINITY else mean[i]
-        v = r[i] / p.count + p.eps
-        r[i] = gamma[i] / sqrt(v)
+        v[i] = r[i] / p.count + p.eps
+        r[i] = gamma[i] / sqrt(v[i])
         slope = -r[i] * xhat[i] * p.sums[p.C + c + i] / p.M
         base = -r[i] * p.sums[c + i] / p.M - slope * (mean[i] - <T> mean[i])
-        left |= beyond(mean[i], v, True, slope, base, <T> 0) | beyond(
-            mean[i], v, True, r[i], p.sums[c + i], <T> 0)
+        size[i] = fabs(slope) + fabs(base) + fabs(r[i]) + fabs(p.sums[c + i])
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
         co[K + i] = <T> slope
         co[B + i] = <T> base
+    for i in range(n):
+        left |= beyond(mean[i], v[i], True, size[i], <T> 0)
     return left != 0
 
 

@@ -30,7 +30,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, sqrt
+from libc.math cimport INFINITY, fabs, sqrt
 from libc.string cimport memcpy, memset
 
 from cybn._kernels.by_row cimport (
@@ -456,7 +456,7 @@ cdef void finish_forward(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) 
         at.job, at.n, at.g = job, n, g
         settle(look_float if T is float else look_double, &at, p.D, p.centred, &p.mean[row],
                &p.m2[row])
-    p.left[row] = beyond(p.mean[row], p.m2[row] / p.D + p.eps, False, 0, 0, of_type)
+    p.left[row] = beyond(p.mean[row], p.m2[row] / p.D + p.eps, False, 0, of_type)
 
 
 cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
@@ -469,7 +469,8 @@ cdef inline bint left_to_dispatch(
     """Whether a row of a backward pass, of these sums, is beyond the range of T."""
     cdef const RowProblem* p = job.p
     cdef double v = p.m2[row] / p.D + p.eps, r = rstd(job, row)
-    return beyond(p.mean[row], v, True, total1, total2 * r * r / p.D, of_type)
+    return beyond(
+        p.mean[row], v, True, fabs(total1) + fabs(total2 * r * r / p.D), of_type)
 
 
 cdef void finish_backward(

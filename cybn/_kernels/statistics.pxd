@@ -5,7 +5,7 @@
 # Where that lies more than two standard deviations from the mean, or squares left the range of T,
 # the values are summed again in float64 (docs/math.md, 6.2). Both kernels do it here.
 
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, fabs
 
 from cybn._kernels.lanes cimport T, WIDE, across
 from cybn._kernels.problem cimport SAMPLES
@@ -112,28 +112,23 @@ cdef inline bint is_finite(double v) noexcept nogil:
 
 
 cdef inline Py_ssize_t beyond(
-    double mean, double v, bint backward, double a, double b, T of_type
+    double mean, double v, bint backward, double size, T of_type
 ) noexcept nogil:
     """Whether the loops of T cannot write a channel or row, though it has a mean and a variance.
 
-    v is var + eps. a and b are two of the coefficients, or what these are made of: a product of
-    theirs with a value, or a part of it, may be out of range where the result is not. NaN and
-    infinity in x are no reason: their results are what they are. Integers as wide as a double, and
-    no branch: so a loop over channels is vectorized.
+    v is var + eps, and size the sum of the sizes of coefficients, or of what they are made of: a
+    product of theirs with a value, or a part of it, may be out of range where the result is not.
+    NaN and infinity in x are no reason: their results are what they are. Integers are as wide as a
+    double, so that a loop over channels is vectorized.
     """
     cdef double high = (1e24 if T is float else 1e240) * (1 if backward else 1e12)
     cdef double low = 1e-30 if T is float else 1e-240
     cdef double far = 1e30 if T is float else 1e288
     cdef double most = 1e36 if T is float else 1e300
-    cdef Py_ssize_t known = (
-        (<Py_ssize_t> (v == v)) & (<Py_ssize_t> (-INFINITY < mean))
-        & (<Py_ssize_t> (mean < INFINITY)))
     cdef Py_ssize_t fits = (
         (<Py_ssize_t> (v <= high)) & ((<Py_ssize_t> (v <= 0)) | (<Py_ssize_t> (v >= low)))
-        & (<Py_ssize_t> (-far <= mean)) & (<Py_ssize_t> (mean <= far))
-        & (<Py_ssize_t> (-most <= a)) & (<Py_ssize_t> (a <= most))
-        & (<Py_ssize_t> (-most <= b)) & (<Py_ssize_t> (b <= most)))
-    return known & (fits ^ 1)
+        & (<Py_ssize_t> (fabs(mean) <= far)) & (<Py_ssize_t> (size <= most)))
+    return (fits ^ 1) & (<Py_ssize_t> (v == v)) & (<Py_ssize_t> (fabs(mean) < INFINITY))
 
 
 cdef inline void settle(
