@@ -79,6 +79,10 @@ def backward(call: Channels) -> tuple[Array, Array]:
     """Write dx and the gradient of the residual, and return dgamma and dbeta, in float64."""
     sums = np.zeros((2, call.where.size))
     for own, index in _pieces(call):
+        assert call.dy is not None
+        if not (call.measured or np.isfinite(call.dy[index]).all()):
+            _backward_as_is(call, own, index, sums)
+            continue
         x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
         e, mean, var, _ = _scaled(call, own, x)
         up = _exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
@@ -97,6 +101,20 @@ def backward(call: Channels) -> tuple[Array, Array]:
         if call.dresidual is not None:
             call.dresidual[index] = np.ldexp(rest[0], _column(up, call))
     return sums[0], sums[1]
+
+
+def _backward_as_is(call: Channels, own: slice, index: tuple[Any, ...], sums: Array) -> None:
+    """Write what belongs to one channel; a dy that is not finite leaves the others' dx alone."""
+    dx, dgamma, dbeta, *rest = batch_norm.backward(
+        np.asarray(call.dy)[index], call.x[index], (call.mean[own], call.var[own]),
+        call.gamma[own], call.beta[own],
+        None if call.residual is None else call.residual[index], call.settings, call.selected,
+        call.from_output, None, None, call.threads, None, True,
+    )  # fmt: skip
+    call.y[index] = dx
+    sums[:, own] = dgamma, dbeta
+    if call.dresidual is not None:
+        call.dresidual[index] = rest[0]
 
 
 @np.errstate(all="ignore")
@@ -238,7 +256,9 @@ def _row_pieces(call: Rows) -> Iterator[tuple[NDArray[np.intp], tuple[Any, ...]]
     form, each = call.form, max(1, _PIECE // call.form.size)
     for start in range(0, call.where.size, each):
         rows = call.where[start : start + each]
-        if form.axis == 0:
+        if form.lead == 0:
+            yield rows, (None,)  # x is the one row
+        elif form.axis == 0:
             yield rows, np.unravel_index(rows, call.x.shape[: form.lead])
         else:
             n, g = np.divmod(rows, form.groups)

@@ -287,3 +287,10 @@ def test_nan_stays_in_its_channel(level):
     y, _ = cybn.batch_norm(x)
     assert np.isnan(y[:, 0]).all()
     assert y[:, 1:].tobytes() == clean[:, 1:].tobytes()
+
+
+@pytest.mark.parametrize("norm", [cybn.layer_norm, cybn.rms_norm])
+def test_a_row_that_is_the_whole_array(norm):
+    x = np.array([1e38, -2e38, 3e38, -3e38, 2.5e38, 1.5e38, 0], "f4")
+    y, wide = norm(x)[0], norm(x.astype("f8") / 1e38, eps=0)[0]
+    np.testing.assert_allclose(y, wide, rtol=1e-6)

@@ -185,6 +185,7 @@ for m, of_another_kind in ((M, SAMPLES), (SAMPLES, M)):
     good(lambda m=m: m.from_state_dict(m.state_dict()))
     bad(m.from_state_dict, m.state_dict() | {"rest": FOUR})
     bad(m.from_state_dict, m.state_dict() | {"rest": V * np.nan})
+    bad(m.from_state_dict, m.state_dict() | {"std": FOUR})
     bad(m.merge, of_another_kind)
     bad(m.merge, cybn.Moments.empty(4))
 bad(SAMPLES.merge, within_samples(LARGE))
