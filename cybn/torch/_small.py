@@ -20,20 +20,20 @@ SMALL = "the call is small: PyTorch is faster"
 # Values of the input below which PyTorch computes a call: in evaluation without gradients and with
 # them, in training without and with.
 Borders = tuple[int, int, int, int]
+_BATCH: Borders = (1 << 20, 1 << 20, 1 << 19, 1 << 19)
 _BORDERS: dict[type, Borders] = {
-    nn.modules.batchnorm._BatchNorm: (1 << 20, 1 << 20, 1 << 19, 1 << 19),
+    nn.modules.batchnorm._BatchNorm: _BATCH,
     nn.modules.instancenorm._InstanceNorm: (1 << 15, 1 << 16, 1 << 15, 1 << 16),
     nn.GroupNorm: (1 << 20, 1 << 20, 1 << 20, 1 << 20),
     nn.LayerNorm: (1 << 20, 1 << 20, 1 << 20, 1 << 20),
     nn.RMSNorm: (1 << 16, 1 << 15, 1 << 16, 1 << 15),
 }
-_OTHERS = _BORDERS[nn.modules.batchnorm._BatchNorm]  # mostly subclasses of timm's and users' own
 
 
 def borders_of(module: nn.Module) -> Borders:
     """Return the borders for the calls of a module."""
     kinds = (found for kind, found in _BORDERS.items() if isinstance(module, kind))
-    return next(kinds, _OTHERS)
+    return next(kinds, _BATCH)  # others are mostly subclasses of timm's and users' own
 
 
 def is_small(module: nn.Module, x: Any) -> bool:
