@@ -44,8 +44,7 @@ from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
     SAMPLES, SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels,
     Problem, Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
-from cybn._kernels.stages cimport (
-    Piece, apply_piece, counted, fetch, inputs, keep_gradient, place, shares, weigh)
+from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
 from cybn._kernels.statistics cimport (
     Wide, add_wide, beyond, is_finite, mark, pivot_of, sample_of, settle, settled,
     wide_sums)
@@ -272,13 +271,6 @@ cdef Piece first_piece(
     return piece
 
 
-cdef void keep_piece(
-    const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
-) noexcept nogil:
-    """Leave the gradient before the activation of a piece; compiled once for runs and columns."""
-    keep_gradient(job.p, gradients(job), n, i, m, co, step, room)
-
-
 cdef void reduce_by_run(
     const Job* job, const Tile* t, T of_type, double* out1, double* out2
 ) noexcept nogil:
@@ -312,7 +304,7 @@ cdef void reduce_by_run(
                 else:
                     x, dy = place(&p.x, p, n, i), place(&p.dy, p, n, i)
                 if kept:
-                    keep_piece(job, n, i, m, co + c, 0, room)
+                    first_piece(job, n, i, m, co + c, 0, room)
                     dy = place(gradients(job), p, n, i)
                 if sums:
                     sum_run(way, x, m, co[c], acc + c * 2 * WIDE)
@@ -409,8 +401,8 @@ cdef void keep_rows(
     for s in range(sweeps):
         for k in range(rows):
             for j in range(ceiling(w, STAGED)):
-                keep_piece(job, n + s * ahead + k * apart, i + j * STAGED,
-                           min(STAGED, w - j * STAGED), co + j * STAGED, 1, room)
+                first_piece(job, n + s * ahead + k * apart, i + j * STAGED,
+                            min(STAGED, w - j * STAGED), co + j * STAGED, 1, room)
 
 
 cdef void add_rows(

@@ -161,10 +161,6 @@ cdef inline void row_scale(
     cdef T room[LANES]
     cdef Ends e = ends_of(way, y, stream, n, row[0])
     cdef Py_ssize_t item = item_of(way, row[0]), i, at, m
-    if n < e.lanes:             # most of the time goes to what stands around the loop
-        scale_values(read(way, x, n, room), gamma, beta, v, n, row)
-        write(way, v, y, n)
-        return
     for i in range(-1, e.strips + 1):
         at = 0 if i < 0 else e.head + i * e.lanes
         if 0 <= i < e.strips:
@@ -218,11 +214,6 @@ cdef inline void row_unscale(
     cdef const T* at_dy
     cdef Ends e = ends_of(way, dx, stream, n, row[0])
     cdef Py_ssize_t item = item_of(way, row[0]), i, at, m
-    if n < e.lanes:
-        at_x, at_dy = read(way, x, n, room), read(way, dy, n, room + LANES)
-        unscale_values(at_dy, at_x, gamma, v, n, row, a, b)
-        write(way, v, dx, n)
-        return
     for i in range(-1, e.strips + 1):
         at = 0 if i < 0 else e.head + i * e.lanes
         m = e.head if i < 0 else (e.lanes if i < e.strips else e.rest)

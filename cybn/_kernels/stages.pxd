@@ -233,28 +233,6 @@ cdef inline Piece inputs(
     return piece
 
 
-cdef inline void keep_gradient(
-    const Problem* p, const Rows* to, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
-    Py_ssize_t step,
-    T* room,                    # OUT (2, STAGED)
-) noexcept nogil:
-    """Leave dy times the slope of the activation at values i..i + m of row n; nothing is masked."""
-    cdef const T* x = <const T*> place(&p.x, p, n, i)
-    cdef const T* dy = <const T*> place(&p.dy, p, n, i)
-    cdef const T* r = <const T*> place(&p.residual, p, n, i) if p.residual.at != NULL else NULL
-    cdef T* z = room
-    cdef T* at = <T*> place(to, p, n, i)
-    cdef T* g = room + STAGED if at == dy else at
-    if p.activation != IDENTITY:
-        if step:
-            normalize(x, r, z, m, co, 1)
-        else:
-            normalize(x, r, z, m, co, 0)
-    through(dy, z, g, m, p.activation, <T> p.slope)
-    if g != at:
-        memcpy(at, g, m * sizeof(T))
-
-
 cdef inline void apply_piece(
     const Problem* p, const Route* r, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
     Py_ssize_t step,
