@@ -262,12 +262,14 @@ cdef inline void dot_strip(
     cdef T vb[LANES]
     cdef T room[4 * LANES]
     cdef T d0, d1, g0, g1
-    cdef T low = kink[0], high = kink[1], below = kink[2], above = kink[3]
+    cdef T low = 0, high = 0, below = 0, above = 0
     cdef const T* x0
     cdef const T* x1
     cdef const T* dy0
     cdef const T* dy1
     cdef Py_ssize_t i, j, lanes = lanes_of(a[0])
+    if bend != STRAIGHT:        # else there may be no kinks
+        low, high, below, above = kink[0], kink[1], kink[2], kink[3]
     for j in range(lanes):
         va[j] = a[j]
         vb[j] = b[j]
@@ -523,10 +525,12 @@ cdef inline void unscale_strip(
     cdef T room[2 * LANES]
     cdef T v[LANES]
     cdef T d, g
-    cdef T low = kink[0], high = kink[1], below = kink[2], above = kink[3]
+    cdef T low = 0, high = 0, below = 0, above = 0
     cdef const T* at_x = read(way, x, lanes_of(co[0]), room)
     cdef const T* at_dy = read(way, dy, lanes_of(co[0]), room + LANES)
     cdef Py_ssize_t j
+    if bend != STRAIGHT:
+        low, high, below, above = kink[0], kink[1], kink[2], kink[3]
     for j in range(lanes_of(co[0])):
         d = at_x[j] - co[HI + j * step]
         g = at_dy[j]
