@@ -80,7 +80,8 @@ def backward(call: Channels) -> tuple[Array, Array]:
     sums = np.zeros((2, call.where.size))
     for own, index in _pieces(call):
         assert call.dy is not None
-        if not (call.measured or np.isfinite(call.dy[index]).all()):
+        given = (call.x, call.dy)
+        if not (call.measured or all(np.isfinite(a[index]).all() for a in given)):
             _backward_as_is(call, own, index, sums)
             continue
         x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
@@ -104,7 +105,7 @@ def backward(call: Channels) -> tuple[Array, Array]:
 
 
 def _backward_as_is(call: Channels, own: slice, index: tuple[Any, ...], sums: Array) -> None:
-    """Write what belongs to one channel; a dy that is not finite leaves the others' dx alone."""
+    """Write what belongs to one channel; a value that is not finite leaves the others' dx alone."""
     dx, dgamma, dbeta, *rest = batch_norm.backward(
         np.asarray(call.dy)[index], call.x[index], (call.mean[own], call.var[own]),
         call.gamma[own], call.beta[own],
