@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -221,7 +222,7 @@ class Contestant:
     answer: Callable[[Any], Array] | None = None  # a sample of it, where the norm's is not
 
 
-class Peer:
+class Peer(ABC):
     """Somebody who can do some of the tasks: a module of `bench.peers` has one.
 
     Making one raises ImportError or OSError where it is not installed.
@@ -234,6 +235,6 @@ class Peer:
     note = ""  # how it is called
     quick = True  # whether it takes part in a quick run
 
+    @abstractmethod
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield a contestant for every layout and output; nothing for what it cannot do."""
-        raise NotImplementedError  # each peer has its own

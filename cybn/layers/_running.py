@@ -61,7 +61,8 @@ class RunningStatistics:
     @property
     def shown(self) -> Any:
         """The statistics, as attributes of the layer: None each where they are not kept."""
-        return self.values if self.tracks else Running(*(None,) * 3)  # type: ignore[arg-type]
+        absent: Any = (None,) * 3
+        return self.values if self.tracks else Running(*absent)
 
     def normalizes_by_batch(self, training: bool) -> bool:
         """Whether a batch is normalized with its own statistics."""

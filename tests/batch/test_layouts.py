@@ -1,7 +1,6 @@
 """Any strides, alignment and overlap: the right answer, in the layout of the input, or an error."""
 
-import itertools
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -165,7 +164,7 @@ def test_gaps_between_channels_last_rows(rng, channels, dtype, level):
     """
     room = np.empty((2, 5, 6, 7, channels + 1), dtype)
     parts = np.s_[..., :-1], np.s_[:, :, :-1, :], np.s_[1:-1, :, :, 1:], np.s_[::2, 1:]
-    for part, between in itertools.product(parts, [np.nan, 1000]):
+    for part, between in product(parts, [np.nan, 1000]):
         room[...] = between
         x, dy = room[0][part], room[1][part]
         x[...], dy[...] = rng.standard_normal((2, *x.shape))
