@@ -38,8 +38,7 @@ from cybn._kernels.lanes cimport (
     gather, on_line, spread, stream_end)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
-    Seam, dot_columns, dot_run, has_lines, hold_nothing, lanes_of, let_go, scale, sum_columns,
-    sum_run, unscale)
+    dot_columns, dot_run, has_lines, lanes_of, sum_columns, sum_run)
 from cybn._kernels.problem cimport (
     APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
     SAMPLES, SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels,
@@ -50,6 +49,7 @@ from cybn._kernels.statistics cimport (
     wide_sums)
 from cybn._kernels.tasks cimport Tasks, deal, next_task
 from cybn._kernels.waiting cimport begun, ended
+from cybn._kernels.writes cimport Seam, hold_nothing, let_go, scale, unscale
 
 cdef enum:
     PART = 128              # channels that one thread finds the pivots of, or finishes, at a time

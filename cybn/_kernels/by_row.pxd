@@ -15,7 +15,8 @@
 
 from cybn._kernels.lanes cimport (
     LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write, write_strip)
-from cybn._kernels.loops cimport Ends, Seam, end_of_run, ends_of, lanes_of, put_head, put_rest
+from cybn._kernels.loops cimport Ends, end_of_run, ends_of, lanes_of
+from cybn._kernels.writes cimport Seam, put_head, put_rest
 
 cdef enum:
     HI_OF_ROW = 0           # where the constants of a row stand

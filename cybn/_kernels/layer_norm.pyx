@@ -41,8 +41,8 @@ from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, PIECE, PLAIN, STRIP, T, WIDE, Way, across, clear,
     gather, read, spread, stream_end)
 from cybn._kernels.loops cimport (
-    A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, Seam, dot_columns, dot_run, has_lines,
-    hold_nothing, lanes_of, let_go, scale, sum_columns, sum_run, unscale)
+    A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, has_lines, lanes_of,
+    sum_columns, sum_run)
 from cybn._kernels.problem cimport (
     ALONG, DOWN, FLOAT64, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
     STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
@@ -50,6 +50,7 @@ from cybn._kernels.problem cimport (
 from cybn._kernels.statistics cimport (
     Wide, add_wide, beyond, pivot_of, sample_of, settle, settled, wide_sums)
 from cybn._kernels.waiting cimport begun, ended
+from cybn._kernels.writes cimport Seam, hold_nothing, let_go, scale, unscale
 
 cdef struct Job:
     const RowProblem* p

@@ -1,5 +1,5 @@
 # cython: cdivision=True
-# The four formulas of batch normalization, each written once.
+# The four formulas of batch normalization, each written once: two here, two in writes.pxd.
 #
 #   loop      reads            writes    bytes an element (float32)
 #   sums      x                -         4     a += d        b += d * d
@@ -18,15 +18,11 @@
 # d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds
 #    to that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
 #    reads nothing beyond a row. Rows shorter than a strip are copied to one.
-# e. Seams. Past the caches only whole lines are quick: one written in part has to come from memory
-#    first, and what follows waits for it. So the line in which a row ends is held until the next
-#    row, if that begins there, has completed it.
 
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
-    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read,
-    stream_line, write_strip)
+    BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read)
 
 cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
     STRAIGHT                # none
@@ -49,12 +45,6 @@ cdef enum:                  # where each kind of coefficient begins
 cdef struct Lines:          # rows of memory that a loop goes through together
     const char* at[4]
     Py_ssize_t pitch        # bytes to the same rows of the next sweep
-
-
-cdef inline T clamp(T z, T low, T high) noexcept nogil:
-    """z within low..high; NaN and -0.0 stay what they are."""
-    z = low if low > z else z
-    return high if high < z else z
 
 
 cdef inline T bent(
@@ -389,206 +379,3 @@ cdef inline void dot_run(
             left = most
     flush(a, acc)
     flush(b, acc + WIDE)
-
-
-# ---- where results go --------------------------------------------------------------------
-
-cdef struct Seam:               # the line in which one row ends and the next begins
-    char line[LINE]
-    char* at                    # where it goes
-    Py_ssize_t held             # bytes of it that are known and not written yet
-
-
-cdef inline void hold_nothing(Seam* seam) noexcept nogil:
-    seam.at, seam.held = seam.line, 0
-
-
-cdef inline void let_go(Seam* seam) noexcept nogil:
-    """Write what is held of a line whose rest is not coming."""
-    memcpy(seam.at, seam.line, seam.held)
-    seam.held = 0
-
-
-cdef inline void put_head(Seam* seam, const char* head, Py_ssize_t bytes, char* y) noexcept nogil:
-    """Write what a row has before its first whole line, with the end of the row before it."""
-    if bytes and seam.held + bytes == LINE and seam.at + seam.held == y:
-        memcpy(seam.line + seam.held, head, bytes)
-        stream_line(seam.line, seam.at)
-        seam.held = 0
-    else:
-        let_go(seam)
-        memcpy(y, head, bytes)
-
-
-cdef inline void put_rest(Seam* seam, const char* rest, Py_ssize_t bytes, char* y) noexcept nogil:
-    """Write what follows the last whole strip, from the beginning of a line; hold half a line."""
-    let_go(seam)
-    if bytes >= LINE:
-        stream_line(rest, y)
-        rest, y, bytes = rest + LINE, y + LINE, bytes - LINE
-    memcpy(seam.line, rest, bytes)
-    seam.at, seam.held = y, bytes
-
-
-# ---- scale -------------------------------------------------------------------------------
-
-cdef inline void scale_strip(
-    Way way, Py_ssize_t step, bint clamped, bint added, bint stream,
-    const char* x,              # IN  (lanes,)
-    const char* r,              # IN  (lanes,)
-    char* y,                    # OUT (lanes,)
-    const T* restrict co,       # IN  HI, A and Z of columns, or of one
-    T low, T high,
-) noexcept nogil:
-    cdef T room[2 * LANES]
-    cdef T v[LANES]
-    cdef T z
-    cdef const T* at_x = read(way, x, lanes_of(low), room)
-    cdef const T* at_r = read(way, r, lanes_of(low), room + LANES) if added else at_x
-    cdef Py_ssize_t j
-    for j in range(lanes_of(low)):
-        z = (at_x[j] - co[HI + j * step]) * co[A + j * step] + co[Z + j * step]
-        if added:
-            z = z + at_r[j]
-        v[j] = clamp(z, low, high) if clamped else z
-    write_strip(way, stream, v, y)
-
-
-cdef inline void scale_row(
-    Way way, Py_ssize_t step, bint clamped, bint added, bint stream, const char* x, const char* r,
-    char* y, Py_ssize_t w, const T* co, T low, T high, Seam* seam,
-) noexcept nogil:
-    cdef char head[STRIP]
-    cdef char rest[STRIP]
-    cdef Ends e = ends_of(way, y, stream, w, low)
-    cdef Py_ssize_t item = item_of(way, low), last = w - e.lanes, i, at
-    if e.head:
-        scale_strip(way, step, clamped, added, False, x, r, head, co, low, high)
-    if e.rest:
-        scale_strip(way, step, clamped, added, False, x + last * item, r + last * item, rest,
-                    co + last * step, low, high)
-    if stream:
-        put_head(seam, head, e.head * item, y)
-    for i in range(e.strips):
-        at = e.head + i * e.lanes
-        scale_strip(way, step, clamped, added, stream, x + at * item, r + at * item, y + at * item,
-                    co + at * step, low, high)
-    at = w - e.rest
-    if stream:
-        put_rest(seam, rest + (e.lanes - e.rest) * item, e.rest * item, y + at * item)
-    else:
-        memcpy(y + at * item, rest + (e.lanes - e.rest) * item, e.rest * item)
-
-
-cdef inline void scale(
-    Way way,
-    bint stream,                # past the caches; only where has_lines
-    Py_ssize_t step,            # a constant
-    const char* x,              # IN  (w,), of at least a strip
-    const char* r,              # IN  (w,) residual, or NULL
-    char* y,                    # OUT (w,), may be x or r
-    Py_ssize_t w,
-    const T* co,                # IN  HI, A and Z
-    bint clamped,
-    T low,                      # infinite where there is no clamping
-    T high,
-    Seam* seam,                 # IO  where `stream`; to be let go at the end
-) noexcept nogil:
-    """y = (x - hi) * a + z + residual, clamped to low..high"""
-    if r != NULL:
-        if T is float and way == FLOAT16:
-            scale_row(FLOAT16, step, True, True, stream, x, r, y, w, co, low, high, seam)
-        elif T is float and way == BFLOAT16:
-            scale_row(BFLOAT16, step, True, True, stream, x, r, y, w, co, low, high, seam)
-        else:
-            scale_row(PLAIN, step, True, True, stream, x, r, y, w, co, low, high, seam)
-    elif T is float and way == FLOAT16:
-        scale_row(FLOAT16, step, True, False, stream, x, x, y, w, co, low, high, seam)
-    elif T is float and way == BFLOAT16:
-        scale_row(BFLOAT16, step, True, False, stream, x, x, y, w, co, low, high, seam)
-    elif clamped:
-        scale_row(PLAIN, step, True, False, stream, x, x, y, w, co, low, high, seam)
-    else:
-        scale_row(PLAIN, step, False, False, stream, x, x, y, w, co, low, high, seam)
-
-
-# ---- unscale -----------------------------------------------------------------------------
-
-cdef inline void unscale_strip(
-    Way way, Py_ssize_t step, Bend bend, bint stream,
-    const char* dy,             # IN  (lanes,)
-    const char* x,              # IN  (lanes,)
-    char* dx,                   # OUT (lanes,)
-    const T* restrict co,       # IN  HI, A, K, B and Z of columns, or of one
-    const T* restrict kink,     # IN  (4,)
-) noexcept nogil:
-    cdef T room[2 * LANES]
-    cdef T v[LANES]
-    cdef T d, g
-    cdef T low = 0, high = 0, below = 0, above = 0
-    cdef const T* at_x = read(way, x, lanes_of(co[0]), room)
-    cdef const T* at_dy = read(way, dy, lanes_of(co[0]), room + LANES)
-    cdef Py_ssize_t j
-    if bend != STRAIGHT:
-        low, high, below, above = kink[0], kink[1], kink[2], kink[3]
-    for j in range(lanes_of(co[0])):
-        d = at_x[j] - co[HI + j * step]
-        g = at_dy[j]
-        if bend != STRAIGHT:
-            g = bent(bend, g, d * co[A + j * step] + co[Z + j * step], low, high, below, above)
-        v[j] = g * co[A + j * step] + d * co[K + j * step] + co[B + j * step]
-    write_strip(way, stream, v, dx)
-
-
-cdef inline void unscale_row(
-    Way way, Py_ssize_t step, Bend bend, bint stream, const char* dy, const char* x, char* dx,
-    Py_ssize_t w, const T* co, const T* kink, Seam* seam,
-) noexcept nogil:
-    cdef char head[STRIP]
-    cdef char rest[STRIP]
-    cdef Ends e = ends_of(way, dx, stream, w, co[0])
-    cdef Py_ssize_t item = item_of(way, co[0]), last = w - e.lanes, i, at
-    if e.head:
-        unscale_strip(way, step, bend, False, dy, x, head, co, kink)
-    if e.rest:
-        unscale_strip(way, step, bend, False, dy + last * item, x + last * item, rest,
-                      co + last * step, kink)
-    if stream:
-        put_head(seam, head, e.head * item, dx)
-    for i in range(e.strips):
-        at = e.head + i * e.lanes
-        unscale_strip(way, step, bend, stream, dy + at * item, x + at * item, dx + at * item,
-                      co + at * step, kink)
-    at = w - e.rest
-    if stream:
-        put_rest(seam, rest + (e.lanes - e.rest) * item, e.rest * item, dx + at * item)
-    else:
-        memcpy(dx + at * item, rest + (e.lanes - e.rest) * item, e.rest * item)
-
-
-cdef inline void unscale(
-    Way way,
-    bint stream,                # past the caches; only where has_lines
-    Py_ssize_t step,            # a constant
-    Bend bend,                  # STRAIGHT for half types
-    const char* dy,             # IN  (w,), of at least a strip
-    const char* x,              # IN  (w,)
-    char* dx,                   # OUT (w,), may be dy or x
-    Py_ssize_t w,
-    const T* co,                # IN  HI, A, K, B and Z
-    const T* kink,              # IN  (4,)
-    Seam* seam,                 # IO  where `stream`; to be let go at the end
-) noexcept nogil:
-    """dx = g * a + (x - hi) * k + b"""
-    if T is float and way == FLOAT16:
-        unscale_row(FLOAT16, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
-    elif T is float and way == BFLOAT16:
-        unscale_row(BFLOAT16, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
-    elif T is float and bend == RECTIFIED:
-        unscale_row(PLAIN, step, RECTIFIED, stream, dy, x, dx, w, co, kink, seam)
-    elif T is float and bend == STEPS:
-        unscale_row(PLAIN, step, STEPS, stream, dy, x, dx, w, co, kink, seam)
-    elif T is float and bend == RAMP:
-        unscale_row(PLAIN, step, RAMP, stream, dy, x, dx, w, co, kink, seam)
-    else:
-        unscale_row(PLAIN, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
