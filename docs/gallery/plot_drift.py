@@ -101,7 +101,7 @@ def run(seed):
         first = layers_of(net)[0]
         drift = first.drift(net.layers[0](new_x))
         before = accuracy(net, test)
-        for bn in layers_of(net):  # from the first to the last, each on what it will see
+        for bn in layers_of(net):  # in order, because each changes the input of the next
             bn.set_statistics(cybn.population_statistics(net, [new_x], upstream="running")[bn])
         size = np.abs(drift.log_variance_ratio).mean(), np.abs(drift.shift).mean()
         found.append((*size, before, accuracy(net, test)))
@@ -159,8 +159,8 @@ right.legend(loc="upper center", ncols=3, fontsize=7)
 # % only. Noise destroys information, and the zeros that the convolution adds at the border do not
 # get brighter.
 #
-# Images of ones alone are not damaged, and accuracy is 96 %. Here new statistics make it worse, 79
-# %, because the statistics of a single class are not those of all classes. The drift of this change
+# Images of the digit 1 alone are unchanged, and accuracy is 96 %. Here new statistics lower it to
+# 79 %, because the statistics of a single class are not those of all classes. The drift of this change
 # is small (0.02 and 0.19). So look at `drift` first, and measure statistics again only on data that
 # has the classes in their usual proportions.
 #

@@ -51,7 +51,7 @@ def scenes(rng, x, y, count):
 # The network
 # -----------
 # Three blocks of convolution, batch normalization, ReLU and pooling bring 32 x 32 pixels to 4 x 4
-# cells; a last convolution gives eleven scores for each cell.
+# cells. A last convolution gives eleven scores for each cell.
 CHANNELS = ((1, 8), (8, 24), (24, 32))
 
 

@@ -7,7 +7,7 @@ most recipes for them. In which of the two networks does it help: in the generat
 digits, or in the discriminator, which tells drawn digits from real ones?
 
 Both are small convolutional networks in NumPy, trained with Adam on 1797 real digits of 8 x 8
-pixels. Batch normalization is used in five ways: not at all; in the generator only; in the
+pixels. Five ways are compared: no batch normalization; in the generator only; in the
 discriminator only, with real and drawn images in separate batches; in both; and in both with real
 and drawn images mixed in one batch.
 """
@@ -15,7 +15,7 @@ and drawn images mixed in one batch.
 # %%
 # The networks
 # ------------
-# The generator makes 8 x 8 pixels out of 16 random numbers; the discriminator gives one score.
+# The generator makes 8 x 8 pixels out of 16 random numbers. The discriminator gives one score.
 # Convolutions, pooling and dense layers are those of the demo.
 import os
 
@@ -212,7 +212,7 @@ for ax, (kind, images) in zip(axes.ravel(), shown.items(), strict=True):
 # Answer
 # ------
 # Batch normalization helps in the discriminator. There it lowers the mean distance from 1.10 to
-# 0.76, and the distance with every seed. In the generator alone it does not help: the distance is
+# 0.76, and it is lower with every seed. In the generator alone it does not help: the distance is
 # 1.24, and the ranges overlap. In both networks the mean is 0.92, with the largest spread. Mixing
 # real and drawn images in one batch reduces the spread, but hardly the mean.
 #

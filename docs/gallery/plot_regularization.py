@@ -126,7 +126,7 @@ axes[0].legend(loc="lower right")
 # ------
 # Neither helps here. All four networks learn the training images by heart. On the test images most
 # differences are about as large as their standard deviations. With 200 and 400 images batch
-# normalization is one point better than plain; with 50 and 100 it is two points worse. The network
+# normalization is one point better than plain. With 50 and 100 it is two points worse. The network
 # with both is in between, or like plain. In this simple task the number of training images matters
 # far more than the kind of regularization. The noise that batch normalization adds does not replace
 # more data.

@@ -235,6 +235,6 @@ right.set(title="Accuracy; the dotted line is chance", xlabel="%")
 #
 # Layer normalization is worse than no normalization here (33.6 and 38.2 %). It normalizes each
 # position by itself, and with 24 channels this may lose information. All networks are small and
-# trained for a short time; chance is 12.5 %.
+# trained for a short time. Chance is 12.5 %.
 #
 # The figures come from three seeds on an Intel Xeon (family 6, model 207).
