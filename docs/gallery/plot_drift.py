@@ -160,8 +160,8 @@ right.legend(loc="upper center", ncols=3, fontsize=7)
 # get brighter.
 #
 # Images of the digit 1 alone are unchanged, and accuracy is 96 %. Here new statistics lower it to
-# 79 %, because the statistics of a single class are not those of all classes. The drift of this change
-# is small (0.02 and 0.19). So look at `drift` first, and measure statistics again only on data that
-# has the classes in their usual proportions.
+# 79 %, because the statistics of a single class are not those of all classes. The drift of this
+# change is small (0.02 and 0.19). So look at `drift` first, and measure statistics again only on
+# data that has the classes in their usual proportions.
 #
 # The figures come from five seeds on an Intel Xeon (family 6, model 207).
