@@ -15,7 +15,7 @@ from .demo import DemoError
 def at_least_1(text: str) -> int:
     """Return a number of threads."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of threads; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of threads; give 1 or more")
     return int(text)
 
 

@@ -16,7 +16,7 @@ from . import _foreign
 # How hard to look for a shared element before calling two views overlapping.
 MOST_WORK: Any = 10_000
 
-_MOST_AXES = 64  # of an array: lists nested deeper are none
+_MOST_AXES = 64  # of an array; lists that are nested deeper are not arrays
 
 _OPTIONAL = ("gamma", "beta")
 
@@ -91,7 +91,7 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
         need = "float32 or float64" + (", or float16 or bfloat16" if half else "")
         raise TypeError(f"{name} is {dtype}; it must be {need}. {_foreign.advice(name, value)}")
     plain = _PLAIN[dtype.itemsize]
-    # Foreign byte order is copied; an unpickled dtype is equal to the plain one, but not it.
+    # Foreign byte order is copied. An unpickled dtype equals the plain one, but is another object.
     return value.astype(plain, copy=False).view(plain)
 
 

@@ -44,7 +44,7 @@ LIMIT = 10.0  # seconds of all turns
 ROUNDS = 2, 15  # fewest, most
 WARM, TURN = 0.003, 0.005  # seconds of untimed and of timed calls in a turn, at least one call
 LONG = 0.02  # seconds of a call that needs no untimed one before it
-TOLERANCE = 1e-3  # of the largest value: that the same is computed
+TOLERANCE = 1e-3  # relative to the largest value; results must agree within it
 BUSY = 0.25  # load for each CPU from which figures are not to be trusted
 NOTE = """\
 ms: a call of cybn, median of turns. GB/s: x read and y written once (backward: dy, x and dx).
@@ -54,11 +54,11 @@ quicker of its two memory formats."""
 
 
 class BenchError(ValueError):
-    """A file cannot be written, or a result is wrong: nothing was measured that would mislead."""
+    """A file cannot be written, or a result is wrong. No figures are printed then."""
 
 
 def run(*, json_file: Path | None = None, num_threads: int | None = None) -> None:
-    """Measure, and print the machine, a table and what it comes to.
+    """Measure, and print the machine, a table and a summary.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-# ---- who takes part ------------------------------------------------------------------------------
+# ---- the contestants ----------------------------------------------------------------------------
 
 
 def contestants(shape: Sequence[int], operation: str, threads: int, torch: Any) -> dict[str, Call]:
@@ -238,7 +238,7 @@ def busy() -> str:
     return f"The machine is busy (load {load:.1f}): wait a minute, or do not trust the figures."
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- the output ---------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -259,7 +259,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]], operation: str) -> str:
-    """Say in a line what an operation comes to: geometric means over the layers."""
+    """Return a line that sums up an operation: geometric means over the layers."""
     chosen = [row for row in rows if row["operation"] == operation]
     times = [row["seconds"] for row in chosen]
     moved = [4 * prod(row["shape"]) * OPERATIONS[operation] / 1e9 for row in chosen]

@@ -1,8 +1,8 @@
 """Group and instance normalization of a batch, with or without a mask.
 
 Without a mask the dispatch calls one kernel for the whole batch. With one, each sample has
-positions of its own, and goes through batch normalization by itself: a group of its channels is to
-that what a channel of a batch is.
+positions of its own, and goes through batch normalization by itself: there, a group of its
+channels takes the place of a channel.
 
 N = samples, G = groups of a sample, C = channels, K = C / G.
 """

@@ -1,10 +1,10 @@
-"""In which pieces, and in which order, an array of any size is walked.
+"""The pieces in which an array of any size is read, and their order.
 
 A piece has all C channels and about `FEW` values, so that a widened copy of it stays in cache; it
-has at least `ROWS` values a channel where that is more, and never more than `MOST` values but where
-C alone is. Pieces are cut across the outermost axes in memory but the channel axis, so that a file
-with the channels inside is read from its first byte to its last. Shape and strides alone decide:
-neither threads nor machine.
+has at least `ROWS` values a channel where that is more, and never more than `MOST` values, unless
+C alone is more. Pieces are cut across the outermost axes in memory but the channel axis, so that a
+file with the channels inside is read from its first byte to its last. Shape and strides alone
+decide: neither threads nor machine.
 """
 
 from __future__ import annotations

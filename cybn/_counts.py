@@ -85,7 +85,7 @@ def parts_of(state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def short(value: Count) -> str:
-    """Return a number, or a vector, in few words."""
+    """Return a short text for a number or a vector."""
     if not isinstance(value, np.ndarray):
         return f"{value}"
     return np.array2string(value, precision=6, threshold=6, edgeitems=3, separator=", ")

@@ -1,4 +1,4 @@
-"""A layer in words: its repr, the formulas it computes, and how other libraries mean the same."""
+"""Descriptions of a layer: its repr, its formulas, and the conventions of other libraries."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Blocks:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew; the blocks of living arrays stay theirs."""
+        """Start with an empty list; arrays that exist keep their blocks."""
         self._blocks: list[NDArray[np.uint8]] = []  # those used last at the end
         self._lock = RLock()  # reentrant, as a signal's handler may call a layer, too
         self._busy = False  # the list is being changed

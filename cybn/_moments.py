@@ -305,7 +305,7 @@ class Moments:
         if type(other) is not type(self) and not is_nothing(self.count):
             raise TypeError(
                 f"other is of type {type(other).__name__}, statistics within samples, of an "
-                "instance norm: merge them with their like only"
+                "instance norm: merge them only with others of that kind"
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")

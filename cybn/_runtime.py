@@ -125,7 +125,7 @@ def _cgroup_cpus(
     return max(1, int(min(quotas) + 0.5)) if quotas else None
 
 
-# Asking for OMP_NUM_THREADS threads is the user's word and goes before the cgroup's.
+# A number in OMP_NUM_THREADS was set by the user, and has priority over the cgroup's quota.
 _asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
 _quota = None if _asked.isdigit() and int(_asked) > 0 else _cgroup_cpus()
 _most = max(64, 4 * (os.cpu_count() or 1))

@@ -112,7 +112,7 @@ class SampleMoments(Moments):
         Raises
         ------
         TypeError
-            If `other` is no `SampleMoments`.
+            If `other` is not a `SampleMoments`.
         ValueError
             If the numbers of channels differ.
         OverflowError
@@ -123,7 +123,7 @@ class SampleMoments(Moments):
                 return self
             raise TypeError(
                 f"other is of type {type(other).__name__}; these are statistics within samples, "
-                "of an instance norm, and merge with their like only"
+                "of an instance norm, and merge only with others of that kind"
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")

@@ -75,7 +75,7 @@ class Trial(Generic[_Given]):
         return layer
 
     def tell(self, layer: Any, batch: Moments | None) -> None:
-        """Hand the moments of its input to the one who wants to know those of layers that track."""
+        """Pass the moments of the layer's input to the trial that records them, if there is one."""
         if self.note is not None and batch is not None and layer._running.tracks:
             self.note(layer, batch)
 

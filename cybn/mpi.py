@@ -5,8 +5,8 @@
 >>> bn = cybn.mpi.SyncBatchNorm2d(8, comm=MPI.COMM_WORLD)
 >>> y = bn(np.random.default_rng(MPI.COMM_WORLD.rank).standard_normal((4, 8, 5, 5)))
 
-Start a program with ``mpiexec -n 4 python -m mpi4py train.py``. docs/distributed.md says what
-travels between the ranks, and when that pays.
+Start a program with ``mpiexec -n 4 python -m mpi4py train.py``. docs/distributed.md says which
+messages are sent, and when it pays.
 """
 
 from __future__ import annotations

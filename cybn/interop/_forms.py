@@ -46,7 +46,7 @@ class Form:
 
     leaves: dict[str, str]  # last part of a key -> role; the first of a role is the one written
     separator: str
-    ddof: int | None  # of the running variance; None: the layer knows
+    ddof: int | None  # of the running variance; None: that of the layer
     tails: tuple[str, ...] = ()  # that a key may have when read
     heads: tuple[str, ...] = ()  # likewise
     collections: dict[str, str] | None = None  # first part of the key, by role
@@ -222,7 +222,7 @@ def search(
     for prefix, keys in groups.items():
         named = wanted is not None and prefix in wanted
         if not {MEAN, VAR} & set(keys) and not named:
-            continue  # a layer norm, or a linear layer: not worth a word
+            continue  # a layer norm or a linear layer, which is not reported
         if prefix in skip or (wanted is not None and prefix not in wanted):
             found.passed_over[prefix] = "not asked for"
             continue

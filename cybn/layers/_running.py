@@ -41,7 +41,7 @@ class Running(NamedTuple):
 
 
 class RunningStatistics:
-    """What a layer has learnt of its input, and how it learns."""
+    """The running statistics of a layer, and the settings by which they are updated."""
 
     def __init__(self, channels: int, dtype: DTypeLike) -> None:
         self.values = Running.start(channels, dtype)
@@ -102,9 +102,10 @@ class RunningStatistics:
             "finite before, reset_running_stats() starts anew"
         )
 
-    # What follows computes first, and takes its turn to put the result in place: if another thread
-    # came between, once more from there. Neither a call nor a loop happens while it has its turn,
-    # so that Python can neither be interrupted nor change threads: a change is whole, or is not.
+    # What follows computes the result first, and then takes the lock to store it. If another
+    # thread stored a result in the meantime, it computes again from that. While it has the lock
+    # there is neither a call nor a loop, so Python cannot be interrupted or change threads: all is
+    # stored, or nothing.
 
     def learn(
         self, before: Running, moved: Running | None, batch: Moments, layer: Any, saved: Any

@@ -1,4 +1,4 @@
-"""Going back, and seeing how far a batch is off: snapshot, restore and drift of a layer."""
+"""Snapshot, restore and drift of a layer."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Storages:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew; the storages of living tensors stay theirs."""
+        """Start with an empty list; tensors that exist keep their storages."""
         self._kept: list[tuple[int, torch.UntypedStorage]] = []  # those used last at the end
         self._lock = Lock()
 

@@ -1,8 +1,8 @@
 """The forward of a module, with other functions in the place of those that normalize.
 
-A forward of PyTorch, of timm, or of a user's, ends in `F.batch_norm`, `F.layer_norm` or one of
-their kin. The same code runs here with names that lead to cybn's functions, so whatever else it
-does, such as counting batches or activating, stays what it was.
+A forward of PyTorch, of timm, or of a user's, ends in `F.batch_norm`, `F.layer_norm` or another
+normalization. The same code runs here with names that lead to cybn's functions, so whatever else
+it does, such as counting batches or activating, stays what it was.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_what_was_measured_is_kept_and_merged(data):
     assert plain != whole
     assert repr(whole).startswith("SampleMoments(count=600, mean=[")
     for one, other in [(plain, whole), (whole, plain)]:
-        with pytest.raises(TypeError, match=r"within samples.* their like only"):
+        with pytest.raises(TypeError, match=r"within samples.* others of that kind"):
             one.merge(other)
     with pytest.raises(ValueError, match="samples is"):
         SampleMoments.from_state_dict(plain.state_dict())
