@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _dispatch
+from ._dispatch import parts
+from ._dispatch.beyond import deviations
 from ._moments import Moments
 
 __all__ = ["Gather", "Message", "normalize", "through"]
@@ -122,8 +124,13 @@ class Message:
                 f"{_PASSES[int(own_kind)]} pass; all must call the same layers in one order"
             )
 
-    def merged(self, number: int, count: float, mean: Any, m2: Any) -> Moments:
+    def merged(
+        self, number: int, count: float, mean: Any, m2: Any, deviation: Callable[[Moments], Any]
+    ) -> Moments:
         """Return the moments of the batch, given those of the part that this rank has.
+
+        Where an M2 is beyond float64, the negative of what `deviation` says of the part is sent in
+        its place.
 
         Raises
         ------
@@ -131,7 +138,11 @@ class Message:
             If fewer than two values a channel count, on all ranks together; as in `exchange`.
         """
         weighted = isinstance(count, float)
-        heads, values = self.exchange((number, count, weighted), np.array([mean, m2]))
+        sent = np.array([mean, m2])
+        own = Moments._adopt(count, *sent.copy())
+        if (far := parts.far(own)).size:
+            sent[1, far] = -deviation(own)[far]
+        heads, values = self.exchange((number, count, weighted), sent)
         together = int(heads[:, 0].sum())
         if together < 2:
             raise ValueError(
@@ -143,7 +154,10 @@ class Message:
         total = Moments.empty(values.shape[-1])
         for (some, size, _), (mean, m2) in zip(heads, values, strict=True):
             if some:
-                total = total.merge(Moments._adopt(number_of(size), mean.copy(), m2.copy()))
+                with np.errstate(all="ignore"):
+                    std = np.where(m2 < 0, -m2, np.sqrt(m2 / size))
+                m2 = np.where(m2 < 0, np.inf, m2)
+                total = total.merge(Moments._adopt(number_of(size), mean.copy(), m2, None, std))
         return total
 
 
@@ -167,18 +181,30 @@ def normalize(
     with those. `check` is called with the moments of the batch before anything is written, and may
     raise.
     """
-    found = []
+    found: list[Moments] = []
+    far: list[tuple[parts.Part, NDArray[Any]]] = []
+
+    def deviation(part: Moments) -> NDArray[Any]:
+        return deviations(x, settings[0] % x.ndim, part, selected, num_threads)
 
     def exchange(number: int, count: float, mean: Any, m2: Any) -> tuple[Any, Any]:
-        batch = message.merged(number, count, mean, m2)
+        batch = message.merged(number, count, mean, m2, deviation)
         if check is not None:
             check(batch)
         found.append(batch)
-        return (batch.mean, batch.var()) if fixed is None else fixed
+        if fixed is not None:
+            return fixed
+        where = parts.far(batch)
+        if where.size and x.size:  # before y is written, which may be where x is
+            part = parts.Part.of(where, x, residual, batch, gamma, beta, settings)
+            far.append((part, part.forward(selected, num_threads)))
+        return batch.mean, batch.var()
 
     y, _ = _dispatch.forward(
         x, gamma, beta, residual, settings, selected, out, num_threads, exchange
     )
+    for part, values in far:
+        part.put(values, y)
     return y, found[0]
 
 
@@ -205,7 +231,7 @@ def through(
     part alone are appended to `own`, as float64 of shape (2, C).
     """
 
-    def exchange(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    def send(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         if own is not None:
             own.append(sums.copy())
         _, values = message.exchange((0, 0, 0), sums)
@@ -215,7 +241,29 @@ def through(
                 total += part
         return total
 
-    return _dispatch.backward(
+    far: list[tuple[parts.Part, tuple[NDArray[Any], ...]]] = []
+
+    def exchange(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        where = parts.unwritable(moments, gamma, beta, settings[1], x.dtype == np.float64)
+        if not (where.size and x.size):
+            return send(sums)
+        total = sums.copy()
+
+        def of_far(some: NDArray[np.float64]) -> NDArray[np.float64]:
+            sums[:, where] = some
+            total[...] = send(sums)
+            return total[:, where]
+
+        part = parts.Part.of(where, x, residual, moments, gamma, beta, settings)
+        given = dy, moments.count, selected, from_output, num_threads
+        far.append((part, part.backward(*given, of_far)))
+        return total
+
+    dx, dgamma, dbeta, *rest = _dispatch.backward(
         dy, x, moments, gamma, beta, residual, settings, selected, from_output, out, out_residual,
         num_threads, exchange,
     )  # fmt: skip
+    for part, values in far:
+        for gradient, into in zip(values, (dx, *rest), strict=True):
+            part.put(gradient, into)
+    return dx, dgamma, dbeta, *rest

@@ -26,6 +26,7 @@ __all__ = [
     "backward",
     "backward_rows",
     "deviations",
+    "exponent",
     "forward",
     "forward_rows",
     "in_range",
@@ -86,7 +87,7 @@ def backward(call: Channels) -> tuple[Array, Array]:
             continue
         x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
         e, mean, var, _ = _scaled(call, own, x)
-        up = _exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
+        up = exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
         if not call.from_output:
             x = np.ldexp(x, -_column(e, call))
         through = SimpleNamespace(count=call.count, mean=mean, m2=var * call.count)
@@ -167,7 +168,7 @@ def _column(values: Array, call: Channels) -> Array:
     return values.reshape([-1 if i == call.axis else 1 for i in range(call.x.ndim)])
 
 
-def _exponent(values: Array) -> NDArray[np.intc]:
+def exponent(values: Array) -> NDArray[np.intc]:
     """Return e of 2**(e - 1) <= value < 2**e; 0 if a value is 0 or not finite."""
     exponents: NDArray[np.intc] = np.where(np.isfinite(values), np.frexp(values)[1], 0)
     return exponents
@@ -186,7 +187,7 @@ def _scaled(call: Channels, own: slice, x: Array) -> tuple[NDArray[np.intc], Arr
         std[again] = np.ldexp(np.sqrt(var), -shift[again])
         var += np.ldexp(eps, 2 * shift[again])
         d[again] = np.ldexp(np.sqrt(var), -shift[again])
-    e = _exponent(d)
+    e = exponent(d)
     if not call.from_output:  # else mean is beta
         e = np.where(np.abs(mean) > 2.0**1000, np.maximum(e, 2), e)  # x - mean stays in range
         mean = np.ldexp(mean, -e)
@@ -240,7 +241,7 @@ def backward_rows(call: Rows) -> tuple[Array, Array]:
     for rows, index in _row_pieces(call):
         xhat, d, shift = _xhat(call, rows, index)
         dy = _read(call, call.dy, index)
-        up = int(_exponent(np.abs(dy).max()))
+        up = int(exponent(np.abs(dy).max()))
         dy = np.ldexp(dy, -up)
         dz = dy * _along(call.gamma, form, rows)
         c1 = dz.mean(1, keepdims=True) if call.centred else 0.0

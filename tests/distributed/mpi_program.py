@@ -125,6 +125,49 @@ def options():
     return {"worst": worst_of, "cases": count}
 
 
+def huge():
+    """Values whose variance, or its products, are beyond their type: as in one process."""
+    rng = np.random.default_rng(9)
+    choices = itertools.product(
+        ((np.float32, 1e13), (np.float32, 1e30), (np.float64, 1e125), (np.float64, 1e200)),
+        (None, "silu", "leaky_relu"),
+        (False, True),
+        (None, "mask", "weights"),
+        (False, True),
+    )
+    off = []
+    for (dtype, scale), activation, residual, selected, in_place in choices:
+        x, dy, r, gamma, beta = batch(rng, np.float64, 1, 4)
+        x = ((x - 20) * np.array([1, scale, 1, scale])[:, None, None]).astype(dtype)
+        x[:, 3] += dtype(2 * scale)
+        dy, r = dy.astype(dtype), r.astype(dtype)
+        bn, one = layers(4, 1, dtype, gamma, beta, activation=activation, running_ddof=0)
+        given = {"residual": r if residual else None}
+        if selected:
+            values = rng.random((13, 5, 4))
+            given[selected] = values < 0.6 if selected == "mask" else values
+        part = {name: mine(value) for name, value in given.items()}
+        here, there = mine(x).copy(), mine(dy).copy()
+        from_y = in_place and not residual and activation != "silu" and dtype == np.float64
+        with np.errstate(all="ignore"):
+            y = one(x, **given)
+            wanted = one.backward(dy)
+            ys = bn(here, out=here if from_y else None, **part)
+            found = bn.backward(there, out=there if in_place else None)
+        if not residual:
+            found, wanted = (found,), (wanted,)
+        pairs = [(ys, mine(y)), *((f, mine(w)) for f, w in zip(found, wanted, strict=True))]
+        pairs += [
+            (getattr(bn, n)[None], getattr(one, n)[None]) for n in ("grad_gamma", "grad_beta")
+        ]
+        for a, b in pairs:
+            a, b = (np.moveaxis(v, 1, 0).reshape(4, -1).astype(np.longdouble) for v in (a, b))
+            if a.size:
+                gap = np.abs(a - b).max(1) / np.maximum(np.abs(b).max(1), np.finfo(dtype).tiny)
+                off.append(float(gap.max() / np.finfo(dtype).eps))
+    return {"off": max(off), "cases": len(off)}
+
+
 def repeats():
     """The same bits in every repeat, whichever rank comes late."""
     x, dy, _, gamma, beta = batch(np.random.default_rng(3), np.float32, 1)
@@ -362,7 +405,7 @@ def digits(activation, dtype):
 CASES = {
     f.__name__: f
     for f in (
-        *(equal, options, repeats, bad_input, out_of_step, killed, modes, statistics, digits),
+        *(equal, options, huge, repeats, bad_input, out_of_step, killed, modes, statistics, digits),
     )
 }
 

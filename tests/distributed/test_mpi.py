@@ -37,6 +37,12 @@ def test_options_are_those_of_one_process(tmp_path, ranks):
         assert max(report["worst"].values()) < 64, report
 
 
+def test_values_beyond_the_range_of_the_kernels(tmp_path):
+    """In roundings of the largest value of a channel; sums cancel, and need some more."""
+    for report in run(tmp_path, "huge", ranks=3):
+        assert report["off"] < 2000, report
+
+
 @pytest.mark.parametrize("ranks", [3, 7])
 def test_repeats_are_the_same_bits(tmp_path, ranks):
     assert {report["different"] for report in run(tmp_path, "repeats", ranks=ranks)} == {1}

@@ -1,0 +1,130 @@
+"""Channels of a part of a batch that the loops of a kernel cannot write; see `beyond.py`.
+
+Other processes have the rest of the batch, so the statistics are given and cannot be measured
+again. Such channels are computed in float64, of values divided by a power of two. 2**e is that
+just above d = sqrt(var + eps), by which values are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import batch_norm
+from .beyond import exponent
+
+__all__ = ["Part", "far", "unwritable"]
+
+Array = NDArray[Any]
+Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def far(moments: Any) -> NDArray[np.intp]:
+    """Return the channels of finite values whose variance is beyond float64."""
+    return np.flatnonzero(np.isinf(moments.m2) & np.isfinite(moments.mean))
+
+
+@np.errstate(all="ignore")
+def unwritable(moments: Any, gamma: Any, beta: Any, eps: float, wide: bool) -> NDArray[np.intp]:
+    """Return the channels that the loops of a backward cannot write: `beyond` of the kernels."""
+    v = moments.m2 / moments.count + eps
+    size = (1.0 if gamma is None else np.abs(gamma)) / np.sqrt(v)
+    size = size + (0.0 if beta is None else np.abs(beta))
+    high, low, off, most = (1e240, 1e-240, 1e288, 1e300) if wide else (1e24, 1e-30, 1e30, 1e36)
+    fits = (v <= high) & ((v <= 0) | (v >= low)) & (np.abs(moments.mean) <= off) & (size <= most)
+    return np.flatnonzero(~fits & ~np.isnan(v) & np.isfinite(moments.mean))
+
+
+class Part(NamedTuple):
+    """Some channels of a part of a batch, in float64."""
+
+    where: NDArray[np.intp]
+    x: Array
+    residual: Array | None
+    axis: int
+    mean: Array
+    d: Array
+    e: NDArray[np.intc]
+    gamma: Array
+    beta: Array
+    settings: tuple[Any, ...]  # activation and slope
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def of(
+        cls,
+        where: NDArray[np.intp],
+        x: Array,
+        residual: Array | None,
+        moments: Any,
+        gamma: Any,
+        beta: Any,
+        settings: tuple[Any, ...],
+    ) -> Self:
+        """Take these channels of an array of any type, and of the statistics of the batch."""
+        axis, eps, *rest = settings
+        axis %= x.ndim
+        d = np.hypot(moments.std()[where], np.sqrt(eps))
+        gamma, beta = (
+            np.full(where.size, absent) if v is None else np.asarray(v)[where].astype(np.float64)
+            for v, absent in ((gamma, 1.0), (beta, 0.0))
+        )
+        return cls(
+            where, _wide(x, where, axis), _wide(residual, where, axis), axis, moments.mean[where],
+            d, exponent(d), gamma, beta, (*rest,),
+        )  # fmt: skip
+
+    def put(self, values: Array, into: Array) -> None:
+        """Write the values of these channels."""
+        np.moveaxis(into, self.axis, 0)[self.where] = np.moveaxis(values, self.axis, 0)
+
+    @np.errstate(all="ignore")
+    def forward(self, selected: tuple[Any, ...], threads: int | None) -> Array:
+        """Return y."""
+        y: Array = batch_norm.inference(
+            np.ldexp(self.x, self._along(-self.e)), *self._scaled(), self.gamma, self.beta,
+            self.residual, (self.axis, 0.0, *self.settings), selected, None, threads, True,
+        )  # fmt: skip
+        return y
+
+    @np.errstate(all="ignore")
+    def backward(
+        self,
+        dy: Array,
+        count: Any,
+        selected: tuple[Any, ...],
+        from_output: bool,
+        threads: int | None,
+        exchange: Exchange,
+    ) -> tuple[Array, ...]:
+        """Return dx and, where there is a residual, its gradient.
+
+        Given dbeta and dgamma of the part, (2, channels), `exchange` returns those of the batch.
+        """
+        dy = _wide(dy, self.where, self.axis)
+        size = np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != self.axis))
+        up = np.maximum(exponent(size), 0)
+        x = self.x if from_output else np.ldexp(self.x, self._along(-self.e))
+        mean, var = self._scaled()
+        through = SimpleNamespace(count=count, mean=mean, m2=var * count)
+        dx, _, _, *rest = batch_norm.backward(
+            np.ldexp(dy, self._along(-up)), x, through, self.gamma, self.beta, self.residual,
+            (self.axis, 5e-324, *self.settings), selected, from_output, None, None, threads,
+            lambda sums: np.ldexp(exchange(np.ldexp(sums, up)), -up),
+        )  # fmt: skip
+        return np.ldexp(dx, self._along(up - self.e)), *(np.ldexp(g, self._along(up)) for g in rest)
+
+    def _scaled(self) -> tuple[Array, Array]:
+        """Return the mean and var + eps of the values divided by 2**e."""
+        return np.ldexp(self.mean, -self.e), np.ldexp(self.d, -self.e) ** 2
+
+    def _along(self, values: Array) -> Array:
+        return values.reshape([-1 if i == self.axis else 1 for i in range(self.x.ndim)])
+
+
+def _wide(array: Any, where: NDArray[np.intp], axis: int) -> Any:
+    return None if array is None else np.take(array, where, axis).astype(np.float64)
