@@ -249,9 +249,9 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
         own: list[NDArray[np.float64]] = []
-        with _message(ctx.group, "backward", x.shape[1]) as message:
+        with _message(ctx.group, "backward", len(ctx.moments)) as message:
+            x, weight, bias = ctx.saved_tensors  # an error where one was changed
             dx = empty(x, _form(x), brief=True)
             dy = dy.resolve_conj().resolve_neg()
             (gamma, _w), settings = vector(weight), _settings(ctx.eps)

@@ -148,6 +148,11 @@ def bad_input():
     tried("rank", lambda: bn(x[0] if last else x))
     tried("dtype", lambda: bn(x.int() if last else x))
     tried("few", lambda: bn(x[:0]))
+    h = x.clone().requires_grad_() * 1
+    y = bn(h)
+    if last:
+        h.mul_(2)
+    tried("changed", lambda: y.sum().backward())
     bn(x)  # and the processes are in step
     tried("trace", lambda: torch.jit.trace(bn, x))
     whole = torch.compile(bn, backend="eager", fullgraph=True)
