@@ -59,6 +59,14 @@ class Ranks:
         If `comm` is not a communicator.
     ValueError
         If `timeout` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn.mpi import Ranks
+    >>> rows = Ranks(timeout=60).gather(np.array([1.0, 2.0]))  # one row for each rank
+    >>> rows[0]
+    array([1., 2.])
     """
 
     def __init__(self, comm: Any = None, timeout: float | None = 300.0) -> None:

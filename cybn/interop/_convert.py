@@ -22,6 +22,16 @@ class Converted(NamedTuple):
     passed_over : dict of str to str
         The reason, by prefix, why a group of keys with a running mean or variance was not
         converted.
+
+    Examples
+    --------
+    >>> from cybn import interop
+    >>> state = {"bn.running_mean": [0.0], "bn.running_var": [1.0], "fc.weight": [[1.0]]}
+    >>> done = interop.convert(state, "torch", "keras")
+    >>> sorted(done.state)
+    ['bn/moving_mean', 'bn/moving_variance', 'fc.weight']
+    >>> done.taken["bn"]["bn.running_mean"], done.passed_over
+    ('bn/moving_mean', {})
     """
 
     state: dict[str, Any]

@@ -78,6 +78,12 @@ class OnnxNode(NamedTuple):
     initializers : dict of str to ndarray
         The other inputs, by name.
     op_type : str
+
+    Examples
+    --------
+    >>> from cybn import BatchNorm2d, interop
+    >>> sorted(interop.to_onnx(BatchNorm2d(2), "bn1").initializers)
+    ['bn1.B', 'bn1.input_mean', 'bn1.input_var', 'bn1.scale']
     """
 
     name: str

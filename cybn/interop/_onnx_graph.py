@@ -31,6 +31,17 @@ class OnnxLayers(dict[str, Any]):
     ----------
     passed_over : dict of str to str
         The reason, by the name that the layer would have had.
+
+    Examples
+    --------
+    >>> import onnx
+    >>> import cybn
+    >>> from cybn import interop
+    >>> node, tensors = interop.to_onnx(cybn.BatchNorm2d(2), "bn1").protos()
+    >>> graph = onnx.helper.make_graph([node], "model", [], [], initializer=tensors)
+    >>> layers = interop.onnx_layers(onnx.helper.make_model(graph))
+    >>> layers.passed_over
+    {}
     """
 
     passed_over: dict[str, str]
@@ -175,6 +186,17 @@ def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
         output, or one has none.
     TypeError
         If `model` is of another type, or an option is unknown.
+
+    Examples
+    --------
+    >>> import onnx
+    >>> import cybn
+    >>> from cybn import interop
+    >>> node, tensors = interop.to_onnx(cybn.BatchNorm2d(2), "bn1").protos()
+    >>> graph = onnx.helper.make_graph([node], "model", [], [], initializer=tensors)
+    >>> layers = interop.onnx_layers(onnx.helper.make_model(graph))
+    >>> layers["bn1"].num_features
+    2
     """
     if not hasattr(model, "graph"):
         raise TypeError(f"model is of type {type(model).__name__}; it must be an onnx.ModelProto")

@@ -43,6 +43,13 @@ class Layer(ABC):
         Their gradients, overwritten in place by each `backward`; 0 at the start.
     training : bool
         The mode; see `train` and `eval`.
+
+    Examples
+    --------
+    >>> import cybn
+    >>> layers = cybn.BatchNorm2d(8), cybn.LayerNorm(8), cybn.GroupNorm(2, 8)
+    >>> all(isinstance(layer, cybn.Layer) for layer in layers)
+    True
     """
 
     training = Setting(flag)

@@ -38,6 +38,14 @@ class Drift(NamedTuple):
     log_variance_ratio : ndarray of float64, shape (C,)
         ``log((var + eps) / (running_var + eps))``: 0 if they agree, 0.69 if the batch has twice the
         variance, -0.69 if it has half.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cybn
+    >>> drift = cybn.BatchNorm(1).drift(np.array([[1.0], [3.0]]))  # against mean 0, variance 1
+    >>> drift.shift.round(2), drift.beyond(shift=1)
+    (array([2.]), array([0]))
     """
 
     shift: NDArray[np.float64]

@@ -63,6 +63,14 @@ class InstanceNorm(Tracking):
     ----------
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
     Stylization", 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cybn import InstanceNorm1d
+    >>> InstanceNorm1d(2)(np.array([[[1.0, 3.0], [5.0, 9.0]]], dtype=np.float32)).round(3)
+    array([[[-1.,  1.],
+            [-1.,  1.]]], dtype=float32)
     """
 
     _by_sample: ClassVar[bool] = True

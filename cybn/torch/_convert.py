@@ -75,6 +75,15 @@ def convert(
     -----
     `report` says which library computes each norm, and why. `revert` undoes the conversion. Changes
     are logged to the logger "cybn.torch": a summary at level INFO, and each module at level DEBUG.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> model = cybn.torch.convert(model)
+    >>> type(model[1]).__module__.startswith("cybn")
+    True
     """
     _check(model)
     if memory_format is not None and not isinstance(memory_format, torch.memory_format):
@@ -146,6 +155,14 @@ def revert(model: nn.Module) -> nn.Module:
     ------
     TypeError
         If `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> model = cybn.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(8)))
+    >>> type(cybn.torch.revert(model)[0]) is torch.nn.LayerNorm
+    True
     """
     _check(model)
     count = 0

@@ -94,6 +94,11 @@ def empty_cache() -> None:
 
     Gradients of 1 MiB and more are written to memory of earlier ones that have been freed, because
     new memory costs page faults. `cybn.set_cache_limit` limits how much is kept.
+
+    Examples
+    --------
+    >>> import cybn.torch
+    >>> cybn.torch.empty_cache()
     """
     storages.clear()
     _arrays.clear()

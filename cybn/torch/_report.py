@@ -75,6 +75,14 @@ def report(model: nn.Module) -> Report:
     ------
     TypeError
         If `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> model = cybn.torch.convert(torch.nn.Sequential(torch.nn.LayerNorm(8)))
+    >>> [row.computed_by for row in cybn.torch.report(model)]
+    ['cybn']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")

@@ -164,39 +164,111 @@ def _whole(in_graphs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BatchNorm1d(Converted, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L), computed by cybn."""
+    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.BatchNorm1d(8)(torch.ones(4, 8, 10)).shape
+    torch.Size([4, 8, 10])
+    """
 
 
 class BatchNorm2d(Converted, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` for (N, C, H, W), computed by cybn."""
+    """`torch.nn.BatchNorm2d` for (N, C, H, W), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.BatchNorm2d(8)(torch.ones(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
 
 
 class BatchNorm3d(Converted, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` for (N, C, D, H, W), computed by cybn."""
+    """`torch.nn.BatchNorm3d` for (N, C, D, H, W), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.BatchNorm3d(8)(torch.ones(4, 8, 3, 5, 5)).shape
+    torch.Size([4, 8, 3, 5, 5])
+    """
 
 
 class InstanceNorm1d(Converted, nn.InstanceNorm1d):
-    """`torch.nn.InstanceNorm1d` for (N, C, L) and (C, L), computed by cybn."""
+    """`torch.nn.InstanceNorm1d` for (N, C, L) and (C, L), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.InstanceNorm1d(8)(torch.ones(4, 8, 10)).shape
+    torch.Size([4, 8, 10])
+    """
 
 
 class InstanceNorm2d(Converted, nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d` for (N, C, H, W) and (C, H, W), computed by cybn."""
+    """`torch.nn.InstanceNorm2d` for (N, C, H, W) and (C, H, W), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.InstanceNorm2d(8)(torch.ones(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
 
 
 class InstanceNorm3d(Converted, nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` for (N, C, D, H, W) and (C, D, H, W), computed by cybn."""
+    """`torch.nn.InstanceNorm3d` for (N, C, D, H, W) and (C, D, H, W), computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.InstanceNorm3d(8)(torch.ones(4, 8, 3, 5, 5)).shape
+    torch.Size([4, 8, 3, 5, 5])
+    """
 
 
 class GroupNorm(Converted, nn.GroupNorm):
-    """`torch.nn.GroupNorm`, computed by cybn."""
+    """`torch.nn.GroupNorm`, computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.GroupNorm(2, 8)(torch.ones(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
 
 
 class LayerNorm(Converted, nn.LayerNorm):
-    """`torch.nn.LayerNorm`, computed by cybn."""
+    """`torch.nn.LayerNorm`, computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.LayerNorm(8)(torch.ones(4, 10, 8)).shape
+    torch.Size([4, 10, 8])
+    """
 
 
 class RMSNorm(Converted, nn.RMSNorm):
-    """`torch.nn.RMSNorm`, computed by cybn."""
+    """`torch.nn.RMSNorm`, computed by cybn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> cybn.torch.RMSNorm(8)(torch.ones(4, 10, 8)).shape
+    torch.Size([4, 10, 8])
+    """
 
 
 NORMS: dict[type, type] = {

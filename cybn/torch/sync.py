@@ -66,6 +66,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     A training forward and a backward each send 16 bytes per channel. If a process raises an error
     because of its arguments, all raise one, and no running statistics have changed. If a process
     dies, the others raise an error within the timeout of the process group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cybn.torch
+    >>> bn = cybn.torch.SyncBatchNorm(8)  # without a process group: a plain batch norm
+    >>> bn(torch.ones(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
     """
 
     def __init__(

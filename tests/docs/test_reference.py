@@ -1,6 +1,7 @@
 """docs/reference.md has every public name, and their docstrings say what a reader looks for."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -66,3 +67,17 @@ def test_docstrings_have_all_their_parameters(module):
         wrong = {code for code, _ in validate(f"{module}.{name}")["errors"]}
         found += [f"{name}: {code}" for code in wrong & {"GL08", "PR01", "PR02", "RT01", "SS01"}]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "cybn.reference"])
+def test_every_public_name_has_an_example_that_runs(module):
+    """The functions of `cybn.reference` are those of `cybn`, whose docstrings have examples."""
+    if module in NEEDS:
+        pytest.importorskip(NEEDS[module])
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(verbose=False)
+    for name in public(module):
+        value = getattr(importlib.import_module(module), name)
+        (test,) = finder.find(value, f"{module}.{name}", globs={}) or [None]
+        assert test is not None, f"{module}.{name} has no example"
+        assert test.examples, f"{module}.{name} has no example"
+        assert runner.run(test).failed == 0
