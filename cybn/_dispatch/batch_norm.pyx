@@ -4,7 +4,7 @@
 # From the arguments of a public call to a kernel call: batch normalization.
 #
 # Each call takes the same steps, whatever is special about it: look at the arrays, check, fold to
-# (N, C, S), allocate, run. What travels together comes as one:
+# (N, C, S), allocate, run. Settings that belong together are one tuple:
 #
 # settings      (axis, eps, activation, slope)
 # selected      (mask, weights, lengths, masked): which positions count, and what becomes of others

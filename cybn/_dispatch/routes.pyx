@@ -1,6 +1,6 @@
 # cython: language_level=3
 # cython: binding=False
-# Which way a call of batch normalization would go, in words: for tests, and for whoever wonders.
+# Which kernels a call of batch normalization would use, as words, for tests and curious readers.
 
 from libc.string cimport memset
 

@@ -1,4 +1,4 @@
-"""Which values count, for whoever takes them apart: statistics in pieces, and batches in parts."""
+"""Which values count, for code that divides an array: statistics in pieces, batches in parts."""
 
 from __future__ import annotations
 

@@ -757,7 +757,7 @@ cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
         stream_end()
 
 
-# ---- who does what -----------------------------------------------------------------------
+# ---- threads -----------------------------------------------------------------------------
 
 cdef enum Loop:
     FIND_PIVOTS             # a task is a part of the channels

@@ -717,7 +717,7 @@ cdef void apply(
         stream_end()
 
 
-# ---- who does what -----------------------------------------------------------------------
+# ---- threads -----------------------------------------------------------------------------
 
 cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
     """Span i: a chunk of N of some groups."""

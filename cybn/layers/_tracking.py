@@ -87,7 +87,7 @@ class Tracking(Layer):
         """
         return cls(num_features, **_explain.settings(library, options))
 
-    # ---- what the passes ask -------------------------------------------------------------
+    # ---- questions of the passes ---------------------------------------------------------
 
     @abstractmethod
     def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:

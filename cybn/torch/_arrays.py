@@ -1,7 +1,7 @@
 """Tensors as arrays over their addresses.
 
 A NumPy view of a tensor marks its storage as one that can never be resized, which breaks `resize_`,
-`out=` and sharded training. Arrays made here know an address and nothing else: whoever makes one
+`out=` and sharded training. Arrays made here have an address and nothing else: code that makes one
 holds the tensor for as long as the array is used, and the storage never hears of it.
 """
 

@@ -75,7 +75,7 @@ def _is_parametrized(cls: type) -> bool:
     )
 
 
-# ---- frozen batch norms, of torchvision, timm, detectron2 and whoever copied them ---------
+# ---- frozen batch norms: of torchvision, timm, detectron2, and copies of them -------------
 
 
 def _looks_frozen(module: nn.Module) -> bool:

@@ -47,6 +47,10 @@ PRIVATE = {
     r"\b[Ww]hat does not count\b": "masked values",
     r"\b[Ww]hat weighs nothing\b": "values with weight 0",
     r"\b(is|are) not looked at\b": "is ignored",
+    r"\b(their|its) (like|kin)\b": "others of that kind",
+    r"\bwhoever\b": "say who or what",
+    r"\btravels together\b": "belongs together",
+    r"\b(stay|stays) theirs\b": "keep",
 }
 
 
