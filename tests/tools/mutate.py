@@ -9,7 +9,8 @@ asked for. A fault that no test finds survives, and the exit code is 1.
 
 a. Kernels are built once, with all of their faults in: each waits in an `if` for its number in the
    variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are built at one
-   instruction level and with -O1: a fault of the source is in all of them.
+   instruction level and with -O1: a fault of the source is in all of them. Faults of Python files
+   alone take the kernels that are built in the tree, if there are any.
 b. Tests run in processes forked from one that has loaded what takes time to load.
 c. Tests of PyTorch, Keras and Flax run for the faults that touch those.
 """
@@ -72,9 +73,9 @@ def plant_switches(package):
         (package / name).write_text(switched(text, changes), "utf-8")
 
 
-def copy(names, to):
-    """Copy files and folders of the source tree, without what was compiled from them."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.pyd")
+def copy(names, to, *left_out):
+    """Copy files and folders of the source tree, without some of what was compiled from them."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.c", *left_out)
     for name in names:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, ignore=ignore, dirs_exist_ok=True)
@@ -82,11 +83,14 @@ def copy(names, to):
             shutil.copy2(ROOT / name, to / name)
 
 
-def furnish(folder):
+def furnish(folder, faults=FAULTS):
     """Put the tests into suite/ and the tree, built, with its faults asleep, into sound/."""
+    built = not any(map(compiled, faults)) and any(ROOT.glob("cybn/**/*.so"))
     for part, names in (("suite", SUITE), ("sound", SOURCES)):
         (folder / part).mkdir(parents=True, exist_ok=True)
-        copy(names, folder / part)
+        copy(names, folder / part, *([] if built else ["*.so", "*.pyd"]))
+    if built:
+        return
     setup = folder / "sound" / "setup.py"
     text = setup.read_text("utf-8")
     setup.write_text(replaced(text, "", *AS_CALLS), "utf-8")
@@ -99,10 +103,10 @@ def furnish(folder):
 
 
 @contextmanager
-def workshop():
+def workshop(faults=FAULTS):
     """Make a folder to work in, for as long as it takes."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
-        furnish(Path(name))
+        furnish(Path(name), faults)
         yield Path(name)
 
 
@@ -304,7 +308,7 @@ def main():
             print(f"{m.name:34} {m.place:44} {m.why}  [{results.get(m.name, 'not run')}]")
         return
     faults = chosen(given.only, given.again, results)
-    with workshop() as folder:
+    with workshop(faults) as folder:
         if given.check:
             check_sound(folder, sorted({t for m in faults for s in stages(m) for t in s}))
         for name, by in run(faults, results, folder, given.jobs, given.limit, given.likely):
