@@ -353,18 +353,18 @@ def _network(rng, norm, dtype):
     return network
 
 
-def digits(activation, dtype):
-    """Two hundred steps of the digits network, with the batch on all ranks, and in one process."""
+def digits(activation, dtype, networks):
+    """Two hundred steps of digits networks, with the batch on all ranks, and in one process."""
     from cybn.demo.data import batches, load_digits
     from cybn.demo.network import softmax_cross_entropy
 
-    data = load_digits(0)
+    data, link = load_digits(0), Ranks(COMM, 120)
     size, steps, kind = 64, 200, np.dtype(dtype).type
     here = np.array_split(np.arange(size), COMM.size)[COMM.rank]
 
-    def train(norm, mine_of):
-        network = _network(np.random.default_rng(0), norm, kind)
-        order = batches(np.random.default_rng(1), len(data.train_x), size)
+    def train(seed, norm, mine_of):
+        network = _network(np.random.default_rng(seed), norm, kind)
+        order = batches(np.random.default_rng(seed + 1), len(data.train_x), size)
         losses = []
         for _ in range(steps):
             chosen = next(order)[mine_of]
@@ -374,31 +374,34 @@ def digits(activation, dtype):
             )
             network.backward(dlogits * kind(share))
             if mine_of is here:
-                loss = COMM.allreduce(loss * share)
-                for layer in network.layers:
-                    if not isinstance(layer, SyncBatchNorm):
-                        for gradient in layer.gradients():
-                            COMM.Allreduce(MPI.IN_PLACE, gradient)
+                plain = [v for v in network.layers if not isinstance(v, SyncBatchNorm)]
+                gradients = [g for layer in plain for g in layer.gradients()]
+                row = np.concatenate([[loss * share], *(g.ravel() for g in gradients)])
+                row = link.gather(row.astype(np.float64)).sum(0)  # in the order of the ranks
+                loss, ends = float(row[0]), np.cumsum([g.size for g in gradients])[:-1]
+                for gradient, total in zip(gradients, np.split(row[1:], ends), strict=True):
+                    gradient[...] = total.reshape(gradient.shape)
             network.descend(0.1)
             losses.append(loss)
-        network.eval()
-        right = network(data.test_x.astype(kind)).argmax(1) == data.test_y
         statistics = [
             v
             for layer in network.layers
             if hasattr(layer, "running_mean")
             for v in (layer.running_mean, layer.running_var)
         ]
-        return losses, float(right.mean()), statistics
+        return losses, statistics
 
     def norm(of, **options):
         return lambda C: of(C, activation=activation, dtype=kind, **options)
 
-    together, accuracy, statistics = train(norm(SyncBatchNorm, timeout=120), here)
-    found = {"together": together, "accuracy": accuracy, "same": same_everywhere(*statistics)}
-    if COMM.rank == 0:
-        found["alone"], found["of one"], _ = train(norm(cybn.BatchNorm), slice(None))
-        found["turned"], *_ = train(norm(cybn.BatchNorm), slice(None, None, -1))
+    found = {"together": [], "same": True}
+    for seed in range(int(networks)):
+        losses, statistics = train(seed, norm(SyncBatchNorm, timeout=120), here)
+        found["together"].append(losses)
+        found["same"] &= same_everywhere(*statistics)
+    for name, which in (("alone", slice(None)), ("turned", slice(None, None, -1))):
+        own = range(COMM.rank, int(networks), COMM.size)
+        found[name] = {seed: train(seed, norm(cybn.BatchNorm), which)[0] for seed in own}
     return found
 
 

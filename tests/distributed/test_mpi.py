@@ -131,13 +131,16 @@ def test_statistics_of_all_ranks(tmp_path):
         assert "rank 0 raised ValueError: batches has no batches" in report["raised"][1]
 
 
-def losses_of_pytorch(activation, dtype, threads):
-    """Return the losses of 200 steps of PyTorch: the network and the batches of `digits`."""
+def losses_of_pytorch(activation, dtype, threads, seed=0, parts=1):
+    """Return the losses of 200 steps of PyTorch: the network and the batches of `digits`.
+
+    Of a batch in parts all layers but the batch norms see one part at a time.
+    """
     torch = pytest.importorskip("torch", reason="needs the extra torch: pip install 'cybn[torch]'")
     from cybn.demo.data import batches, load_digits
     from cybn.demo.network import Conv3x3, Dense
 
-    nn, data, rng = torch.nn, load_digits(0), np.random.default_rng(0)
+    nn, data, rng = torch.nn, load_digits(0), np.random.default_rng(seed)
     kind = {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
     first, second = (
         nn.Conv2d(1, 8, 3, padding=1, bias=False),
@@ -154,18 +157,22 @@ def losses_of_pytorch(activation, dtype, threads):
         first, nn.BatchNorm2d(8), kind(), nn.AvgPool2d(2),
         second, nn.BatchNorm2d(16), kind(), nn.Flatten(), last,
     ).to(getattr(torch, dtype))  # fmt: skip
-    order = batches(np.random.default_rng(1), len(data.train_x), 64)
-    descent, losses, before = (
-        torch.optim.SGD(network.parameters(), 0.1),
-        [],
-        torch.get_num_threads(),
-    )
+    order = batches(np.random.default_rng(seed + 1), len(data.train_x), 64)
+    descent = torch.optim.SGD(network.parameters(), 0.1)
+    losses, before = [], torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for _ in range(200):
             chosen = next(order)
-            logits = network(torch.from_numpy(data.train_x[chosen].astype(dtype)))
-            loss = nn.functional.cross_entropy(logits, torch.from_numpy(data.train_y[chosen]))
+            pieces = torch.from_numpy(data.train_x[chosen].astype(dtype)).chunk(parts)
+            for layer in network:
+                if isinstance(layer, nn.BatchNorm2d):
+                    pieces = layer(torch.cat(pieces)).chunk(parts)
+                else:
+                    pieces = [layer(piece) for piece in pieces]
+            labels = torch.from_numpy(data.train_y[chosen]).chunk(parts)
+            pairs = zip(pieces, labels, strict=True)
+            loss = sum(nn.functional.cross_entropy(*pair) / parts for pair in pairs)
             descent.zero_grad()
             loss.backward()
             descent.step()
@@ -179,28 +186,56 @@ def apart(some, others):
     return max(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.slow  # half a minute each: 200 steps on four ranks, on two cores
-@pytest.mark.parametrize(
-    ("activation", "dtype"), [("silu", "float32"), ("relu", "float32"), ("relu", "float64")]
-)
-def test_training_follows_one_process(tmp_path, activation, dtype):
-    """The losses of four ranks and of one process are as close as those of PyTorch's threads.
-
-    In float32 with relu, they are as close as the order of the images allows: a value that lies at
-    the kink may be rounded to either side, in one process too. docs/distributed.md has figures of
-    twenty networks, also of PyTorch's threads.
-    """
+def of_digits(folder, activation, dtype, networks):
+    """Return the losses of networks on four ranks, in one process, and with batches reversed."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    reports = run(tmp_path, "digits", activation, dtype, ranks=4, within=400)
+    reports = run(folder, "digits", activation, dtype, networks, ranks=4, within=900)
     assert all(report["same"] for report in reports)
-    together, alone, turned = (reports[0][name] for name in ("together", "alone", "turned"))
-    assert together[-1] < 0.5 * together[0]
-    distance, of_order = apart(together, alone), apart(turned, alone)
-    print(f"{activation}, {dtype}: {distance:.2g} apart; {of_order:.2g} by the order of the images")
-    if (activation, dtype) == ("relu", "float32"):
-        assert distance < 2 * of_order + 1e-6
-        return
+    assert all(report["together"] == reports[0]["together"] for report in reports)
+    found = [reports[0]["together"]]
+    for name in ("alone", "turned"):
+        every_one = {seed: v for report in reports for seed, v in report[name].items()}
+        found.append([every_one[str(seed)] for seed in range(networks)])
+    assert all(losses[-1] < 0.5 * losses[0] for losses in found[0])
+    return found
+
+
+@pytest.mark.slow  # a quarter of a minute each: 200 steps on four ranks, on two cores
+@pytest.mark.parametrize(("activation", "dtype"), [("silu", "float32"), ("relu", "float64")])
+def test_training_follows_one_process(tmp_path, activation, dtype):
+    """The losses of four ranks and of one process are as close as those of PyTorch's threads."""
+    (together,), (alone,), (turned,) = of_digits(tmp_path, activation, dtype, 1)
     of_threads = apart(*(losses_of_pytorch(activation, dtype, n) for n in (1, 2)))
-    print(f"one and two threads of PyTorch: {of_threads:.2g}")
+    print(f"{activation}, {dtype}: {apart(together, alone):.2g} apart, PyTorch {of_threads:.2g}")
+    print(f"by the order of the images: {apart(turned, alone):.2g}")
     rounding = np.spacing(np.dtype(dtype).type(max(alone)))
-    assert distance <= max(of_threads, 2 * rounding)
+    assert apart(together, alone) <= max(of_threads, 2 * rounding)
+
+
+@pytest.mark.slow  # minutes: twenty networks
+def test_training_follows_one_process_at_the_kink_of_relu(tmp_path):
+    """In float32 rounding may move a value across zero: then losses differ, PyTorch's too.
+
+    It is a matter of chance in which networks that happens: so of twenty the largest distances
+    are compared.
+    """
+    networks = range(20)
+    together, alone, turned = of_digits(tmp_path, "relu", "float32", len(networks))
+    one, two, four = (
+        [losses_of_pytorch("relu", "float32", *how, seed, parts) for seed in networks]
+        for *how, parts in ((1, 1), (2, 1), (1, 4))
+    )
+    found = {
+        "four ranks": (together, alone),
+        "batches reversed": (turned, alone),
+        "PyTorch, two threads": (two, one),
+        "PyTorch, in four parts": (four, one),
+    }
+    largest = {}
+    for name, runs in found.items():
+        gaps = [apart(a, b) for a, b in zip(*runs, strict=True)]
+        largest[name] = max(gaps)
+        moved = sum(gap > 1e-5 for gap in gaps)
+        print(f"{name}: median {np.median(gaps):.2g}, largest {max(gaps):.2g}; {moved} differ")
+    own = largest.pop("four ranks")
+    assert own < 2 * max(largest.values())
