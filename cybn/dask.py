@@ -157,10 +157,10 @@ def _merge(parts: list[Moments]) -> Moments:
 def _beside(parts: list[Moments]) -> Moments:
     """Return the moments of all channels, of those of some each."""
     counts = [np.broadcast_to(np.asarray(part.count), len(part)) for part in parts]
-    state = {
-        name: np.concatenate([part.state_dict()[name] for part in parts])
-        for name in ("mean", "m2", "rest")
-    }
+    states = [part.state_dict() for part in parts]
+    state = {name: np.concatenate([s[name] for s in states]) for name in ("mean", "m2", "rest")}
+    if any("std" in s for s in states):  # where an m2 is beyond float64
+        state["std"] = np.concatenate([part.std() for part in parts])
     count = np.concatenate(counts)
     alike = not any(isinstance(part.count, np.ndarray) for part in parts)
     one = parts[0].count if alike and (count == count[0]).all() else count

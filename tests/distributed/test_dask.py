@@ -109,6 +109,16 @@ def test_masks_of_unknown_chunks(rng):
         moments(x[kept], mask=da.from_array(mask[rows], chunks=(99, 2)))
 
 
+def test_values_whose_variance_is_beyond_float64(rng):
+    values = rng.standard_normal((40, 3, 5))
+    values[:, 1] *= 1e200
+    found = moments(da.from_array(values, chunks=(7, 1, 5))).compute()
+    wanted = cybn.Moments.empty(3).update(values)
+    assert np.isinf(found.var()[1])
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-13)
+    np.testing.assert_allclose(found.std(), wanted.std(), rtol=1e-13)
+
+
 def test_it_is_lazy():
     def fail(block):
         raise RuntimeError("computed")
