@@ -56,7 +56,7 @@ def ratios(shape, dtype, axis, offset=0.0):
 @every_family
 def test_random_data(shape, dtype, axis, figure):
     found = ratios(shape, dtype, axis)
-    figure(3, f"worst ratio to the bound, {dtype.__name__}", max(found))
+    figure(3, f"largest error, of the bound, {dtype.__name__}", max(found))
     assert max(found) <= 1
 
 
@@ -68,7 +68,7 @@ def test_random_data(shape, dtype, axis, figure):
 def test_offset(shape, dtype, axis, power, figure):
     """Mean 10**power, std 1: forward and backward hold their bounds up to 10**6."""
     found = ratios(shape, dtype, axis, 10.0**power)
-    figure(4, "worst ratio to the bound up to 1e6", max(found))
+    figure(4, "largest error up to 1e6, of the bound", max(found))
     assert max(found) <= 1
 
 
@@ -155,7 +155,11 @@ def test_patterns_of_few_values(dtype, rng, level, figure):
             y, _ = cybn.batch_norm(x, gamma, beta)
             exact, bound = forward_bound(x, gamma, beta, 1)
             found.append(worst(y, exact, REPEATED * bound))
-    figure(3, f"worst ratio to theirs, patterns of few values, {np.dtype(dtype)}", max(found))
+    figure(
+        3,
+        f"largest error for patterns of few values, of their bound, {np.dtype(dtype)}",
+        max(found),
+    )
     assert max(found) <= 1
 
 
@@ -174,7 +178,7 @@ def test_extreme_std(rng, dtype, axis, std, level, figure):
         y, m = cybn.batch_norm(lay(x, axis), axis=axis, eps=eps)
         assert (np.abs(m.var() - var) <= VAR_RTOL * var).all()
         found = worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1, eps))
-        figure(6, f"worst ratio to the bound, std {std:g}", found)
+        figure(6, f"largest error, of the bound, std {std:g}", found)
         assert found <= 1
         y, _ = cybn.batch_norm(lay(x, axis), axis=axis)
         assert worst(np.moveaxis(y, axis, 1), *forward_bound(x, None, None, 1)) <= 1

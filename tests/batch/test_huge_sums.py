@@ -62,5 +62,5 @@ def test_moments(name, threads, zeros, figure):
     np.testing.assert_array_equal(m.mean * m.count, total)
     np.testing.assert_allclose(m.m2, squares - total**2 / m.count, rtol=1e-12)
     assert taken < 64
-    figure(21, "sums alone: slowest, s", seconds)
-    figure(21, "sums alone: memory taken, MiB", taken)
+    figure(21, "sums of zeros: slowest, s", seconds)
+    figure(21, "sums of zeros: memory taken, MiB", taken)

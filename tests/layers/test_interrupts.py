@@ -109,7 +109,7 @@ def test_an_interrupt_at_every_place_where_one_can_come(name, mode, rng, figure)
                 torn.append((step, place))
         assert place > 3
     figure(31, "places interrupted", interrupts, how="sum")
-    figure(31, "state diff", len(torn), how="sum")
+    figure(31, "states that are neither the old nor the new one", len(torn), how="sum")
     assert not torn
 
 
@@ -154,7 +154,7 @@ def test_no_interrupt_leaves_a_thread_in_a_preview(figure):
         if places < place:
             break
     figure(31, "places interrupted", place - 1, how="sum")
-    figure(31, "state diff", len(left), how="sum")
+    figure(31, "states that are neither the old nor the new one", len(left), how="sum")
     assert place > 30
     assert not left
 
@@ -350,7 +350,7 @@ def test_pytorch_modules(momentum, rng, figure):
         if disturber.places < place:
             break
     figure(31, "places interrupted", place - 1, how="sum")
-    figure(31, "state diff", torn, how="sum")
+    figure(31, "states that are neither the old nor the new one", torn, how="sum")
     assert place > 20
     assert torn == 0
 

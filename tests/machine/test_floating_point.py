@@ -187,7 +187,7 @@ def test_gradients_of_subnormals(rng, shape, dtype, level, figure):
     wide = (a.astype(np.longdouble) for a in (dy, x))
     exact, _, sums = reference.batch_norm_backward(*wide, m)
     worst = apart(dx, exact)
-    figure(9, "subnormals that dx is off", worst)
+    figure(9, "largest error of dx, in smallest subnormals", worst)
     assert worst <= 8
     assert apart(dbeta, sums) <= 1
     assert (dgamma != 0).all()
@@ -207,7 +207,7 @@ def test_the_family_on_subnormals(rng, dtype, level, figure):
         rows = case.rows(dy).astype(np.longdouble)
         exact_dx = rows - rows.mean(2, keepdims=True) if case.centred else rows
         worst = max(apart(case.rows(y), exact), apart(case.rows(dx), exact_dx))
-        figure(9, "subnormals that the family is off", worst)
+        figure(9, "largest error of the other norms, in smallest subnormals", worst)
         assert worst <= 2
 
 

@@ -93,7 +93,7 @@ def check_flat(rounds, figure):
     assert tracked() <= objects + FEW
     assert growth < LIMIT
     figure(34, "calls", rounds * len(GOOD + BAD), how="sum")
-    figure(34, "resident memory grew by KiB", growth / 1024)
+    figure(34, "growth of resident memory, KiB", growth / 1024)
     figure(34, "reference counts that changed", 0)
 
 

@@ -196,7 +196,12 @@ def test_a_sample_is_found(figure):
         check_sound(folder, [known[m.name] for m in chosen])
         found = [outcome_of(m, folder, known[m.name], parts=1) for m in chosen]
     killed = sum(outcome.by is not None for outcome in found)
-    figure(36, "killed of planted, sample of this run", f"{killed} of {len(SAMPLE)}", how="last")
+    figure(
+        36,
+        "faults found of those planted, sample of this run",
+        f"{killed} of {len(SAMPLE)}",
+        how="last",
+    )
     assert killed == len(SAMPLE), found
 
 
