@@ -65,12 +65,12 @@ def forward(call: Channels) -> Array:
     """Write y of the channels that were left out, and return their standard deviations."""
     std = np.empty(call.where.size)
     for own, index in _pieces(call):
-        x, residual = _wide(call.x, index), _wide(call.residual, index)
-        e, mean, var, std[own] = _scaled(call, own, x)
+        at = _scaled(call, own, _wide(call.x, index))
+        std[own] = at.std
         settings = call.axis, 0.0, *call.settings[2:]
         call.y[index] = batch_norm.inference(
-            np.ldexp(x, -_column(e, call)), mean, var, call.gamma[own], call.beta[own], residual,
-            settings, call.selected, None, call.threads, True,
+            at.x, at.mean, at.var, np.ldexp(call.gamma[own], at.rest), call.beta[own],
+            _wide(call.residual, index), settings, call.selected, None, call.threads, True,
         )  # fmt: skip
     return std
 
@@ -85,21 +85,18 @@ def backward(call: Channels) -> tuple[Array, Array]:
         if not (call.measured or all(np.isfinite(a[index]).all() for a in given)):
             _backward_as_is(call, own, index, sums)
             continue
-        x, dy, residual = (_wide(a, index) for a in (call.x, call.dy, call.residual))
-        e, mean, var, _ = _scaled(call, own, x)
-        up = exponent(np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != call.axis)))
-        if not call.from_output:
-            x = np.ldexp(x, -_column(e, call))
-        through = SimpleNamespace(count=call.count, mean=mean, m2=var * call.count)
-        statistics = through if call.measured else (mean, var)
+        dy, at = _wide(call.dy, index), _scaled(call, own, _wide(call.x, index))
+        up = exponent(_largest(call, np.abs(dy)))
+        through = SimpleNamespace(count=call.count, mean=at.mean, m2=at.var * call.count)
+        statistics = through if call.measured else (at.mean, at.var)
         settings = call.axis, 5e-324 if call.measured else 0.0, *call.settings[2:]
         dx, dgamma, dbeta, *rest = batch_norm.backward(
-            np.ldexp(dy, -_column(up, call)), x, statistics, call.gamma[own], call.beta[own],
-            residual, settings, call.selected, call.from_output, None, None, call.threads, None,
-            True,
+            np.ldexp(dy, -_column(up, call)), at.x, statistics, np.ldexp(call.gamma[own], at.rest),
+            call.beta[own], _wide(call.residual, index), settings, call.selected, call.from_output,
+            None, None, call.threads, None, True,
         )  # fmt: skip
-        call.y[index] = np.ldexp(dx, _column(up - e, call))
-        sums[:, own] = np.ldexp((dgamma, dbeta), up)
+        call.y[index] = np.ldexp(dx, _column(up - at.e - at.rest, call))
+        sums[:, own] = np.ldexp(dgamma, up + at.rest), np.ldexp(dbeta, up)
         if call.dresidual is not None:
             call.dresidual[index] = np.ldexp(rest[0], _column(up, call))
     return sums[0], sums[1]
@@ -125,6 +122,8 @@ def in_range(
 ) -> tuple[Array, Array, Array, NDArray[np.intc]] | None:
     """Return x / 2**e in float64, mean and var + eps of that, and e; None where x is in range.
 
+    Where e is negative, the mean has been taken away first.
+
     There is one mean, var and e for each channel.
     """
     var = moments.m2 / moments.count + eps
@@ -135,9 +134,8 @@ def in_range(
         x, None, None, x, None, axis, np.arange(var.size), moments.mean, moments.m2, zeros, zeros,
         moments.count, True, (axis, eps, None, 0.0), selected, False, threads,
     )  # fmt: skip
-    wide = x.astype(np.float64)
-    e, mean, var, _ = _scaled(call, slice(None), wide)
-    return np.ldexp(wide, -_column(e, call)), mean, var, e
+    at = _scaled(call, slice(None), x.astype(np.float64))
+    return at.x, at.mean, at.var, at.e
 
 
 @np.errstate(all="ignore")
@@ -174,24 +172,47 @@ def exponent(values: Array) -> NDArray[np.intc]:
     return exponents
 
 
-def _scaled(call: Channels, own: slice, x: Array) -> tuple[NDArray[np.intc], Array, Array, Array]:
-    """Return e, mean and var + eps of the values of x / 2**e, and the standard deviation of x."""
+class _Scaled(NamedTuple):
+    """Channels in range: values divided by 2**(e + rest), and what belongs to them."""
+
+    x: Array
+    mean: Array  # of these values, or 0 where the mean was taken away first
+    var: Array  # var + eps of x / 2**e
+    e: NDArray[np.intc]
+    rest: NDArray[np.intc]  # what gamma is multiplied by, as a power of two
+    std: Array  # of x as it was
+
+
+def _scaled(call: Channels, own: slice, x: Array) -> _Scaled:
+    """Return the values of some channels in range; as they are where they are those of y."""
     mean, eps = call.mean[own], call.settings[1]
     var = call.var[own] / call.count
     d, std, shift = np.sqrt(var + eps), np.sqrt(var), _shift(var + eps)
     again = np.flatnonzero(_unsure(var + eps)) if call.measured and not call.from_output else ()
     if len(again):
-        some = np.ldexp(np.take(x, again, call.axis), _column(shift[again], call))
+        near = _column(np.where(shift > 0, mean, 0), call)
+        some = np.ldexp(np.take(x - near, again, call.axis), _column(shift[again], call))
         found = batch_norm.statistics(some, call.axis, call.selected, call.threads)
         var = found.m2 / found.count
         std[again] = np.ldexp(np.sqrt(var), -shift[again])
         var += np.ldexp(eps, 2 * shift[again])
         d[again] = np.ldexp(np.sqrt(var), -shift[again])
     e = exponent(d)
+    rest = np.zeros_like(e)
     if not call.from_output:  # else mean is beta
-        e = np.where(np.abs(mean) > 2.0**1000, np.maximum(e, 2), e)  # x - mean stays in range
-        mean = np.ldexp(mean, -e)
-    return e, mean, np.ldexp(d, -e) ** 2, std
+        spread = _largest(call, np.where(np.isfinite(x), np.abs(x - _column(mean, call)), 0))
+        near = np.where((e < 0) & np.isfinite(spread), mean, 0)  # x may be far larger than x - mean
+        if not call.measured:  # else x - mean is never that much larger than d
+            rest = np.where(np.isinf(spread), 2, exponent(spread) - 1000) - e
+            rest = np.maximum(rest, 0)
+        x = np.ldexp(x - _column(near, call), -_column(e + rest, call))
+        mean = np.ldexp(mean - near, -e - rest)
+    return _Scaled(x, mean, np.ldexp(d, -e) ** 2, e, rest, std)
+
+
+def _largest(call: Channels, values: Array) -> Array:
+    largest: Array = values.max(tuple(i for i in range(values.ndim) if i != call.axis))
+    return largest
 
 
 def _shift(v: Array) -> NDArray[np.intc]:
@@ -297,7 +318,9 @@ def _xhat(
     size = call.form.size
     v = call.m2[rows, None] / size + call.eps
     shift = _shift(v)
-    e = np.ldexp(_read(call, call.x, index), shift) - np.ldexp(call.mean[rows, None], shift)
+    down = np.minimum(shift, 0)  # first; upwards, the difference, which is far smaller than x
+    e = np.ldexp(_read(call, call.x, index), down) - np.ldexp(call.mean[rows, None], down)
+    e = np.ldexp(e, shift - down)
     if call.dy is None or _unsure(v).any():
         rest = e.mean(1, keepdims=True) if call.centred else 0.0
         v = ((e - rest) ** 2).mean(1, keepdims=True) + np.ldexp(call.eps, 2 * shift)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ._forms import VAR, computed, form, search, variance, write
+from ._forms import VAR, check_not_nested, computed, form, search, variance, write
 
 
 class Converted(NamedTuple):
@@ -75,7 +75,8 @@ def find(
     TypeError
         If `state` is not a mapping.
     ValueError
-        If `form` is unknown, or `only` names a prefix that is not there.
+        If `form` is unknown, `only` names a prefix that is not there, or `state` is nested, as a
+        whole checkpoint is.
 
     Warns
     -----
@@ -93,6 +94,7 @@ def find(
     {'bn': 1}
     """
     found = search(state, form, only, skip)
+    check_not_nested(state, found)
     for prefix, reason in (computed(state) if form == "torch" else {}).items():
         if prefix in found.passed_over:
             warnings.warn(f"{prefix!r} is passed over: {reason}", stacklevel=2)
@@ -157,6 +159,7 @@ def convert(
     old, new = form(source), form(target)
     had = old.ddof if state_ddof is None else state_ddof
     found = search(state, source, only, skip)
+    check_not_nested(state, found)
     counts = count if isinstance(count, Mapping) else dict.fromkeys(found.taken, count)
     if unknown := sorted(set(counts) - set(found.taken)):
         raise ValueError(f"count is given for {unknown}, where no batch norm was taken")

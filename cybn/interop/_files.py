@@ -33,6 +33,7 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
     """Write a dict of arrays to a file.
 
     The file is written beside `path` and then moved there, so `path` never has an incomplete file.
+    Where `path` is a symbolic link, that is done to the file it points to.
 
     Parameters
     ----------
@@ -52,6 +53,8 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
     ValueError
         If `path` has another ending, or a name has NUL in it, is not valid Unicode or takes more
         than 65000 bytes.
+    OSError
+        If the file cannot be written.
     ImportError
         If safetensors is not installed.
 
@@ -303,23 +306,28 @@ def _save(
             _npz.write(buffer, plain | note)
         else:
             buffer.write(_safetensors.packed(plain, metadata))
-        cast("IO[bytes]", place).write(buffer.getvalue())
+        written = cast("IO[bytes]", place).write(buffer.getvalue())
+        if isinstance(written, int) and written < buffer.tell():  # as files without a buffer may
+            raise OSError(
+                f"the file took {written} of {buffer.tell()} bytes; give one with a buffer"
+            )
         return
     path = cast("str | os.PathLike[str]", place)
-    # A name that nobody else has. Permissions are those of any new file, also where safetensors
-    # puts a private file of its own in its place.
-    partial = Path(path).with_name(f".{secrets.token_hex(8)}.partial")
+    target = os.path.realpath(path) if os.path.islink(path) else path  # a link stays one
+    # A name that nobody else has. Permissions are those of the file that is replaced, or of any
+    # new file, also where safetensors puts a private file of its own in its place.
+    partial = Path(target).with_name(f".{secrets.token_hex(8)}.partial")
     with _naming(path):
         partial.touch(exist_ok=False)
         try:
-            mode = partial.stat().st_mode
+            mode = os.stat(target if os.path.exists(target) else partial).st_mode
             if kind == "npz":
                 with partial.open("wb") as file:
                     _npz.write(file, plain | note)
             else:
                 _safetensors.write(partial, plain, metadata)
             partial.chmod(mode)
-            os.replace(partial, path)
+            os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 

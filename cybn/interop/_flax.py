@@ -8,7 +8,7 @@ from typing import Any, Literal
 from numpy.typing import ArrayLike, NDArray
 
 from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
-from ._layers import FAMILY, INSTANCE, arrays_of, build, needs_eps, other_momentum
+from ._layers import FAMILY, INSTANCE, arrays_of, build, check_norm, needs_eps, other_momentum
 
 Api = Literal["linen", "nnx"]
 
@@ -217,9 +217,9 @@ def flax_options(bn: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
-        If the momentum or eps is None: Flax has neither the mean of all batches nor an epsilon of
-        the input's type.
+    TypeError, ValueError
+        As in `torch_options`, and if the momentum or eps is None: Flax has neither the mean of all
+        batches nor an epsilon of the input's type.
 
     Examples
     --------
@@ -228,6 +228,7 @@ def flax_options(bn: Any) -> dict[str, Any]:
     >>> interop.flax_options(cybn.BatchNorm2d(2))["momentum"]
     0.9
     """
+    check_norm(bn)
     scale, bias = bn.gamma is not None, bn.beta is not None
     shared = {"epsilon": needs_eps(bn), "use_scale": scale, "use_bias": bias}
     if isinstance(bn, LayerNorm | RMSNorm):

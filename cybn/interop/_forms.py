@@ -252,6 +252,18 @@ def _check_flat(state: Any) -> None:
     raise TypeError(text)
 
 
+def check_not_nested(state: Mapping[str, Any], found: Found) -> None:
+    """Raise ValueError if nothing was found because the arrays are in dicts within the state."""
+    inner = [key for key, value in state.items() if isinstance(value, Mapping) and value]
+    arrays = [v for v in state.values() if isinstance(v, list | tuple) or getattr(v, "ndim", None)]
+    if inner and not (found.taken or found.passed_over or arrays):
+        flax = {"params", "batch_stats"} & set(inner)
+        raise ValueError(
+            f"the state is nested, with dicts at {inner[:3]}; it must be flat: give "
+            + ("interop.flatten(state)" if flax else f"one of them, such as state[{inner[0]!r}]")
+        )
+
+
 def _doubts(
     state: Mapping[str, Any], known: Form, prefix: str, keys: dict[str, str], sure: bool
 ) -> Iterator[str]:

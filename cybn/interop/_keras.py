@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
-from ._layers import INSTANCE, arrays_of, build, needs_eps, other_momentum
+from ._layers import INSTANCE, arrays_of, build, check_norm, needs_eps, other_momentum
 
 
 def from_keras(
@@ -135,9 +135,9 @@ def keras_options(bn: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
-        If the momentum or eps is None: Keras has neither the mean of all batches nor an epsilon
-        of the input's type.
+    TypeError, ValueError
+        As in `torch_options`, and if the momentum or eps is None: Keras has neither the mean of all
+        batches nor an epsilon of the input's type.
 
     Examples
     --------
@@ -146,6 +146,7 @@ def keras_options(bn: Any) -> dict[str, Any]:
     >>> interop.keras_options(cybn.BatchNorm2d(2))["momentum"]
     0.9
     """
+    check_norm(bn)
     if isinstance(bn, LayerNorm | RMSNorm):
         axes = list(range(-len(bn.normalized_shape), 0))
         options: dict[str, Any] = {"axis": axes if len(axes) > 1 else -1, "epsilon": needs_eps(bn)}

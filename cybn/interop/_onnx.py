@@ -166,8 +166,9 @@ def to_onnx(
     ------
     TypeError, ValueError
         As in `to_keras`, and ValueError if `opset` is below the first that has the node, or a value
-        does not fit `dtype`. With ``training=True`` also if the momentum is None, or
-        `use_batch_statistics` or `update_statistics` is False.
+        does not fit `dtype`. With ``training=True`` also if the momentum is None,
+        `use_batch_statistics` or `update_statistics` is False, or the layer has ghost batches or
+        renormalization.
 
     Examples
     --------
@@ -194,6 +195,12 @@ def _batch_node(
             f"use_batch_statistics is {bn.use_batch_statistics} and update_statistics is "
             f"{bn.update_statistics}, so bn does not train as the node would; unfreeze() it, or "
             "leave training out"
+        )
+    if training and not (bn.virtual_batch_size is None and bn.renorm is None):
+        raise ValueError(
+            f"virtual_batch_size is {bn.virtual_batch_size} and renorm is {bn.renorm}; a node "
+            "trains with whole batches and without renormalization. Leave training out, or convert "
+            "a copy in which both are None"
         )
     arrays = arrays_of(bn, "onnx", name, count)
     if opset < 14:

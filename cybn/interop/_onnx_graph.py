@@ -1,13 +1,14 @@
 """The layers of an ONNX model: its nodes, wherever they are, and where their parameters come from.
 
 Exporters put parameters among the initializers, or behind nodes that compute the same every time:
-Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed. They may
-also put modules into functions of the model: each call of one is looked into, with what it was
-given.
+Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed, and so is
+arithmetic with constants, as where a scale is written as 1 + weight. They may also put modules into
+functions of the model: each call of one is looked into, with what it was given.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -19,7 +20,8 @@ from ._layers import INSTANCE
 from ._onnx import OPERATORS, _onnx, from_onnx, tensor_array
 
 _DEEPEST = 50  # nodes behind each other, or graphs in each other
-_MOST = 1 << 24  # values that a ConstantOfShape or a sparse tensor may have
+_MOST = 1 << 24  # values of a ConstantOfShape or a sparse tensor, and that may be computed
+_LEAST = 1 << 10  # values that a node counts as, at least
 _MOST_CALLS = 10_000  # of functions that are walked
 _LISTS = ("value_float", "value_floats", "value_int", "value_ints")
 
@@ -62,6 +64,7 @@ class _Constants(Mapping[str, Any]):
         self._nodes = {output: node for node in graph.node for output in node.output if output}
         self._outer, self._given = outer, given
         self._depth = 0
+        self._spent = 0  # values that have been computed
 
     def __getitem__(self, name: str) -> Any:
         if name in self._tensors:
@@ -109,6 +112,8 @@ class _Constants(Mapping[str, Any]):
                     values = {"value_float": a.f, "value_int": a.i}.get(kind)
                     many = a.floats if "float" in kind else a.ints
                     return np.array(list(many) if values is None else values, dtype)
+        if node.op_type in _COMPUTED and node.domain in ("", "ai.onnx"):
+            return self._evaluate(node, name)
         if node.op_type not in _FOLLOWED or not node.input:
             raise KeyError(name)
         array = np.asarray(tensor_array(self[node.input[0]], node.input[0]))
@@ -125,6 +130,24 @@ class _Constants(Mapping[str, Any]):
         if node.op_type == "Reshape":
             return array.reshape([int(n) for n in tensor_array(self[node.input[1]], name).ravel()])
         return array.ravel()  # Squeeze, Unsqueeze: of a vector
+
+    def _evaluate(self, node: Any, name: str) -> Any:
+        """Return the output of a node, as the reference of the package onnx computes it."""
+        inputs = {n: np.asarray(tensor_array(self[n], n)) for n in dict.fromkeys(node.input) if n}
+        evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
+        try:
+            size = sum(array.size for array in inputs.values())
+            if node.op_type == "Expand":
+                size = prod(int(n) for n in inputs[node.input[1]].ravel())
+            elif node.op_type not in ("Concat", "DequantizeLinear"):
+                size = prod(np.broadcast_shapes(*(array.shape for array in inputs.values())))
+            self._spent += max(size, _LEAST)
+            if self._spent > _MOST:
+                raise ValueError("more than parameters need would be computed")
+            with np.errstate(all="ignore"):
+                return evaluator(node).run([name], inputs)[0]
+        except Exception as error:  # of many kinds, where a node is broken
+            raise ValueError(f"{name} cannot be computed by its {node.op_type}: {error}") from error
 
 
 def _dense(tensor: Any, name: str) -> Any:
@@ -145,6 +168,10 @@ def _dense(tensor: Any, name: str) -> Any:
     return array
 
 
+_COMPUTED = (
+    *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Exp", "Softplus"),
+    *("Concat", "Expand", "CastLike", "DequantizeLinear", "Flatten", "Transpose"),
+)
 _FOLLOWED = ("ConstantOfShape", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 

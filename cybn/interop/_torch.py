@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from ..layers import BatchNorm, GroupNorm, LayerNorm, RMSNorm
-from ._layers import arrays_of, build
+from ._layers import arrays_of, build, check_norm
 
 
 def from_torch(
@@ -132,6 +132,11 @@ def torch_options(bn: Any) -> dict[str, Any]:
     dict
         Arguments of the module's constructor, by name.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If `bn` is not a layer, or has an activation or `use_batch_statistics`.
+
     Examples
     --------
     >>> import cybn
@@ -139,6 +144,7 @@ def torch_options(bn: Any) -> dict[str, Any]:
     >>> interop.torch_options(cybn.BatchNorm2d(2))["momentum"]
     0.1
     """
+    check_norm(bn)
     if isinstance(bn, LayerNorm | RMSNorm):
         shape = {"normalized_shape": bn.normalized_shape, "eps": bn.eps}
         bias = {"bias": bn.beta is not None} if isinstance(bn, LayerNorm) else {}

@@ -19,6 +19,8 @@ _ELSEWHERE = {
     "moving_mean": "keras",
     "moving_variance": "keras",
     "scale": "flax",
+    "params": "flax",
+    "batch_stats": "flax",
 }
 
 
@@ -37,18 +39,25 @@ def check_keys(state: Mapping[str, Any], expected: Iterable[str], strict: bool) 
     if strict and (keys.missing_keys or keys.unexpected_keys):
         raise ValueError(
             f"the state does not fit this layer: missing {keys.missing_keys}, unexpected "
-            f"{keys.unexpected_keys}. {_advice(keys.unexpected_keys)}"
+            f"{keys.unexpected_keys}. {_advice(keys.unexpected_keys, expected)}"
         )
     return keys
 
 
-def _advice(unexpected: list[str]) -> str:
-    for key in unexpected:
-        library = _ELSEWHERE.get(key.replace("/", ".").rpartition(".")[2].partition(":")[0])
+def _advice(unexpected: list[str], expected: set[str]) -> str:
+    leaves = [key.replace("/", ".").rpartition(".")[2].partition(":")[0] for key in unexpected]
+    for leaf in leaves:
+        library = _ELSEWHERE.get(leaf)
         if library:
             return (
                 f"Such keys are those of {library}: cybn.interop.from_{library}(state, prefix) "
                 "makes a layer of them, and its state_dict() is one that fits"
+            )
+    for key, leaf in zip(unexpected, leaves, strict=True):
+        if leaf in expected and key.endswith(leaf):
+            return (
+                "Such keys are those of a layer within a model: {k.removeprefix("
+                f"{key.removesuffix(leaf)!r}): v for k, v in state.items()}} takes the prefix off"
             )
     return (
         "Layers with other affine or track_running_stats settings have other keys; strict=False "

@@ -294,3 +294,48 @@ def test_a_row_that_is_the_whole_array(norm):
     x = np.array([1e38, -2e38, 3e38, -3e38, 2.5e38, 1.5e38, 0], "f4")
     y, wide = norm(x)[0], norm(x.astype("f8") / 1e38, eps=1e-30)[0]
     np.testing.assert_allclose(y, wide, rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-300, 5e-324])
+@pytest.mark.parametrize("value", [2.0**600, 2.0**999, -1e308])
+def test_a_large_constant_with_a_tiny_eps(value, eps, rng):
+    """y is exactly beta: x divided by the root of eps is beyond float64, x - mean is 0."""
+    x, beta = np.full((10, 2, 3), value), np.array([0.25, -1.0])
+    dy = rng.standard_normal(x.shape)
+    y, m = cybn.batch_norm(x, None, beta, eps=eps)
+    dx, dgamma, _ = cybn.batch_norm_backward(dy, x, m, eps=eps)
+    np.testing.assert_allclose(dx * np.sqrt(eps), dy - dy.mean((0, 2), keepdims=True), rtol=1e-9)
+    assert (dgamma == 0).all()
+    lengths = [3, 2] * 5
+    for got in (
+        y,
+        cybn.batch_norm_inference(x, [value] * 2, [0.0] * 2, None, beta, eps=eps),
+        cybn.instance_norm(x, None, beta, eps=eps)[0],
+        cybn.instance_norm(x, None, beta, eps=eps, lengths=lengths)[0],
+        cybn.group_norm(x, None, beta, num_groups=1, eps=eps)[0],
+        cybn.group_norm(x, None, beta, num_groups=2, eps=eps, lengths=lengths)[0],
+        cybn.layer_norm(x.swapaxes(1, 2).copy(), None, beta, eps=eps)[0].swapaxes(1, 2),
+    ):
+        assert (np.moveaxis(got, 1, -1) == beta).all()
+
+
+@pytest.mark.parametrize("var", [0.0, 1e-320, 1e-300, 1.0, 1e200])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e308, -1.7e308, 1e-250])
+@pytest.mark.parametrize("value", [1e308, -1e200, 1.0, 0.0])
+def test_inference_far_from_the_mean(value, mean, var):
+    """x / std is beyond float64, and gamma brings it back."""
+    if not WIDE:
+        pytest.skip("long double is float64 here")
+    x = np.array([value, 0.0, 1.0, -1e100])[:, np.newaxis]
+    dy = np.array([2.0, 1e-3, 0.0, 1.0])[:, np.newaxis]
+    for gamma, eps in [(1e-150, 1e-300), (1.0, 5e-324), (0.0, 1e-300), (-1e-100, 1e-5)]:
+        fixed, k = ([mean], [var], [gamma]), {"eps": eps}
+        wx, wdy, wmean, wvar, wgamma = wider(x, dy, *map(np.array, fixed))
+        xhat = (wx - wmean) / np.sqrt(wvar + np.longdouble(eps))
+        with np.errstate(over="ignore"):
+            want = (xhat * wgamma).astype("f8"), (wdy * xhat).sum().astype("f8")
+        np.testing.assert_allclose(cybn.batch_norm_inference(x, *fixed, **k), want[0], rtol=1e-14)
+        dx, dgamma, _ = cybn.batch_norm_inference_backward(dy, x, *fixed, **k)
+        np.testing.assert_allclose(dgamma[0], want[1], rtol=1e-12)
+        exact = wdy * wgamma / np.sqrt(wvar + np.longdouble(eps))
+        np.testing.assert_allclose(dx, exact.astype("f8"), rtol=1e-12)

@@ -1,5 +1,6 @@
 """Files: what was saved comes back to the bit, and saving is whole or not at all."""
 
+import io
 import re
 
 import numpy as np
@@ -121,6 +122,32 @@ def test_saving_touches_no_other_file(path):
     assert other.read_text() == "mine"
     assert path.stat().st_mode == usual.stat().st_mode
     assert len(list(path.parent.iterdir())) == 3
+
+
+def test_a_link_stays_a_link_and_a_private_file_private(path):
+    """What is saved goes to the file that a link points to, with that file's permissions."""
+    real = path.with_name(f"real{path.suffix}")
+    interop.save_arrays(real, {"old": np.ones(2)})
+    real.chmod(0o600)
+    path.symlink_to(real.name)
+    interop.save_arrays(path, ARRAYS)
+    assert path.is_symlink()
+    assert sorted(interop.load_arrays(real)) == sorted(ARRAYS)
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert len(list(path.parent.iterdir())) == 2
+    real.unlink()
+    interop.save_arrays(path, ARRAYS)  # to where the link points, also if nothing is there yet
+    assert path.is_symlink()
+    assert real.exists()
+
+
+def test_a_file_that_takes_only_a_part(path):
+    class Short(io.BytesIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    with pytest.raises(OSError, match=r"took 10 of \d+ bytes"):
+        interop.save_arrays(Short(), ARRAYS, format=path.suffix[1:])
 
 
 def test_saving_fails_cleanly(path, monkeypatch):

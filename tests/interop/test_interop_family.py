@@ -98,6 +98,73 @@ def test_constants_without_end_and_too_large(rng):
         interop.onnx_layers(model)
 
 
+def computed(rng, how):
+    """A model whose scale is computed from constants, and what it comes to."""
+    node, tensors = interop.to_onnx(random_norm(rng, C, np.float32), "n").protos()
+    base = rng.standard_normal(C).astype(np.float32)
+    rows = {
+        "Add": ([("Add", ["base", "one"])], 1 + base),
+        "softplus": ([("Exp", ["base"]), ("Add", ["t0", "one"]), ("Sqrt", ["t1"])],
+                     np.sqrt(np.exp(base) + 1)),
+        "Expand": ([("Expand", ["one", "shape"])], np.ones(C)),
+        "Concat": ([("Concat", ["base", "none"])], base),
+        "CastLike": ([("CastLike", ["half", "one"])], np.float32(np.float16(base))),
+        "DequantizeLinear": ([("DequantizeLinear", ["bytes", "two"])], np.full(C, 6)),
+    }  # fmt: skip
+    steps, want = rows[how]
+    nodes = []
+    for i, (kind, inputs) in enumerate(steps):
+        axis = {"axis": 0} if kind == "Concat" else {}
+        nodes.append(helper.make_node(kind, inputs, [f"t{i}"], **axis))
+    node.input[1] = nodes[-1].output[0]
+    given = {"base": base, "one": np.ones(1, "f4"), "shape": np.array([C]), "two": np.float32(2)}
+    given |= {"none": base[:0], "half": base.astype("f2"), "bytes": np.full(C, 3, np.int8)}
+    tensors += [onnx.numpy_helper.from_array(np.asarray(a), name) for name, a in given.items()]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("x", "y")]
+    return helper.make_graph([*nodes, node], "g", ends[:1], ends[1:], tensors), want
+
+
+@pytest.mark.parametrize(
+    "how", ["Add", "softplus", "Expand", "Concat", "CastLike", "DequantizeLinear"]
+)
+def test_parameters_that_are_computed_from_constants(how, rng):
+    graph, want = computed(rng, how)
+    layer = interop.onnx_layers(helper.make_model(graph))["n"]
+    np.testing.assert_allclose(layer.gamma, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("node", "match"),
+    [
+        (("Expand", ["one", "huge"]), "more than parameters need"),
+        (("Add", ["wide", "high"]), "more than parameters need"),
+        (("Add", ["base", "two_of"]), "cannot be computed by its Add"),
+        (("Add", ["base", "x"]), "is not in initializers"),
+    ],
+)
+def test_what_cannot_be_computed(node, match, rng):
+    graph, _ = computed(rng, "Add")
+    zeros = {"huge": np.array([2**50]), "two_of": np.zeros(2, "f4")}
+    zeros |= {"wide": np.zeros((1, 10_000), "f4"), "high": np.zeros((10_000, 1), "f4")}
+    graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in zeros.items())
+    graph.node[0].CopyFrom(helper.make_node(node[0], node[1], ["t0"]))
+    with pytest.raises(ValueError, match=match):
+        interop.onnx_layers(helper.make_model(graph))
+
+
+def test_sums_of_sums_take_no_time_without_end(rng):
+    """Forty nodes, of which each adds the two before: two to the power of forty paths."""
+    graph, _ = computed(rng, "Add")
+    last = graph.node.pop()
+    for i in range(40):
+        graph.node.append(helper.make_node("Add", [f"t{i}", f"t{i - 1}" if i else "one"],
+                                           [f"t{i + 1}"]))  # fmt: skip
+    last.input[1] = "t40"
+    graph.node.append(last)
+    with pytest.raises(ValueError, match="more than parameters need"):
+        interop.onnx_layers(helper.make_model(graph))
+
+
 def light_models():
     folder = os.path.join(os.path.dirname(onnx.__file__), "backend", "test", "data", "light")
     for name in sorted(os.listdir(folder)):

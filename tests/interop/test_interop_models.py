@@ -261,3 +261,18 @@ def test_flattening():
     for bad in ({"x/y": 3, "x": {"y": 4}}, {"a": {"x": {"y": 4}, "x/y": 3}}):
         with pytest.raises(ValueError, match=r"two values have the path '(a/)?x/y'"):
             interop.flatten(bad)
+
+
+def test_a_checkpoint_is_not_a_state(rng):
+    """What has its arrays in dicts has no batch norms: that is an error, not an empty answer."""
+    bn = random_norm(rng, 3, np.float32)
+    checkpoint = {"state_dict": interop.to_torch(bn, "bn"), "epoch": 3}
+    flax = interop.to_flax(bn, "bn")
+    for call in (interop.find, lambda s, f: interop.convert(s, f, "cybn")):
+        with pytest.raises(ValueError, match=r"is nested.*give one of them.*\['state_dict'\]"):
+            call(checkpoint, "torch")
+        with pytest.raises(ValueError, match=r"is nested.*give interop\.flatten\(state\)"):
+            call(flax, "flax")
+    assert interop.find(interop.flatten(flax), "flax")
+    assert interop.find({}, "torch") == {}
+    assert interop.find({"fc.weight": [[1.0]], "meta": {"epoch": 3}}, "torch") == {}

@@ -1,5 +1,8 @@
 """What other programs leave in a state, the family, and ONNX nodes in other types."""
 
+import copy
+import re
+
 import numpy as np
 import pytest
 from fold_cases import random_norm
@@ -155,6 +158,28 @@ def test_switches_are_not_dropped(name, bn):
         interop.to_onnx(bn)
         with pytest.raises(ValueError, match=r"does not train as the node would; unfreeze\(\)"):
             interop.to_onnx(bn, training=True)
+
+
+@pytest.mark.parametrize("name", ["torch", "keras", "flax"])
+def test_options_do_not_drop_what_to_refuses(name, bn):
+    options = getattr(interop, f"{name}_options")
+    bn.use_batch_statistics = True
+    with pytest.raises(ValueError, match="use_batch_statistics is True"):
+        options(bn)
+    bn.use_batch_statistics, bn.activation = None, "relu"
+    with pytest.raises(ValueError, match="bn has the activation 'relu'"):
+        options(bn)
+    with pytest.raises(TypeError, match="bn is of type int; it must be a layer"):
+        options(3)
+
+
+def test_a_node_trains_neither_in_parts_nor_renormalized(bn):
+    for name, value in (("virtual_batch_size", 2), ("renorm", cybn.Renorm())):
+        twin = copy.copy(bn)
+        setattr(twin, name, value)
+        interop.to_onnx(twin)
+        with pytest.raises(ValueError, match=f"{name} is {re.escape(str(value))}.*both are None"):
+            interop.to_onnx(twin, training=True)
 
 
 # ---- the family --------------------------------------------------------------------------------

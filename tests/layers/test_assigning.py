@@ -311,11 +311,25 @@ def test_eps_of_0_and_a_variance_just_below_0(rng):
         (("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"), "torch"),
         (("gamma:0", "beta:0", "moving_mean:0", "moving_variance:0"), "keras"),
         (("scale", "bias", "mean", "var"), "flax"),
+        (("batch_stats", "params"), "flax"),
     ],
 )
 def test_a_hint_where_keys_are_those_of_another_library(keys, library):
     with pytest.raises(ValueError, match=rf"cybn\.interop\.from_{library}\(state, prefix\)"):
         cybn.BatchNorm(3).load_state_dict(dict.fromkeys(keys, np.ones(3)))
+
+
+@pytest.mark.parametrize("prefix", ["net.bn1.", "net/bn1/"])
+@every_kind
+def test_a_hint_where_keys_have_a_prefix(name, prefix):
+    layer = KINDS[name].make()
+    state = {prefix + key: value for key, value in layer.state_dict().items()}
+    if not state:
+        return
+    with pytest.raises(ValueError, match="takes the prefix off") as error:
+        layer.load_state_dict(state)
+    advice = str(error.value).partition("within a model: ")[2].removesuffix(" takes the prefix off")
+    layer.load_state_dict(eval(advice, {"state": state}))
 
 
 @every_kind
