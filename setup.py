@@ -46,6 +46,7 @@ FILLED = "-ftrivial-auto-var-init=pattern"  # what is read before it is written 
 # what has more rounds than a strip has vectors. It is half as many bytes again, and as much time.
 SHORT = ["-O3", "--param=max-completely-peel-times=4", "-fno-ipa-cp-clone", "-fno-split-loops"]
 SHORT += ["-fno-split-paths", "-fno-unswitch-loops", "-fno-version-loops-for-strides"]
+SHORT += ["-fno-inline-functions"]  # but those that are declared inline
 
 # No symbols, and no tables that exceptions find their way up the stack by: C throws none.
 BARE = ["-g0", "-DNDEBUG", "-fno-asynchronous-unwind-tables"]

@@ -298,7 +298,7 @@ cdef inline void through(
     const T* restrict z,        # IN  (n,)
     T* restrict g,              # OUT (n,) dy * f'(z)
     Py_ssize_t n,
-    Activation f,
+    Activation f,               # not IDENTITY
     T slope,
 ) noexcept nogil:
     if f == RELU: slopes(dy, z, g, n, RELU, slope)
@@ -309,4 +309,3 @@ cdef inline void through(
     elif f == TANH: slopes(dy, z, g, n, TANH, slope)
     elif f == SILU: slopes(dy, z, g, n, SILU, slope)
     elif f == GELU: slopes(dy, z, g, n, GELU, slope)
-    else: slopes(dy, z, g, n, IDENTITY, slope)

@@ -40,10 +40,11 @@ from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
     dot_columns, dot_run, has_lines, lanes_of, sum_columns, sum_run)
 from cybn._kernels.problem cimport (
-    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_DRESIDUAL, IN_DX, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
+    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
     SAMPLES, SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels,
     Problem, Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
-from cybn._kernels.stages cimport Piece, apply_piece, counted, fetch, inputs, place, shares, weigh
+from cybn._kernels.stages cimport (
+    Piece, apply_piece, counted, fetch, gradients, inputs, place, shares, weigh)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, beyond, is_finite, mark, pivot_of, sample_of, settle, settled,
     wide_sums)
@@ -247,11 +248,12 @@ cdef void kinks(const Problem* p, T* kink) noexcept nogil:
 
 # ---- reduce ------------------------------------------------------------------------------
 
-cdef inline const Rows* gradients(const Job* job) noexcept nogil:
-    """Where the gradient before the activation is, if the first pass left it."""
-    if job.r.gradient == IN_DRESIDUAL:
-        return &job.p.dresidual
-    return &job.p.y if job.r.gradient == IN_DX else &job.p.dy
+cdef Piece pieces(
+    const Job* job, bint first, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
+    Py_ssize_t step, T* room,
+) noexcept nogil:
+    """Values i..i + m of row n for a loop of gradients; compiled once for all of them."""
+    return inputs(job.p, &job.r, first, n, i, m, co, step, room)
 
 
 cdef Piece first_piece(
@@ -262,7 +264,7 @@ cdef Piece first_piece(
     cdef Piece piece
     cdef const T* w
     if p.reduce == DOTS:
-        return inputs(p, &job.r, True, n, i, m, co, step, room)
+        return pieces(job, True, n, i, m, co, step, room)
     w = shares(p, step == 0, n, i, m, room + 2 * STAGED)
     counted(fetch(&p.x, p, job.r.way, n, i, m, room), w, co + HI, step, room, m)
     if p.weighted:
@@ -305,7 +307,7 @@ cdef void reduce_by_run(
                     x, dy = place(&p.x, p, n, i), place(&p.dy, p, n, i)
                 if kept:
                     first_piece(job, n, i, m, co + c, 0, room)
-                    dy = place(gradients(job), p, n, i)
+                    dy = place(gradients(p, &job.r), p, n, i)
                 if sums:
                     sum_run(way, x, m, co[c], acc + c * 2 * WIDE)
                 else:
@@ -418,7 +420,7 @@ cdef void add_rows(
 ) noexcept nogil:
     """Add some rows to the sums of columns i..i + w."""
     cdef const Problem* p = job.p
-    cdef const Rows* g = gradients(job) if job.r.reduce_from == KEPT else &p.dy
+    cdef const Rows* g = gradients(p, &job.r) if job.r.reduce_from == KEPT else &p.dy
     cdef Lines x
     cdef Lines dy
     cdef Py_ssize_t s, k, j
@@ -639,7 +641,7 @@ cdef inline void apply_row(
     cdef char rooms[4][STRIP]
     cdef char* y = place(&p.y, p, n, i)
     cdef const char* x = place(&p.x, p, n, i)
-    cdef const char* g = place(gradients(job), p, n, i)
+    cdef const char* g = place(gradients(p, &job.r), p, n, i)
     cdef const char* r = NULL
     cdef Py_ssize_t bytes = w * p.item, most = max(w, lanes_of(co[0]))
     cdef bint stream = job.r.stream and has_lines(job.r.way, w, co[0])
@@ -665,7 +667,10 @@ cdef void write_piece(
     const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
 ) noexcept nogil:
     """y or dx of values i..i + m of row n, by stages; compiled once for runs and columns."""
-    apply_piece(job.p, &job.r, n, i, m, co, step, room)
+    cdef Piece piece
+    if job.p.apply != SCALE:
+        piece = pieces(job, False, n, i, m, co, step, room)
+    apply_piece(job.p, &job.r, n, i, m, co, step, &piece, room)
 
 
 cdef bint apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:

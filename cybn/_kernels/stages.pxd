@@ -31,6 +31,13 @@ cdef inline char* place(
     return rows.at + n * rows.pitch + i * p.item
 
 
+cdef inline const Rows* gradients(const Problem* p, const Route* r) noexcept nogil:
+    """Where the gradient before the activation is, if the first pass left it."""
+    if r.gradient == IN_DRESIDUAL:
+        return &p.dresidual
+    return &p.y if r.gradient == IN_DX else &p.dy
+
+
 cdef inline const T* fetch(
     const Rows* rows, const Problem* p, Way way, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* room
 ) noexcept nogil:
@@ -166,8 +173,9 @@ cdef inline void keep(
     const T* g, const Problem* p, const Route* r, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m
 ) noexcept nogil:
     """Leave g for the second pass, where the route says so."""
-    if r.gradient == IN_DRESIDUAL or r.gradient == IN_DX:
-        deliver(g, &p.dresidual if r.gradient == IN_DRESIDUAL else &p.y, p, r.way, False, n, i, m)
+    cdef const Rows* rows = gradients(p, r)
+    if rows != &p.dy:
+        deliver(g, rows, p, r.way, False, n, i, m)
 
 
 cdef struct Piece:              # of x, the gradient before the activation, and shares; in T
@@ -195,12 +203,7 @@ cdef inline Piece inputs(
     cdef const T* w = NULL
     cdef const T* z
     cdef const T* dr
-    if not first and r.gradient == IN_DRESIDUAL:
-        dy = fetch(&p.dresidual, p, way, n, i, m, of_g)
-    elif not first and r.gradient == IN_DX:
-        dy = fetch(&p.y, p, way, n, i, m, of_g)
-    else:
-        dy = fetch(&p.dy, p, way, n, i, m, of_g)
+    dy = fetch(&p.dy if first else gradients(p, r), p, way, n, i, m, of_g)
     x = fetch(&p.x, p, way, n, i, m, of_x)
     if p.inverse and p.activation != IDENTITY:
         invert(x, of_x, m, <T> p.slope)
@@ -236,16 +239,15 @@ cdef inline Piece inputs(
 cdef inline void apply_piece(
     const Problem* p, const Route* r, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
     Py_ssize_t step,
+    const Piece* piece,         # IN  what `inputs` gives; not looked at where y is written
     T* room,                    # OUT (6, STAGED)
 ) noexcept nogil:
     """y or dx of values i..i + m of row n, by stages."""
     cdef T* v = room + 5 * STAGED
     cdef T zero = 0
-    cdef Piece piece
     cdef const T* x
     cdef const T* residual = NULL
     if p.apply == UNSCALE:
-        piece = inputs(p, r, False, n, i, m, co, step, room)
         if step:
             gradient(<const T*> piece.g, <const T*> piece.x, <const T*> piece.w, v, m, co, 1)
         else:
@@ -256,7 +258,6 @@ cdef inline void apply_piece(
             if p.residual.at != NULL:
                 residual = fetch(&p.residual, p, r.way, n, i, m, room + STAGED)
         else:                   # dx as y, from g
-            piece = inputs(p, r, False, n, i, m, co, step, room)
             x = <const T*> piece.g
             co += K
         if step:

@@ -90,7 +90,7 @@ cdef inline void scale_row(
     cdef char rest[STRIP]
     cdef Ends e = ends_of(way, y, stream, w, low)
     cdef Py_ssize_t item = item_of(way, low), last = w - e.lanes, i, at
-    if e.head:
+    if stream and e.head:       # else there is none, and no loop for one
         scale_strip(way, step, clamped, added, False, x, r, head, co, low, high)
     if e.rest:
         scale_strip(way, step, clamped, added, False, x + last * item, r + last * item, rest,
@@ -176,7 +176,7 @@ cdef inline void unscale_row(
     cdef char rest[STRIP]
     cdef Ends e = ends_of(way, dx, stream, w, co[0])
     cdef Py_ssize_t item = item_of(way, co[0]), last = w - e.lanes, i, at
-    if e.head:
+    if stream and e.head:       # else there is none, and no loop for one
         unscale_strip(way, step, bend, False, dy, x, head, co, kink)
     if e.rest:
         unscale_strip(way, step, bend, False, dy + last * item, x + last * item, rest,
