@@ -2,7 +2,8 @@
 
 Other processes have the rest of the batch, so the statistics are given and cannot be measured
 again. Such channels are computed in float64, of values divided by a power of two. 2**e is that
-just above d = sqrt(var + eps), by which values are divided.
+just above d = sqrt(var + eps), by which values are divided. Where d is below 1, the mean is taken
+away first.
 """
 
 from __future__ import annotations
@@ -69,15 +70,18 @@ class Part(NamedTuple):
         axis, eps, *rest = settings
         axis %= x.ndim
         d = np.hypot(moments.std()[where], np.sqrt(eps))
+        mean = moments.mean[where]
+        e = np.where(np.abs(mean) > 2.0**1000, np.maximum(exponent(d), 2), exponent(d))
         gamma, beta = (
             np.full(where.size, absent) if v is None else np.asarray(v)[where].astype(np.float64)
             for v, absent in ((gamma, 1.0), (beta, 0.0))
         )
         return cls(
-            where, _wide(x, where, axis), _wide(residual, where, axis), axis, moments.mean[where],
-            d, exponent(d), gamma, beta, (*rest,),
+            where, _wide(x, where, axis), _wide(residual, where, axis), axis, mean, d, e, gamma,
+            beta, (*rest,),
         )  # fmt: skip
 
+    @np.errstate(all="ignore")
     def put(self, values: Array, into: Array) -> None:
         """Write the values of these channels."""
         np.moveaxis(into, self.axis, 0)[self.where] = np.moveaxis(values, self.axis, 0)
@@ -86,8 +90,8 @@ class Part(NamedTuple):
     def forward(self, selected: tuple[Any, ...], threads: int | None) -> Array:
         """Return y."""
         y: Array = batch_norm.inference(
-            np.ldexp(self.x, self._along(-self.e)), *self._scaled(), self.gamma, self.beta,
-            self.residual, (self.axis, 0.0, *self.settings), selected, None, threads, True,
+            *self._scaled(), self.gamma, self.beta, self.residual,
+            (self.axis, 0.0, *self.settings), selected, None, threads, True,
         )  # fmt: skip
         return y
 
@@ -108,19 +112,21 @@ class Part(NamedTuple):
         dy = _wide(dy, self.where, self.axis)
         size = np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != self.axis))
         up = np.maximum(exponent(size), 0)
-        x = self.x if from_output else np.ldexp(self.x, self._along(-self.e))
-        mean, var = self._scaled()
+        x, mean, var = self._scaled()
         through = SimpleNamespace(count=count, mean=mean, m2=var * count)
         dx, _, _, *rest = batch_norm.backward(
-            np.ldexp(dy, self._along(-up)), x, through, self.gamma, self.beta, self.residual,
-            (self.axis, 5e-324, *self.settings), selected, from_output, None, None, threads,
+            np.ldexp(dy, self._along(-up)), self.x if from_output else x, through, self.gamma,
+            self.beta, self.residual, (self.axis, 5e-324, *self.settings), selected, from_output,
+            None, None, threads,
             lambda sums: np.ldexp(exchange(np.ldexp(sums, up)), -up),
         )  # fmt: skip
         return np.ldexp(dx, self._along(up - self.e)), *(np.ldexp(g, self._along(up)) for g in rest)
 
-    def _scaled(self) -> tuple[Array, Array]:
-        """Return the mean and var + eps of the values divided by 2**e."""
-        return np.ldexp(self.mean, -self.e), np.ldexp(self.d, -self.e) ** 2
+    def _scaled(self) -> tuple[Array, Array, Array]:
+        """Return the values divided by 2**e, and their mean and var + eps."""
+        near = np.where(self.e < 0, self.mean, 0.0)
+        x = np.ldexp(self.x - self._along(near), self._along(-self.e))
+        return x, np.ldexp(self.mean - near, -self.e), np.ldexp(self.d, -self.e) ** 2
 
     def _along(self, values: Array) -> Array:
         return values.reshape([-1 if i == self.axis else 1 for i in range(self.x.ndim)])
