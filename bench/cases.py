@@ -13,10 +13,9 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from .machine import last_level_bytes, usable_cpus
+from .machine import last_level_bytes
 from .task import Task
 
-THREADS = min(2, usable_cpus())  # the bars are for two
 PLAIN = ("forward", "inference", "backward")
 PASSES = ("forward", "backward")
 
@@ -52,6 +51,11 @@ class Case:
         return (self.tasks or self.alone)[0].shape
 
     @property
+    def marks(self) -> list[str]:
+        """The markers of its test."""
+        return ["quick"] * self.quick + ["bars"] * self.bars
+
+    @property
     def every(self) -> tuple[Task, ...]:
         """All tasks."""
         return self.tasks + self.alone
@@ -60,13 +64,12 @@ class Case:
     def name(self) -> str:
         """An id that says everything: resnet50-forward-64x112x112-float32-2t."""
         one = self.every[0]
-        works = dict.fromkeys(task.work for task in self.tasks)
+        works = {task.work for task in self.tasks}
         work = one.work if len(works) == 1 else one.operation
         norm = one.norm if one.norm != "batch" else ""
         words = [self.group, norm, work, short(self.shape), one.dtype, f"{one.threads}t"]
-        return (
-            "-".join(filter(None, words)).replace(", ", "-").replace(" + ", "+").replace(" ", "-")
-        )
+        name = "-".join(filter(None, words)).replace(" + ", "+")
+        return name.replace(", ", "-").replace(" ", "-")
 
 
 def short(shape: tuple[int, ...]) -> str:
@@ -79,112 +82,119 @@ def every_case() -> Iterator[Case]:
     """Yield all cases, those of one shape behind each other."""
     yield from network()
     yield from beyond_the_cache()
-    yield from other_shapes()
+    for group, shapes in SHAPES.items():
+        for shape, operation in product(shapes, PLAIN):
+            if operation == "inference" or prod(shape) > shape[1]:  # one value has no variance
+                yield Case(group, (Task(operation, shape),))
     yield from small_calls()
     yield from fused()
-    yield from masks()
+    for shape, operation in product([(32, 256, 1000), (32, 64, 56, 56)], PASSES):
+        plain = Task(operation, shape)
+        yield Case("masks", (), (plain, plain._replace(masked=True)), quick=True)
     yield from family()
+    for shape, operation in product([(32, 64, 56, 56), (32, 1024, 7, 7)], PASSES):
+        yield Case("steps", (Task(operation, shape),), peers=("floor", "steps"))
 
 
 def network() -> Iterator[Case]:
     """Yield ResNet-50's layers: two threads, one, float64."""
     for (shape, layers), operation in product(zip(RESNET50, LAYERS, strict=True), PLAIN):
-        task = Task(operation, shape, threads=THREADS)
+        task = Task(operation, shape)
         yield Case("resnet50", (task,), layers=layers, quick=prod(shape) < 1 << 24, bars=True)
         yield Case("one thread", (task._replace(threads=1),), (task,), layers)
         yield Case("resnet50 float64", (task._replace(dtype="float64"),), layers=layers)
 
 
-def beyond() -> list[tuple[int, ...]]:
-    """Return shapes whose x is larger than the last-level cache, of ResNet-50 where it has some."""
+def beyond_the_cache() -> Iterator[Case]:
+    """Yield what memory alone decides: plain passes beside the floor, half types beside float32.
+
+    Shapes are those of ResNet-50 whose x is larger than the last cache, or two with more samples.
+    """
     cache = last_level_bytes() // 4
     large = [shape for shape in RESNET50 if prod(shape) > cache]
     batch = next(n for n in (32 << i for i in range(20)) if n * prod(RESNET50[0][1:]) > cache)
-    return large or [(batch, *shape[1:]) for shape in RESNET50[:2]]
-
-
-def beyond_the_cache() -> Iterator[Case]:
-    """Yield what memory alone decides: plain passes beside the floor, half types beside float32."""
-    for shape, operation in product(beyond(), PLAIN):
-        task, halves = plain_and_half(operation, shape)
-        yield Case("beyond", (task,), halves, bars=True, peers=("floor",))
+    for shape, operation in product(large or [(batch, *s[1:]) for s in RESNET50[:2]], PLAIN):
+        task = Task(operation, shape)
+        yield Case("beyond", (task,), halves(task), bars=True, peers=("floor",))
     for shape, operation in product(RESNET50, PASSES):
-        task, halves = plain_and_half(operation, shape)
-        yield Case("half", halves, (task,), quick=shape in SOME)
+        task = Task(operation, shape)
+        yield Case("half", halves(task), (task,), quick=shape in SOME)
 
 
-def plain_and_half(operation: str, shape: tuple[int, ...]) -> tuple[Task, tuple[Task, ...]]:
-    """Return a task in float32, and in both half types."""
-    task = Task(operation, shape, threads=THREADS)
-    return task, tuple(task._replace(dtype=dtype) for dtype in ("bfloat16", "float16"))
-
-
-def other_shapes() -> Iterator[Case]:
-    """Yield every other group of shapes."""
-    for group, shapes in SHAPES.items():
-        for shape, operation in product(shapes, PLAIN):
-            if operation == "inference" or prod(shape) > shape[1]:  # one value has no variance
-                yield Case(group, (Task(operation, shape, threads=THREADS),))
+def halves(task: Task) -> tuple[Task, ...]:
+    """Return a task in both half types."""
+    return tuple(task._replace(dtype=dtype) for dtype in ("bfloat16", "float16"))
 
 
 def small_calls() -> Iterator[Case]:
     """Yield calls that are bound by what surrounds the loops, on one thread."""
     for shape in TINY:
-        for operation in PLAIN:
-            yield Case("tiny", (Task(operation, shape, threads=1),), quick=True, bars=True)
-        layer = Task("forward", shape, threads=1, module=True)
-        yield Case("tiny", (layer,), quick=True, bars=True)
+        tasks = [Task(operation, shape, threads=1) for operation in PLAIN]
+        for task in (*tasks, Task("forward", shape, threads=1, module=True)):
+            yield Case("tiny", (task,), quick=True, bars=True)
     flat, image = (32, 16), (4, 8, 4, 4)
+    norms = {flat: {"norm": "layer"}, image: {"norm": "group", "groups": 2}}
+    special = {"activation": "relu", "residual": True}, {"dtype": "bfloat16"}, {"masked": True}
     for operation, shape in product(PASSES, (flat, image)):
-        plain = Task(operation, shape, threads=1)
-        special = (
-            plain._replace(activation="relu", residual=True),
-            plain._replace(dtype="bfloat16"),
-            plain._replace(masked=True),
-            plain._replace(norm="layer")
-            if shape == flat
-            else plain._replace(norm="group", groups=2),
-        )
-        for task in special:
+        for options in (*special, norms[shape]):
+            task = Task(operation, shape, threads=1)._replace(**options)
             yield Case("calls", (task,), quick=True, bars=True)
 
 
 def fused() -> Iterator[Case]:
     """Yield activations and residuals, beside the plain pass."""
     for shape, operation in product(ACTIVATED, PASSES):
-        plain = Task(operation, shape, threads=THREADS)
+        plain = Task(operation, shape)
         every = [plain._replace(activation=name) for name in ACTIVATIONS]
         every.append(plain._replace(activation="relu", residual=True))
         yield Case("activations", (), (plain, *every), bars=True)
     for shape, operation in product(RESNET50, PASSES):
-        plain = Task(operation, shape, threads=THREADS)
+        plain = Task(operation, shape)
         relu = plain._replace(activation="relu")
-        tasks = (relu, relu._replace(residual=True))
-        yield Case("fused", tasks, (plain,), quick=shape in SOME)
-
-
-def masks() -> Iterator[Case]:
-    """Yield masked batches, beside the same without a mask."""
-    for shape, operation in product([(32, 256, 1000), (32, 64, 56, 56)], PASSES):
-        plain = Task(operation, shape, threads=THREADS)
-        yield Case("masks", (), (plain, plain._replace(masked=True)), quick=True)
+        yield Case("fused", (relu, relu._replace(residual=True)), (plain,), quick=shape in SOME)
 
 
 def family() -> Iterator[Case]:
     """Yield layer, RMS, group and instance norm: transformers, a UNet, short rows, half types."""
-    some = [((32, 512, 768), "layer", 0), ((8, 320, 16, 16), "group", 32)]
-    transformers = [(32, 512, 768), (8, 2048, 1024), (4096, 4096)]
-    lines = [(shape, norm, 0) for shape in transformers for norm in ("layer", "rms")]
-    lines += [((2**20 // size, size), "layer", 0) for size in (16, 32, 64, 128)]
+    rows = [(32, 512, 768), (8, 2048, 1024), (4096, 4096)]
+    short_rows = [(2**20 // size, size) for size in (16, 32, 64, 128)]
     images = [(8, 320, 64, 64), (8, 1280, 16, 16), (8, 320, 16, 16), (8, 320, 32, 32)]
+    lines = [(shape, norm, 0) for shape in rows for norm in ("layer", "rms")]
+    lines += [(shape, "layer", 0) for shape in short_rows]
     lines += [(shape, "group", 32) for shape in [*images, (2, 512, 64, 64)]]
     lines += [((4, 64, 256, 256), "instance", 0), ((16, 256, 14, 14), "instance", 0)]
-    for line, operation in product(lines, PASSES):
-        shape, norm, groups = line
-        task = Task(operation, shape, norm, threads=THREADS, groups=groups)
-        short_rows = (norm, shape[-1] <= 128) == ("layer", True)
-        bars = short_rows or (norm, shape[2:]) == ("group", (16, 16))
-        yield Case("family", (task,), bars=bars, quick=line in some)
+    for (shape, norm, groups), operation in product(lines, PASSES):
+        bars = shape in short_rows or shape[2:] == (16, 16)
+        quick = norm != "rms" and shape in (rows[0], images[2])
+        task = Task(operation, shape, norm, groups=groups)
+        yield Case("family", (task,), bars=bars, quick=quick)
     wide = [lines[2], lines[3], lines[4], lines[10], lines[15]]
-    for (shape, norm, groups), dtype, operation in product(wide, ("bfloat16", "float16"), PASSES):
-        yield Case("family", (Task(operation, shape, norm, dtype, THREADS, groups),))
+    for (shape, norm, groups), i, operation in product(wide, (0, 1), PASSES):
+        yield Case("family", (halves(Task(operation, shape, norm, groups=groups))[i],))
+
+
+# ---- PyTorch's modules and networks --------------------------------------------------------------
+
+NETWORKS = {
+    "ResNet-50": 16,
+    "MobileNetV2": 32,
+    "ConvNeXt": 8,
+    "UNet": 4,
+    "transformer": 32,
+}  # batch
+
+
+MODES = ("inference", "evaluation step", "training step")
+
+
+def small_modules() -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yield a module's class, a shape, and whether the memory is channels-last."""
+    for n in (32, 512, 4096):
+        yield "BatchNorm1d", (n, 64), False
+    for kind, size, n in product(("LayerNorm", "RMSNorm"), (64, 192, 768), (64, 1024, 4096)):
+        yield kind, (n, size), False
+    images = ((64, 8), (64, 28), (64, 56), (256, 14), (256, 28), (512, 7))
+    kinds = ("BatchNorm2d", "GroupNorm", "InstanceNorm2d")
+    for kind, (c, side), n in product(kinds, images, (1, 4, 8, 16, 32)):
+        if n * c * side**2 < 1 << 21:
+            yield from ((kind, (n, c, side, side), last) for last in (False, True))

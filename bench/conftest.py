@@ -1,24 +1,20 @@
-"""The plugin of pytest-benchmark that lets contestants take turns: options, fixtures, summary."""
+"""The plugin of pytest-benchmark that lets contestants take turns: options, fixture, summary."""
 
 from __future__ import annotations
 
-import gc
 import sys
-from functools import lru_cache
 from typing import Any
 
 import pytest
 
 from .bars import HEADS, bars, verdicts
-from .cases import Case, every_case, short
 from .machine import last_level_bytes, machine
 from .peers import load
 from .race import Race
 from .report import records_of, text_table
-from .task import Data
 
-batch = lru_cache(maxsize=1)(Data)  # neighbours of one shape share their arrays
 QUICK, FULL = (0.25, 3), (1.5, 5)  # seconds of a race, about, and fewest rounds
+WAYS = "channels-last,convert,fuse,bare"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="the main cases only; under two minutes")
     group.addoption("--seconds", type=float, help="of a race, about; default: 1.5, or 0.25 quick")
     group.addoption("--peers", help="such as numpy,onnxruntime; default: all")
+    group.addoption("--batch", type=int, help="of networks; default: a size that suits each")
+    group.addoption("--ways", default=WAYS, help=f"to train networks; default: {WAYS}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     elif not names and config.getoption("--quick"):
         missing += [f"{peer.name} is left out of a quick run" for peer in peers if not peer.quick]
         peers = [peer for peer in peers if peer.quick]
+    if config.getoption("--quick") and "bars" not in (marks := config.option.markexpr):
+        config.option.markexpr = f"quick and ({marks})" if marks else "quick"
     config.cybn_peers, config.cybn_missing = peers, missing
     if "--benchmark-columns" not in " ".join(sys.argv):
         config.option.benchmark_columns = ["min", "median", "rounds", "iterations"]
@@ -51,14 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     peers = ", ".join(f"{peer.name} {peer.version}" for peer in config.cybn_peers)
     return [f"peers: {peers}", *config.cybn_missing]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--quick") or "bars" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("quick")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
 
 
 def pytest_benchmark_update_machine_info(
@@ -87,39 +79,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write(text_table(HEADS, [verdict.cells for verdict in table]))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        marked = [
-            pytest.param(
-                case,
-                id=case.name,
-                marks=[getattr(pytest.mark, m) for m in ("quick", "bars") if getattr(case, m)],
-            )
-            for case in every_case()
-        ]
-        metafunc.parametrize("case", marked)
-
-
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Race:
     """Return an empty race."""
     seconds, fewest = QUICK if request.config.getoption("--quick") else FULL
     seconds = request.config.getoption("--seconds") or seconds
     return Race(benchmark, request.node.name, seconds, fewest)
-
-
-@pytest.fixture
-def field(request: pytest.FixtureRequest, race: Race, case: Case) -> Race:
-    """Return the race of a case, with everybody checked and ready."""
-    gc.collect()
-    data = batch(case.shape)
-    info = {"group": case.group, "case": case.name, "shape": short(case.shape)}
-    info["layers"] = case.layers
-    race.group = case.name
-    for task in case.every:
-        for peer in request.config.cybn_peers:
-            alone = task in case.alone and peer.name != "cybn"
-            if alone or (case.peers is not None and peer.name not in ("cybn", *case.peers)):
-                continue
-            race.enter(peer, task, data, info)
-    return race

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .task import AT_THE_KINK, FIRST, LAST, REUSED, TOLERANCE, Contestant, Data, Peer, Task
+from .task import AT_THE_KINK, FIRST, LAST, TOLERANCE, Contestant, Data, Peer, Task
 
 WARM = 0.002  # seconds of untimed calls before a turn, at least one call
 TURN = 0.01  # seconds of timed calls in a turn, at least one call
@@ -25,25 +23,11 @@ LONG = 0.02  # seconds of a call that needs no untimed one before it
 MOST = 40  # rounds
 
 
-@dataclass
-class Runner:
-    """A contestant in its race: what is known of it, how it is called, and its turns."""
-
-    contestant: Contestant
-    info: dict[str, Any]  # of the record
-    calls: int = 1  # timed calls in a turn
-    estimate: float = 0.0
-    stats: Any = None  # of pytest-benchmark
-
-    def words(self, *keys: str) -> str:
-        """Return some of what is known, in words."""
-        return " ".join(str(self.info[key]) for key in keys if self.info.get(key))
-
-
 def wrong(task: Task, data: Data, contestant: Contestant, result: Any) -> str:
     """Return what is wrong with a result; nothing where it is right."""
     sample = data.sample(task)
     got = np.asarray(contestant.read(result))
+    got = np.moveaxis(got, -1, 1) if contestant.layout == LAST else got
     if got.shape != task.shape:
         return f"its result has shape {got.shape}, not {task.shape}"
     if contestant.answer is not None:
@@ -65,7 +49,7 @@ class Race:
     def __init__(self, benchmark: Any, group: str, seconds: float, fewest: int) -> None:
         self.benchmark, self.seconds, self.fewest = benchmark, seconds, fewest
         self.group = group
-        self.runners: list[Runner] = []
+        self.contestants: list[Contestant] = []
         self.errors: list[str] = []
 
     def enter(self, peer: Peer, task: Task, data: Data, info: dict[str, Any]) -> None:
@@ -74,85 +58,79 @@ class Race:
         known = {**task._asdict(), **sizes, **info, "work": task.work, "peer": peer.name}
         try:
             for one in peer.contestants(task, data):
-                if one.output == REUSED and one.layout in (FIRST, LAST):
-                    # The answer of the one before is not ours.
+                if one.layout in (FIRST, LAST):  # the answer of the one before is not ours
                     data.get("out", task.dtype, one.layout).fill(np.nan)
+                one.before()
                 start = time.perf_counter()
                 result = one.call()
-                estimate = time.perf_counter() - start
-                places = {"layout": one.layout, "output": one.output, "note": one.note}
+                one.estimate = time.perf_counter() - start
+                one.info = known | {key: getattr(one, key) for key in ("layout", "output", "note")}
                 if fault := wrong(task, data, one, result):
-                    self.fail(f"{peer.name} {one.layout} {one.output}, {task.work}: {fault}")
+                    self.errors.append(
+                        f"{peer.name} {one.layout} {one.output}, {task.work}: {fault}"
+                    )
                 else:
-                    self.runners.append(Runner(one, known | places, estimate=estimate))
+                    self.contestants.append(one)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             words = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.fail(f"{peer.name}, {task.work}, {task.dtype}: {words}")
+            self.errors.append(f"{peer.name}, {task.work}, {task.dtype}: {words}")
 
-    def add(self, call: Callable[[], object], **info: Any) -> Runner:
+    def add(self, call: Any, before: Any = lambda: None, **info: Any) -> Contestant:
         """Enter a call that was checked elsewhere."""
-        one = Contestant(info.get("layout", ""), info.get("output", ""), call, np.asarray)
-        self.runners.append(Runner(one, {"layout": "", "output": "", "note": ""} | info))
-        return self.runners[-1]
-
-    def fail(self, words: str) -> None:
-        """Keep why somebody is not timed."""
-        self.errors.append(words)
+        given = {"layout": "", "output": "", "note": ""} | info
+        self.contestants.append(Contestant("", "", call, before=before, info=given))
+        return self.contestants[-1]
 
     def run(self) -> None:
         """Let all of them take turns; fail at the end if somebody could not."""
         self.benchmark._mode = "race"  # so that the fixture knows that it was used
         if not self.benchmark.disabled:
-            enabled = gc.isenabled()
             gc.disable()
             try:
-                self._turns([self._ready(runner) for runner in self.runners])
+                for one in self.contestants:
+                    self._ready(one)
+                self._turns()
             finally:
-                if enabled:
-                    gc.enable()
+                gc.enable()
         if self.errors:
             pytest.fail("\n".join(["not timed:", *self.errors]), pytrace=False)
 
-    def _ready(self, runner: Runner) -> Runner:
+    def _ready(self, one: Contestant) -> None:
         """Estimate a call, and open the record at pytest-benchmark."""
-        one = runner.contestant
         until = time.perf_counter() + WARM
-        if one.before:
-            one.before()
-        while runner.estimate < LONG and time.perf_counter() < until:
+        one.before()
+        while one.estimate < LONG and time.perf_counter() < until:
             start = time.perf_counter()
             one.call()
             taken = time.perf_counter() - start
-            runner.estimate = min(runner.estimate or taken, taken)
-        runner.calls = max(1, round(TURN / runner.estimate)) if runner.estimate else 1
-        apart = ("work", "dtype", "threads")  # said where they differ in a race
-        several = len({one.words(*apart) for one in self.runners}) > 1
-        keys = ("peer", "layout", "output", *(apart if several else ()))
-        self.benchmark.group, self.benchmark.name = self.group, runner.words(*keys)
-        self.benchmark.extra_info = runner.info
-        runner.stats = self.benchmark._make_stats(runner.calls)
-        return runner
+            one.estimate = min(one.estimate or taken, taken)
+        one.calls = max(1, round(TURN / one.estimate)) if one.estimate else 1
+        apart = ["work", "dtype", "threads"]  # said where they differ in a race
+        apart = [key for key in apart if len({each.info.get(key) for each in self.contestants}) > 1]
+        words = [one.info.get(key) for key in ("peer", "layout", "output", *apart)]
+        self.benchmark.group = self.group
+        self.benchmark.name = " ".join(str(word) for word in words if word)
+        self.benchmark.extra_info = one.info
+        one.stats = self.benchmark._make_stats(one.calls)
 
-    def _turns(self, runners: Iterable[Runner]) -> None:
-        runners = list(runners)
+    def _turns(self) -> None:
         until = time.perf_counter() + self.seconds
         for done in range(MOST):
             if done >= self.fewest and time.perf_counter() > until:
                 break
-            for runner in runners:
-                runner.stats.update(self._turn(runner))
+            for one in self.contestants:
+                one.turns.append(self._turn(one))
+                one.stats.update(one.turns[-1])
 
-    def _turn(self, runner: Runner) -> float:
+    def _turn(self, one: Contestant) -> float:
         """Return the seconds of all timed calls of a turn."""
-        one = runner.contestant
-        if one.before:
-            one.before()
-        if runner.estimate < LONG:
-            until = time.perf_counter() + WARM
+        until = time.perf_counter() + WARM
+        one.before()
+        again = one.estimate < LONG
+        while again:
             one.call()
-            while time.perf_counter() < until:
-                one.call()
+            again = time.perf_counter() < until
         if one.many is not None:
-            timed = self.benchmark._make_runner(one.many, (runner.calls,), {})
+            timed = self.benchmark._make_runner(one.many, (one.calls,), {})
             return timed(range(1))
-        return self.benchmark._make_runner(one.call, (), {})(range(runner.calls))
+        return self.benchmark._make_runner(one.call, (), {})(range(one.calls))

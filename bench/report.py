@@ -1,4 +1,4 @@
-"""Figures into pages and a picture: ``python -m bench.report figures.json --pages README.md``.
+"""Figures into pages: ``python -m bench.report figures.json --pages README.md``.
 
 The file is what ``pytest bench --benchmark-json=figures.json`` writes. A page says where a block
 goes, on lines of their own::
@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 from .bars import ALONE, HEADS, Bar, Record, Where, verdicts
-from .cases import SHAPES
+from .cases import MODES, SHAPES
 from .peers.floor import FLOOR
-from .task import FIRST, FRESH, LAST, REUSED
+from .task import FIRST, LAST, REUSED
 
 MARKED = re.compile(r"^(<!-- bench: (.+) -->\n)((?:.*\n)*?)(<!-- end of bench -->)$", re.M)
 START = re.compile(r"^<!-- bench: (.+) -->$", re.M)
@@ -65,14 +64,14 @@ def read(path: Path) -> Run:
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in plain text."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [map(str.ljust, row, widths) for row in (heads, *rows)]
-    return "".join("  ".join(line).rstrip() + "\n" for line in lines)
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in (heads, *rows))
+    return "".join(line.rstrip() + "\n" for line in lines)
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1) -> str:
     """Return a table whose first columns are words, the others numbers; nothing without rows."""
     rule = ["---" if i < words else "---:" for i in range(len(heads))]
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *rows)]
     return "\n".join(lines) + "\n" if rows else ""
 
 
@@ -97,7 +96,7 @@ def columns(found: Sequence[Record], layout: str | None) -> Iterator[tuple[str, 
             name = "`np.add`" if own[0]["operation"] == "backward" else "`np.copyto`"
         outputs = dict.fromkeys(r["output"] for r in own)
         for output in outputs:
-            said = {FRESH: ", fresh", REUSED: ", `out=`"}[output] if len(outputs) > 1 else ""
+            said = f", {'`out=`' if output == REUSED else output}" if len(outputs) > 1 else ""
             yield name + said, where | {"output": output}
             if (peer, output) == ("cybn", REUSED):
                 yield "GB/s", where | {"output": output}
@@ -108,12 +107,11 @@ def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor
     found = [r for r in run.records if r["group"] in groups and r["work"] == work]
     least = min((r["threads"] for r in found), default=0)  # cybn's on more stand beside one thread
     found = [r for r in found if r["threads"] == least]
+    slowest_first = sorted(found, key=lambda r: -r["seconds"])  # the quickest comes last, and stays
     grid = {}
-    for head, where in columns(found, layout) if found else ():
+    for head, where in columns(found, layout):
         best = {}
-        for r in sorted(
-            (r for r in found if where.items() <= r.items()), key=lambda r: -r["seconds"]
-        ):
+        for r in (r for r in slowest_first if where.items() <= r.items()):
             speed = r["least_bytes"] / r["seconds"] / 1e9
             best[r["shape"]] = f"{speed:.0f}" if head == "GB/s" else number(r["seconds"] * factor)
         if best:
@@ -124,15 +122,12 @@ def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor
 
 
 def block(
-    *groups: str,
-    works: Sequence[str] = tuple(NAMES),
-    layout: str | None = FIRST,
-    factor: float = 1e3,
+    *groups: str, works: Sequence[str] = (), layout: str | None = FIRST, factor: float = 1e3
 ) -> Callable[[Run], str]:
     """Return a block of times, in milliseconds; a table for each kind of work, under its name."""
 
     def made(run: Run) -> str:
-        tables = {work: times(run, work, groups, layout, factor) for work in works}
+        tables = {work: times(run, work, groups, layout, factor) for work in works or NAMES}
         if len(works) == 1:
             return tables[works[0]]
         named = {NAMES.get(work, work.capitalize()): t for work, t in tables.items() if t}
@@ -141,40 +136,35 @@ def block(
     return made
 
 
-def ratio_table(run: Run, every: Iterable[Bar]) -> str:
-    """Return comparisons as a table: below 1, what stands first takes less time."""
-    rows = []
-    for bar in every:
-        pairs = sorted(bar.pairs(run.records), key=lambda pair: pair.ratio)
-        if pairs:
-            found = [pair.ratio for pair in pairs]
-            figures = (geometric_mean(found), found[0], found[-1])
-            rows.append([bar.name, *(f"{f:.2f}" for f in figures), pairs[-1].place])
-    return markdown(["time / time", "geometric mean", "least", "most", "on"], rows)
-
-
 def beside(*groups: str) -> Callable[[Run], str]:
-    """Return a block that holds each kind of work against the plain one, and against the peers."""
+    """Return a block that holds each kind of work against the plain one, and against the peers.
+
+    Below 1, what stands first takes less time.
+    """
+
+    def comparisons(found: Sequence[Record]) -> Iterator[Bar]:
+        keys = ("group", "norm", "work", "dtype", "operation")
+        others = dict.fromkeys((r["peer"], r["output"]) for r in found if r["peer"] != "cybn")
+        for kind in dict.fromkeys(tuple(r[key] for key in keys) for r in found):
+            group, norm, work, dtype, operation = kind
+            here: Where = {"work": work, "dtype": dtype, "norm": norm}
+            ours = ALONE | here | {"output": REUSED}
+            plain = here | {"work": operation, "dtype": "float32"}
+            title = ", ".join([norm, work, dtype] + [group] * (len(groups) > 1))
+            if here != plain:
+                yield Bar(f"{title} / plain", (group,), None, ours, ours | plain)
+            for peer, output in others:
+                theirs = {"peer": peer, "output": output, **here}
+                name = f"{title} / {peer}, {output}"
+                yield Bar(name, (group,), None, ours | {"output": output}, theirs)
 
     def made(run: Run) -> str:
         found = [r for r in run.records if r["group"] in groups]
-        keys = ("group", "norm", "work", "dtype", "operation")
-        every = []
-        for group, norm, work, dtype, operation in dict.fromkeys(
-            tuple(r[key] for key in keys) for r in found
-        ):
-            here: Where = {"work": work, "dtype": dtype, "norm": norm}
-            ours = ALONE | here | {"output": REUSED}
-            plain = {"work": operation, "dtype": "float32", "norm": norm}
-            title = ", ".join([norm, work, dtype] + [group] * (len(groups) > 1))
-            if here != plain:
-                every.append(Bar(f"{title} / plain", (group,), None, ours, ours | plain))
-            for peer, output in dict.fromkeys((r["peer"], r["output"]) for r in found):
-                if peer != "cybn":
-                    theirs = {"peer": peer, "output": output, **here}
-                    name = f"{title} / {peer}, {output}"
-                    every.append(Bar(name, (group,), None, ours | {"output": output}, theirs))
-        return ratio_table(run, every)
+        rows = []
+        for v in filter(None, (bar.held(found) for bar in comparisons(found))):
+            figures = (v.figure, v.pairs[0].ratio, v.pairs[-1].ratio)
+            rows.append([v.bar.name, *(f"{f:.2f}" for f in figures), v.pairs[-1].place])
+        return markdown(["time / time", "geometric mean", "least", "most", "on"], rows)
 
     return made
 
@@ -182,35 +172,26 @@ def beside(*groups: str) -> Callable[[Run], str]:
 def summary(run: Run) -> str:
     """Return cybn's time over PyTorch's best: a group a row, an operation a column."""
     rows = []
+    ours, torch = {"peer": "cybn", "layout": FIRST, "output": REUSED}, {"peer": "PyTorch"}
     for group in dict.fromkeys(r["group"] for r in run.records):
-        ours = {"peer": "cybn", "layout": FIRST, "output": REUSED}
-        every = [
-            Bar("", (group,), None, ours | {"work": w}, {"peer": "PyTorch", "work": w})
-            for w in NAMES
-        ]
-        found = [[pair.ratio for pair in bar.pairs(run.records)] for bar in every]
+        where = [{"work": work} for work in NAMES]
+        every = [Bar("", (group,), None, ours | here, torch | here) for here in where]
+        found = [bar.held(run.records) for bar in every]
         if any(found):
-            rows.append([group, *(f"{geometric_mean(f):.2f}" if f else "-" for f in found)])
+            rows.append([group, *(f"{v.figure:.2f}" if v else "-" for v in found)])
     return markdown(["geometric mean", *NAMES], rows)
 
 
 def training(run: Run) -> str:
     """Return the training steps of whole networks, and how far losses are from PyTorch's."""
-    found = [r for r in run.records if r["group"] == "training"]
-    stock = {r["shape"]: r["seconds"] for r in found if r["peer"] == "PyTorch"}
     rows = []
-    for r in found:
-        gain, sizes = stock[r["shape"]] / r["seconds"], "x".join(map(str, r["sizes"]))
-        cells = [f"{r['shape']}, {sizes}", r["peer"], f"{r['seconds']:.2f} s", f"{gain:.2f}"]
+    for r in (r for r in run.records if r["group"] == "training"):
+        cells = [f"{r['shape']}, {'x'.join(map(str, r['sizes']))}", r["peer"]]
+        cells += [f"{r['seconds']:.2f} s", *(f"{gain:.2f}" for gain in r["gains"])]
         cells += [f"{r['faults'] / 1000:.0f} k", f"{r['peak'] / 2**30:.1f} GiB"]
-        rows.append([*cells, "-" if r["peer"] == "no batch norm" else f"{r['apart']:.1e}"])
-    heads = ["network", "", "step", "gain", "page faults", "peak memory", "loss apart by at most"]
-    return markdown(heads, rows, words=2)
-
-
-def bar_table(run: Run) -> str:
-    """Return every bar with its figure and verdict."""
-    return markdown(HEADS, [v.cells for v in verdicts(run.records, run.cache)], words=2)
+        rows.append([*cells, f"{r['apart']:.1e}"])
+    heads = ["network", "", "step", "gain", "lowest", "highest", "page faults", "peak memory"]
+    return markdown([*heads, "loss apart by at most"], rows, words=2)
 
 
 def missed(run: Run) -> str:
@@ -219,20 +200,14 @@ def missed(run: Run) -> str:
         [verdict.bar.name, pair.place, f"{pair.ratio:.3f}"]
         for verdict in verdicts(run.records, run.cache)
         for pair in reversed(verdict.pairs)
-        if verdict.bar.how == "each" and pair.ratio > (verdict.bar.limit or inf)
+        if verdict.bar.how == "each" and pair.ratio > (verdict.bar.bound or inf)
     ]
     return markdown(["bar", "place", "figure"], rows, words=2)
 
 
-def machine_table(run: Run) -> str:
-    """Return what the figures depend on."""
-    rows = [[name, str(value)] for name, value in (run.machine | run.peers).items()]
-    return markdown(["", "this run"], rows, words=2)
-
-
 BLOCKS: dict[str, Callable[[Run], str]] = {
-    "machine": machine_table,
-    "bars": bar_table,
+    "machine": lambda run: markdown(["", "this run"], list((run.machine | run.peers).items()), 2),
+    "bars": lambda run: markdown(HEADS, [v.cells for v in verdicts(run.records, run.cache)], 2),
     "missed": missed,
     **{f"resnet50 {work}": block("resnet50", works=(work,)) for work in NAMES},
     "resnet50 channels-last": block("resnet50", layout=LAST),
@@ -245,6 +220,9 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
     "fused": beside("activations", "fused", "masks"),
     "half": beside("beyond", "half"),
     "family": beside("family"),
+    "steps": block("steps"),
+    "steps channels-last": block("steps", layout=LAST),
+    "small": block("small", works=MODES, layout=None, factor=1e6),
     "training": training,
 }
 
@@ -255,8 +233,7 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
 def filled(run: Run, path: Path) -> str:
     """Return a page with its blocks filled; ValueError where a mark is unknown or has no end."""
     text = path.read_text(encoding="utf-8")
-    names = START.findall(text)
-    if not names:
+    if not (names := START.findall(text)):
         raise ValueError(f"{path} has no line <!-- bench: NAME -->; names: {', '.join(BLOCKS)}")
     if unknown := [name for name in names if name not in BLOCKS]:
         raise ValueError(f"{path} asks for {unknown[0]!r}; there are {', '.join(BLOCKS)}")
@@ -271,21 +248,16 @@ def filled(run: Run, path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill pages, draw the picture, print the bars."""
+    """Fill pages, print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=Path)
     parser.add_argument("--pages", nargs="+", type=Path, default=[])
-    parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
     try:
         run = read(options.figures)
         pages = {page: filled(run, page) for page in options.pages}  # all of them, or none
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if options.picture:
-        from .picture import draw
-
-        draw(run, options.picture)
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
     cells = [verdict.cells for verdict in verdicts(run.records, run.cache)]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import ml_dtypes  # noqa: F401 - np.dtype("bfloat16")
 import numpy as np
 from numpy.typing import NDArray
 
 from cybn import reference
 
+from .machine import usable_cpus
+
 Array = NDArray[Any]
 
 EPS = 1e-5
+THREADS = min(2, usable_cpus())  # the bars are for two
 FIRST, LAST = "channels-first", "channels-last"
 FRESH, REUSED = "fresh", "reused"  # the output: a new array, or the same one every time
 ROWS = ("layer", "rms")  # normalize the last axis, and have no channels-last
@@ -26,17 +30,7 @@ ROWS = ("layer", "rms")  # normalize the last axis, and have no channels-last
 # float sum over millions of values, which some of them use.
 TOLERANCE = {"float64": 2.0**-38, "float32": 2.0**-9, "float16": 0.01, "bfloat16": 0.04}
 AT_THE_KINK = 1e-4  # share of values whose z is so near 0 that its slope may be either
-
 _CHECKED = 1 << 21  # values that are checked, about
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    """Return a dtype by name; ml_dtypes has bfloat16."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
@@ -54,7 +48,7 @@ class Task(NamedTuple):
     shape: tuple[int, ...]  # (N, C, *spatial), or (..., C) for the norms of rows
     norm: str = "batch"  # layer, rms, group, instance
     dtype: str = "float32"
-    threads: int = 2
+    threads: int = THREADS
     groups: int = 0
     activation: str = ""
     residual: bool = False
@@ -69,10 +63,19 @@ class Task(NamedTuple):
         return ", ".join(filter(None, [self.operation, *words]))
 
     @property
+    def alone(self) -> bool:
+        """Whether it is a norm, and no more than that."""
+        return not (self.activation or self.residual or self.masked or self.module)
+
+    @property
     def plain(self) -> bool:
         """Whether it is batch normalization in float32 or float64, and no more than that."""
-        same = Task(self.operation, self.shape, dtype=self.dtype, threads=self.threads)
-        return self == same and self.dtype in ("float32", "float64")
+        return self.alone and self.norm == "batch" and self.dtype in ("float32", "float64")
+
+    @property
+    def layouts(self) -> list[str]:
+        """The orders of memory that the shape can have."""
+        return [FIRST] if self.norm in ROWS or len(self.shape) == 2 else [FIRST, LAST]
 
     @property
     def channels(self) -> int:
@@ -82,7 +85,7 @@ class Task(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The size of x."""
-        return prod(self.shape) * dtype_of(self.dtype).itemsize
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def least_bytes(self) -> int:
@@ -116,23 +119,16 @@ class Data:
 
     def get(self, name: str, dtype: str = "float32", layout: str = FIRST) -> Array:
         """Return ``x``, ``dy``, ``residual``, ``out`` or ``out_residual`` in a layout."""
-        key = (name, dtype, layout)
-        if key not in self._kept:
-            self._kept[key] = self._made(name, dtype, layout)
-        return self._kept[key]
-
-    def _made(self, name: str, dtype: str, layout: str) -> Array:
-        sizes, kind = self.shape, dtype_of(dtype)
+        key, sizes, kind = (name, dtype, layout), self.shape, np.dtype(dtype)
+        if key in self._kept:
+            return self._kept[key]
+        values = aligned((sizes[0], *sizes[2:], sizes[1]) if layout == LAST else sizes, kind)
+        self._kept[key] = values
         if name.startswith("out"):
-            last = (sizes[0], *sizes[2:], sizes[1])
-            return aligned(last if layout == LAST else sizes, kind)
-        if layout == LAST:
-            first = self.get(name, dtype)
-            values = aligned((sizes[0], *sizes[2:], sizes[1]), kind)
-            np.copyto(np.moveaxis(values, -1, 1), first)
             return values
-        values = aligned(sizes, kind)
-        if dtype in ("float32", "float64"):
+        if layout == LAST:
+            np.copyto(np.moveaxis(values, -1, 1), self.get(name, dtype))
+        elif dtype in ("float32", "float64"):
             seed = ("x", "dy", "residual").index(name)
             np.random.default_rng(seed).standard_normal(out=values, dtype=kind.type)
         else:
@@ -159,12 +155,9 @@ class Data:
         key = ("expected", str(plain))
         if key not in self._kept:
             every, cut = self.arrays(plain), self.sample(task)
-            tensors = [v[cut] if v.size else v for v in every[:3]]
-            if task.norm in ROWS or not cut[1:]:
-                parameters = every[4:]
-            else:
-                parameters = tuple(v[cut[1]] for v in every[4:])
-            chosen = Arrays(*(v.astype(np.float64) for v in tensors), every.mask, *parameters)
+            tensors = [v[cut].astype(np.float64) if v.size else v for v in every[:3]]
+            parameters = [v[cut[1]] if cut[1:] else v for v in every[4:]]
+            chosen = Arrays(*tensors, every.mask, *(v.astype(np.float64) for v in parameters))
             self._kept[key] = first_of(bind(reference, plain, chosen)())
         return self._kept[key]
 
@@ -215,11 +208,16 @@ class Contestant:
     layout: str
     output: str
     call: Callable[[], object]  # does the work once, and returns the output
-    read: Callable[[Any], Array]  # that output as an array of the shape of x
+    read: Callable[[Any], Any] = first_of  # that output as an array, in this layout
     note: str = ""
     many: Callable[[int], object] | None = None  # does it several times, where that is fairer
-    before: Callable[[], object] | None = None  # before a turn, such as setting threads
+    before: Callable[[], object] = lambda: None  # before a turn, such as setting threads
     answer: Callable[[Any], Array] | None = None  # a sample of it, where the norm's is not
+    info: dict[str, Any] = field(default_factory=dict)  # what the record says of it
+    estimate: float = 0.0  # seconds of a call
+    calls: int = 1  # timed calls in a turn
+    turns: list[float] = field(default_factory=list)  # seconds
+    stats: Any = None  # of pytest-benchmark
 
 
 class Peer(ABC):
@@ -228,12 +226,18 @@ class Peer(ABC):
     Making one raises ImportError or OSError where it is not installed.
     """
 
+    kinds: ClassVar[list[type[Peer]]] = []
+
+    def __init_subclass__(cls) -> None:
+        Peer.kinds.append(cls)
+
     name = ""
     install = ""  # how to get it
     order = 50  # of columns and rows; cybn is 0
     version = ""
     note = ""  # how it is called
     quick = True  # whether it takes part in a quick run
+    everywhere = True  # or only in cases that name it
 
     @abstractmethod
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:

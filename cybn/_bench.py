@@ -77,7 +77,7 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
     threads = num_threads or get_num_threads()
     torch = _torch(threads)
     peers = f", PyTorch {torch.__version__}" if torch else "; PyTorch is not installed"
-    print(f"cybn {__version__} on {_cpu()}, {threads} threads; NumPy {np.__version__}{peers}")
+    print(f"cybn {__version__} on {cpu_name()}, {threads} threads; NumPy {np.__version__}{peers}")
     if warning := busy():
         print(warning)
     print(f"Batches of 32, float32. Takes about {ABOUT} seconds.\n", flush=True)
@@ -92,7 +92,7 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
         print("\r", " " * 20, "\r", sep="", end="", file=sys.stderr, flush=True)
     print(table(rows), NOTE, "", *(summary(rows, name) for name in OPERATIONS), sep="\n")
     if json_file is not None:
-        found = {"cybn": __version__, "cpu": _cpu(), "threads": threads, "rows": rows}
+        found = {"cybn": __version__, "cpu": cpu_name(), "threads": threads, "rows": rows}
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -293,7 +293,7 @@ def check_writable(path: Path) -> None:
         raise BenchError(f"json is {path}: {error.strerror}; name another file") from None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]

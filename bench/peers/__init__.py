@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..task import Peer
-
-
-def kinds(above: type[Peer] = Peer) -> Iterator[type[Peer]]:
-    """Yield every peer there is."""
-    for kind in above.__subclasses__():
-        yield kind
-        yield from kinds(kind)
 
 
 def load(names: Sequence[str] | None = None) -> tuple[list[Peer], list[str]]:
@@ -24,7 +17,7 @@ def load(names: Sequence[str] | None = None) -> tuple[list[Peer], list[str]]:
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    known = {kind.name.lower().replace(" ", ""): kind for kind in kinds()}
+    known = {kind.name.lower().replace(" ", ""): kind for kind in Peer.kinds}
     for name in names or []:
         if name not in known:
             raise ValueError(f"no peer is called {name!r}; there are {', '.join(sorted(known))}")

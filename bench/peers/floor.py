@@ -7,7 +7,7 @@ call can be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise, repeat
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..task import FIRST, REUSED, Contestant, Data, Peer, Task
+from ..task import FIRST, REUSED, Array, Contestant, Data, Peer, Task
 
 FLOOR = "floor"
 
@@ -30,44 +30,28 @@ class Floor(Peer):
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield the one floor of a plain task."""
-        plain = Task(task.operation, task.shape, task.norm, task.dtype, task.threads, task.groups)
         adds = task.operation == "backward"
-        if task != plain or (adds and task.dtype not in ("float32", "float64")):
+        if not task.alone or (adds and task.dtype not in ("float32", "float64")):
             return
-        names = ("x", "dy", "out") if adds else ("x", "out")
-        *sources, out = (data.get(name, task.dtype).reshape(-1) for name in names)
-        function = np.add if adds else _copy
+        out, *sources = (data.get(n, task.dtype) for n in ("out", "x", "dy")[: 2 + adds])
+        function: Callable[..., Any] = np.add if adds else lambda x, out: np.copyto(out, x)
         cuts = np.linspace(0, out.size, task.threads + 1).astype(int)
-        parts = [slice(*pair) for pair in pairwise(cuts)]
-        many = _together([partial(function, *(s[p] for s in sources), out[p]) for p in parts])
+        flat = [array.reshape(-1) for array in (*sources, out)]
+        parts = [[a[start:end] for a in flat] for start, end in pairwise(cuts)]
+        many = _together([partial(function, *part) for part in parts])
 
-        def answer(sample: Any) -> Any:
-            x = data.get("x", task.dtype)[sample]
-            return x + data.get("dy", task.dtype)[sample] if adds else x
+        def answer(sample: Any) -> Array:
+            return sum(source[sample] for source in sources)  # type: ignore[return-value]
 
-        def read(_: Any) -> Any:
-            return data.get("out", task.dtype)
-
-        yield Contestant(FIRST, REUSED, partial(many, 1), read, many=many, answer=answer)
+        yield Contestant(FIRST, REUSED, partial(many, 1), lambda _: out, many=many, answer=answer)
 
 
-def _copy(source: Any, target: Any) -> None:
-    np.copyto(target, source)
-
-
-def _together(jobs: list[Callable[[], Any]]) -> Callable[[int], None]:
+def _together(jobs: Sequence[Callable[[], Any]]) -> Callable[[int], None]:
     """Return a function that repeats every job, each on a thread of its own, a number of times."""
-    mine, *others = jobs
-    pool = ThreadPoolExecutor(len(others)) if others else None
+    pool = ThreadPoolExecutor(len(jobs))
 
     def loop(job: Callable[[], Any], count: int) -> None:
         for _ in repeat(None, count):
             job()
 
-    def many(count: int) -> None:
-        waiting = [pool.submit(loop, job, count) for job in others] if pool else []
-        loop(mine, count)
-        for future in waiting:
-            future.result()
-
-    return many
+    return lambda count: list(pool.map(loop, jobs, repeat(count)))  # type: ignore[return-value]

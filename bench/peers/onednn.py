@@ -71,21 +71,16 @@ class OneDNN(Peer):
         if not task.plain or task.dtype != "float32":
             return
         before = partial(self.set_num_threads, task.threads)
-        before()
-        for layout in self.layouts:
-            if layout != LAST or len(task.shape) > 2:
-                call, note = self.prepare(task, layout, data)
-                read = partial(_unblocked, layout=layout, channels=task.channels)
-                yield Contestant(layout, REUSED, call, read, note, before=before)
+        for layout in (name for name in self.layouts if name != LAST or LAST in task.layouts):
+            yield self.prepared(task, layout, data, before)
 
-    def prepare(self, task: Task, layout: str, data: Data) -> tuple[Any, str]:
-        """Make a primitive and bind its memory; return a call, and who does the work."""
-        plain = layout in (FIRST, LAST)
+    def prepared(self, task: Task, layout: str, data: Data, before: Any) -> Contestant:
+        """Make a primitive and bind its memory; the note says which kernel does the work."""
+        plain, inference = layout in (FIRST, LAST), task.operation == "inference"
         a = data.arrays(task, layout if plain else FIRST)
         x, dy = (v if plain else _blocked(v, layout) for v in (a.x, a.dy))
         out = data.get("out", task.dtype, layout) if plain else aligned(x.shape, x.dtype)
         empty = [np.empty_like(a.gamma) for _ in range(4)]
-        inference = task.operation == "inference"
         statistics = (a.mean, a.var) if inference else empty[:2]
         given = {SRC: x, DST: out, SCALE: a.gamma, SHIFT: a.beta}
         given |= dict(zip((MEAN, VARIANCE), statistics, strict=True))
@@ -101,11 +96,10 @@ class OneDNN(Peer):
             given |= {DIFF_DST: dy, DIFF_SRC: out, DIFF_SCALE: empty[2], DIFF_SHIFT: empty[3]}
             call = self.primitive(what, tensor, given)
 
-        def run() -> Array:
-            call()
-            return out
+        def read(_: Any) -> Array:
+            return out if plain else _unblocked(out, task.channels)
 
-        return run, self.implementation(what)
+        return Contestant(layout, REUSED, call, read, self.implementation(what), before=before)
 
     def descriptor(self, operation: str, tensor: Any, forward: Any = None) -> Any:
         """Describe a forward primitive, or the backward one that belongs to it."""
@@ -127,11 +121,10 @@ class OneDNN(Peer):
         primitive = self.make("primitive_create", descriptor)
         execute, wait = self.library.dnnl_primitive_execute, self.library.dnnl_stream_wait
         options = (primitive, self.stream, len(arguments), arguments)
-        kept = list(arrays.values())
 
         def call() -> None:
             if execute(*options) or wait(self.stream):
-                raise RuntimeError(f"oneDNN could not execute on {len(kept)} arrays")
+                raise RuntimeError(f"oneDNN could not execute on {len(arrays)} arrays")
 
         return call
 
@@ -160,17 +153,14 @@ def _blocked(first: Array, layout: str) -> Array:
     block = int(layout.removeprefix("nChw").removesuffix("c"))
     n, c, *spatial = first.shape
     blocked = aligned((n, -(-c // block), *spatial, block), first.dtype)
-    for channel in range(c):
-        blocked[:, channel // block, ..., channel % block] = first[:, channel]
+    for i in range(c):
+        blocked[:, i // block, ..., i % block] = first[:, i]
     return blocked
 
 
-def _unblocked(y: Array, layout: str, channels: int) -> Array:
-    """Return an array in the shape (N, C, ...)."""
-    if layout in (FIRST, LAST):
-        return y if layout == FIRST else np.moveaxis(y, -1, 1)
-    lanes = np.moveaxis(y, -1, 2)
-    return lanes.reshape(y.shape[0], -1, *y.shape[2:-1])[:, :channels]
+def _unblocked(y: Array, channels: int) -> Array:
+    """Return blocks in the shape (N, C, ...)."""
+    return np.moveaxis(y, -1, 2).reshape(y.shape[0], -1, *y.shape[2:-1])[:, :channels]
 
 
 def find() -> ct.CDLL:

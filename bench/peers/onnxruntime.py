@@ -6,9 +6,7 @@ import importlib
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
-
-from ..task import EPS, FIRST, FRESH, REUSED, Arrays, Contestant, Data, Peer, Task
+from ..task import EPS, FIRST, FRESH, REUSED, Array, Contestant, Data, Peer, Task
 
 OPSET = 15  # BatchNormalization as it has been since 2021
 
@@ -30,30 +28,28 @@ class OnnxRuntime(Peer):
         """Yield both outputs of plain inference."""
         if task.operation != "inference" or not task.plain:
             return
-        a, out = data.arrays(task), data.get("out", task.dtype)
+        out = data.get("out", task.dtype)
+        arrays = data.arrays(task)._asdict()
+        arrays = {name: arrays[name] for name in ("x", "gamma", "beta", "mean", "var")}
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = task.threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = self.runtime.InferenceSession(
-            self.model(task, a), options, providers=["CPUExecutionProvider"]
+            self.model(task, arrays), options, providers=["CPUExecutionProvider"]
         )
-        run = partial(session.run, ["y"], {"x": a.x})
-        yield Contestant(FIRST, FRESH, run, lambda result: result[0])
+        yield Contestant(FIRST, FRESH, partial(session.run, ["y"], arrays))
         binding = session.io_binding()
-        binding.bind_ortvalue_input("x", self.runtime.OrtValue.ortvalue_from_numpy(a.x))
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, self.runtime.OrtValue.ortvalue_from_numpy(array))
         binding.bind_output("y", "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
         yield Contestant(FIRST, REUSED, partial(session.run_with_iobinding, binding), lambda _: out)
 
-    def model(self, task: Task, a: Arrays) -> bytes:
+    def model(self, task: Task, arrays: dict[str, Array]) -> bytes:
         """Return the model, serialized."""
-        helper, proto = self.onnx.helper, self.onnx.TensorProto
-        kind = proto.FLOAT if a.x.dtype == np.float32 else proto.DOUBLE
-        names = ["gamma", "beta", "mean", "var"]
-        node = helper.make_node("BatchNormalization", ["x", *names], ["y"], epsilon=EPS)
-        x, y = (helper.make_tensor_value_info(name, kind, task.shape) for name in "xy")
-        constants = [self.onnx.numpy_helper.from_array(getattr(a, n), n) for n in names]
-        graph = helper.make_graph([node], "batch_norm", [x], [y], constants)
-        opset = helper.make_operatorsetid("", OPSET)
-        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
-        serialized: bytes = model.SerializeToString()
+        kind = {"float32": "float", "float64": "double"}[task.dtype]
+        inputs = ", ".join(f"{kind}{list(v.shape)} {name}" for name, v in arrays.items())
+        node = f"y = BatchNormalization <epsilon: float = {EPS}> ({', '.join(arrays)})"
+        head = f'<ir_version: 8, opset_import: ["" : {OPSET}]>'
+        text = f"{head} batch_norm ({inputs}) => ({kind}{list(task.shape)} y) {{ {node} }}"
+        serialized: bytes = self.onnx.parser.parse_model(text).SerializeToString()
         return serialized

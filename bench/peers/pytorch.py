@@ -17,6 +17,7 @@ from typing import Any
 
 from ..task import EPS, FIRST, FRESH, LAST, REUSED, Contestant, Data, Peer, Task, first_of
 
+Call = Callable[[], Any]
 ALL = [True, True, True]  # gradients that are asked for
 INPLACE = ("relu", "leaky_relu", "silu", "hardswish", "relu6")
 
@@ -27,7 +28,7 @@ class PyTorch(Peer):
     name = "PyTorch"
     install = "pip install torch==2.13.0"
     order = 10
-    note = "native operators, no running statistics; autograd for RMS, instance and activations"
+    note = "native operators; autograd for RMS, instance and backward of activations"
 
     def __init__(self) -> None:
         self.torch = importlib.import_module("torch")
@@ -35,64 +36,50 @@ class PyTorch(Peer):
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield both memory formats, and an output that is used again where it has one."""
-        if task.masked:
-            return
-        self.torch.set_num_threads(task.threads)
-        formats = [FIRST, LAST] if len(task.shape) in (4, 5) else [FIRST]  # as PyTorch has them
-        for layout in formats:
-            t = self.tensors(task, data, layout)
-            for output, call in self.calls(task, t, data, layout):
-                before = partial(self.torch.set_num_threads, task.threads)
-                yield Contestant(layout, output, call, self.read, before=before)
+        before = partial(self.torch.set_num_threads, task.threads)
+        images = len(task.shape) in (4, 5)  # what its channels-last is for
+        for layout in () if task.masked else task.layouts if images else [FIRST]:
+            t = {k: self.tensor(v, layout) for k, v in data.arrays(task, layout)._asdict().items()}
+            if task.norm != "batch":  # the other norms want parameters of x's type
+                t |= {name: t[name].to(t["x"].dtype) for name in ("gamma", "beta")}
+            for output, call in self.calls(
+                task, t, self.tensor(data.get("out", task.dtype, layout), layout)
+            ):
+                yield Contestant(layout, output, call, partial(self.read, layout), before=before)
 
-    def tensors(self, task: Task, data: Data, layout: str) -> dict[str, Any]:
-        """Return the arguments as tensors that share memory with the arrays."""
-        a = data.arrays(task, layout)
-        t = {
-            name: self.tensor(value, layout)
-            for name, value in a._asdict().items()
-            if name != "mask"
-        }
-        if task.norm != "batch":  # the other norms want parameters of x's type
-            t |= {name: t[name].to(t["x"].dtype) for name in ("gamma", "beta")}
-        return t
-
-    def tensor(self, array: Any, layout: str = FIRST) -> Any:
-        """Return an array as a tensor, in the shape (N, C, ...)."""
-        torch = self.torch
-        if array.dtype.name == "bfloat16":
-            t = torch.from_numpy(array.view("int16")).view(torch.bfloat16)
-        else:
-            t = torch.from_numpy(array)
+    def tensor(self, array: Any, layout: str) -> Any:
+        """Return an array as a tensor that shares its memory, in the shape (N, C, ...)."""
+        if array is None:
+            return None
+        torch, half = self.torch, array.dtype.name == "bfloat16"
+        t = torch.from_numpy(array.view("int16") if half else array)
+        t = t.view(torch.bfloat16) if half else t
         return t.movedim(-1, 1) if layout == LAST and t.ndim > 1 else t
 
-    def read(self, result: Any) -> Any:
+    def read(self, layout: str, result: Any) -> Any:
         """Return the output in float64."""
-        return first_of(result).detach().double().numpy()
+        y = first_of(result).detach().double().numpy()
+        return y.transpose(0, *range(2, y.ndim), 1) if layout == LAST else y
 
-    def calls(
-        self, task: Task, t: dict[str, Any], data: Data, layout: str
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def calls(self, task: Task, t: dict[str, Any], out: Any) -> Iterator[tuple[str, Call]]:
         """Yield outputs and calls, in one layout."""
+        acts = task.activation or task.residual
         if task.module:
             yield FRESH, partial(self.module(task, t), t["x"])
-        elif task.activation or task.residual:
-            yield FRESH, self.fused(task, t)
-        elif task.norm in ("rms", "instance"):
+        elif task.norm in ("rms", "instance") or (acts and task.operation == "backward"):
             yield FRESH, self.autograd(task, t)
+        elif acts:
+            yield FRESH, partial(self.fused, task, t["residual"], *self.native(task, t)[:2])
         else:
             operator, arguments, results = self.native(task, t)
             yield FRESH, partial(operator, *arguments)
-            if task.norm == "batch" and task.operation == "backward":
-                return  # its out= form copies
-            if task.norm == "batch":
-                empty = task.operation == "inference"
-                saved = [t["gamma"].new_empty(0 if empty else task.channels) for _ in "ab"]
-                out = (self.tensor(data.get("out", task.dtype, layout), layout), *saved)
-                yield REUSED, partial(self.torch.native_batch_norm, *arguments, out=out)
-            else:
+            if task.norm != "batch":
                 outs = {f"out{i}": self.torch.empty_like(r) for i, r in enumerate(results)}
                 yield REUSED, partial(operator.out, *arguments, **outs)
+            elif task.operation != "backward":  # its out= form copies
+                sizes = 0 if task.operation == "inference" else task.channels
+                outs = {"out": (out, *(t["gamma"].new_empty(sizes) for _ in "ab"))}
+                yield REUSED, partial(operator, *arguments, **outs)
 
     def native(self, task: Task, t: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
         """Return an operator of ATen, its arguments, and what it returned for them."""
@@ -121,34 +108,16 @@ class PyTorch(Peer):
             return getattr(aten, f"native_{task.norm}_norm"), options, result
         return getattr(aten, f"native_{task.norm}_norm_backward"), given, (x, gamma, beta)
 
-    def act(self, task: Task, z: Any, in_place: bool = False) -> Any:
+    def act(self, task: Task, z: Any, **options: Any) -> Any:
         """Apply the activation."""
-        if not task.activation:
-            return z
-        options = {"inplace": True} if in_place and task.activation in INPLACE else {}
-        return getattr(self.torch.nn.functional, task.activation)(z, **options)
+        f = self.torch.nn.functional
+        return getattr(f, task.activation)(z, **options) if task.activation else z
 
-    def fused(self, task: Task, t: dict[str, Any]) -> Callable[[], Any]:
-        """Return normalization, residual and activation, or their backward, by what is native."""
-        operation = "forward" if task.operation == "backward" else task.operation
-        normalize, arguments, _ = self.native(task._replace(operation=operation), t)
-
-        def forward() -> Any:
-            z = normalize(*arguments)[0]
-            return self.act(task, z.add_(t["residual"]) if task.residual else z, in_place=True)
-
-        if task.operation != "backward":
-            return forward
+    def fused(self, task: Task, residual: Any, normalize: Any, arguments: Any) -> Any:
+        """Normalize, add the residual and activate, in place where it can be."""
         z = normalize(*arguments)[0]
-        z = (z + t["residual"] if task.residual else z).requires_grad_()
-        y = self.act(task, z)
-        backward, (_, *given), _ = self.native(task, t)
-
-        def both() -> Any:
-            (dz,) = self.torch.autograd.grad(y, z, t["dy"], retain_graph=True)
-            return backward(dz, *given)
-
-        return both
+        options = {"inplace": True} if task.activation in INPLACE else {}
+        return self.act(task, z.add_(residual) if task.residual else z, **options)
 
     def formula(self, task: Task) -> Callable[..., Any]:
         """Return the norm as a function of x, gamma, beta and residual."""
@@ -164,15 +133,12 @@ class PyTorch(Peer):
 
         return norm
 
-    def autograd(
-        self, task: Task, t: dict[str, Any], wrap: Callable[[Any], Any] = lambda norm: norm
-    ) -> Callable[[], Any]:
+    def autograd(self, task: Task, t: dict[str, Any], wrap: Any = lambda norm: norm) -> Call:
         """Return forward without a graph, or the gradients of a graph that is kept."""
         torch, norm = self.torch, wrap(self.formula(task))
         names = ["x", "gamma", *["beta"] * (task.norm != "rms"), *["residual"] * task.residual]
         if task.operation == "forward":
-            options = {name: t[name] for name in ("residual",) if task.residual}
-            return torch.no_grad()(partial(norm, t["x"], t["gamma"], t["beta"], **options))
+            return torch.no_grad()(partial(norm, **{"beta": None, **{n: t[n] for n in names}}))
         leaves = {name: t[name].detach().clone().requires_grad_() for name in names}
         y = norm(**{"beta": None, **leaves})
         wanted = tuple(leaves.values())
@@ -202,9 +168,7 @@ class Compiled(PyTorch):
         # Backward runs many times on one graph here: its tensors must not be given away.
         importlib.import_module("torch._functorch.config").donated_buffer = False
 
-    def calls(
-        self, task: Task, t: dict[str, Any], data: Data, layout: str
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def calls(self, task: Task, t: dict[str, Any], out: Any) -> Iterator[tuple[str, Call]]:
         """Yield training forward and backward of batch normalization in float32."""
         plain = task.norm == "batch" and task.dtype == "float32" and not task.module
         if plain and task.operation != "inference" and t["x"].numel() > 1 << 16:

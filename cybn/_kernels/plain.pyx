@@ -9,7 +9,7 @@
 # This is slow, and right for any shape: tests hold the kernels against it. batch_norm.pyx does the
 # same with values that are neighbours in memory done together (columns, strips of lanes), with
 # blocks of channels that stay in the caches, and with sums that do not lose digits. What each step
-# gains is measured by `python bench/steps.py`.
+# gains is measured by `pytest bench -k steps`.
 
 from cython.parallel cimport prange
 from libc.math cimport sqrt

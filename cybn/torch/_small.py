@@ -1,7 +1,7 @@
 """Small calls, for which PyTorch is faster: modules that `convert` has changed hand them over.
 
 A call of cybn costs more than one of PyTorch's own, however little there is to normalize, and what
-it gains grows with the input. The borders between are measured (``python bench/small.py``) and
+it gains grows with the input. The borders between are measured (``pytest bench -k small``) and
 constant: what computes a call depends on its size and mode, never on the time.
 """
 

@@ -1,15 +1,8 @@
-"""timm, which imports torchvision, where the operators of that are compiled for another PyTorch."""
+"""timm, which imports torchvision, and a small model of each of its families."""
 
-import torch
+import vision  # noqa: F401 - torchvision
 
 __all__ = ["MODELS", "timm"]
-
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:  # "operator torchvision::nms does not exist": no model here calls it
-    _library = torch.library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm
 

@@ -106,7 +106,7 @@ task = Task("forward", (4, 3, 5, 5), threads=1)
 race = Race(None, "a race", 0.0, 3)
 for peer in (Liar(), Refuser()):
     race.enter(peer, task, Data(task.shape), {})
-assert not race.runners
+assert not race.contestants
 liar, refuser = race.errors
 assert "Liar" in liar and "wrong by" in liar, liar
 assert "Refuser" in refuser and "not this shape" in refuser, refuser

@@ -1,0 +1,122 @@
+"""Training steps of whole networks, one each time a line comes in; `test_bench.test_training` asks.
+
+``python bench/networks.py ResNet-50 16 224 2 fuse``: network, batch, size, threads, and a way. A
+step is forward, loss, backward and SGD's update, on the same images every time. A process of its
+own, as memory that one way leaves behind changes what the next one pays for.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+import vision  # noqa: F401 - torchvision
+from torchvision.models import VisionTransformer, convnext_tiny, mobilenet_v2, resnet50
+
+import cybn.torch
+
+CLASSES = 1000
+RATE = 1e-3  # small, so that rounding grows slowly
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def double(inputs: int, channels: int) -> nn.Sequential:
+    """Return two convolutions, each with GroupNorm and SiLU."""
+    parts: list[nn.Module] = []
+    for before in (inputs, channels):
+        conv = nn.Conv2d(before, channels, 3, padding=1, bias=False)
+        parts += [conv, nn.GroupNorm(8, channels), nn.SiLU(inplace=True)]
+    return nn.Sequential(*parts)
+
+
+class UNet(nn.Module):
+    """Down and up again (Ronneberger et al. 2015), with GroupNorm and SiLU; the sizes go down."""
+
+    def __init__(self, inputs: int, channels: int, *below: int) -> None:
+        super().__init__()
+        self.down, self.inner = double(inputs, channels), None
+        if below:
+            self.inner = UNet(channels, *below)
+            self.up = double(below[0] + channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(x)
+        if self.inner is None:
+            return y
+        z = self.inner(nn.functional.max_pool2d(y, 2))
+        return self.up(torch.cat([nn.functional.interpolate(z, scale_factor=2.0), y], 1))
+
+
+def unet(size: int) -> nn.Module:
+    """Return three times down and up, and a classifier."""
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)
+    return nn.Sequential(UNet(3, 32, 64, 128, 256), *head)
+
+
+def transformer(size: int) -> nn.Module:
+    """Return six blocks of width 256, with RMSNorm, over patches of 16 x 16."""
+    model = VisionTransformer(size, 16, 6, 4, 256, 768, norm_layer=nn.RMSNorm)
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zero where it is made
+    return model
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "ResNet-50": lambda size: resnet50(),
+    "MobileNetV2": lambda size: mobilenet_v2(dropout=0.0),
+    "ConvNeXt": lambda size: convnext_tiny(stochastic_depth_prob=0.0),
+    "UNet": unet,
+    "transformer": transformer,
+}
+
+
+def arranged(model: nn.Module, words: list[str]) -> nn.Module:
+    """Return a model as a way has it: convert, fuse, compile, or bare, which has no norms."""
+    if "bare" in words:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, NORMS):
+                    setattr(module, name, nn.Identity())
+    if "convert" in words or "fuse" in words:
+        model = cybn.torch.convert(model, fuse="fuse" in words)
+    return torch.compile(model) if "compile" in words else model
+
+
+def main() -> None:
+    """Do a step for each line, and answer with its loss, page faults and peak memory."""
+    network, *numbers, way = sys.argv[1:]
+    batch, size, threads = map(int, numbers)
+    words = way.split("+")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    form = torch.contiguous_format if "contiguous" in words else torch.channels_last
+    model = NETWORKS[network](size)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    model = arranged(model.to(memory_format=form), words)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=form)
+    target = torch.randint(CLASSES, (batch,), generator=generator)
+    for _ in sys.stdin:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in words):
+            loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        use = resource.getrusage(resource.RUSAGE_SELF)
+        told: dict[str, Any] = {"loss": loss.item(), "faults": use.ru_minflt - before}
+        print(json.dumps(told | {"peak": use.ru_maxrss << 10}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
