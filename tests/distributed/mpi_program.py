@@ -222,11 +222,14 @@ def bad_input():
     assert (out == 7).all(), "out was written to"
     bn.backward(dy)  # and the ranks are in step
     bn.nan_policy = "raise"
-    tried("nan", lambda: bn(np.full_like(x, np.nan) if first else x, out=np.empty_like(x)))
+    out = np.full_like(x, 7)
+    tried("nan", lambda: bn(np.full_like(x, np.nan) if first else x, out=out))
+    assert (out == 7).all(), "out was written to"
     tried("few", lambda: bn(x[:0]))
     bn.nan_policy = "propagate"
     one = np.zeros(x.shape[0:1] + x.shape[2:])
-    tried("weights", lambda: bn(x, weights=one if not first else one + 1e-3))
+    tried("weights", lambda: bn(x, weights=one if not first else one + 1e-3, out=out))
+    assert (out == 7).all(), "out was written to"
     return found
 
 
