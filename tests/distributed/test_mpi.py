@@ -1,5 +1,6 @@
 """Batch normalization over MPI, with real ranks; what each runs is in `mpi_program.py`."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -189,7 +190,7 @@ def apart(some, others):
 def of_digits(folder, activation, dtype, networks):
     """Return the losses of networks on four ranks, in one process, and with batches reversed."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    reports = run(folder, "digits", activation, dtype, networks, ranks=4, within=900)
+    reports = run(folder, "digits", activation, dtype, networks, ranks=4, within=1800)
     assert all(report["same"] for report in reports)
     assert all(report["together"] == reports[0]["together"] for report in reports)
     found = [reports[0]["together"]]
@@ -212,14 +213,14 @@ def test_training_follows_one_process(tmp_path, activation, dtype):
     assert apart(together, alone) <= max(of_threads, 2 * rounding)
 
 
-@pytest.mark.slow  # minutes: twenty networks
+@pytest.mark.slow  # ten seconds a network
 def test_training_follows_one_process_at_the_kink_of_relu(tmp_path):
     """In float32 rounding may move a value across zero: then losses differ, PyTorch's too.
 
-    It is a matter of chance in which networks that happens: so of twenty the largest distances
+    It is a matter of chance in which networks that happens, so the largest distances of several
     are compared.
     """
-    networks = range(20)
+    networks = range(int(os.environ.get("CYBN_NETWORKS", "4")))
     together, alone, turned = of_digits(tmp_path, "relu", "float32", len(networks))
     one, two, four = (
         [losses_of_pytorch("relu", "float32", *how, seed, parts) for seed in networks]
