@@ -59,6 +59,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 0,
     "write_computation_times": False,
+    "capture_repr": (),  # what scripts print, and not the value of their last line
     "image_scrapers": ("matplotlib",),
     "matplotlib_animations": False,
     "abort_on_example_error": True,

@@ -166,9 +166,9 @@ figure.suptitle("What the folded network finds: green is right", fontsize=10)
 # Answer
 # ------
 # The folded network finds the same objects. No answer changed in 8000 cells, and scores differ by
-# at most 5.4e-7 of the largest. Folding saved 7 % of the time: 100 pictures took 21.7 instead of
-# 23.4 ms, while other programs were running. It cannot save more here, because the convolutions
-# take most of the time. The detector itself finds 88 % of the digits, and its errors differ a lot
-# from seed to seed.
+# at most 5.4e-7 of the largest. Folding saved 7 and 9 % of the time in two runs, while other
+# programs were running. In the first, 100 pictures took 21.7 instead of 23.4 ms. It cannot save
+# more here, because the convolutions take most of the time. The detector itself finds 88 % of the
+# digits, and its errors differ a lot from seed to seed.
 #
 # The figures come from five seeds on one thread of an Intel Xeon (family 6, model 207).
