@@ -41,9 +41,9 @@ class Model:
         training = self.training if training is None else training
         gamma, beta = copy.deepcopy((self.gamma, self.beta))
         if not self.tracked:
-            return (*self.rows(x, gamma, beta), None)
+            return (*self.rows(x, gamma, beta, selected), None)
         if self.kind.startswith("Instance"):
-            return self.instance(x, gamma, beta, training)
+            return self.instance(x, gamma, beta, training, selected)
         k = {"axis": self.axis, "eps": self.eps, "activation": self.activation}
         k |= {"slope": self.slope, "residual": residual}
         masked = {"masked": selected.pop("masked", "normalize")}
@@ -54,7 +54,7 @@ class Model:
 
             def back(dy):
                 function = reference.batch_norm_inference_backward
-                return function(dy, x, *fixed, gamma, beta=beta, **k, **selected)
+                return function(dy, x, *fixed, gamma, beta=beta, **k, **selected, **masked)
 
             return y, back, batch
         return (*self.in_parts(x, gamma, beta, training, k, selected, masked), batch)
@@ -89,7 +89,7 @@ class Model:
             dgamma, dbeta = np.zeros(self.shape), np.zeros(self.shape)
             for index, part, m, g, b, turn, d, r, mine in steps:
                 found = reference.batch_norm_backward(
-                    dy[index], part, m, g, beta=b, residual=r, **k, **mine
+                    dy[index], part, m, g, beta=b, residual=r, **k, **mine, **masked
                 )
                 dx[index], dscale, dshift = found[:3]
                 if r is not None:
@@ -116,25 +116,46 @@ class Model:
             parts[-1] = slice(parts[-1].start, n)
         return parts or [slice(0, n)]
 
-    def instance(self, x, gamma, beta, training):
+    def instance(self, x, gamma, beta, training, selected):
         k = {"axis": self.axis, "eps": self.eps}
-        moved = np.moveaxis(x, self.axis, 1).reshape(len(x), self.shape[0], -1)
-        var = moved.var(2, ddof=self.running_ddof).mean(0) if training else None
-        batch = moved.mean((0, 2)), var
+        batch = self.measured(x, **selected) if self.learns() else None
         if not self.by_batch(training):
             fixed = self.mean, self.var
-            y = reference.batch_norm_inference(x, *fixed, gamma, beta, **k)
+            y = reference.batch_norm_inference(x, *fixed, gamma, beta, **k, **selected)
 
             def back(dy):
-                return reference.batch_norm_inference_backward(dy, x, *fixed, gamma, **k)
+                function = reference.batch_norm_inference_backward
+                return function(dy, x, *fixed, gamma, **k, **selected)
 
             return y, back, batch
+        k |= selected
         y, m = reference.instance_norm(x, gamma, beta, **k)
         return y, lambda dy: reference.instance_norm_backward(dy, x, m, gamma, **k), batch
 
-    def rows(self, x, gamma, beta):
+    def measured(self, x, mask=None, lengths=None, masked=None):
+        """Return mean and variance of a batch, or those within samples, with `running_ddof`."""
+        axis = self.axis % x.ndim
+        if not self.kind.startswith("Instance"):
+            m = reference.moments(x, axis=axis)
+            return m.mean, m.var(self.running_ddof)
+        shares = shares_of(x, axis, mask, None, lengths)
+        used = np.broadcast_to(True if shares is None else shares > 0, x.shape)
+        values, used = (np.moveaxis(v, axis, 1).reshape(len(x), *self.shape, -1) for v in (x, used))
+        counts = used.sum(2)
+        with np.errstate(all="ignore"):
+            means = np.where(used, values, 0).sum(2) / counts
+            means += 0 * means  # of values that are not finite, the mean is NaN
+            m2 = (np.where(used, values - means[..., np.newaxis], 0) ** 2).sum((0, 2))
+            total, samples = counts.sum(0), np.count_nonzero(counts, axis=0)
+            mean = np.where(counts, means * counts, 0).sum(0) / total
+            return mean, m2 / (total - self.running_ddof * samples)
+
+    def finite(self):
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.var).all())
+
+    def rows(self, x, gamma, beta, selected):
         if self.kind == "GroupNorm":
-            k = {"num_groups": self.num_groups, "axis": self.axis, "eps": self.eps}
+            k = {"num_groups": self.num_groups, "axis": self.axis, "eps": self.eps} | selected
             y, m = reference.group_norm(x, gamma, beta, **k)
             return y, lambda dy: reference.group_norm_backward(dy, x, m, gamma, **k)
         k = {"axis": -len(self.shape), "eps": self.eps}
@@ -173,7 +194,7 @@ class Model:
         self.saved = None
         for name, value in zip(("gamma", "beta"), rest, strict=False):
             if getattr(self, name) is not None:
-                setattr(self, f"grad_{name}", value if self.trains else 0 * value)
+                setattr(self, f"grad_{name}", value if self.trains else np.zeros(self.shape))
         return (dx, *rest[2:])
 
     @property
@@ -208,6 +229,8 @@ def shares_of(x, axis, mask=None, weights=None, lengths=None):
 
 def agree(layer, model):
     """Assert that every public attribute of the layer is that of the model."""
+    unit = 1e-8 if layer.dtype == np.float64 else 1e-5
+    close = {"rtol": unit, "atol": unit}
     for name in SETTINGS:
         if hasattr(layer, name):
             assert getattr(layer, name) == getattr(model, name), name
@@ -215,7 +238,7 @@ def agree(layer, model):
         got, want = getattr(layer, name), getattr(model, name)
         assert (got is None) is (want is None), name
         if got is not None:
-            np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8, err_msg=name)
+            np.testing.assert_allclose(got, want, **close, err_msg=name)
     trained = [getattr(layer, n) for n in ARRAYS[:2] if getattr(layer, n) is not None]
     trained = trained if model.trains else []
     assert [id(p) for p in layer.parameters()] == [id(p) for p in trained]
@@ -225,7 +248,7 @@ def agree(layer, model):
     if not model.track_running_stats:
         assert layer.running_mean is layer.running_var is layer.num_batches_tracked is None
         return
-    np.testing.assert_allclose(layer.running_mean, model.mean, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(layer.running_var, model.var, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(layer.running_mean, model.mean, **close)
+    np.testing.assert_allclose(layer.running_var, model.var, **close)
     assert layer.num_batches_tracked == model.batches
     assert isinstance(layer, cybn.Layer)

@@ -6,73 +6,25 @@ layer then is what the model is, and what is refused has changed nothing.
 
 import contextlib
 import copy
+import inspect
+import io
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
 from layer_cases import snapshot
+from settings_cases import BAD, GOOD, SHAPES, C
 from settings_model import ARRAYS, Model, agree, shares_of
 
 import cybn
+from cybn import interop
+from cybn.layers._layer import _ELSEWHERE
 
 pytestmark = [pytest.mark.row(37), pytest.mark.row(31)]
 
-CLOSE = {"rtol": 1e-7, "atol": 1e-7}
-C = 4
-SHAPES = {
-    "BatchNorm": [(5, C), (4, C, 3), (3, C, 2, 2)],
-    "BatchNorm1d": [(6, C), (4, C, 3)],
-    "BatchNorm2d": [(3, C, 2, 3)],
-    "BatchNorm3d": [(3, C, 2, 2, 2)],
-    "InstanceNorm1d": [(3, C, 5)],
-    "InstanceNorm2d": [(3, C, 2, 3)],
-    "InstanceNorm3d": [(2, C, 2, 2, 2)],
-    "GroupNorm": [(3, C, 3), (2, C)],
-    "LayerNorm": [(3, 2, C), (2, C)],
-    "RMSNorm": [(3, 2, C), (2, C)],
-}
-GOOD = {
-    "eps": (1e-5, 0.5, np.float32(0.25), 1),
-    "momentum": (0.1, None, 0, 1, 0.7),
-    "running_ddof": (0, 1),
-    "nan_policy": ("propagate", "raise", "skip"),
-    "activation": (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu"),
-    "slope": (0.01, 0.3, 1.5),
-    "virtual_batch_size": (None, 1, 2, 3, 50),
-    "renorm": (None, cybn.Renorm(1, 0), cybn.Renorm(1.5, 0.5)),
-    "track_running_stats": (True, False, 1),
-    "update_statistics": (True, False, np.True_),
-    "use_batch_statistics": (None, True, False, 0),
-    "train_affine": (True, False),
-    "training": (True, False, 1, 0),
-}
-BAD = {
-    "eps": (-1.0, np.nan, np.inf, "1", None, [1]),
-    "momentum": (-0.1, 1.5, "0.1", np.nan),
-    "running_ddof": (2, -1, None, "1"),
-    "nan_policy": ("ignore", None, 0),
-    "activation": ("swish", 1, "RELU", b"relu"),
-    "slope": (np.nan, np.inf, "0.1", None),
-    "virtual_batch_size": (0, -1, 2.5, True, "2"),
-    "renorm": ((3, 5), 3, "3"),
-    "axis": (1.0, None, "1"),
-    "track_running_stats": ("no", None, 2, []),
-    "update_statistics": ("no", None, 0.5),
-    "use_batch_statistics": ("no", 2, []),
-    "train_affine": ("no", None, 3),
-    "training": ("no", None, 2),
-    "num_features": (4, 5),
-    "num_channels": (4, 8),
-    "num_groups": (1, 2),
-    "normalized_shape": (4, (2, 4)),
-    "affine": (True, False),
-    "elementwise_affine": (True, False),
-    "dtype": (float, np.float32),
-    "running_mean": (np.ones(C + 1), np.full(C, np.nan), "a", np.ones(C, int), None),
-    "running_var": (np.full(C, -1.0), np.ones((1, C)), np.full(C, np.inf)),
-    "num_batches_tracked": (-1, 1.5, "3", 2**63, True),
-}
+LIBRARIES = ("torch", "keras", "flax", "onnx")
 REFUSED = (TypeError, ValueError, AttributeError)
 
 
@@ -83,10 +35,14 @@ class Walk:
         self.dice = random.Random(seed)
         self.rng = np.random.default_rng(self.dice.getrandbits(32))
         self.kind = self.dice.choice(list(SHAPES))
-        options = {"dtype": np.float64}
+        options = {"dtype": self.dice.choice((np.float64, np.float64, np.float32))}
+        unit = 1e-7 if options["dtype"] == np.float64 else 1e-5
+        self.close = {"rtol": unit, "atol": unit}
         if self.kind in ("LayerNorm", "RMSNorm"):
             arguments = (C,)
             options["elementwise_affine"] = self.dice.random() < 0.8
+            if self.kind == "LayerNorm":
+                options["bias"] = self.dice.random() < 0.8
         elif self.kind == "GroupNorm":
             arguments, options["affine"] = (2, C), self.dice.random() < 0.8
         else:
@@ -130,6 +86,9 @@ class Walk:
         if name == "eps" and self.kind == "RMSNorm" and value is None:
             return
         self.refuses(lambda: setattr(self.layer, name, value))
+        name = self.dice.choice(list(_ELSEWHERE))
+        if not hasattr(self.layer, name):  # other layers or libraries have it
+            self.refuses(lambda: setattr(self.layer, name, self.vector()), AttributeError)
 
     def assign_array(self):
         name = self.dice.choice(ARRAYS)
@@ -140,7 +99,8 @@ class Walk:
         bad = self.dice.choice([np.ones(C + 1), 1.0, None, "abcd", np.ones(C, int), [[1.0] * C]])
         self.refuses(lambda: setattr(self.layer, name, bad))
         given = value if self.dice.random() < 0.5 else value.tolist()
-        changes = getattr(self.layer, name).tobytes() != value.tobytes()
+        rounded = value.astype(self.layer.dtype)
+        changes = getattr(self.layer, name).tobytes() != rounded.tobytes()
         setattr(self.layer, name, given)
         setattr(self.model, name, value.copy())
         value[:] = 99  # a copy was taken
@@ -193,36 +153,36 @@ class Walk:
 
     def options(self, x):
         """Return what selects positions, and a residual."""
-        k = {}
-        if not self.kind.startswith("BatchNorm"):
+        k, axis, rest = {}, self.axis % x.ndim, list(x.shape)
+        if self.kind in ("LayerNorm", "RMSNorm"):
             return k
+        del rest[axis]
         if self.dice.random() < 0.3:
-            k["residual"] = self.rng.standard_normal(x.shape)
-        if self.dice.random() < 0.3:
-            rest = list(x.shape)
-            del rest[self.axis % x.ndim]
             k["mask"] = self.rng.random(rest) < 0.7
-        if self.dice.random() < 0.2:
-            rest = list(x.shape)
-            del rest[self.axis % x.ndim]
-            k["weights"] = self.rng.uniform(0.5, 2, rest) * (self.rng.random(rest) < 0.9)
         if self.dice.random() < 0.2 and x.ndim > 2:
-            along = [n for i, n in enumerate(x.shape) if i != self.axis % x.ndim]
-            k["lengths"] = self.rng.integers(0, along[1] + 1, along[0])
+            k["lengths"] = self.rng.integers(0, rest[1] + 1, rest[0])
         if self.dice.random() < 0.5:
             k["masked"] = self.dice.choice(("zero", "normalize"))
+        if self.kind.startswith("BatchNorm"):
+            if self.dice.random() < 0.3:
+                k["residual"] = self.rng.standard_normal(x.shape)
+            if self.dice.random() < 0.2:
+                k["weights"] = self.rng.uniform(0.5, 2, rest) * (self.rng.random(rest) < 0.9)
         return k
 
-    def impossible(self, x, k, training):
+    def impossible(self, x, k, training, preview=False):
         """Whether a forward has to be refused."""
         model, chosen = self.model, {n: k[n] for n in ("mask", "weights", "lengths") if n in k}
-        if not self.kind.startswith("BatchNorm"):
-            return False
-        learns = training and model.track_running_stats and model.update_statistics
-        by_batch = model.by_batch(training)
-        if not by_batch and not learns:
+        learns = model.tracked and training and model.track_running_stats
+        learns, by_batch = learns and model.update_statistics, model.by_batch(training)
+        if not by_batch and not (learns or (preview and model.kind.startswith("Instance"))):
             return False
         shares = shares_of(x, self.axis % x.ndim, **chosen)
+        if not self.kind.startswith("BatchNorm"):
+            each = C // model.num_groups if self.kind == "GroupNorm" else 1
+            return (
+                bool(chosen) and (np.count_nonzero(shares.reshape(len(x), -1), 1) * each < 2).any()
+            )
         values = x.size // C if shares is None else np.count_nonzero(shares)
         parts = training and by_batch
         if parts and model.renorm is not None and not model.track_running_stats:
@@ -237,27 +197,41 @@ class Walk:
 
     def forward(self, preview=False):
         x = self.batch()
-        k = self.options(x)
+        k, out = self.options(x), None
         training = True if preview else self.model.training
-        out = np.full_like(x, 7.0) if self.dice.random() < 0.3 else None
+        over = self.dice.random()
+        if over < 0.2:
+            out = np.full_like(x, 7.0)
+        elif over < 0.3 and not preview:
+            out = x
+        elif over < 0.4 and not {"mask", "weights", "lengths"} & set(k):
+            x.reshape(-1)[self.rng.integers(x.size)] = self.dice.choice((np.nan, np.inf))
+        before = None if out is None else out.copy()
         context = self.layer.preview if preview else contextlib.nullcontext
-        if preview and self.impossible(x, k, training):
-            return
-        if self.impossible(x, k, training):
-            self.refuses(lambda: self.layer(x, out=out, **k), ValueError)
-            assert out is None or (out == 7).all()
+        if self.impossible(x, k, training, preview):
+            if not preview:
+                self.refuses(lambda: self.layer(x, out=out, **k), ValueError)
+                assert out is None or (out == before).all()
             return
         want, back, batch = self.model.forward(x.copy(), training, **copy.deepcopy(k))
+        if not preview and self.model.learns() and not self.model.learn(batch):
+            self.refuses(lambda: self.layer(x, out=out, **k), FloatingPointError)
+            assert out is None or (out == before).all()
+            return
         with context():
-            y = self.layer(x, out=out, num_threads=self.dice.choice((None, 1)), **k)
-        np.testing.assert_allclose(y, want, **CLOSE)
+            y = self.layer(x, out=out, num_threads=self.dice.choice((None, 1, 2)), **k)
+        np.testing.assert_allclose(y, want, **self.close)
         if preview:
             return
-        if self.model.learns():
-            assert self.model.learn(batch)
-        chosen = {n: k[n] for n in ("mask", "weights", "lengths") if n in k}
-        self.counts = shares_of(x, self.axis % x.ndim, **chosen) if chosen else None
-        self.model.saved, self.x = back, x
+        self.model.saved, self.x, self.lost = back, x, out is x and not self.inverts(k)
+
+    def inverts(self, k):
+        """Whether backward can work from y."""
+        m = self.model
+        leaky = m.kind.startswith("BatchNorm") and m.activation == "leaky_relu" and m.slope > 0
+        by_batch = m.kind.startswith("BatchNorm") or (m.tracked and not m.by_batch(m.training))
+        plain = by_batch and (getattr(m, "activation", None) is None or leaky)
+        return plain and "residual" not in k
 
     def preview(self):
         if not self.model.tracked:
@@ -271,19 +245,21 @@ class Walk:
             self.refuses(lambda: self.layer.backward(np.ones((2, C))), RuntimeError)
             return
         dy = self.rng.standard_normal(self.x.shape)
-        if self.counts is not None:
-            dy = dy * (self.counts != 0)
+        if self.lost:
+            self.refuses(lambda: self.layer.backward(dy), RuntimeError)
+            self.layer._saved = self.model.saved = None
+            return
         if self.dice.random() < 0.2:
             self.refuses(lambda: self.layer.backward(dy[:-1]), ValueError)
         if self.dice.random() < 0.1:
-            self.x += 1
+            self.x.reshape(-1)[:] = 9
             self.refuses(lambda: self.layer.backward(dy), RuntimeError)
             self.layer._saved = self.model.saved = None
             return
         want = self.model.backward(dy)
         got = self.layer.backward(dy)
         for a, b in zip(got if isinstance(got, tuple) else (got,), want, strict=True):
-            np.testing.assert_allclose(a, b, **CLOSE)
+            np.testing.assert_allclose(a, b, **self.close)
 
     def train(self):
         self.forward()
@@ -303,6 +279,26 @@ class Walk:
             if old.track_running_stats:
                 old.running_mean[:] = 5
         self.model.saved = None
+
+    def file(self):
+        """Save and load; what could not be loaded again is not saved."""
+        file, kind = io.BytesIO(), self.dice.choice(("npz", "safetensors"))
+        m = self.model
+        lost = m.tracked and m.track_running_stats and not m.finite()
+        if lost or (getattr(m, "renorm", None) is not None and not m.track_running_stats):
+            self.refuses(lambda: interop.save_layers(file, self.layer, format=kind), ValueError)
+            assert not file.getvalue()
+            return
+        interop.save_layers(file, {"a": self.layer}, format=kind)
+        file.seek(0)
+        old, self.layer = self.layer, interop.load_layers(file)["a"]
+        assert type(self.layer) is type(old)
+        for name in ("grad_gamma", "grad_beta"):  # not in a file
+            setattr(self.layer, name, getattr(old, name))
+        assert snapshot(self.layer) == snapshot(old)
+        if m.tracked:
+            m.renorm = self.layer.renorm
+        m.saved = None
 
     def load(self):
         state = self.layer.state_dict()
@@ -357,47 +353,88 @@ class Walk:
         if not self.model.tracked:
             return
         weight, bias, x = self.rng.standard_normal((C, 3)), self.vector(), self.vector()[:3]
+        fold, bn = cybn.folding.fold_linear, self.layer
         if self.model.by_batch(False):
-            self.refuses(self.layer.scale_shift, ValueError)
-            self.refuses(lambda: cybn.folding.fold_linear(weight, bias, self.layer), ValueError)
+            self.refuses(bn.scale_shift, ValueError)
+            self.refuses(lambda: fold(weight, bias, bn), ValueError)
             return
-        scale, shift = self.layer.scale_shift()
-        folded = cybn.folding.fold_linear(weight, bias, (scale, shift))
-        z, activation = weight @ x + bias, getattr(self.model, "activation", None)
-        self.model.activation = None
+        scale, shift = bn.scale_shift(np.float64)
+        if not self.model.finite():
+            self.refuses(lambda: fold(weight, bias, (scale, shift)), ValueError)
+            return
+        folded = fold(weight, bias, (scale, shift))
+        activation = getattr(self.model, "activation", None)
+        if activation is not None:
+            self.refuses(lambda: fold(weight, bias, bn), ValueError)
+            self.model.activation = None
+        else:
+            np.testing.assert_array_equal(fold(weight, bias, bn)[0], folded[0])
         shape = [1, 1, 1, 1, 1][: len(SHAPES[self.kind][0])]
         shape[self.axis] = C
-        want, _, _ = self.model.forward(z.reshape(shape), training=False)
-        self.model.activation = activation
-        np.testing.assert_allclose(folded[0] @ x + folded[1], want.ravel(), **CLOSE)
+        want, _, _ = self.model.forward((weight @ x + bias).reshape(shape), training=False)
+        if activation is not None:
+            self.model.activation = activation
+        np.testing.assert_allclose(folded[0] @ x + folded[1], want.ravel(), **self.close)
 
     def convert(self):
-        bn = self.layer
-        if not self.kind.startswith("BatchNorm") or bn.activation is not None:
+        """To another library and back: inference is the same, or it was refused."""
+        layer, m, library = self.layer, self.model, self.dice.choice(LIBRARIES)
+        to, back = getattr(interop, f"to_{library}"), getattr(interop, f"from_{library}")
+        tracks = m.tracked and bool(m.track_running_stats)
+        batch = m.kind.startswith("BatchNorm")
+        lost = getattr(m, "activation", None) is not None
+        lost |= tracks and m.use_batch_statistics is True
+        lost |= library != "torch" and m.tracked and batch is not tracks
+        if lost or (library == "onnx" and m.eps is None):
+            self.refuses(lambda: to(layer), ValueError)
             return
-        if not (np.isfinite(self.model.mean).all() and np.isfinite(self.model.var).all()):
+        if library != "onnx":
+            options = getattr(interop, f"{library}_options")
+            if library != "torch" and (m.eps is None or (batch and m.momentum is None)):
+                self.refuses(lambda: options(layer), ValueError)
+            else:
+                assert options(layer)
+        if (tracks and not m.finite()) or not (layer.state_dict() or library == "onnx"):
             return
-        if not bn.affine or not bn.track_running_stats:
-            return
-        if bn.use_batch_statistics is True:
-            with pytest.raises(ValueError, match="use_batch_statistics is True"):
-                cybn.interop.to_torch(bn)
-            return
-        made = cybn.interop.from_torch(cybn.interop.to_torch(bn), running_ddof=1)
-        for name, value in bn.state_dict().items():
-            np.testing.assert_array_equal(made.state_dict()[name], value)
+        k = {"layer": type(layer)} if library != "onnx" or m.tracked else {}
+        if m.kind == "GroupNorm" and library != "onnx":
+            k["num_groups"] = m.num_groups
+        made = back(to(layer), axis=getattr(layer, "axis", 1), **k).eval()
+        made.eps, x = layer.eps, self.batch()
+        if m.kind == "LayerNorm" or m.tracked or m.kind == "GroupNorm":
+            assert type(made) is type(layer)
+        np.testing.assert_allclose(made(x), m.forward(x, training=False)[0], **self.close)
 
     def describe(self):
+        text, before = io.StringIO(), snapshot(self.layer)
         assert type(self.layer).__name__ in repr(self.layer)
-        if self.model.tracked and self.model.use_batch_statistics is not None:
-            assert f"use_batch_statistics={bool(self.model.use_batch_statistics)}" in repr(
-                self.layer
-            )
+        if not self.model.tracked:
+            return
+        with contextlib.redirect_stdout(text):
+            self.layer.explain()
+        assert text.getvalue()
+        if self.model.use_batch_statistics is not None:
+            switch = bool(self.model.use_batch_statistics)
+            assert f"use_batch_statistics={switch}" in repr(self.layer)
+        x, m = self.batch(), self.model
+        if not m.track_running_stats:
+            self.refuses(lambda: self.layer.drift(x), RuntimeError)
+            return
+        if m.finite():
+            batch = m.measured(x)
+            drift, std = self.layer.drift(x), np.sqrt(m.var + m.eps)
+            np.testing.assert_allclose(drift.shift, (batch[0] - m.mean) / std, **self.close)
+            ratio = np.log((batch[1] + m.eps) / (m.var + m.eps))
+            np.testing.assert_allclose(drift.log_variance_ratio, ratio, **self.close)
+        if not self.impossible(x, {}, training=True):
+            found = cybn.population_statistics(self.layer, [x, x])[self.layer]
+            np.testing.assert_allclose(found.mean, m.measured(x)[0], **self.close)
+        assert snapshot(self.layer) == before
 
     STEPS = (
         *(assign, assign, assign, assign_axis, assign_badly, assign_badly, assign_array, switch),
         *(assign_statistics, forward, forward, forward, backward, backward, train, train, preview),
-        *(duplicate, load, back_and_forth, set_statistics, fold, convert, describe),
+        *(duplicate, file, load, back_and_forth, set_statistics, fold, convert, describe),
     )
 
 
@@ -408,7 +445,7 @@ def walk(seed, steps=14):
         try:
             step(one)
             agree(one.layer, one.model)
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             error.add_note(f"seed {seed}, {one.kind}, in {step.__name__}: {one.layer!r}")
             raise
 
@@ -424,3 +461,17 @@ def test_2000_sequences(figure):
     for seed in range(10_000, 12_000):
         walk(seed, steps=25)
     figure(37, "sequences of settings", 2000, how="sum")
+
+
+def test_every_attribute_and_option_of_every_layer_has_a_step():
+    """What a class has or takes is in a table, or a step names it."""
+    kinds = [k for n in cybn.__all__ if inspect.isclass(k := getattr(cybn, n))]
+    kinds = {k.__name__: k for k in kinds if issubclass(k, cybn.Layer) and k is not cybn.Layer}
+    assert set(SHAPES) == set(kinds)
+    steps = set(re.findall(r"\w+", inspect.getsource(Walk) + inspect.getsource(Model)))
+    known = steps | set(GOOD) | set(BAD) | set(ARRAYS) | set(_ELSEWHERE)
+    for kind in kinds.values():
+        names = {n for n in dir(kind) if not n.startswith("_")}
+        for function in (kind, kind.forward, kind.backward):
+            names |= set(inspect.signature(function).parameters)
+        assert names - known <= {"self", "like", "elementwise_affine", "out_residual"}, kind
