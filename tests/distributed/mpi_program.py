@@ -361,7 +361,7 @@ def digits(activation, dtype, networks):
     from cybn.demo.data import batches, load_digits
     from cybn.demo.network import softmax_cross_entropy
 
-    data, link = load_digits(0), Ranks(COMM, 120)
+    data, link = load_digits(0), Ranks(COMM, 600)
     size, steps, kind = 64, 200, np.dtype(dtype).type
     here = np.array_split(np.arange(size), COMM.size)[COMM.rank]
 
@@ -399,7 +399,7 @@ def digits(activation, dtype, networks):
 
     found = {"together": [], "same": True}
     for seed in range(int(networks)):
-        losses, statistics = train(seed, norm(SyncBatchNorm, timeout=120), here)
+        losses, statistics = train(seed, norm(SyncBatchNorm, timeout=600), here)
         found["together"].append(losses)
         found["same"] &= same_everywhere(*statistics)
     for name, which in (("alone", slice(None)), ("turned", slice(None, None, -1))):

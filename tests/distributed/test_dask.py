@@ -86,6 +86,13 @@ def test_masks_and_weights_are_those_of_update(rng, form, name):
     np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-12, atol=1e-13)
 
 
+def test_masks_of_chunks_of_one_channel(rng):
+    """Such a chunk has one count, and the next one has another."""
+    x, mask = rng.standard_normal((12, 5, 9)), rng.random((12, 5, 9)) < 0.5
+    found = moments(da.from_array(x, chunks=(5, 1, 4)), mask=mask).compute()
+    np.testing.assert_array_equal(found.count, mask.sum((0, 2)))
+
+
 def test_unknown_chunks_and_empty_ones(rng):
     values = rng.standard_normal((50, 3))
     x = da.from_array(values, chunks=(7, 3))
