@@ -298,6 +298,8 @@ class Walk:
         assert snapshot(self.layer) == snapshot(old)
         if m.tracked:
             m.renorm = self.layer.renorm
+            if not m.track_running_stats:  # then a file has none
+                m.mean, m.var, m.batches = np.zeros(C), np.ones(C), 0
         m.saved = None
 
     def load(self):
