@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._arguments import array, check_mapping
 
-__all__ = ["Count", "counted", "frozen", "is_finite", "is_nothing", "parts_of", "short", "vector"]
+__all__ = [
+    "Count",
+    "Immutable",
+    "counted",
+    "frozen",
+    "is_finite",
+    "is_nothing",
+    "parts_of",
+    "short",
+    "vector",
+]
+
+
+class Immutable:
+    """An object whose attributes cannot be assigned, and that is its own copy."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._refuse(name, "set")
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse(name, "deleted")
+
+    def _refuse(self, name: str, what: str) -> NoReturn:
+        raise AttributeError(f"Moments is immutable: {name} cannot be {what}; make a new one")
+
+    def __copy__(self, memo: object = None) -> Self:
+        return self
+
+    __deepcopy__ = __copy__
+
 
 Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
 
@@ -71,7 +102,10 @@ def frozen(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def parts_of(state: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return count, mean, M2, and rest and std, None where they are missing; not copied."""
+    """Return count, mean, M2, and rest and std, None where they are missing; not copied.
+
+    ValueError where a key is missing or unexpected, or rest or std will not do.
+    """
     check_mapping(state)
     required = {"count", "mean", "m2"}
     if not required <= set(state) <= required | {"rest", "std"}:
@@ -80,8 +114,14 @@ def parts_of(state: Mapping[str, Any]) -> tuple[Any, ...]:
             "count, mean, m2 and may have rest and std"
         )
     count = array("count", state["count"])
-    more = (vector(state[name], name) if name in state else None for name in ("rest", "std"))
-    return count[()] if count.ndim == 0 else count, state["mean"], state["m2"], *more
+    mean = vector(state["mean"], "mean")
+    rest, std = (vector(state[n], n) if n in state else None for n in ("rest", "std"))
+    for name, given in (("rest", rest), ("std", std)):
+        if given is not None and given.shape != mean.shape:
+            raise ValueError(f"{name} has shape {given.shape}; it must have shape ({mean.size},)")
+    if rest is not None and not np.isfinite(rest).all():
+        raise ValueError("rest is not finite; it must be the rounding error of the mean, or 0")
+    return count[()] if count.ndim == 0 else count, mean, state["m2"], rest, std
 
 
 def short(value: Count) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _dispatch
 from ._arguments import channel_axis
-from ._counts import Count, counted, frozen, is_nothing, parts_of, short, vector
+from ._counts import Count, Immutable, counted, frozen, is_nothing, parts_of, short, vector
 from ._measuring import Progress, float_array, measured, selected
 from ._merging import Part, deviation_of, merged, share_of
 from ._runtime import thread_count
@@ -21,7 +21,7 @@ __all__ = ["Moments"]
 Vector: TypeAlias = NDArray[np.float64]
 
 
-class Moments:
+class Moments(Immutable):
     """Count, mean and centred sum of squares of each channel. Immutable.
 
     `empty` and `update` collect statistics of data of any size, and `merge` combines those of
@@ -85,24 +85,15 @@ class Moments:
         self._put(counted(count, mean.size), frozen(mean), frozen(m2), None)
 
     def _put(self, *values: Any) -> None:
-        """Set count, mean, m2 and rest, which cannot be assigned."""
         for name, value in zip(("count", "mean", "m2", "_rest"), values, strict=True):
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _adopt(
-        cls,
-        count: Count,
-        mean: Vector,
-        m2: Vector,
-        rest: Vector | None = None,
-        std: Vector | None = None,
-    ) -> Self:
+    def _adopt(cls, count: Count, mean: Any, m2: Any, rest: Any = None, std: Any = None) -> Self:
         """Wrap fresh arrays that no one else will write to, without a copy."""
-        mean.setflags(write=False)
-        m2.setflags(write=False)
-        if isinstance(count, np.ndarray):
-            count.setflags(write=False)
+        for array in (count, mean, m2):
+            if isinstance(array, np.ndarray):
+                array.setflags(write=False)
         self = cls.__new__(cls)
         self._put(count, mean, m2, rest)
         return self._tell(std)
@@ -127,12 +118,6 @@ class Moments:
             C.
         """
         return cls(0, np.zeros(channels), np.zeros(channels))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Moments is immutable: {name} cannot be set; make a new one")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"Moments is immutable: {name} cannot be deleted")
 
     def __len__(self) -> int:
         """Return the number of channels, C."""
@@ -160,9 +145,8 @@ class Moments:
         """
         degrees = self._degrees(ddof)
         if isinstance(degrees, np.ndarray):
-            var: NDArray[np.float64] = np.full(len(self), np.nan)
-            np.divide(self.m2, degrees, out=var, where=degrees > 0)
-            return var
+            var: Vector = np.full(len(self), np.nan)
+            return np.divide(self.m2, degrees, out=var, where=degrees > 0)
         if degrees <= 0:
             raise ValueError(
                 f"the variance with ddof={ddof} needs a count of more than {self.count - degrees}, "
@@ -172,13 +156,12 @@ class Moments:
 
     def std(self, ddof: int = 0) -> NDArray[np.float64]:
         """Return the standard deviation of each channel, the square root of `var`."""
-        deviation: NDArray[np.float64] = np.sqrt(self.var(ddof))
-        told = self._told()
-        if told is not None:
-            with np.errstate(all="ignore"):
-                told = told * np.sqrt(self.count / self._degrees(ddof))
-            deviation = np.where(np.isinf(deviation), told, deviation)
-        return deviation
+        deviation: Vector = np.sqrt(self.var(ddof))
+        if (told := self._told()) is None:
+            return deviation
+        with np.errstate(all="ignore"):
+            told = told * np.sqrt(self.count / self._degrees(ddof))
+        return np.where(np.isinf(deviation), told, deviation)
 
     def __add__(self, other: object) -> Moments:
         """Return the moments of both, as `merge` does; so `sum` takes a list of moments."""
@@ -270,10 +253,9 @@ class Moments:
         threads = thread_count(num_threads)
         if data.size == 0:
             return self
-        total = self
-        for count, mean, m2, std in measured(data, axis, selection, threads, progress):
-            total = total.merge(Moments._adopt(count, mean, m2, None, std))
-        return total
+        pieces = measured(data, axis, selection, threads, progress)
+        parts = (Moments._adopt(count, mean, m2, std=std) for count, mean, m2, std in pieces)
+        return reduce(Moments.merge, parts, self)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both samples together; neither is changed.
@@ -315,9 +297,8 @@ class Moments:
             return self
         both = Moments._adopt(*merged(self._parts(), other._parts()))
         if np.isinf(both.m2).any():
-            share = share_of(other.count, both.count)
             ours, theirs = ((m.mean, m._parts()[3], m.std()) for m in (self, other))
-            both._tell(deviation_of(ours, theirs, share))
+            both._tell(deviation_of(ours, theirs, share_of(other.count, both.count)))
         return both
 
     def _parts(self) -> Part:
@@ -394,40 +375,21 @@ class Moments:
         """
         count, mean, m2, rest, std = parts_of(state)
         given = cls(count, mean, m2)
-        if std is not None:
-            if std.shape != given.mean.shape:
-                raise ValueError(f"std has shape {std.shape}; it must have shape ({len(given)},)")
-            given._tell(frozen(std))
-        if rest is None:
-            return given
-        if rest.shape != given.mean.shape:
-            raise ValueError(f"rest has shape {rest.shape}; it must have shape ({len(given)},)")
-        if not np.isfinite(rest).all():
-            raise ValueError("rest is not finite; it must be the rounding error of the mean, or 0")
-        return cls._adopt(given.count, given.mean, given.m2, frozen(rest), given._told())
+        rest, std = (None if value is None else frozen(value) for value in (rest, std))
+        return cls._adopt(given.count, given.mean, given.m2, rest, std)
 
     def __eq__(self, other: object) -> bool:
         """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
-        ours, theirs = self._told(), other._told()
-        return (
-            np.array_equal(self.count, other.count)
-            and np.array_equal(self.mean, other.mean, equal_nan=True)
-            and np.array_equal(self.m2, other.m2, equal_nan=True)
-            and (ours is None) == (theirs is None)
-            and (ours is None or theirs is None or np.array_equal(ours, theirs, equal_nan=True))
-        )
+        ours, theirs = ((m.mean, m.m2, getattr(m, "_std", ())) for m in (self, other))
+        same = (np.array_equal(*two, equal_nan=True) for two in zip(ours, theirs, strict=True))
+        return np.array_equal(self.count, other.count) and all(same)
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and arrays have no hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments._adopt, (self.count, self.mean, self.m2, self._rest, self._told())
-
-    def __copy__(self, memo: object = None) -> Moments:
-        return self
-
-    __deepcopy__ = __copy__
 
     def __repr__(self) -> str:
         var = self.m2 if is_nothing(self.count) else self.var()
