@@ -68,7 +68,7 @@ def batch_norm(
     w = _shares(x, axis, mask, weights, lengths)
     mean, e, m2, power = _statistics(rows, w)
     var = m2 / w.sum()  # (4), (65)
-    rstd = 1 / np.sqrt(var + np.ldexp(eps, -2 * power))  # (5)
+    rstd = 1 / np.sqrt(var + np.ldexp(np.float64(eps), -2 * power))  # (5)
     xhat = e * rstd  # (6)
     z = _column(gamma, 1.0) * xhat + _column(beta, 0.0)  # (7)
     if residual is not None:
@@ -492,7 +492,7 @@ def _normalize_rows(
         mean, e, m2, power = (np.concatenate(v) for v in zip(*parts, strict=True))
         sizes = np.repeat(w.sum(axis=2).astype(np.int64).ravel(), groups)
     var = m2 / np.reshape(sizes, (-1, 1))  # (4)
-    rstd = 1 / np.sqrt(var + np.ldexp(eps, -2 * power))  # (5)
+    rstd = 1 / np.sqrt(var + np.ldexp(np.float64(eps), -2 * power))  # (5)
     xhat = (e * rstd).reshape(rows.shape)  # (6)
     return gamma * xhat + beta, _moments(sizes, mean, m2, power)  # (46)
 
@@ -637,7 +637,7 @@ def _root(
     power = _power(e)
     squares = (w * np.ldexp(e, -power) ** 2).sum(axis=-1, keepdims=True)
     power = power + 2
-    scaled = squares / w.sum(axis=-1, keepdims=True) + np.ldexp(eps, -2 * power)
+    scaled = squares / w.sum(axis=-1, keepdims=True) + np.ldexp(np.float64(eps), -2 * power)
     return np.where(lost, np.ldexp(np.sqrt(scaled), power), root)
 
 
