@@ -3,8 +3,7 @@
     pytest bench --quick                          the main cases; under two minutes
     pytest bench -m bars                          what the bars need, and each bar with its figure
     pytest bench -k "resnet50 and backward"       what the names say
-    pytest bench -k steps                         from plain.pyx to the real kernels
-    pytest bench -k small                         small calls of cybn.torch
+    pytest bench -k "steps or small"              plain.pyx to the kernels; calls of cybn.torch
     pytest bench -k "training and UNet" --batch 4 --ways channels-last,convert,fuse+compile
     pytest bench --peers pytorch,onednn           some peers only
     pytest bench --benchmark-json=figures.json    keep the figures; the machine is in the file

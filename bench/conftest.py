@@ -53,9 +53,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"peers: {peers}", *config.cybn_missing]
 
 
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["cybn"] = machine()
     machine_info["peers"] = {p.name: f"{p.version}; {p.note}" for p in config.cybn_peers}
     machine_info["missing"] = config.cybn_missing

@@ -47,8 +47,7 @@ class Race:
     """Contestants of one case; made by the fixture `race`."""
 
     def __init__(self, benchmark: Any, group: str, seconds: float, fewest: int) -> None:
-        self.benchmark, self.seconds, self.fewest = benchmark, seconds, fewest
-        self.group = group
+        self.benchmark, self.group, self.seconds, self.fewest = benchmark, group, seconds, fewest
         self.contestants: list[Contestant] = []
         self.errors: list[str] = []
 

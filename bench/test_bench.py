@@ -95,10 +95,9 @@ def step(process: Any, own: list[dict[str, Any]]) -> None:
     own.append(json.loads(process.stdout.readline()))
 
 
+@pytest.mark.skipif(not find_spec("torchvision"), reason="torchvision is not installed")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training(network: str, race: Race, request: pytest.FixtureRequest) -> None:
-    if not find_spec("torchvision"):
-        pytest.skip("torchvision is not installed")
     option = request.config.getoption
     sizes = [option("--batch") or NETWORKS[network], 3, *[64 if option("--quick") else 224] * 2]
     told: dict[str, list[dict[str, Any]]] = {way: [] for way in option("--ways").split(",")}
