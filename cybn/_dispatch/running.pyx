@@ -15,7 +15,8 @@ from cybn._kernels.problem cimport Vector
 
 cdef enum:
     MARKED = 2048               # bytes of an array that are remembered one and all
-    MARKS = 64                  # values of a larger one that are, about
+    MARKS = 64                  # stretches of a larger one, about, of which two values are
+    GOLDEN = 40503              # 2**16 times the golden ratio: multiples are spread evenly
 
 
 cdef int take_running(
@@ -80,18 +81,21 @@ def marks(x, gamma, beta, residual):
 cdef object mark(object array):
     """Return values of an array as bytes; None where it is None."""
     cdef View v
-    cdef double some[2 * MARKS]     # of any type
-    cdef Py_ssize_t i, step
+    cdef double some[4 * MARKS]     # of any type; there may be more than MARKS stretches
+    cdef Py_ssize_t i, at, step
     if array is None:
         return None
     look(array, &v)
     if v.size * v.item > MARKED:
         if v.flags & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS):
-            # An odd step, so that they lie in all samples, and in many channels and positions.
+            # Two in each of some stretches: at an odd step, so that they lie in all samples of any
+            # order in memory, and elsewhere each time, so that they lie in many channels.
             step = v.size // MARKS | 1
             for i in range((v.size + step - 1) // step):
-                memcpy(<char*> some + i * v.item, v.data + i * step * v.item, v.item)
-            return (<const char*> some)[:i * v.item + v.item]
+                memcpy(<char*> some + 2 * i * v.item, v.data + i * step * v.item, v.item)
+                at = min(v.size - 1, i * step + i * GOLDEN % step)
+                memcpy(<char*> some + (2 * i + 1) * v.item, v.data + at * v.item, v.item)
+            return (<const char*> some)[:2 * (i + 1) * v.item]
         few = array[tuple([slice(None, None, n // 2 or 1) for n in array.shape])]
         return few.tobytes()
     if v.flags & NPY_ARRAY_C_CONTIGUOUS:

@@ -71,3 +71,15 @@ def test_one_sample_that_changed_is_seen(kind, order, rng):
         x[sample] += 1
         with pytest.raises(RuntimeError, match="x has changed since the last forward"):
             layer.backward(np.ones_like(x))
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 1000), (32, 4, 784), (16, 4, 64, 64), (48, 4, 96)])
+def test_one_channel_that_changed_is_seen(shape, rng):
+    """Remembered values lie in all channels, also where a sample is a round part of the batch."""
+    for channel in range(4):
+        layer = cybn.BatchNorm(4)
+        x = rng.standard_normal(shape, dtype=np.float32)
+        layer(x)
+        x[:, channel] = 0
+        with pytest.raises(RuntimeError, match="x has changed since the last forward"):
+            layer.backward(np.ones_like(x))
