@@ -170,7 +170,7 @@ for number, activation in enumerate(ACTIVATIONS):
             ((3, 5, 512), 1, "float64"),
             ((9, 6, 47), (-1, 1)[number % 2], HALF[number % 2]),
         ):
-            residual = (number + len(shape)) % 2 == 0 or dtype == "float64"
+            residual = (number + shape[0]) % 2 == 0 or dtype == "float64"
             named = [activation] + ["residual"] * residual
             add_batch(
                 function, shape, axis, dtype, *named, activation=activation, residual=residual

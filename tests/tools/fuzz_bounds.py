@@ -18,8 +18,8 @@ from bounds import REPEATED, ULP32, ULP64
 
 from cybn import reference
 
-LARGEST_SLOPE = {"silu": 1.1}
-KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,)}
+LARGEST_SLOPE = {"silu": 1.1, "gelu": 1.13, "hardswish": 1.5}
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
 
 
 def rows(array, axis):
@@ -194,18 +194,17 @@ class Bounds:
             z, bound = known, 0 * bound
         _, slope = reference.activated(z, self.act, self.slope)
         counts = self.w > 0
-        cut = (slope == 0) & (self.act in ("relu", "relu6"))
+        cut = (slope == 0) & (self.act in ("relu", "relu6", "hardswish"))
         g = np.where(counts & ~cut, dy * slope, 0)
-        if self.act is None:
-            dg = 0 * g
-        elif self.act in KINKS:
-            jump = abs(1 - self.slope) if self.act == "leaky_relu" else 1
+        dg = 0 * g
+        if self.act in KINKS:
+            jump = {"leaky_relu": abs(1 - self.slope), "hardswish": 0.5}.get(self.act, 1)
             close = np.zeros(z.shape, bool)
             for kink in KINKS[self.act]:
                 close |= np.abs(z - kink) <= bound
             dg = np.where(close, np.abs(dy) * jump, 0) + self.ulp * np.abs(g)
-        else:
-            dg = np.abs(dy) * (bound + self.ulp)
+        if self.act not in (None, "relu", "relu6", "leaky_relu"):
+            dg = dg + np.abs(dy) * (bound + self.ulp)
         dg = np.where(counts, dg, 0)
         if self.options.get("residual") is not None and self.x.dtype.itemsize == 2:
             info = ml_dtypes.finfo(self.x.dtype)  # dx is made from dresidual as it is stored

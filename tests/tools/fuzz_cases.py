@@ -15,8 +15,7 @@ LEVELS = _runtime.usable_levels()
 THREADS = (1, 2, 3, 4, 7, 16)
 BATCH = ("forward", "inference", "backward", "inference_backward", "moments")
 FAMILY = tuple(m + b for m in ("layer", "rms", "group", "instance") for b in ("", "_backward"))
-ACTIVATIONS = ("relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu")
-SMOOTH = ("sigmoid", "tanh", "silu")
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", "gelu")
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
