@@ -18,7 +18,6 @@ its batch's too. Nodes of opset 1 to 6 are read, not written.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any, NamedTuple
@@ -40,8 +39,8 @@ from ._layers import (
     needs_eps,
     other_momentum,
 )
+from ._onnx_values import number, package, tensor_array
 
-_FLOAT, _INT = 1, 2  # of onnx.AttributeProto
 _SETTINGS = ("epsilon", "momentum", "spatial", "training_mode", "axis", "num_groups", "stash_type")
 _ROLES = ("scale", "B", "input_mean", "input_var")
 _BATCH = "BatchNormalization"
@@ -102,7 +101,7 @@ class OnnxNode(NamedTuple):
         ImportError
             If onnx is not installed.
         """
-        onnx = _onnx()
+        onnx = package()
         node = onnx.helper.make_node(
             self.op_type,
             list(self.inputs),
@@ -112,14 +111,6 @@ class OnnxNode(NamedTuple):
         )
         tensors = [onnx.numpy_helper.from_array(a, n) for n, a in self.initializers.items()]
         return node, tensors
-
-
-def _onnx() -> Any:
-    try:
-        importlib.import_module("onnx.numpy_helper")
-        return importlib.import_module("onnx")
-    except ImportError as error:
-        raise ImportError("this needs the package onnx: pip install 'cybn[interop]'") from error
 
 
 def to_onnx(
@@ -316,7 +307,7 @@ def from_onnx(
         if node.op_type not in OPERATORS:
             raise ValueError(f"the node is a {node.op_type}; it must be a {', '.join(OPERATORS)}")
         inputs = tuple(node.input)
-        attributes = {a.name: _number(a) for a in node.attribute if a.name in _SETTINGS}
+        attributes = {a.name: number(a) for a in node.attribute if a.name in _SETTINGS}
     else:
         raise TypeError(
             f"node is of type {type(node).__name__}; it must be an OnnxNode or an onnx.NodeProto"
@@ -375,31 +366,3 @@ def _old_name(key: str) -> str:
     """Return what an initializer of opset 14 is called in the older form."""
     head, dot, leaf = key.rpartition(".")
     return head + dot + leaf.removeprefix("input_")
-
-
-def tensor_array(value: Any, name: str) -> Any:
-    """Return an initializer; a TensorProto as an array. No file is opened for it."""
-    if not (hasattr(value, "data_type") and hasattr(value, "raw_data")):
-        return value
-    if value.data_location:
-        raise ValueError(
-            f"{name} has its data in another file; load the model with onnx.load(path), which "
-            "reads it, or save it with all data in one file"
-        )
-    if min(value.dims, default=0) < 0:
-        raise ValueError(f"{name} has the shape {tuple(value.dims)}; the model is broken")
-    try:
-        return _onnx().numpy_helper.to_array(value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as an array: {error}") from error
-
-
-def _number(attribute: Any) -> float | int:
-    if attribute.type not in (_FLOAT, _INT):
-        raise ValueError(f"the attribute {attribute.name!r} of the node is not a number")
-    return _shortest(attribute.f) if attribute.type == _FLOAT else int(attribute.i)
-
-
-def _shortest(value: float) -> float:
-    """Return the shortest decimal that is this float32."""
-    return float(str(np.float32(value)))

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._layers import INSTANCE
-from ._onnx import OPERATORS, _onnx, from_onnx, tensor_array
+from ._onnx import OPERATORS, from_onnx
+from ._onnx_values import package, tensor_array
 
 _DEEPEST = 50  # nodes behind each other, or graphs in each other
 _MOST = 1 << 24  # values of a ConstantOfShape or a sparse tensor, and that may be computed
@@ -124,7 +125,7 @@ class _Constants(Mapping[str, Any]):
             value = tensor_array(given["value"].t, name) if "value" in given else np.float32(0)
             return np.full(shape, np.asarray(value).ravel()[0])
         if node.op_type == "Cast":
-            return array.astype(_onnx().helper.tensor_dtype_to_np_dtype(given["to"].i))
+            return array.astype(package().helper.tensor_dtype_to_np_dtype(given["to"].i))
         if node.op_type == "Identity":
             return array
         if node.op_type == "Reshape":
