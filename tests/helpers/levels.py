@@ -1,5 +1,6 @@
 """The instruction levels that the build has and the CPU runs, and how a test calls one of them."""
 
+from contextlib import contextmanager
 from functools import lru_cache
 
 from cybn import _dispatch, _runtime
@@ -12,3 +13,17 @@ kernels_at = lru_cache(_runtime.kernels_at)
 def bind(level):
     """Call the kernels of one instruction level from now on."""
     _dispatch.use(kernels_at(level, "batch_norm").KERNELS, kernels_at(level, "layer_norm").KERNELS)
+
+
+@contextmanager
+def caches(level, sizes):
+    """Let the kernels of a level take the caches for so large; None leaves what they are."""
+    kernels = [kernels_at(level, name) for name in ("batch_norm", "layer_norm")]
+    own = [_runtime._cache_bytes(index) for index in (2, 3)]
+    try:
+        for kernel in kernels:
+            kernel.set_caches(*(sizes or own))
+        yield
+    finally:
+        for kernel in kernels:
+            kernel.set_caches(*own)

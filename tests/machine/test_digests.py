@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from digest_cases import CALLS, bfloat16, digest, normal, words
-from digests import caches, differing, load
+from digests import differing, load
+from levels import caches
 
 import cybn
 

@@ -11,13 +11,12 @@ import argparse
 import json
 import platform
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from digest_cases import CALLS, digest
-from levels import LEVELS, bind, kernels_at
+from levels import LEVELS, bind
 
 from cybn import _runtime
 
@@ -33,20 +32,6 @@ def differing(calls):
     """Return the names of the calls whose results have another digest."""
     want = load()
     return [name for name, call in calls.items() if digest(call()) != want.get(name)]
-
-
-@contextmanager
-def caches(level, sizes):
-    """Let the kernels of a level take the caches for so large; None leaves what they are."""
-    kernels = [kernels_at(level, name) for name in ("batch_norm", "layer_norm")]
-    own = [_runtime._cache_bytes(index) for index in (2, 3)]
-    try:
-        for kernel in kernels:
-            kernel.set_caches(*(sizes or own))
-        yield
-    finally:
-        for kernel in kernels:
-            kernel.set_caches(*own)
 
 
 def write():

@@ -1,7 +1,8 @@
 """Running a fuzz case: the results as drawn, those of a plain twin, and the exact ones.
 
-The twin has its own copies of the arrays, one thread, another instruction level and no `out`; its
-results must be the same bits. The exact results come from `fuzz_bounds` and `family_cases`.
+The twin has its own copies of the arrays, one thread, the caches of the machine, another
+instruction level and no `out`; its results must be the same bits. The exact results come from
+`fuzz_bounds` and `family_cases`.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ from bounds import REPEATED, ULP32, ULP64
 from fuzz_arrays import acceptable, build, hidden, native, plain, rooms
 from fuzz_bounds import Bounds, rows, stored, wrong
 from fuzz_cases import DTYPES, FAMILY, LEVELS, Case
-from levels import bind
+from levels import bind, caches
 
 import cybn
 
@@ -98,7 +99,8 @@ def check(case: Case) -> None:
     kept = {name: room.copy() for name, room in rooms(a).items()}
     overlaps = a.out is not None and case.out == "overlap" and np.shares_memory(a.x, a.out)
     try:
-        got = call(case, a, case.threads, case.level)
+        with caches(case.level, (1 << 12, 1 << 14) if case.small else None):
+            got = call(case, a, case.threads, case.level)
     except ValueError:
         assert overlaps, "refused"
         assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
