@@ -120,11 +120,13 @@ cdef int check_batch(const Call* c, const Problem* p) except -1:
     return 0
 
 
-cdef object run(Call* c, Problem* p, tuple settings, tuple selected, bint again=False):
+cdef object run(
+    Call* c, Problem* p, tuple settings, tuple selected, bint again=False, object statistics=None
+):
     """Settle where everything lies, and run a kernel; return the array that holds its sums.
 
     Channels that the kernel leaves out are written after it. Where this is what happens `again`,
-    it leaves out none.
+    it leaves out none. `statistics` are those of the batch, if x is y.
     """
     cdef char few[FEW]
     settle(c, DY, &p.dy)
@@ -152,7 +154,7 @@ cdef object run(Call* c, Problem* p, tuple settings, tuple selected, bint again=
     memset(p.left, 0, p.C)
     launch(c, <Kernel> kernels.batch_norm, p, &p.threads, &p.watch)
     if memchr(p.left, 1, p.C) != NULL:
-        write_left(c, p, settings, selected)
+        write_left(c, p, settings, selected, statistics)
     p.left = NULL
     return sums
 
@@ -199,7 +201,9 @@ cdef object array_at(const Call* c, int k):
     return None if c.at[k].given == NULL else <object> c.at[k].used
 
 
-cdef int write_left(Call* c, Problem* p, tuple settings, tuple selected) except -1:
+cdef int write_left(
+    Call* c, Problem* p, tuple settings, tuple selected, object statistics
+) except -1:
     """Write the channels that a kernel has left out, and what it says of them in its sums."""
     from . import beyond as left
 
@@ -214,7 +218,8 @@ cdef int write_left(Call* c, Problem* p, tuple settings, tuple selected) except 
         array_at(c, OUT), array_at(c, OUT_RESIDUAL), c.axis, where, values_of(&p.mean, where, 0),
         values_of(&p.var, where, 0), values_of(&p.gamma, where, 1), values_of(&p.beta, where, 0),
         1 if p.count == 1 and p.M != 1 else count_of(c, p),
-        p.reduce == SUMS or p.apply == UNSCALE, (c.axis, *options), selected, p.inverse, p.threads)
+        p.reduce == SUMS or p.apply == UNSCALE, (c.axis, *options), selected, p.inverse, p.threads,
+        None if statistics is None else statistics.std()[where])
     if p.reduce != DOTS:
         std = left.forward(call)
         for i in range(where.size if p.reduce == SUMS else 0):
@@ -422,7 +427,8 @@ def backward(
         _sums = run_part(
             &c, &p, statistics.count, out is not None, out_residual is not None, exchange)
     else:
-        _sums = run(&c, &p, settings, selected, again)
+        told = statistics if through and from_output else None
+        _sums = run(&c, &p, settings, selected, again, told)
     results = rounded(p.sums + p.C, p.C, wide), rounded(p.sums, p.C, wide)
     if residual is None:
         return deliver(&c, OUT), *results

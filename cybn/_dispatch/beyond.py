@@ -58,6 +58,7 @@ class Channels(NamedTuple):
     selected: tuple[Any, ...]
     from_output: bool
     threads: int | None
+    std: Array | None = None  # standard deviations, where x is y and does not tell them
 
 
 @np.errstate(all="ignore")
@@ -197,6 +198,8 @@ def _scaled(call: Channels, own: slice, x: Array) -> _Scaled:
         std[again] = np.ldexp(np.sqrt(var), -shift[again])
         var += np.ldexp(eps, 2 * shift[again])
         d[again] = np.ldexp(np.sqrt(var), -shift[again])
+    if call.std is not None:
+        d = np.where(np.isinf(d), call.std[own], d)
     e = exponent(d)
     rest = np.zeros_like(e)
     if not call.from_output:  # else mean is beta

@@ -339,3 +339,24 @@ def test_inference_far_from_the_mean(value, mean, var):
         np.testing.assert_allclose(dgamma[0], want[1], rtol=1e-12)
         exact = wdy * wgamma / np.sqrt(wvar + np.longdouble(eps))
         np.testing.assert_allclose(dx, exact.astype("f8"), rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("size", [2.0**530, 2.0**1000])
+def test_backward_from_y(rng, size, activation, level):
+    """y does not tell the standard deviation; the moments do, also where M2 is infinite."""
+    x, axis = batch(rng, "f8", "first", [1.0, size, 2.0**-300, size, 2.0, 3.0])
+    gamma, beta = rng.uniform(0.5, 2, (2, C))
+    dy = rng.standard_normal(x.shape)
+    k = {"axis": axis, "eps": 1e-200, "activation": activation}
+    y, m = cybn.batch_norm(x, gamma, beta, **k)
+    assert np.isinf(m.m2[[1, 3]]).all()
+    exact = cybn.batch_norm_backward(dy, x, m, gamma, beta=beta, **k)
+    found = cybn.batch_norm_backward(dy, y, m, gamma, beta=beta, from_output=True, **k)
+    for a, b in zip(found, exact, strict=True):
+        assert_close(a, b, axis, 1e-12)
+    layer = cybn.BatchNorm(C, eps=1e-200, dtype="f8", activation=activation)
+    layer.gamma, layer.beta = gamma, beta
+    own = x.copy()
+    layer(own, out=own)
+    assert_close(layer.backward(dy), exact[0], axis, 1e-12)
