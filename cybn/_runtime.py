@@ -183,11 +183,10 @@ def set_num_threads(n: int | None) -> None:
     Examples
     --------
     >>> import cybn
-    >>> before = cybn.get_num_threads()
     >>> cybn.set_num_threads(1)
     >>> cybn.get_num_threads()
     1
-    >>> cybn.set_num_threads(before)
+    >>> cybn.set_num_threads(None)
     """
     global _chosen
     _chosen = None if n is None else _checked(n, "n")
