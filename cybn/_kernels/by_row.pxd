@@ -1,17 +1,18 @@
 # cython: cdivision=True
 # Loops along a row that has one mean and variance, with a gamma and beta for each value.
 #
-#   loop           reads            writes     bytes an element (float32), gamma and beta in L1
+#   loop           reads            writes     bytes per element (float32); gamma, beta are in L1
 #   turned_sums    x                -          4
 #   turned_dots    dy, x            -          8
 #   row_dots       dy, x            -          8
 #   row_scale      x                y          8
 #   row_unscale    dy, x            dx        12
 #
-# The mean comes as hi + lo, both of type T: subtracted one after the other, the first exactly where
-# it matters, so the error does not grow with |mean| / std (docs/math.md, 7.5).
+# The mean is given as hi + lo, both of type T, which are subtracted one after the other. The first
+# subtraction is exact if x is within a factor of two of hi, so the error does not grow with
+# |mean| / std (docs/math.md, 7.5).
 #
-# What does not fill a strip at the ends of a row goes through the same loops, with their length.
+# The same loops handle the values at the ends of a row that do not fill a strip.
 
 from cybn._kernels.lanes cimport (
     LANES, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read, write, write_strip)
@@ -19,15 +20,15 @@ from cybn._kernels.loops cimport Ends, end_of_run, ends_of, lanes_of
 from cybn._kernels.writes cimport Seam, put_head, put_rest
 
 cdef enum:
-    HI_OF_ROW = 0           # where the constants of a row stand
+    HI_OF_ROW = 0           # indices of the constants of a row
     LO_OF_ROW = 1
     R_OF_ROW = 2            # one over the standard deviation
-    C1_OF_ROW = 3           # mean of dz, dz = dy * gamma
+    C1_OF_ROW = 3           # mean of dz = dy * gamma
     C2_OF_ROW = 4           # mean of dz * xhat
     ROW_TERMS = 5
 
 
-# Rows of few values are turned first, so that lanes are rows and no sum goes across a vector.
+# Rows of few values are transposed first: each lane is then a row, and no sum crosses a vector.
 
 cdef inline void turned_sums(
     const T* restrict x,        # IN  (n, LANES), n <= LANES
@@ -120,7 +121,7 @@ cdef inline void row_dots(
 cdef inline void put_some(
     Way way, bint stream, bint first, Seam* seam, const T* v, Py_ssize_t m, char* y
 ) noexcept nogil:
-    """Write the m values that a row has before its whole strips, or after them."""
+    """Write the m values of a row that come before or after its whole strips."""
     cdef char end[STRIP]
     if not stream:
         write(way, v, y, m)
@@ -148,16 +149,16 @@ cdef inline void scale_values(
 
 cdef inline void row_scale(
     Way way,                    # a constant
-    bint stream,                # past the caches; only where has_lines
+    bint stream,                # write past the caches; only if has_lines
     const char* x,              # IN  (n,)
     const T* gamma,             # IN  (n,)
     const T* beta,              # IN  (n,)
     char* y,                    # OUT (n,), may be x
     Py_ssize_t n,
     const T* row,               # IN  (ROW_TERMS,)
-    Seam* seam,                 # IO  where `stream`
+    Seam* seam,                 # IO  used if `stream`
 ) noexcept nogil:
-    """y = ((x - hi) - lo) * r * gamma + beta"""
+    """Compute y = ((x - hi) - lo) * r * gamma + beta."""
     cdef T v[LANES]
     cdef T room[LANES]
     cdef Ends e = ends_of(way, y, stream, n, row[0])
@@ -197,7 +198,7 @@ cdef inline void unscale_values(
 
 cdef inline void row_unscale(
     Way way,                    # a constant
-    bint stream,                # past the caches; only where has_lines
+    bint stream,                # write past the caches; only if has_lines
     const char* dy,             # IN  (n,)
     const char* x,              # IN  (n,)
     const T* gamma,             # IN  (n,)
@@ -206,9 +207,9 @@ cdef inline void row_unscale(
     const T* row,               # IN  (ROW_TERMS,)
     T* a,                       # IO  (n,) sums of dy * xhat
     T* b,                       # IO  (n,) sums of dy
-    Seam* seam,                 # IO  where `stream`
+    Seam* seam,                 # IO  used if `stream`
 ) noexcept nogil:
-    """dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r"""
+    """Compute dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r."""
     cdef T v[LANES]
     cdef T room[2 * LANES]
     cdef const T* at_x

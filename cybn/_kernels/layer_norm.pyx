@@ -3,29 +3,29 @@
 # Layer, RMS, group and instance normalization: statistics of rows.
 #
 # N = samples, G = groups of a sample, K = channels of a group, S = positions of a channel.
-# A row is the D = K * S values of a group of a sample, which share one mean and variance; its gamma
-# and beta are those of channels g * K to (g + 1) * K.
+# A row is the D = K * S values of one group in one sample. They share a mean and a variance. Their
+# gamma and beta are those of channels g * K to (g + 1) * K.
 #
-#   member           G    K    S
+#   norm             G    K    S
 #   layer, RMS       1    D    1
 #   group            G    C/G  positions
 #   instance         C    1    positions
 #
-#   loops    when                                  gamma and beta
-#   TURNED   D <= SHORT                            a value each, rows turned in L1
-#   ALONG    S below ROW_RUNS, backward ROW_DOTS   a value each
-#   RUNS     longer S                              one for a run
-#   DOWN     channels-last                         one a column, as in batch normalization
+#   loops    when                                     gamma and beta
+#   TURNED   D <= SHORT; rows are transposed in L1    one per value
+#   ALONG    S below ROW_RUNS (backward: ROW_DOTS)    one per value
+#   RUNS     longer S                                 one per run
+#   DOWN     channels-last                            one per column, as in batch normalization
 #
-# a. Blocks. The passes follow each other block by block, so the second look comes from L2. A block
-#    of runs is neighbouring groups of one sample; other blocks are one group of several samples,
-#    which share gamma and beta.
-# b. Slots. A row is summed in segments, each of which leaves its sums in a slot; they are added in
-#    order. Backward and runs: a slot, or several, per channel, which give dgamma, dbeta and,
-#    weighted with gamma, the two sums of the row.
-# c. dgamma and dbeta are added up in float64 per chunk of N, and the chunks by the dispatch, in
-#    order. Owned: a thread takes a chunk of N of some groups through all passes. Shared: with few
-#    and long rows, each pass is a parallel loop. Both do the same sums in the same order: bits
+# a. Blocks. All passes over a block end before the next block begins, so the second read comes from
+#    L2. A block of runs consists of neighbouring groups of one sample. Other blocks are several
+#    samples of one group, which share gamma and beta.
+# b. Slots. A row is summed in segments. The sums of each segment are stored in a slot, and slots
+#    are added in order. Runs in a backward pass, and channels-last rows, have slots for each
+#    channel. Backward, these give dgamma, dbeta and, weighted with gamma, the two sums of the row.
+# c. Chunks. dgamma and dbeta are summed in float64 for each chunk of N, and the dispatch adds the
+#    chunks in order. Owned: a thread does all passes for a chunk of N and some groups. Shared: with
+#    few long rows, each pass is a parallel loop. Both ways add in the same order, so the bits
 #    depend on the shape alone.
 
 from cpython.pycapsule cimport PyCapsule_New
@@ -56,15 +56,15 @@ cdef struct Job:
     const RowProblem* p
     RowTiling t
     Way way
-    bint stream             # results go past the caches
+    bint stream             # results are written past the caches
 
 cdef struct Span:           # rows of samples n0..n1 and groups g0..g1
     Py_ssize_t n0, n1, g0, g1
 
-cdef struct Row:            # what the second pass has to know of a row
-    bint left               # to the dispatch: beyond the range of T
+cdef struct Row:            # what the second pass needs for a row
+    bint left               # out of range of T: the dispatch computes this row
     double hi, lo, r        # mean = hi + lo, and one over the standard deviation
-    double c1, c2           # mean of dz, and of dz * xhat, where dz = dy * gamma
+    double c1, c2           # means of dz = dy * gamma, and of dz * xhat
 
 cdef Caches caches
 caches.l2, caches.l3 = 512 << 10, 32 << 20
@@ -73,12 +73,15 @@ caches.l2, caches.l3 = 512 << 10, 32 << 20
 cdef inline char* place(
     const Rows* rows, const Job* job, Py_ssize_t n, Py_ssize_t i
 ) noexcept nogil:
-    """Where value i of sample n lies."""
+    """Return the address of value i of sample n."""
     return rows.at + n * rows.pitch + i * job.p.item
 
 
 cdef inline Py_ssize_t in_sample(const Job* job, Py_ssize_t g, Py_ssize_t i) noexcept nogil:
-    """Where in its sample value i of a row lies; channels-last, these go position by position."""
+    """Return the index in its sample of value i of a row.
+
+    The values of a channels-last row are ordered by position, then by channel.
+    """
     cdef const RowProblem* p = job.p
     if p.last:
         return i // p.K * p.G * p.K + g * p.K + i % p.K
@@ -86,13 +89,13 @@ cdef inline Py_ssize_t in_sample(const Job* job, Py_ssize_t g, Py_ssize_t i) noe
 
 
 cdef inline T value(const Job* job, Py_ssize_t n, Py_ssize_t i, T of_type) noexcept nogil:
-    """Value i of sample n of x."""
+    """Return value i of sample n of x."""
     cdef T room[1]
     return read(job.way, place(&job.p.x, job, n, i), 1, room)[0]
 
 
 cdef inline T find_pivot(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) noexcept nogil:
-    """What a row is summed about; 0 where it is not centred."""
+    """Return the pivot that a row is summed about; 0 if the row is not centred (RMS)."""
     cdef double v[SAMPLES]
     cdef Py_ssize_t i
     if not job.p.centred:
@@ -107,7 +110,7 @@ cdef inline T find_pivot(const Job* job, Py_ssize_t n, Py_ssize_t g, T of_type) 
 cdef void add_run(
     const Job* job, const char* dy, const char* x, Py_ssize_t n, T shift, double* out
 ) noexcept nogil:
-    """Sums of a stretch of a row, or of a run its dots, about a shift."""
+    """Compute the sums of n values about a shift; in a backward pass, their dots."""
     cdef double acc[2 * WIDE]
     clear(acc, 2 * WIDE)
     if job.p.backward:
@@ -121,7 +124,11 @@ cdef void add_run(
 cdef void reduce_row(
     const Job* job, Py_ssize_t n, Py_ssize_t g, T shift, Py_ssize_t i, double* out
 ) noexcept nogil:
-    """Segment i of a row, in whole pieces; backward, nearly equal parts of a channel."""
+    """Sum segment i of a row.
+
+    Forward, a segment consists of whole pieces (PIECE values). Backward, it is one of several
+    nearly equal parts of a channel.
+    """
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t pieces = ceiling(p.D, PIECE), at = 0, end = p.D, m
     if p.backward:
@@ -139,7 +146,7 @@ cdef void reduce_row(
 cdef inline const T* spread_tile(
     const Job* job, const T* v, Py_ssize_t g, Py_ssize_t t, T* room
 ) noexcept nogil:
-    """The values of tile t, one a column: in place where that is one a channel, else in room."""
+    """Return gamma or beta of tile t, one per column: without a copy if S is 1, else in room."""
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t at = t * job.t.tile, m = min(job.t.tile, p.D - at) // p.S
     if p.S == 1:
@@ -152,7 +159,7 @@ cdef inline const T* spread_tile(
 cdef void reduce_along(
     const Job* job, const Span* s, const T* shift, Py_ssize_t i
 ) noexcept nogil:
-    """Dots of segment i of some rows, which share their gamma."""
+    """Compute the dots of segment i of some rows that share gamma."""
     cdef double acc[ROW_BLOCK * 2 * WIDE]
     cdef T room[TILE]
     cdef const RowProblem* p = job.p
@@ -183,7 +190,7 @@ cdef void reduce_along(
 cdef void turn(
     const Job* job, const Rows* rows, const Span* s, Py_ssize_t g, T* out
 ) noexcept nogil:
-    """Some rows of a group as (D, ROW_BLOCK); 0 where there are fewer rows than lanes."""
+    """Transpose some rows of a group to (D, ROW_BLOCK). Lanes without a row are 0."""
     cdef T room[SHORT]
     cdef const T* at
     cdef Py_ssize_t i, j
@@ -196,7 +203,7 @@ cdef void turn(
 
 
 cdef void find_pivots(const Job* job, const T* x, T* shift) noexcept nogil:
-    """find_pivot of turned rows."""
+    """Find the pivots of turned (transposed) rows."""
     cdef double v[SAMPLES]
     cdef Py_ssize_t i, j
     for j in range(ROW_BLOCK):
@@ -208,7 +215,7 @@ cdef void find_pivots(const Job* job, const T* x, T* shift) noexcept nogil:
 cdef void reduce_turned(
     const Job* job, const Span* s, Py_ssize_t g, T of_type
 ) noexcept nogil:
-    """Fill the one slot of some rows of a group."""
+    """Fill the only slot of each of some rows of a group."""
     cdef T of_x[SHORT * ROW_BLOCK]
     cdef T of_dy[SHORT * ROW_BLOCK]
     cdef T room[SHORT]
@@ -240,7 +247,7 @@ cdef void reduce_turned(
 cdef void reduce(
     const Job* job, const Span* s, Py_ssize_t k0, Py_ssize_t k1, T of_type
 ) noexcept nogil:
-    """Fill slots k0..k1 of each row. Forward, sums are about a pivot, which is left in mean."""
+    """Fill slots k0..k1 of each row. Forward, sums are about a pivot, which is stored in mean."""
     cdef const RowProblem* p = job.p
     cdef T shift[ROW_BLOCK]
     cdef Py_ssize_t n, g, k, row
@@ -272,7 +279,7 @@ cdef void reduce(
 # ---- reduce, channels-last: down the columns of a sample ---------------------------------
 
 cdef inline Py_ssize_t positions_as_one(const Job* job) noexcept nogil:
-    """Positions that are summed as one row of columns, so that vectors stay full."""
+    """Return how many positions are summed as one row of columns, to keep vectors full."""
     cdef Py_ssize_t C = job.p.G * job.p.K
     return SUM_ROW // C if 2 * C <= SUM_ROW else 1
 
@@ -280,7 +287,10 @@ cdef inline Py_ssize_t positions_as_one(const Job* job) noexcept nogil:
 cdef void load_shifts(
     const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, bint keep, T* hi
 ) noexcept nogil:
-    """What columns c0.. are summed about: mean, or forward the pivot, kept as mean where asked."""
+    """Load the shift of columns c0..c0 + m: the mean, or in a forward pass the pivot.
+
+    If `keep`, the pivot is also stored in mean.
+    """
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t c, row
     cdef T shift = 0
@@ -317,10 +327,10 @@ cdef void add_positions(
     const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t pitch, Py_ssize_t rows, Py_ssize_t w,
     const T* co, T* a, T* b,
 ) noexcept nogil:
-    """Add rows of w columns, `pitch` values apart, from value i of sample n on.
+    """Add rows of w columns to a and b. They begin at value i of sample n, `pitch` values apart.
 
-    Those that do not fill a sweep, and rows shorter than a strip, are copied; the rest of a copy
-    adds nothing.
+    Rows that do not fill a sweep, and rows shorter than a strip, are copied first. The padding of
+    a copy adds nothing to the sums.
     """
     cdef T copies[4 * TILE]
     cdef T of_dy[2 * TILE]
@@ -359,7 +369,7 @@ cdef void add_positions(
 cdef void reduce_channels(
     const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t k, const T* co
 ) noexcept nogil:
-    """Sums of m channels over cut k of the positions."""
+    """Sum m channels over cut k of the positions."""
     cdef T a[TILE]
     cdef T b[TILE]
     cdef double sum_a[TILE]
@@ -376,7 +386,7 @@ cdef void reduce_channels(
         rows = min(FLUSH, (end - s) // step)
         if rows > 0:
             add_positions(job, n, s * C + c0, step * C, rows, m * step, co, a, b)
-        else:                   # what is left is less than a row
+        else:                   # fewer positions than a row has
             rows = 1
             add_positions(job, n, s * C + c0, 0, 1, m * (end - s), co, a, b)
         gather(a, m, 1, step, sum_a)
@@ -391,7 +401,7 @@ cdef void reduce_down(
     const Job* job, Py_ssize_t n, Py_ssize_t k0, Py_ssize_t k1, T of_type
 ) noexcept nogil:
     """Fill slots k0..k1 of each channel of a sample."""
-    cdef T co[TILE + LANES]     # sums need HI alone
+    cdef T co[TILE + LANES]     # HI: sums need nothing else
     cdef Py_ssize_t C = job.p.G * job.p.K, i, k, m
     for i in range(ceiling(C, TILE)):
         m = min(TILE, C - i * TILE)
@@ -412,7 +422,7 @@ cdef struct Place:              # a row whose values are to be summed again
 cdef void look(
     const Place* row, double shift, double down, T of_type, double* sums
 ) noexcept nogil:
-    """Sums of a row in float64."""
+    """Compute the sums of a row in float64."""
     cdef Wide wide
     cdef T room[PIECE]
     cdef const Job* job = row.job
@@ -467,7 +477,7 @@ cdef inline double rstd(const Job* job, Py_ssize_t row) noexcept nogil:
 cdef inline bint left_to_dispatch(
     const Job* job, Py_ssize_t row, double total1, double total2, T of_type
 ) noexcept nogil:
-    """Whether a row of a backward pass, of these sums, is beyond the range of T."""
+    """Return whether a row with these sums is out of range of T in a backward pass."""
     cdef const RowProblem* p = job.p
     cdef double v = p.m2[row] / p.D + p.eps, r = rstd(job, row)
     return beyond(
@@ -477,7 +487,11 @@ cdef inline bint left_to_dispatch(
 cdef void finish_backward(
     const Job* job, Py_ssize_t n, Py_ssize_t g, double* dgamma, T of_type
 ) noexcept nogil:
-    """Add the slots up: to the sums of the row; of runs, to those of each channel before."""
+    """Add the slots of a row to its two sums.
+
+    Slots of runs and of channels-last rows are first added for each channel, which gives dgamma
+    and dbeta.
+    """
     cdef const RowProblem* p = job.p
     cdef const T* gamma = <const T*> p.gamma
     cdef bint by_channel = job.t.loops == RUNS or job.t.loops == DOWN
@@ -521,13 +535,13 @@ cdef void finish(const Job* job, const Span* s, double* parts, T of_type) noexce
 # ---- apply -------------------------------------------------------------------------------
 
 cdef inline Row of_row(const Job* job, Py_ssize_t row, T of_type) noexcept nogil:
-    """What the second pass has to know of a row."""
+    """Return what the second pass needs for a row."""
     cdef const RowProblem* p = job.p
     cdef const double* total = p.sums + row * job.t.slots * 2
     cdef Row c
     c.left = p.left[row]
     c.r = rstd(job, row)
-    c.hi = <T> p.mean[row] if c.r != 0 else 0   # where m2 is infinite, y is beta
+    c.hi = <T> p.mean[row] if c.r != 0 else 0   # if m2 is infinite, y is beta
     c.lo = p.mean[row] - c.hi if c.r != 0 else 0
     c.c1 = total[0] / p.D if p.backward and p.centred else 0
     c.c2 = total[1] * c.r / p.D if p.backward and c.r != 0 else 0
@@ -538,7 +552,7 @@ cdef inline void of_channel(
     const Job* job, const Row* row, Py_ssize_t c,
     T* co,                      # OUT HI, A, Z, K and B of a channel
 ) noexcept nogil:
-    """(x - hi) * a + z, or dy * a + (x - hi) * k + b."""
+    """Compute the constants of (x - hi) * a + z, or of dy * a + (x - hi) * k + b."""
     cdef double a = (<const T*> job.p.gamma)[c] * row.r, k = -row.r * row.r * row.c2, beta
     co[HI] = <T> row.hi
     co[A] = <T> a
@@ -554,7 +568,7 @@ cdef inline void apply_line(
     const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i, Py_ssize_t w, const T* co,
     Seam* seam,
 ) noexcept nogil:
-    """y or dx of values i..i + w of sample n."""
+    """Write y or dx of values i..i + w of sample n."""
     cdef const RowProblem* p = job.p
     cdef char rooms[3][STRIP]
     cdef const char* x = place(&p.x, job, n, i)
@@ -562,7 +576,7 @@ cdef inline void apply_line(
     cdef char* y = place(&p.y, job, n, i)
     cdef Py_ssize_t most = max(w, lanes_of(co[0])), bytes = w * p.item
     cdef bint stream = job.stream and has_lines(job.way, w, co[0])
-    if w < most:                # shorter than a strip: by way of copies
+    if w < most:                # shorter than a strip: use copies
         memcpy(rooms[0], x, bytes)
         memcpy(rooms[1], dy, bytes)
         x, dy, y = rooms[0], rooms[1], rooms[2]
@@ -578,7 +592,7 @@ cdef inline void apply_line(
 cdef void apply_runs(
     const Job* job, Py_ssize_t n, Py_ssize_t g, const Row* row, Py_ssize_t t, T of_type
 ) noexcept nogil:
-    """y or dx of tile t of row n of group g, which may begin and end within a channel."""
+    """Write y or dx of tile t of group g of sample n. A tile may begin or end within a channel."""
     cdef T co[COEFFICIENTS]
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t at = g * p.D + t * job.t.tile, w
@@ -597,7 +611,7 @@ cdef void apply_along(
     const Job* job, const Span* s, const Row* rows, Py_ssize_t t, double* dgamma, double* dbeta,
     T of_type,
 ) noexcept nogil:
-    """y, or dx and the sums for dgamma and dbeta, of tile t of some rows."""
+    """Write y, or dx and the sums for dgamma and dbeta, of tile t of some rows."""
     cdef T room[2 * TILE]
     cdef T a[TILE]
     cdef T b[TILE]
@@ -650,7 +664,10 @@ cdef void apply_channels(
     const Job* job, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t s0, Py_ssize_t s1,
     T of_type,
 ) noexcept nogil:
-    """y or dx of m channels of positions s0..s1: down in stretches, up in each of them."""
+    """Write y or dx of m channels at positions s0..s1.
+
+    The last stretch of positions comes first. The order within a stretch is ascending.
+    """
     cdef T co[COEFFICIENTS]
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t C = p.G * p.K, c, i, s, slot
@@ -677,7 +694,10 @@ cdef void apply_channels(
 cdef inline Py_ssize_t kept(
     const Job* job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t most
 ) noexcept nogil:
-    """How many channels from c on, `most` at most, are of rows of sample n that are not left."""
+    """Return how many channels of sample n, from c on, are in rows that loops can write.
+
+    The count ends at the first other row, and at `most`.
+    """
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t g = c // p.K
     while g * p.K < c + most and not p.left[n * p.G + g]:
@@ -688,7 +708,7 @@ cdef inline Py_ssize_t kept(
 cdef void apply(
     const Job* job, const Span* s, double* parts, Py_ssize_t t0, Py_ssize_t t1, T of_type
 ) noexcept nogil:
-    """y or dx of tiles t0..t1 of some rows, last tile first: reduce ended there."""
+    """Write y or dx of tiles t0..t1 of some rows, beginning with the last, where reduce ended."""
     cdef const RowProblem* p = job.p
     cdef Row rows[ROW_BLOCK]
     cdef Py_ssize_t n, g, t, i, m, C = p.G * p.K
@@ -720,7 +740,7 @@ cdef void apply(
 # ---- threads -----------------------------------------------------------------------------
 
 cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
-    """Span i: a chunk of N of some groups."""
+    """Return span i: a chunk of N for some groups."""
     cdef Py_ssize_t chunk = i // job.t.spans
     cdef Span s
     s.n0 = chunk * job.p.N // job.t.chunks
@@ -731,7 +751,7 @@ cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
 
 
 cdef inline double* parts_of(const Job* job, Py_ssize_t i) noexcept nogil:
-    """Sums for dgamma of the chunk of span i, (C,); those for dbeta follow."""
+    """Return the sums for dgamma of the chunk of span i, (C,). Those for dbeta follow them."""
     return job.p.parts + i // job.t.spans * 2 * job.p.G * job.p.K
 
 
@@ -744,7 +764,7 @@ cdef void clear_parts(const Job* job, const Span* s, double* parts) noexcept nog
 
 
 cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
-    """All passes over a span, block by block."""
+    """Do all passes over a span, block by block."""
     cdef Span all = span_of(job, i), s = all
     cdef double* parts = parts_of(job, i)
     cdef double since = begun(job.p.watch)
@@ -759,7 +779,7 @@ cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
 
 
 cdef void share_reduce(const Job* job, Py_ssize_t parts, Py_ssize_t i, T of_type) noexcept nogil:
-    """Part i of the sums of all rows."""
+    """Compute part i of the sums of all rows."""
     cdef Py_ssize_t row = i // parts, k = i % parts, groups = job.p.G // job.t.apart
     cdef double since = begun(job.p.watch)
     cdef Span s
@@ -778,7 +798,7 @@ cdef void share_finish(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
 
 
 cdef void share_apply(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
-    """One tile of all rows of a span."""
+    """Write one tile of all rows of a span."""
     cdef Py_ssize_t t = i % job.t.tiles
     cdef Span all = span_of(job, i // job.t.tiles), s = all
     cdef double since = begun(job.p.watch)
@@ -790,7 +810,10 @@ cdef void share_apply(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
 
 
 cdef inline bint streamed(const RowProblem* p) noexcept nogil:
-    """Whether results go past the caches; those in place are there already."""
+    """Return whether results are written past the caches.
+
+    They are not if y is an input or if all arrays fit the caches.
+    """
     cdef Py_ssize_t touched = (3 if p.backward else 2) * p.N * p.G * p.D * p.item
     return p.y.at != p.x.at and p.y.at != p.dy.at and touched > min(caches.l3, 2 * caches.l2)
 
@@ -805,7 +828,7 @@ cdef void run(const RowProblem* p, T of_type) noexcept nogil:
     job.stream = streamed(p)
     tasks = job.t.chunks * job.t.spans
     grain = max(1, SERIAL // 4 * tasks // values)
-    size = p.G // job.t.apart * p.D     # of what is summed by itself
+    size = p.G // job.t.apart * p.D     # of a row; of a sample if channels-last
     parts = min(job.t.shared, ceiling(size, STRETCH_OF_RUNS))
     if nt == 1:
         for i in range(tasks):
@@ -826,7 +849,7 @@ cdef void run(const RowProblem* p, T of_type) noexcept nogil:
 # ---- what the dispatch calls -------------------------------------------------------------
 
 cdef void run_problem(const RowProblem* p) noexcept nogil:
-    """Compute in float64 for float64, in float32 for all that is narrower."""
+    """Compute float64 arrays in float64, and all other types in float32."""
     if p.storage == FLOAT64:
         run(p, <double> 0)
     else:
@@ -834,7 +857,10 @@ cdef void run_problem(const RowProblem* p) noexcept nogil:
 
 
 def set_caches(Py_ssize_t l2, Py_ssize_t l3):
-    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
+    """Set the sizes in bytes of a core's L2 cache and of the last level.
+
+    They affect the speed, never the results.
+    """
     caches.l2, caches.l3 = l2, l3
 
 
