@@ -2,33 +2,34 @@
 # Activations: y = f(z) of the normalized value z, and the slope f'(z) that backward needs.
 #
 #   name         f(z)                         f'(z)
-#   relu         0 where z < 0, else z        0 where z <= 0, else 1
-#   relu6        and 6 where z > 6            0 where z <= 0 or z >= 6, else 1
-#   leaky_relu   slope * z where z < 0        slope where z <= 0, else 1
-#   hardswish    z * clamp(z + 3, 0, 6) / 6   0 where z <= -3, 1 where z >= 3, else (z + 1.5) / 3
+#   relu         0 if z < 0, else z           0 if z <= 0, else 1
+#   relu6        the same, but 6 if z > 6     0 if z <= 0 or z >= 6, else 1
+#   leaky_relu   slope * z if z < 0, else z   slope if z <= 0, else 1
+#   hardswish    z * clamp(z + 3, 0, 6) / 6   0 if z <= -3, 1 if z >= 3, else (z + 1.5) / 3
 #   sigmoid      s = 1 / (1 + exp(-z))        s * (1 - s)
 #   tanh         t = tanh(z)                  1 - t * t
 #   silu         z * s                        s * (1 + z * (1 - s))
 #   gelu         z * P, P = erfc(-z / sqrt(2)) / 2      P + z * exp(-z * z / 2) / sqrt(2 pi)
 #
-# A new one is an entry in `Activation`, a line in `value_of` and in `slope_of`, a line in each of
-# the two switches at the end, and its formulas.
+# A new activation needs an entry in `Activation`, a line in `value_of` and in `slope_of`, a line in
+# each of the two switches at the end, and its formulas.
 #
-# a. What is special. NaN stays NaN, -0.0 stays -0.0 where f(0) = 0. relu, relu6 and leaky_relu have
-#    slope 1 at NaN. At -inf and inf a formula gives what IEEE arithmetic and PyTorch make of it:
-#    silu, gelu and hardswish of -inf are -inf * 0 = NaN, so are the slopes of silu and gelu at
-#    both. Where |z| is merely large, each is its limit, -0.0 or z, and its slope 0 or 1.
-# b. No branch, no call, no table: additions, multiplications, divisions, comparisons that select,
-#    and one shift of integers. They round alike in vectors of any width, so each level has the
-#    same bits. libm's functions would be a call a value, and differ between machines.
-# c. One division a value. With a = |z| and E = U * exp(-a), the factor U = 2**40 (float64: 2**100)
-#    goes into numerator and denominator: exp(-a) / (1 + exp(-a)) = E / (U + E). E is never
-#    subnormal; the quotient may be, and then it is rounded once.
-# d. silu and gelu are z - h(a) where z > 0 and -h(a) elsewhere, h(a) = a * s(-a) or a * P(-a);
-#    their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed, so the
+# a. Special values. NaN stays NaN, and -0.0 stays -0.0 if f(0) = 0. relu, relu6 and leaky_relu have
+#    slope 1 at NaN. At -inf and inf, results are those of IEEE arithmetic and of PyTorch: silu,
+#    gelu and hardswish of -inf are -inf * 0 = NaN, and the slopes of silu and gelu are NaN at both.
+#    If |z| is large but finite, each function is its limit, -0.0 or z, and its slope is 0 or 1.
+# b. There are no branches, calls or tables, only additions, multiplications, divisions, comparisons
+#    that select, and one shift of integers. They round alike in vectors of any width, so each level
+#    has the same bits. libm's functions would need a call per value, and differ between machines.
+# c. There is one division per value. With a = |z| and E = U * exp(-a), numerator and denominator
+#    are multiplied by U = 2**40 (float64: 2**100): exp(-a) / (1 + exp(-a)) = E / (U + E). E is
+#    never subnormal. The quotient may be subnormal, and is then rounded once.
+# d. silu and gelu are z - h(a) if z > 0 and -h(a) otherwise, with h(a) = a * s(-a) or a * P(-a).
+#    Their slopes are 1 - d(a) and d(a). Only a decaying function of a is ever computed, so the
 #    negative tail keeps its relative accuracy.
-# e. Errors, in units in the last place of y: hardswish, sigmoid, tanh and silu below 4, gelu 8;
-#    of slopes below 8 (gelu 12), in units of 0.1 where they pass through 0.
+# e. Errors of y are below 4 units in the last place for hardswish, sigmoid, tanh and silu, and
+#    below 8 for gelu. Errors of slopes are below 8 units (gelu: 12). Near a zero of the slope, the
+#    units are those of 0.1.
 
 from libc.math cimport copysign, copysignf, fabs, fabsf
 from libc.stdint cimport uint32_t, uint64_t
@@ -52,18 +53,18 @@ cdef enum Activation:
 
 
 cdef inline T bounded(T z, T most) noexcept nogil:
-    """|z|, at most `most`; NaN stays."""
+    """Return |z|, but at most `most`; NaN stays NaN."""
     cdef T a = fabsf(z) if T is float else fabs(z)
     return most if a > most else a
 
 
 cdef inline T far(T z) noexcept nogil:
-    """|z|, at most so large that a * exp(-a) is 0, and that U * exp(-a) is no subnormal number."""
+    """Return a = |z|, limited so that a * exp(-a) can reach 0 and U * exp(-a) is not subnormal."""
     return bounded(z, <T> 110 if T is float else <T> 755)
 
 
 cdef inline T power(T t) noexcept nogil:
-    """2**(n - bias) of t = n + 1.5 * 2**(mantissa bits): n goes into the exponent."""
+    """Return 2**(n - bias) for t = n + 1.5 * 2**(mantissa bits): shift n into the exponent."""
     cdef T s
     cdef uint32_t u
     cdef uint64_t v
@@ -79,11 +80,12 @@ cdef inline T power(T t) noexcept nogil:
 
 
 cdef inline T reduced(T x, T rest, T* s, T* unit) noexcept nogil:
-    """expm1(r) of x - rest = k log(2) + r, for x <= 0; s = U * 2**k, and unit = U.
+    """Return expm1(r) for x - rest = k log(2) + r and x <= 0; set s to U * 2**k, and unit to U.
 
-    Cody and Waite's reduction: log(2) in two parts, of which k times the first is exact (float32
-    as in Cephes, float64 as in fdlibm). r + r * r * p(r) with p of least error relative to exp
-    for |r| <= 0.35, by Remez's exchange in 60 digits: 3.1e-9, and 3.6e-18 in float64.
+    In Cody and Waite's reduction, log(2) is split in two parts, and k times the first is exact
+    (float32 as in Cephes, float64 as in fdlibm). expm1(r) is r + r * r * p(r). p has the least
+    error relative to exp for |r| <= 0.35: 3.1e-9, or 3.6e-18 in float64. It was computed by Remez's
+    exchange in 60 digits.
     """
     cdef T t, k, r, p, magic
     if T is float:
@@ -111,7 +113,7 @@ cdef inline T reduced(T x, T rest, T* s, T* unit) noexcept nogil:
 
 
 cdef inline T exp_of(T x, T rest, T* unit) noexcept nogil:
-    """U * exp(x - rest) for x <= 0, and unit = U."""
+    """Return U * exp(x - rest) for x <= 0, and set unit to U."""
     cdef T s, q = reduced(x, rest, &s, unit)
     return s + s * q
 
@@ -128,8 +130,8 @@ cdef inline T relu6_slope(T z) noexcept nogil:
 
 
 cdef inline T hardswish_of(T z) noexcept nogil:
-    """z * (c / 6): z * c would overflow."""
-    cdef T c = z + <T> 3        # a bare 3 would be a float64, and so the sum
+    """Return z * (c / 6) with c = clamp(z + 3, 0, 6); z * c could overflow."""
+    cdef T c = z + <T> 3        # a bare 3 would make the sum a float64
     c = 0 if c < 0 else (6 if c > 6 else c)
     return z * (c * <T> (1.0 / 6))
 
@@ -150,25 +152,25 @@ cdef inline T sigmoid_slope(T z) noexcept nogil:
 
 
 cdef inline T tanh_of(T z) noexcept nogil:
-    """By m = expm1(-2 |z|): -m / (2 + m)."""
+    """Return -m / (2 + m) with m = expm1(-2 |z|), with the sign of z."""
     cdef T s, u, q = reduced(-far(z + z), 0, &s, &u), m = s * q + (s - u)
     m = m / (u + u + m)
     return copysignf(m, z) if T is float else copysign(m, z)
 
 
 cdef inline T tanh_slope(T z) noexcept nogil:
-    """4 * s * (1 - s), s the sigmoid of 2 z."""
+    """Return 4 * s * (1 - s), where s is the sigmoid of 2 z."""
     cdef T u, e = exp_of(-far(z + z), 0, &u)
     return <T> 4 * u * e / ((u + e) * (u + e))
 
 
 cdef inline T mirrored(T z, T h) noexcept nogil:
-    """z - h where z > 0, -h elsewhere; NaN at -inf, where 0 * z is."""
+    """Return z - h if z > 0, else -h; NaN at -inf, because 0 * z is NaN there."""
     return (z if z > 0 else <T> 0 * z) - h
 
 
 cdef inline T mirrored_slope(T z, T d) noexcept nogil:
-    """1 - d where z > 0, d elsewhere; NaN at -inf and inf."""
+    """Return 1 - d if z > 0, else d; NaN at -inf and inf."""
     return (<T> 1 - d if z > 0 else d) + <T> 0 * z
 
 
@@ -178,18 +180,19 @@ cdef inline T silu_of(T z) noexcept nogil:
 
 
 cdef inline T silu_slope(T z) noexcept nogil:
-    """d = exp(-a) * (1 + exp(-a) - a) / (1 + exp(-a))**2."""
+    """Return the slope, with d = exp(-a) * (1 + exp(-a) - a) / (1 + exp(-a))**2."""
     cdef T u, a = far(z), e = exp_of(-a, 0, &u), one = u + e
     return mirrored_slope(z, e * (one - a * u) / (one * one))
 
 
 cdef inline T tail(T a, T* over, T* under) noexcept nogil:
-    """U * exp(-a * a / 2), and P(-a) * exp(a * a / 2) = over / under * U for a <= 39.
+    """Return U * exp(-a * a / 2); set over and under: P(-a) * exp(a * a / 2) = over / under * U.
 
-    over / under is the rational function of least relative error (Remez's exchange in 60 digits
-    against mpmath's erfc): 6e-9 for a <= 14.625, 5e-17 for a <= 38.75 in float64; all its
-    coefficients are positive, so nothing cancels; the first is 1/2. a * a / 2 = 2 b * b of b, half
-    of a on a grid so coarse that the product is exact, and the rest.
+    This holds for a <= 39. over / under is the rational function of least relative error: 6e-9 for
+    a <= 14.625, or in float64 5e-17 for a <= 38.75. It was computed by Remez's exchange in 60
+    digits from mpmath's erfc. All its coefficients are positive, so nothing cancels; the first is
+    1/2. a * a / 2 is computed as 2 * b * b plus a rest. b is a / 2, rounded to a grid so coarse
+    that the product is exact.
     """
     cdef T u, n, d, e, half = <T> 0.5 * a
     cdef T grid = <T> 24576 if T is float else <T> 3221225472.0    # 1.5 * 2**14, 1.5 * 2**31
@@ -223,7 +226,7 @@ cdef inline T gelu_of(T z) noexcept nogil:
 
 
 cdef inline T gelu_slope(T z) noexcept nogil:
-    """d = exp(-a * a / 2) * (over / under - a / sqrt(2 pi))."""
+    """Return the slope, with d = exp(-a * a / 2) * (over / under - a / sqrt(2 pi))."""
     cdef T n, d, a = bounded(z, <T> 14.625 if T is float else <T> 38.75), e = tail(a, &n, &d)
     cdef T c = <T> 3.6283589033831293e-13 if T is float else <T> 3.147099684484089e-31
     return mirrored_slope(z, e * (n - a * c * d) / d)
@@ -233,7 +236,7 @@ cdef inline T gelu_slope(T z) noexcept nogil:
 
 
 cdef inline T value_of(Activation f, T z, T slope) noexcept nogil:
-    """f(z); f is a constant where this is inlined."""
+    """Return f(z). f is a constant once this is inlined."""
     if f == RELU: return 0 if z < 0 else z
     if f == RELU6: return relu6_of(z)
     if f == LEAKY_RELU: return slope * z if z < 0 else z
@@ -246,7 +249,7 @@ cdef inline T value_of(Activation f, T z, T slope) noexcept nogil:
 
 
 cdef inline T slope_of(Activation f, T z, T slope) noexcept nogil:
-    """f'(z)."""
+    """Return f'(z)."""
     if f == RELU: return 0 if z <= 0 else 1
     if f == RELU6: return relu6_slope(z)
     if f == LEAKY_RELU: return slope if z <= 0 else 1

@@ -11,20 +11,20 @@
 #   backward             dots of g, x      dbeta, dgamma      dx = g * a + (x - hi) * k + b
 #   inference_backward   dots of g, x      dbeta, dgamma      dx = g * a
 #
-# f is the activation, and g = dy f'(what f was given).
+# f is the activation, and g = dy f'(u), where u is the argument of f.
 #
-# a. Bytes. float32 forward reads x, reads it again, writes y: 12 bytes an element from memory, 8
-#    where the second look at x finds it in cache. Backward: 20 or 12. Inference: 8. Half types:
-#    half.
-# b. Owned. A thread owns a block of channels and takes it through all three steps, in one parallel
-#    region without a barrier. Apply walks N backwards, over the lines touched last.
-# c. Shared. With fewer channels than threads could own, or channels-last, each step is a parallel
-#    loop over tiles of (chunk of N and S) x (block of channels), in one region.
+# a. Bytes. A float32 forward reads x, reads it again, and writes y: 12 bytes per element, or 8 if
+#    the second read of x comes from cache. Backward takes 20 or 12 bytes, and inference 8. Half
+#    types take half of that.
+# b. Owned. A thread does all three steps for a block of channels, in one parallel region without a
+#    barrier. Apply goes through N backwards, as the lines used last are still in the caches.
+# c. Shared. With few channels per thread, or channels-last, each step is a parallel loop over tiles
+#    of (chunk of N and S) x (block of channels), all in one region.
 # d. The same bits. A channel's sums are taken chunk by chunk and merged in chunk order. Chunks
-#    depend on (N, C, S) alone. Blocks and schedules follow the machine: they move whole channels
-#    about, never the order inside one.
-# e. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into z: the error
-#    of y does not grow with |mean| / std (docs/math.md, 6.4).
+#    depend on (N, C, S) alone. Blocks and schedules depend on the machine, but never change the
+#    order inside a channel.
+# e. hi + lo. The mean is split into hi, rounded to T, and the rest lo, which goes into z. So the
+#    error of y does not grow with |mean| / std (docs/math.md, 6.4).
 
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport parallel, prange
@@ -53,9 +53,9 @@ from cybn._kernels.waiting cimport begun, ended
 from cybn._kernels.writes cimport Seam, hold_nothing, let_go, scale, unscale
 
 cdef enum:
-    PART = 128              # channels that one thread finds the pivots of, or finishes, at a time
+    PART = 128              # channels of one task that finds pivots or finishes sums
     VECTOR = 64             # channels whose coefficients are computed together
-    GROUP = 16384           # elements that apply walks upwards, between its steps downwards
+    GROUP = 16384           # elements that apply writes in ascending order; groups descend
 
 cdef struct Tile:           # channels c0..c1 of rows n0..n1, positions s0..s1
     Py_ssize_t c0, c1, n0, n1, s0, s1
@@ -72,7 +72,7 @@ caches.l2, caches.l3 = 512 << 10, 32 << 20
 cdef inline Tile tile_of(
     const Job* job, Py_ssize_t block, Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t i
 ) noexcept nogil:
-    """Tile i of rows x cols of a block of channels."""
+    """Return tile i of the rows x cols tiles of a block of channels."""
     cdef Tile t
     cdef Py_ssize_t row = i // cols, col = i % cols
     t.c0 = block * job.t.block
@@ -85,7 +85,7 @@ cdef inline Tile tile_of(
     return t
 
 
-# ---- coefficients: a value a channel -----------------------------------------------------
+# ---- coefficients: one value per channel -------------------------------------------------
 
 cdef void load(
     const Vector* v, Py_ssize_t c, Py_ssize_t n, double absent, double* restrict out
@@ -106,7 +106,7 @@ cdef void load(
 cdef inline void load_xhat_scale(
     const Problem* p, Py_ssize_t c, Py_ssize_t n, double* restrict r
 ) noexcept nogil:
-    """What x - mean is multiplied by to give xhat; what z - beta is, where x was written over."""
+    """Load the factor of x - mean that gives xhat; if y was written over x, that of z - beta."""
     cdef Py_ssize_t i
     if p.inverse:
         load(&p.gamma, c, n, 1, r)
@@ -122,7 +122,10 @@ cdef inline bint scale_terms(
     const Problem* p, Py_ssize_t c, Py_ssize_t n,
     T* restrict co,             # OUT HI, A and Z of channels c..c + n
 ) noexcept nogil:
-    """(x - mean) * gamma / sqrt(var + eps) + beta, as (x - hi) * a + z; whether one is beyond T."""
+    """Compute the terms of (x - hi) * a + z = (x - mean) * gamma / sqrt(var + eps) + beta.
+
+    Return whether one of the channels is out of range of T.
+    """
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double beta[VECTOR]
@@ -143,7 +146,7 @@ cdef inline bint scale_terms(
     for i in range(n):
         co[HI + i] = <T> mean[i]
         co[A + i] = <T> r[i]
-        mean[i] -= <T> mean[i]  # what is left is lo; r may be infinite where eps is 0
+        mean[i] -= <T> mean[i]  # this is lo; r may be infinite if eps is 0
         co[Z + i] = <T> (beta[i] - r[i] * mean[i] if mean[i] != 0 else beta[i])
     return left != 0
 
@@ -152,7 +155,10 @@ cdef inline bint unscale_terms(
     const Problem* p, Py_ssize_t c, Py_ssize_t n,
     T* restrict co,             # OUT HI, A, K and B of channels c..c + n
 ) noexcept nogil:
-    """r gamma (g - dbeta / M - xhat dgamma / M), as g * a + (x - hi) * k + b; as scale_terms."""
+    """Compute the terms of g * a + (x - hi) * k + b = r gamma (g - dbeta / M - xhat dgamma / M).
+
+    Return whether one of the channels is out of range of T.
+    """
     cdef double mean[VECTOR]
     cdef double r[VECTOR]
     cdef double gamma[VECTOR]
@@ -185,9 +191,10 @@ cdef inline bint unscale_terms(
 cdef bint coefficients(
     const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, T* co
 ) noexcept nogil:
-    """What the loops of a pass need of channels c0..c0 + m: the first sums, the second writes.
+    """Compute the coefficients of channels c0..c0 + m for the first pass, or for the second.
 
-    Whether one of them is beyond the range of T, which matters where the dispatch asks for it.
+    The first pass sums, and the second writes. Return whether one of the channels is out of range
+    of T; always False if `left` of the problem is NULL.
     """
     cdef const Problem* p = job.p
     cdef const double* shift = p.sums + 2 * p.chunks * p.C
@@ -203,7 +210,7 @@ cdef bint coefficients(
                 left |= unscale_terms(p, c0, n, co)
             if first or p.apply != UNSCALE or p.activation != IDENTITY:
                 left |= scale_terms(p, c0, n, co)
-            if not first and p.apply == SCALE_DY:   # dx as scale has y, of dy: (dy - 0) * a + 0
+            if not first and p.apply == SCALE_DY:   # scale computes dx as (dy - 0) * a + 0
                 for i in range(n):
                     left |= not (is_finite(p.sums[c0 + i]) & is_finite(p.sums[p.C + c0 + i]))
                     co[K + HI + i] = 0
@@ -215,7 +222,7 @@ cdef bint coefficients(
 
 
 cdef inline int slots_of(const Problem* p, bint first) noexcept nogil:
-    """Which coefficients the loops of a pass read, a bit each: HI, A, Z, K, B, and one more."""
+    """Return which coefficients a pass reads, one bit each: HI, A, Z, K, B, and a sixth array."""
     if first and (p.reduce == SUMS or p.activation == IDENTITY):
         return 0b1
     if first or p.apply == SCALE:
@@ -228,7 +235,10 @@ cdef inline int slots_of(const Problem* p, bint first) noexcept nogil:
 cdef bint columns_of(
     const Job* job, bint first, Py_ssize_t c0, Py_ssize_t m, Py_ssize_t times, T* co
 ) noexcept nogil:
-    """The coefficients of m * S columns, `times` times: computed at the end, spread from there."""
+    """Compute the coefficients of m * S columns, repeated `times` times.
+
+    They are computed at the end of each array and spread from there. Return as `coefficients`.
+    """
     cdef Py_ssize_t slot, end = m * job.p.S - m
     cdef int wanted = slots_of(job.p, first)
     cdef bint left = coefficients(job, first, c0, m, co + end)
@@ -239,7 +249,7 @@ cdef bint columns_of(
 
 
 cdef void kinks(const Problem* p, T* kink) noexcept nogil:
-    """Where a piecewise-linear activation bends, and its slopes beyond."""
+    """Set kink to the two points where an activation bends, and its slopes beyond them."""
     kink[0] = -3 if p.activation == HARDSWISH else 0
     kink[1] = 3 if p.activation == HARDSWISH else (6 if p.activation == RELU6 else INFINITY)
     kink[2] = <T> p.slope if p.activation == LEAKY_RELU else 0
@@ -252,14 +262,14 @@ cdef Piece pieces(
     const Job* job, bint first, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
     Py_ssize_t step, T* room,
 ) noexcept nogil:
-    """Values i..i + m of row n for a loop of gradients; compiled once for all of them."""
+    """Return values i..i + m of row n for a loop of gradients; compiled once for all callers."""
     return inputs(job.p, &job.r, first, n, i, m, co, step, room)
 
 
 cdef Piece first_piece(
     const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
 ) noexcept nogil:
-    """Values i..i + m of row n for the loops of the first pass, by stages."""
+    """Return values i..i + m of row n for the loops of the first pass, by stages."""
     cdef const Problem* p = job.p
     cdef Piece piece
     cdef const T* w
@@ -276,7 +286,7 @@ cdef Piece first_piece(
 cdef void reduce_by_run(
     const Job* job, const Tile* t, T of_type, double* out1, double* out2
 ) noexcept nogil:
-    """Sums of channels c0..c1: run after run, to eight lanes of float64 a channel."""
+    """Sum channels c0..c1 run by run, to eight float64 lanes per channel."""
     cdef T co[FIRST_TERMS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
@@ -319,7 +329,7 @@ cdef void reduce_by_run(
 
 cdef void add_lines(
     const Job* job, Way way, Bend bend,
-    const Lines* dy,            # IN  (sweeps, 2, w); not looked at by sums
+    const Lines* dy,            # IN  (sweeps, 2, w); ignored by sums
     const Lines* x,             # IN  (sweeps, 4 or 2, w)
     Py_ssize_t sweeps,
     Py_ssize_t w,
@@ -327,7 +337,7 @@ cdef void add_lines(
     T* a,                       # IO  (w,) sums
     T* b,                       # IO  (w,)
 ) noexcept nogil:
-    """Add rows to the sums of their columns, with what is to be done as constants."""
+    """Add rows to the sums of their columns, with way and bend as constants."""
     if sums_alone(job.p):
         if T is float and way == FLOAT16:
             sum_columns(FLOAT16, x, sweeps, w, co, a, b)
@@ -350,21 +360,21 @@ cdef void add_lines(
 
 
 cdef inline bint sums_alone(const Problem* p) noexcept nogil:
-    """Whether reduce needs no loop of dots: those of weights are dots of w * (x - hi) and x."""
+    """Return whether reduce needs only sums; with weights it needs dots of w * (x - hi) and x."""
     return p.reduce == SUMS and not p.weighted
 
 
 cdef void add_staged(
     const Job* job,
     Py_ssize_t n,               # the first row
-    Py_ssize_t rows,            # at most those of a sweep; the others add nothing
-    Py_ssize_t apart,           # rows between them
+    Py_ssize_t rows,            # at most those of a sweep; missing rows add nothing
+    Py_ssize_t apart,           # distance from one to the next, in rows
     Py_ssize_t i,               # the first column
     Py_ssize_t w,
     const T* co, const T* kink, T* a, T* b,
-    T* room,                    # OUT stages' (6, STAGED), and x and g (4, STAGED_COLUMNS)
+    T* room,                    # OUT (6, STAGED) for stages; (4, STAGED_COLUMNS) each for x and g
 ) noexcept nogil:
-    """Add the rows of a sweep that is not read in place: each is filled, then they are added up."""
+    """Add the rows of a sweep that is not read in place: first fill each row, then add them."""
     cdef const Problem* p = job.p
     cdef Piece piece
     cdef T* of_x
@@ -377,7 +387,7 @@ cdef void add_staged(
         of_x = room + 6 * STAGED + k * STAGED_COLUMNS
         of_g = of_x + 4 * STAGED_COLUMNS
         x.at[k], g.at[k] = <const char*> of_x, <const char*> of_g
-        memcpy(of_x, co + HI, most * sizeof(T))     # what there is no row for adds nothing
+        memcpy(of_x, co + HI, most * sizeof(T))     # a missing row then adds nothing
         clear(of_g, most)
         if k >= rows:
             continue
@@ -398,7 +408,7 @@ cdef void keep_rows(
     const Job* job, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t apart, Py_ssize_t ahead,
     Py_ssize_t sweeps, Py_ssize_t i, Py_ssize_t w, const T* co, T* room,
 ) noexcept nogil:
-    """Leave the gradient before the activation of some rows."""
+    """Store the gradient before the activation of some rows."""
     cdef Py_ssize_t s, k, j
     for s in range(sweeps):
         for k in range(rows):
@@ -411,8 +421,8 @@ cdef void add_rows(
     const Job* job,
     Py_ssize_t n,               # the first row
     Py_ssize_t rows,            # of each sweep: four for sums, two for dots, or fewer at the end
-    Py_ssize_t apart,           # rows between those of a sweep
-    Py_ssize_t ahead,           # rows between sweeps
+    Py_ssize_t apart,           # distance between rows of a sweep, in rows
+    Py_ssize_t ahead,           # distance between sweeps, in rows
     Py_ssize_t sweeps,
     Py_ssize_t i,               # the first column
     Py_ssize_t w,
@@ -425,7 +435,7 @@ cdef void add_rows(
     cdef Lines dy
     cdef Py_ssize_t s, k, j
     cdef bint whole = rows == (4 if sums_alone(p) else 2) and w >= lanes_of(co[0])
-    if not whole or job.r.reduce_from == STAGED_PIECES:     # what is kept is staged as well
+    if not whole or job.r.reduce_from == STAGED_PIECES:     # add_staged also keeps gradients
         for s in range(sweeps):
             for k in range(ceiling(w, STAGED_COLUMNS)):
                 j = k * STAGED_COLUMNS
@@ -444,10 +454,10 @@ cdef void add_rows(
 cdef void reduce_by_column(
     const Job* job, const Tile* t, T of_type, double* out1, double* out2
 ) noexcept nogil:
-    """Sums of channels c0..c1 down columns, to float64 every FLUSH rows.
+    """Sum channels c0..c1 down columns, and add the sums to float64 every FLUSH rows.
 
-    Channels-last, the rows of a sweep lie far apart: a few long streams, which memory follows
-    better than neighbouring rows. Rows of few channels are summed several as one.
+    Channels-last, the rows of a sweep are far apart in memory, because a few long streams are read
+    faster than neighbouring rows. If there are few channels, several rows are summed as one.
     """
     cdef T array[FIRST_TERMS]
     cdef T sums_a[ROOM + 64]
@@ -488,7 +498,7 @@ cdef void reduce_by_column(
 
 
 cdef void reduce_tile(const Job* job, const Tile* t, Py_ssize_t chunk, T of_type) noexcept nogil:
-    """The sums of one chunk of a block."""
+    """Compute the sums of one chunk of a block."""
     cdef double* out = job.p.sums + 2 * chunk * job.p.C
     if job.r.reduce_by == BY_RUN:
         reduce_by_run(job, t, of_type, out, out + job.p.C)
@@ -497,7 +507,10 @@ cdef void reduce_tile(const Job* job, const Tile* t, Py_ssize_t chunk, T of_type
 
 
 cdef void find_pivots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
-    """The mean of eight values of each channel; channels-last, neighbours are read together."""
+    """Set each pivot to the mean of eight values of its channel.
+
+    Channels-last, neighbours are read together.
+    """
     cdef const Problem* p = job.p
     cdef double* pivot = p.sums + 2 * p.chunks * p.C
     cdef double v[VECTOR * SAMPLES]
@@ -528,7 +541,7 @@ cdef void find_pivots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) n
 
 # ---- finish ------------------------------------------------------------------------------
 
-cdef struct Channel:            # whose values are to be summed again
+cdef struct Channel:            # a channel whose values are to be summed again
     const Job* job
     Py_ssize_t c
 
@@ -536,7 +549,7 @@ cdef struct Channel:            # whose values are to be summed again
 cdef void look(
     const Channel* channel, double shift, double down, T of_type, double* sums
 ) noexcept nogil:
-    """Sums of a channel in float64."""
+    """Compute the sums of a channel in float64."""
     cdef const Job* job = channel.job
     cdef const Problem* p = job.p
     cdef Wide wide
@@ -603,13 +616,13 @@ cdef void finish_dots(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) n
         load_xhat_scale(p, c, n, r)
         load(&p.mean, c, n, 0, mean)
         for i in range(n):
-            if r[i] != 0:       # else xhat is 0, and a sum that is infinite no matter
+            if r[i] != 0:       # else dgamma is 0, even if a sum is infinite
                 r[i] *= (dgamma[c + i] - (mean[i] - <T> mean[i]) * dbeta[c + i])
             dgamma[c + i] = r[i]
 
 
 cdef void finish(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexcept nogil:
-    """Merge the chunks of channels c0..c1, in order, and make of them what reduce is for."""
+    """Merge the chunks of channels c0..c1 in order, and compute their statistics or gradients."""
     cdef const Problem* p = job.p
     cdef Py_ssize_t k, c
     cdef double* part
@@ -627,7 +640,7 @@ cdef void finish(const Job* job, Py_ssize_t c0, Py_ssize_t c1, T of_type) noexce
 # ---- apply -------------------------------------------------------------------------------
 
 cdef inline const char* padded(const char* row, Py_ssize_t bytes, char* room) noexcept nogil:
-    """A row that is shorter than a strip, where there is room for one."""
+    """Copy a row that is shorter than a strip to a room as large as a strip."""
     memcpy(room, row, bytes)
     return room
 
@@ -636,7 +649,7 @@ cdef inline void apply_row(
     const Job* job, Py_ssize_t step, Py_ssize_t n, Py_ssize_t i, Py_ssize_t w, const T* co,
     const T* kink, Seam* seam,
 ) noexcept nogil:
-    """y or dx of values i..i + w of row n, straight from memory."""
+    """Write y or dx of values i..i + w of row n, without stages."""
     cdef const Problem* p = job.p
     cdef char rooms[4][STRIP]
     cdef char* y = place(&p.y, p, n, i)
@@ -645,7 +658,7 @@ cdef inline void apply_row(
     cdef const char* r = NULL
     cdef Py_ssize_t bytes = w * p.item, most = max(w, lanes_of(co[0]))
     cdef bint stream = job.r.stream and has_lines(job.r.way, w, co[0])
-    if p.apply == SCALE_DY:     # dx as scale has y, of dy
+    if p.apply == SCALE_DY:     # scale computes dx from dy
         x, co = g, co + K
     if p.apply == SCALE and p.residual.at != NULL:
         r = place(&p.residual, p, n, i)
@@ -666,7 +679,7 @@ cdef inline void apply_row(
 cdef void write_piece(
     const Job* job, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co, Py_ssize_t step, T* room
 ) noexcept nogil:
-    """y or dx of values i..i + m of row n, by stages; compiled once for runs and columns."""
+    """Write y or dx of values i..i + m of row n, by stages; compiled once for runs and columns."""
     cdef Piece piece
     if job.p.apply != SCALE:
         piece = pieces(job, False, n, i, m, co, step, room)
@@ -674,7 +687,10 @@ cdef void write_piece(
 
 
 cdef bint apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    """y or dx of channels c0..c1, run after run, the last rows first; False: one is beyond T."""
+    """Write y or dx of channels c0..c1 run by run, from the last row to the first.
+
+    If one of the channels is out of range of T, return False and write nothing.
+    """
     cdef T co[COEFFICIENTS]
     cdef T room[6 * STAGED]
     cdef T kink[4]
@@ -698,7 +714,7 @@ cdef bint apply_by_run(const Job* job, const Tile* t, T of_type) noexcept nogil:
 
 
 cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows) noexcept nogil:
-    """Rows that can be written as one: where each starts at the end of the one before."""
+    """Return how many rows to write as one: several if each begins where the row before ends."""
     cdef const Problem* p = job.p
     cdef Py_ssize_t row = w * p.item
     if row != p.x.pitch or row != p.y.pitch or (p.dy.at != NULL and row != p.dy.pitch):
@@ -711,9 +727,10 @@ cdef inline Py_ssize_t rows_as_one(const Job* job, Py_ssize_t w, Py_ssize_t rows
 
 
 cdef bint apply_by_column(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    """y or dx of channels c0..c1, row after row: groups of rows down, and up in each of them.
+    """Write y or dx of channels c0..c1 row by row.
 
-    False where one of the channels is beyond T; then none is written.
+    The last group of rows comes first; rows within a group are in ascending order. If one of the
+    channels is out of range of T, return False and write nothing.
     """
     cdef T array[COEFFICIENTS]
     cdef T room[6 * STAGED]
@@ -748,7 +765,7 @@ cdef bint apply_part(const Job* job, const Tile* t, T of_type) noexcept nogil:
 
 
 cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
-    """y or dx of all channels but those beyond T, which are marked: as many at once as will do."""
+    """Write y or dx of a tile, many channels at once, and mark channels out of range of T."""
     cdef Tile part = t[0]
     while part.c0 < t.c1:
         part.c1 = t.c1
@@ -766,14 +783,14 @@ cdef void apply_tile(const Job* job, const Tile* t, T of_type) noexcept nogil:
 
 cdef enum Loop:
     FIND_PIVOTS             # a task is a part of the channels
-    REDUCE                  # a chunk of a block
-    FINISH                  # a part of the channels
-    APPLY                   # a tile of a block
-    ALL_STEPS               # a block
+    REDUCE                  # a task is a chunk of a block
+    FINISH                  # a task is a part of the channels
+    APPLY                   # a task is a tile of a block
+    ALL_STEPS               # a task is a block
 
 
 cdef Py_ssize_t count_tasks(const Job* job, Loop loop) noexcept nogil:
-    """How many tasks a loop has; none where a problem does not ask for it."""
+    """Return how many tasks a loop has; 0 if the problem does not need the loop."""
     if loop == ALL_STEPS:
         return job.t.blocks
     if loop == APPLY:
@@ -784,7 +801,7 @@ cdef Py_ssize_t count_tasks(const Job* job, Loop loop) noexcept nogil:
 
 
 cdef void own_block(const Job* job, Py_ssize_t block, T of_type) noexcept nogil:
-    """All steps for one block of channels."""
+    """Do all steps for one block of channels."""
     cdef Tile t = tile_of(job, block, 1, 1, 0)
     cdef Py_ssize_t k
     if job.p.reduce != NO_SUMS:
@@ -821,7 +838,7 @@ cdef void work(
     Tasks* tasks,               # IO  (loops,)
     Py_ssize_t thread, T of_type,
 ) noexcept nogil:
-    """What one thread does of a loop."""
+    """Do the tasks of a loop that fall to one thread."""
     cdef Tasks* mine = tasks + <int> loop
     cdef Py_ssize_t emptied = 0, i = next_task(mine, thread, &emptied)
     cdef double since
@@ -833,7 +850,7 @@ cdef void work(
 
 
 cdef void run(const Problem* p, T of_type) noexcept nogil:
-    """A thread owns blocks, or each loop is shared and waits for the one before."""
+    """Do all steps: threads own blocks, or share each loop and wait for it to end."""
     cdef Job job
     cdef Tasks tasks[5]
     cdef int k, t, nt
@@ -864,7 +881,7 @@ cdef void run(const Problem* p, T of_type) noexcept nogil:
 # ---- what the dispatch calls -------------------------------------------------------------
 
 cdef void run_problem(const Problem* p) noexcept nogil:
-    """Compute in float64 for float64, in float32 for all that is narrower."""
+    """Compute float64 arrays in float64, and all other types in float32."""
     if p.storage == FLOAT64:
         run(p, <double> 0)
     else:
@@ -872,7 +889,10 @@ cdef void run_problem(const Problem* p) noexcept nogil:
 
 
 def set_caches(Py_ssize_t l2, Py_ssize_t l3):
-    """Set the bytes of a core's L2 and of the last level. Speed depends on them, results do not."""
+    """Set the sizes in bytes of a core's L2 cache and of the last level.
+
+    They affect the speed, never the results.
+    """
     caches.l2, caches.l3 = l2, l3
 
 

@@ -1,12 +1,12 @@
 # cython: cdivision=True
 # Half types in storage: float16 and bfloat16 as 16-bit words, widened to float32 and back.
 #
-# Widening is exact. Narrowing rounds to nearest, ties to even; beyond the largest finite value
-# it gives an infinity, subnormals are kept, a NaN becomes the quiet NaN. All of it is integer
-# arithmetic and selects on whole vectors, so it needs no instruction that only some CPUs have,
-# and gives the same bits on all of them. Levels that have AVX2 and F16C convert sixteen at once, to
-# the same bits: F16C too keeps subnormals and rounds to nearest even, whatever MXCSR says, and of
-# a NaN only the sign is kept.
+# Widening is exact. Narrowing rounds to nearest, ties to even. Values that are too large become
+# infinite, subnormals are kept, and a NaN becomes the quiet NaN. All of this is integer arithmetic
+# and selection on whole vectors, so it needs no instruction that only some CPUs have, and gives
+# the same bits on all of them. Levels that have AVX2 and F16C convert sixteen values at once, to
+# the same bits: F16C also keeps subnormals and rounds to nearest even, whatever MXCSR is, and the
+# code below keeps only the sign of a NaN.
 
 from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memcpy
@@ -28,7 +28,7 @@ cdef extern from * nogil:
         return (h & 0x7FFF) > 0x7C00 ? h & 0xFE00 : h;
     }
 
-    /* Of sixteen float16: of a NaN only the sign is kept, and the quiet bit. */
+    /* Reduce each NaN among sixteen float16 to its sign and the quiet bit. */
     static inline __m256i cybn_quiet16(__m256i w) {
         __m256i rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7FFF));
         __m256i nan = _mm256_cmpgt_epi16(rest, _mm256_set1_epi16(0x7C00));
@@ -36,7 +36,7 @@ cdef extern from * nogil:
     }
 
     #if defined(__AVX512F__)
-    /* Vectors as wide as those of the loops: a load of what two stores wrote has to wait. */
+    /* Vectors are as wide as those of the loops, as a load of what two stores wrote has to wait. */
     static inline void cybn_widen16(const uint16_t *h, float *f, int brain) {
         __m256i w = _mm256_loadu_si256((const __m256i *)h);
         __m512i u = _mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16);
@@ -88,7 +88,7 @@ cdef extern from * nogil:
         if (brain) {
             w = _mm256_packs_epi32(_mm256_srai_epi32(cybn_rounded8(f0), 16),
                                    _mm256_srai_epi32(cybn_rounded8(f1), 16));
-            w = _mm256_permute4x64_epi64(w, 0xD8);      /* packing goes by halves of 128 bits */
+            w = _mm256_permute4x64_epi64(w, 0xD8);      /* packing works on halves of 128 bits */
         } else {
             w = _mm256_castsi128_si256(_mm256_cvtps_ph(f0, _MM_FROUND_TO_NEAREST_INT));
             w = _mm256_inserti128_si256(w, _mm256_cvtps_ph(f1, _MM_FROUND_TO_NEAREST_INT), 1);
@@ -118,7 +118,7 @@ cdef extern from * nogil:
     uint16_t narrow1 "cybn_narrow1"(float f)
     void widen16 "cybn_widen16"(const uint16_t* h, float* f, bint brain)
     void narrow16 "cybn_narrow16"(const float* f, uint16_t* h, bint brain, bint stream)
-    Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # how often 16 of n go at once
+    Py_ssize_t sixteens "CYBN_SIXTEENS"(Py_ssize_t n)   # groups of 16 to convert at once
 
 
 cdef inline uint32_t bits(float f) noexcept nogil:
@@ -134,7 +134,7 @@ cdef inline float number(uint32_t u) noexcept nogil:
 
 
 cdef inline float from_float16(uint16_t h) noexcept nogil:
-    """Move the fields up; 2**112 corrects the exponent's bias, subnormals included."""
+    """Shift the fields up; 2**112 corrects the bias of the exponent, also for subnormals."""
     cdef uint32_t sign = h & 0x8000, rest = h & 0x7FFF
     cdef uint32_t u = bits(number(rest << 13) * number(0x77800000))
     u |= 0x7F800000 if rest >= 0x7C00 else 0
@@ -144,7 +144,7 @@ cdef inline float from_float16(uint16_t h) noexcept nogil:
 cdef inline uint16_t to_float16(float f) noexcept nogil:
     cdef uint32_t sign = bits(f) & 0x80000000U
     cdef uint32_t u = bits(f) ^ sign
-    # Below 2**-14: adding 0.5 puts the last bit kept at the last bit of the sum, rounded.
+    # Below 2**-14: after adding 0.5, the last bit of the sum is the last bit to keep, rounded.
     cdef uint32_t low = bits(number(u) + 0.5) - 0x3F000000
     cdef uint32_t mid = (u - 0x38000000 + 0xFFF + (u >> 13 & 1)) >> 13
     cdef uint32_t high = 0x7E00 if u > 0x7F800000 else 0x7C00
@@ -153,7 +153,7 @@ cdef inline uint16_t to_float16(float f) noexcept nogil:
 
 
 cdef inline uint32_t rounded(float f) noexcept nogil:
-    """The bits of f rounded to bfloat16, in the upper half."""
+    """Return the bits of f rounded to bfloat16, in the upper half of the word."""
     cdef uint32_t u = bits(f)
     u += 0x7FFF + (u >> 16 & 1)
     return 0x7FC00000 if f != f else u

@@ -1,5 +1,5 @@
 # cython: language_level=3
-# What the machine and the build offer. The one place that names OpenMP and CPU features.
+# Features of the machine and of the build. No other file names OpenMP and CPU features.
 
 cdef extern from * nogil:
     """
@@ -15,8 +15,8 @@ cdef extern from * nogil:
     #if defined(__x86_64__) && defined(__GNUC__)
     #include <cpuid.h>
 
-    /* All that x86-64-v3 adds to v2. The builtins ask the operating system about AVX as well;
-       LZCNT, MOVBE and F16C are names they know in recent compilers only. */
+    /* Check all that x86-64-v3 adds to v2. The builtins also ask the operating system about AVX.
+       Only in recent compilers do they know the names of LZCNT, MOVBE and F16C. */
     static int cybn_has_v3(void) {
         unsigned a, b, c, d;
         __builtin_cpu_init();
@@ -26,7 +26,7 @@ cdef extern from * nogil:
             && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     }
 
-    /* All that x86-64-v4 adds to v3. The builtins ask the operating system about its state, too. */
+    /* Check all that x86-64-v4 adds to v3. The builtins also ask the operating system. */
     static int cybn_has_v4(void) {
         return cybn_has_v3() && __builtin_cpu_supports("avx512f")
             && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd")
@@ -50,28 +50,28 @@ cdef extern from * nogil:
 
 
 def build():
-    """Kind of build: "release", or the checks that were compiled in."""
+    """Return the kind of build: "release", or the names of the checks that were compiled in."""
     return CYBN_BUILD.decode()
 
 
 def openmp():
-    """Date of the OpenMP specification the kernels were built with, as yyyymm; 0 without."""
+    """Return the date (yyyymm) of the OpenMP specification of the build; 0 without OpenMP."""
     return CYBN_OPENMP
 
 
 def max_threads():
-    """Threads that OpenMP would use now.
+    """Return how many threads OpenMP would use now.
 
-    OMP_NUM_THREADS, OMP_THREAD_LIMIT, affinity and threadpoolctl count.
+    This depends on OMP_NUM_THREADS, OMP_THREAD_LIMIT, the affinity and threadpoolctl.
     """
     return min(omp_get_max_threads(), omp_get_thread_limit())
 
 
 def has_v3():
-    """Whether this CPU and its operating system run x86-64-v3 code."""
+    """Return whether this CPU and its operating system run x86-64-v3 code."""
     return bool(cybn_has_v3())
 
 
 def has_v4():
-    """Whether this CPU and its operating system run x86-64-v4 code."""
+    """Return whether this CPU and its operating system run x86-64-v4 code."""
     return bool(cybn_has_v4())

@@ -2,26 +2,27 @@
 # Strips of lanes: the shape of every hot loop.
 #
 # A strip is 128 bytes of values of T: two cache lines, 32 float32 or 16 float64. Loops go strip by
-# strip, and inside over a constant number of lanes. Compilers turn that into vectors of any width,
-# keep what a strip computes in registers, and give the same bits at every instruction level,
-# because the order of all operations is in the source.
+# strip, and within a strip over a constant number of lanes. Compilers turn this into vectors of any
+# width and keep intermediate values of a strip in registers. The bits are the same at every
+# instruction level, because the source fixes the order of all operations.
 #
-# What memory holds need not be what is computed with. The way says what a strip is read from and
-# written to; it is a constant in every loop, so a loop is written once and compiled for each way.
+# The type in memory may differ from the type of the computation. The way describes how a strip is
+# read and written. It is a constant in every loop, so a loop is written once and compiled for each
+# way.
 #
 #   way        x, dy, residual are           y, dx are
 #   PLAIN      read in place                 written as they are
 #   FLOAT16    widened as they are read      rounded as they are written
 #   BFLOAT16   widened as they are read      rounded as they are written
 #
-# Strips that begin on a cache line can be written past the caches: one or two whole lines.
+# A strip that begins on a cache line can be written past the caches, as one or two whole lines.
 
 from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from cybn._kernels.half cimport F16C, narrow, narrow16, widen
 
-ctypedef fused T:           # what is computed with
+ctypedef fused T:           # type of the computation
     float
     double
 
@@ -29,7 +30,7 @@ cdef enum:
     STRIP = 128             # bytes of T
     LANES = 32              # values of a strip, at most
     LINE = 64               # bytes of a cache line
-    PIECE = 1024            # values of a run between two flushes to float64, and of a stage
+    PIECE = 1024            # values of a run between two flushes to float64; of a piece in stages
     FLUSH = 32              # values that a lane collects between two flushes
     WIDE = 8                # lanes of the float64 sums of a run
 
@@ -48,8 +49,8 @@ cdef extern from * nogil:
     #endif
 
     /* Write a cache line past the caches. A plain store first reads the line that it writes
-       to; whole lines written like this save that, and leave x in the caches for the second
-       look at it. */
+       to. Writing whole lines like this avoids that read, and leaves x in the caches for the
+       second time it is read. */
     static inline void cybn_stream_line(const void *from, void *to) {
     #if defined(__AVX512F__)
         _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512((const __m512i *)from));
@@ -64,7 +65,7 @@ cdef extern from * nogil:
     #endif
     }
 
-    /* Make such stores visible to other threads before whatever comes next. */
+    /* Make such stores visible to other threads before later stores. */
     static inline void cybn_stream_end(void) {
     #if defined(__SSE2__)
         _mm_sfence();
@@ -76,7 +77,7 @@ cdef extern from * nogil:
 
 
 cdef inline Py_ssize_t item_of(Way way, T of_type) noexcept nogil:
-    """Bytes of a value in memory; `of_type` only says which T."""
+    """Return the bytes of a value in memory; `of_type` only selects T."""
     return <Py_ssize_t> sizeof(T) if way == PLAIN else 2
 
 
@@ -84,9 +85,9 @@ cdef inline const T* read(
     Way way,
     const char* x,          # IN  (m,) in memory
     Py_ssize_t m,
-    T* room,                # OUT (m,) used where values are widened
+    T* room,                # OUT (m,) used if values are widened
 ) noexcept nogil:
-    """Values as T: where they lie, or widened into room."""
+    """Return the values as T: x itself, or room with the widened values."""
     if T is float and way >= FLOAT16:
         widen(<const uint16_t*> x, room, m, way == BFLOAT16)
         return room
@@ -109,7 +110,7 @@ cdef inline void write(
 
 cdef inline void write_strip(
     Way way,
-    bint stream,            # past the caches: y begins on a line
+    bint stream,            # write past the caches; y begins on a line
     const T* v,             # IN  (lanes,)
     char* y,                # OUT (lanes,) in memory
 ) noexcept nogil:
@@ -129,14 +130,15 @@ cdef inline void write_strip(
 
 
 cdef inline Py_ssize_t before_line(const char* y, Py_ssize_t n, T of_type) noexcept nogil:
-    """Values of n before the first that begins on a cache line."""
+    """Return how many of n values come before the first that begins on a cache line."""
     return min(n, <Py_ssize_t> (-<size_t> y & (LINE - 1)) // <Py_ssize_t> sizeof(T))
 
 
 cdef inline T* on_line(T* room, const char* beside) noexcept nogil:
-    """Where to begin in room, so that a line begins there where one begins in `beside`.
+    """Return where to begin in room, so that its lines begin at the same indices as `beside`'s.
 
-    Takes up to a line and a half. Vectors that cross lines cost twice in L1, at 64 bytes most.
+    This takes less than two lines of room. Vectors that cross lines cost twice as much in L1, and
+    vectors of 64 bytes cross them most often.
     """
     cdef size_t start = (<size_t> room + LINE - 1) & ~<size_t> (LINE - 1)
     return <T*> (start + (<size_t> beside & (LINE - 1)) // sizeof(T) * sizeof(T))
@@ -154,7 +156,7 @@ cdef inline void flush(
     const T* restrict lanes,        # IN  (STRIP bytes,)
     double* restrict wide,          # IO  (WIDE,)
 ) noexcept nogil:
-    """Fold the lanes of a run into those of float64, in two steps that become vectors."""
+    """Add the lanes of a run to float64 lanes, in two steps that compilers vectorize."""
     cdef T folded[WIDE]
     cdef Py_ssize_t j
     for j in range(WIDE):
@@ -167,12 +169,12 @@ cdef inline void flush(
 
 
 cdef inline double across(const double* wide) noexcept nogil:
-    """Sum of WIDE float64 lanes."""
+    """Return the sum of WIDE float64 lanes."""
     return ((wide[0] + wide[4]) + (wide[1] + wide[5])) + ((wide[2] + wide[6]) + (wide[3] + wide[7]))
 
 
 cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
-    """Sum of n values in float64."""
+    """Return the sum of n values in float64."""
     cdef double wide[WIDE]
     cdef Py_ssize_t i, j, full = n // WIDE
     for j in range(WIDE):
@@ -186,7 +188,7 @@ cdef inline double total(const T* restrict v, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void gather(
-    T* restrict v,              # IO  (rows, m, s) sums of columns; zeroed
+    T* restrict v,              # IO  (rows, m, s) sums of columns; set to 0 afterwards
     Py_ssize_t m,
     Py_ssize_t s,
     Py_ssize_t rows,            # 1 unless s is 1
@@ -202,7 +204,7 @@ cdef inline void gather(
         for c in range(m):
             out[c] += v[c]
     else:
-        # The rows by themselves first: beside one huge value each would be rounded off.
+        # Add the rows to each other first: next to a huge value in out, each would be rounded off.
         for c in range(m):
             sum_of = v[c]
             for i in range(1, rows):
@@ -211,10 +213,10 @@ cdef inline void gather(
     clear(v, rows * m * s)
 
 
-# ---- from a value a channel to a value a column ------------------------------------------
+# ---- from one value per channel to one value per column ----------------------------------
 
 cdef inline void spread(
-    T* v,                       # IO  (times, m, s); its last m of m * s values are given
+    T* v,                       # IO  (times, m, s); given: values m * s - m to m * s
     Py_ssize_t m,
     Py_ssize_t s,
     Py_ssize_t times,
@@ -225,7 +227,7 @@ cdef inline void spread(
     if s > 1:
         for c in range(m):
             value = v[m * s - m + c]
-            if c * s + strips * WIDE <= m * s - m + c:      # what it runs over comes next
+            if c * s + strips * WIDE <= m * s - m + c:      # the next columns overwrite the excess
                 for j in range(strips):
                     for k in range(WIDE):
                         v[c * s + j * WIDE + k] = value

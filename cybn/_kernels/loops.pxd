@@ -1,7 +1,7 @@
 # cython: cdivision=True
 # The four formulas of batch normalization, each written once: two here, two in writes.pxd.
 #
-#   loop      reads            writes    bytes an element (float32)
+#   loop      reads            writes    bytes per element (float32)
 #   sums      x                -         4     a += d        b += d * d
 #   dots      dy, x            -         8     a += g        b += g * d
 #   scale     x, residual      y         8     y  = d * a + z + residual, clamped
@@ -9,51 +9,53 @@
 #
 # d = x - hi. g is dy, or dy times the slope of a piecewise-linear activation at d * a + z.
 #
-# a. Coefficients. `step` is 0 for a run, whose values have one channel and so one hi, a, k, b, z,
-#    and 1 for columns, which have one each. It is a constant, so both forms come from one loop.
+# a. Coefficients. `step` is 0 for a run, whose values are of one channel and share hi, a, k, b and
+#    z. It is 1 for columns, each of which has its own. It is a constant, so both forms come from
+#    one loop.
 # b. Rows. Column sums are loaded and stored once for many rows, four of which (sums) or two (dots)
-#    are added at a time. A run is a table of one strip a row.
-# c. Order. A lane of a run, and a column, collect at most FLUSH values before they go to float64:
-#    rounding in float32 cannot build up over a long channel.
-# d. Ends. The last strip of a row overlaps the one before. It is computed first, and what it adds
-#    to that one is put in place at the end; so a loop needs no second copy for a shorter strip, and
-#    reads nothing beyond a row. Rows shorter than a strip are copied to one.
+#    are added at a time. A run is treated as a table with one strip per row.
+# c. Order. A lane of a run, or a column, collects at most FLUSH values, and is then added to
+#    float64. So rounding errors of float32 cannot build up over a long channel.
+# d. Ends. The last strip of a row overlaps the strip before it. It is computed first, and those of
+#    its values that no other strip has are stored at the end. So a loop needs no second copy for
+#    a shorter strip, and reads nothing beyond a row. Rows shorter than a strip are copied to a
+#    buffer of one strip.
 
 from libc.string cimport memcpy
 
 from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, LANES, LINE, PLAIN, STRIP, T, WIDE, Way, clear, flush, item_of, read)
 
-cdef enum Bend:             # activations whose slope costs a comparison or two; of float32 alone
-    STRAIGHT                # none
+cdef enum Bend:             # activations whose slope costs a comparison or two; float32 only
+    STRAIGHT                # no such activation
     RECTIFIED               # relu
     STEPS                   # two other slopes outside low..high: relu6, leaky_relu
     RAMP                    # hardswish
 
 cdef enum:
-    ROOM = 2176             # values between the arrays of coefficients: columns, and two lines
+    ROOM = 2176             # values from one array of coefficients to the next: columns and space
 
 cdef enum:                  # where each kind of coefficient begins
     HI = 0                  # the mean rounded to T, or another shift near it
     A = ROOM                # gamma / sqrt(var + eps)
-    Z = 2 * ROOM            # what d * a becomes z with
-    K = 3 * ROOM            # dx: slope in x
-    B = 4 * ROOM            # dx: constant
+    Z = 2 * ROOM            # constant that is added to d * a
+    K = 3 * ROOM            # factor of d in dx
+    B = 4 * ROOM            # constant in dx
     COEFFICIENTS = 6 * ROOM + 64
-    FIRST_TERMS = 3 * ROOM + 64     # HI, A and Z, which are all that sums need
+    FIRST_TERMS = 3 * ROOM + 64     # HI, A and Z: all that sums and dots need
 
-cdef struct Lines:          # rows of memory that a loop goes through together
+cdef struct Lines:          # rows in memory that a loop reads together
     const char* at[4]
-    Py_ssize_t pitch        # bytes to the same rows of the next sweep
+    Py_ssize_t pitch        # bytes from a row to its counterpart in the next sweep
 
 
 cdef inline T bent(
     Bend bend, T dy, T z,
     T low, T high,
-    T below,                    # slope from low down
-    T above,                    # slope from high up
+    T below,                    # slope at low and below
+    T above,                    # slope at high and above
 ) noexcept nogil:
-    """dy times the slope at z; 0 where the slope is 0, whatever dy is."""
+    """Return dy times the slope at z; 0 if the slope is 0, even if dy is not finite."""
     cdef T s, one = 1
     if bend == RECTIFIED:
         return 0 if z <= 0 else dy
@@ -64,18 +66,18 @@ cdef inline T bent(
 
 
 cdef inline Py_ssize_t lanes_of(T of_type) noexcept nogil:
-    """Values of a strip."""
+    """Return the number of values of a strip."""
     return STRIP // <Py_ssize_t> sizeof(T)
 
 
 # ---- ends --------------------------------------------------------------------------------
 
-cdef struct Ends:               # of a row: what does not fill whole strips that begin on a line
+cdef struct Ends:               # values of a row before, in and after strips that begin on a line
     Py_ssize_t head, strips, rest, lanes
 
 
 cdef inline bint has_lines(Way way, Py_ssize_t w, T of_type) noexcept nogil:
-    """Whether a row has a whole strip that begins on a line, wherever the row begins."""
+    """Return whether a row has a whole strip that begins on a line, wherever the row begins."""
     return (w - lanes_of(of_type)) * item_of(way, of_type) >= LINE
 
 
@@ -94,7 +96,7 @@ cdef inline Ends ends_of(
 
 
 cdef inline void take_ends(Ends e, const T* v, Py_ssize_t w, T* ends) noexcept nogil:
-    """The first strip of a row and its last, where the row has more than whole strips."""
+    """Copy the first and the last strip of a row, if the row has a head and a rest."""
     if e.head:
         memcpy(ends, v, STRIP)
     if e.rest:
@@ -102,7 +104,7 @@ cdef inline void take_ends(Ends e, const T* v, Py_ssize_t w, T* ends) noexcept n
 
 
 cdef inline void give_ends(Ends e, const T* ends, Py_ssize_t w, T* v) noexcept nogil:
-    """Put back what of them no whole strip has."""
+    """Copy the values of head and rest, which are in no whole strip, back to the row."""
     memcpy(v, ends, e.head * sizeof(T))
     memcpy(v + w - e.rest, ends + 2 * e.lanes - e.rest, e.rest * sizeof(T))
 
@@ -114,7 +116,7 @@ cdef inline void sum_strip(
     const Lines* x,             # IN  (sweeps, 4, lanes), from byte `start` on
     Py_ssize_t start,
     Py_ssize_t sweeps,
-    const T* hi,                # IN  (lanes,), or one
+    const T* hi,                # IN  (lanes,), or one value
     T* restrict a,              # IO  (lanes,)
     T* restrict b,              # IO  (lanes,)
 ) noexcept nogil:
@@ -149,7 +151,7 @@ cdef inline void sum_strip(
 
 
 cdef inline void sum_columns(
-    Way way,                    # a constant; STREAM is PLAIN here
+    Way way,                    # a constant
     const Lines* x,             # IN  (sweeps, 4, w)
     Py_ssize_t sweeps,
     Py_ssize_t w,               # at least a strip
@@ -178,7 +180,7 @@ cdef inline void sum_columns(
 cdef inline Way end_of_run(
     Way way, const char* x, Py_ssize_t n, Py_ssize_t whole, T fill, T* room
 ) noexcept nogil:
-    """Copy the last n values of a run to a whole number of values, the others fill; say how."""
+    """Copy the last n values of a run, pad them to `whole` with `fill`, and return the new way."""
     cdef T widened[LANES]
     cdef const T* at
     cdef Py_ssize_t i, j, m
@@ -243,8 +245,8 @@ cdef inline void dot_strip(
     const Lines* x,             # IN  (sweeps, 2, lanes)
     Py_ssize_t start,
     Py_ssize_t sweeps,
-    const T* co,                # IN  HI and, with a bend, A and Z of columns, or of one
-    const T* kink,              # IN  (4,) low, high, and the slopes beyond
+    const T* co,                # IN  HI, and A and Z with a bend, of columns or of one channel
+    const T* kink,              # IN  (4,) low, high, and the slopes beyond them
     T* restrict a,              # IO  (lanes,)
     T* restrict b,              # IO  (lanes,)
 ) noexcept nogil:
@@ -258,7 +260,7 @@ cdef inline void dot_strip(
     cdef const T* dy0
     cdef const T* dy1
     cdef Py_ssize_t i, j, lanes = lanes_of(a[0])
-    if bend != STRAIGHT:        # else there may be no kinks
+    if bend != STRAIGHT:        # otherwise kink may have fewer values
         low, high, below, above = kink[0], kink[1], kink[2], kink[3]
     for j in range(lanes):
         va[j] = a[j]
@@ -320,7 +322,7 @@ cdef inline void dot_table(
     Way way, Bend bend, const Lines* dy, const Lines* x, Py_ssize_t sweeps, const T* co,
     const T* kink, T* a, T* b,
 ) noexcept nogil:
-    """dot_strip of a run, with what is to be done as constants."""
+    """Call dot_strip for a run, with way and bend as constants."""
     if T is float and way == FLOAT16:
         dot_strip(FLOAT16, 0, STRAIGHT, dy, x, 0, sweeps, co, kink, a, b)
     elif T is float and way == BFLOAT16:

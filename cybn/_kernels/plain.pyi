@@ -3,7 +3,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[Any]  # all of one type, float32 or float64
+Array: TypeAlias = NDArray[Any]  # all arrays have the same type, float32 or float64
 Wide: TypeAlias = NDArray[np.float64]
 
 def forward(

@@ -1,15 +1,15 @@
 # cython: language_level=3
 # cython: cdivision=True, boundscheck=False, wraparound=False
-# Batch normalization as a textbook would compile it: the page to begin with.
+# Batch normalization by the textbook formulas, compiled: the file to begin with.
 #
-# x is (N, C, S): N samples, C channels, S positions. Every channel c has a mean and a variance of
-# its own, over all n and s. Threads take channels; a channel is read twice. The numbers are those
-# of docs/math.md.
+# x is (N, C, S): N samples, C channels, S positions. Every channel c has its own mean and variance,
+# over all n and s. Threads take channels. The numbers in the comments are those of the formulas in
+# docs/math.md.
 #
-# This is slow, and right for any shape: tests hold the kernels against it. batch_norm.pyx does the
-# same with values that are neighbours in memory done together (columns, strips of lanes), with
-# blocks of channels that stay in the caches, and with sums that do not lose digits. What each step
-# gains is measured by `pytest bench -k steps`.
+# This is slow, and correct for any shape; tests compare the kernels with it. batch_norm.pyx does
+# the same, but it processes neighbours in memory together (columns, strips of lanes), takes blocks
+# of channels that stay in the caches, and its sums do not lose digits. `pytest bench -k steps`
+# measures what each step gains.
 
 from cython.parallel cimport prange
 from libc.math cimport sqrt
@@ -59,7 +59,7 @@ def backward(
     double[::1] dbeta,          # OUT (C,)
     int threads=1,
 ):
-    """Gradients of forward with respect to x, gamma and beta."""
+    """Compute the gradients of forward with respect to x, gamma and beta."""
     cdef Py_ssize_t N = x.shape[0], C = x.shape[1], S = x.shape[2], n, c, s
     cdef double M = <double> N * S, rstd, xhat
     for c in prange(C, nogil=True, num_threads=threads):

@@ -1,13 +1,14 @@
 # cython: cdivision=True
-# What is asked for, how it is cut, and which way it goes.
+# The description of a call: what is computed, how the work is divided, and which loops are used.
 #
-# Problem   facts: where arrays lie, their sizes and types, the activation, what there is beside x.
-#           Built by the dispatch, never changed by a kernel.
-# Tiling    in which chunks sums are taken, which decide the bits and depend on (N, C, S) alone; and
-#           in which blocks work goes to threads, which decide the speed and nothing else.
-# Route     which loops, which stages, where results go. A handful of enums, each computed by one
-#           function of Problem and Tiling in which the first match wins. Loops look at the route,
-#           never at the facts that it was made of.
+# Problem   the facts: where arrays are, their sizes and types, the activation, the residual, the
+#           weights. The dispatch fills it in, and kernels never change it.
+# Tiling    how the work is divided. Chunks are the parts in which sums are taken. They affect the
+#           bits, so they depend on (N, C, S) alone. Blocks are the parts that threads take, and
+#           affect only the speed.
+# Route     which loops and stages are used, and where results go. One function of Problem and
+#           Tiling computes each field; the first condition that matches decides. Loops read the
+#           route, never the facts that it was made of.
 #
 # N = everything before the channel axis, C = channels, S = everything after it.
 
@@ -23,7 +24,7 @@ from cybn._kernels.waiting cimport Watch
 cdef enum:
     SAMPLES = 8             # values whose mean is the pivot
 
-cdef enum Storage:          # what x, y, dy, dx and residuals are in memory
+cdef enum Storage:          # type of x, y, dy, dx and residuals in memory
     FLOAT32
     FLOAT64
     HALF                    # float16
@@ -37,7 +38,7 @@ cdef enum Reduce:
 cdef enum Apply:
     NO_WRITE
     SCALE                   # x to y
-    SCALE_DY                # dy to dx, statistics fixed
+    SCALE_DY                # dy to dx, with fixed statistics
     UNSCALE                 # dy and x to dx, through the statistics
 
 cdef struct Vector:         # (C,) float32 or float64, or absent
@@ -54,52 +55,52 @@ cdef struct Problem:
     Storage storage
     Py_ssize_t item         # bytes of a value in memory
     Py_ssize_t N, C, S
-    Rows x, dy              # IN; x is y where inverse
+    Rows x, dy              # IN; if `inverse`, x contains y
     Rows y                  # OUT: y or dx
     Rows residual           # IN
     Rows dresidual          # OUT: its gradient
-    Vector mean, var, gamma, beta   # var is m2 where the statistics are those of x
-    double M                # values of a channel that count, or the sum of their weights
+    Vector mean, var, gamma, beta   # if the statistics are those of x, var is m2
+    double M                # number of unmasked values of a channel, or the sum of their weights
     double count            # what var is divided by: M, or 1
     double eps
-    bint inverse            # x is what forward wrote over it; mean is beta
+    bint inverse            # forward wrote y over x: x contains y, and mean contains beta
     Activation activation
     double slope            # of leaky_relu
-    const void* share       # (N, S) of T: how often a position counts; NULL: once
-    Py_ssize_t places[SAMPLES]  # of positions that count, n * S + s
-    bint weighted           # shares are other than 0 and 1
-    bint zeroed             # masked values: y is 0, dy is ignored
-    double* sums            # OUT (2 * chunks + 1, C): two results, and at the end the pivots
-    char* left              # OUT (C,) 1 where loops cannot write a channel, else as it was; or NULL
-    Py_ssize_t chunks       # of each channel: count_chunks
+    const void* share       # (N, S) of T: the weight of each position; NULL if all are 1
+    Py_ssize_t places[SAMPLES]  # unmasked positions whose values give the pivot, n * S + s
+    bint weighted           # some shares are neither 0 nor 1
+    bint zeroed             # for masked values, y is 0 and dy is ignored
+    double* sums            # OUT (2 * chunks + 1, C): first the two results, last the pivots
+    char* left              # OUT (C,) set to 1 for a channel that loops cannot write; or NULL
+    Py_ssize_t chunks       # of each channel, from chunks_of
     int threads
-    Watch* watch            # OUT; NULL where nobody asks
+    Watch* watch            # OUT; NULL if time is not measured
 
 # ---- tiling ------------------------------------------------------------------------------
 
 cdef enum:
-    RUN_MIN = 256           # shortest S whose sums are those of runs
-    RUN_APPLY = 96          # the same for inference, whose bits are the same either way
-    RUN_TO_ROWS = 32        # N below S / RUN_TO_ROWS is few rows
+    RUN_MIN = 256           # shortest S that is summed as runs for any N
+    RUN_APPLY = 96          # shortest S that inference writes as runs; the bits do not change
+    RUN_TO_ROWS = 32        # if N is at most S / RUN_TO_ROWS, a shorter S is summed as runs, too
     BLOCK = 64              # most channels of a block of runs
     COLUMNS = 1568          # most columns of a block, channels-first
-    BROAD = 2048            # the same, channels-last: a row stays in one piece
-    STAGED_COLUMNS = 512    # the same, where stages are run on it
-    STAGED = 1024           # values of a piece that stages are run on: PIECE
-    SUM_ROW = 64            # columns that several rows of few channels are summed as
-    APPLY_ROW = 1024        # the same, to be written
-    CHUNK = 65536           # values that one chunk of a channel has, about
-    MOST_CHUNKS = 64        # so partial sums take about 1 KiB a channel at most
-    SERIAL = 65536          # elements below which one thread is faster than two
-    MODEST = 1 << 20        # up to which more than two tiles a thread cost more than they level out
+    BROAD = 2048            # the same, channels-last: a row should stay in one piece
+    STAGED_COLUMNS = 512    # the same with stages
+    STAGED = 1024           # values of a piece for stages; equal to PIECE
+    SUM_ROW = 64            # most columns when several rows of few channels are summed as one
+    APPLY_ROW = 1024        # the same when they are written
+    CHUNK = 65536           # values of a channel in one chunk, about
+    MOST_CHUNKS = 64        # with more, partial sums would take more than about 1 KiB per channel
+    SERIAL = 65536          # with fewer elements, one thread is faster than two
+    MODEST = 1 << 20        # most elements for which more than two tiles per thread cost time
 
 cdef struct Tiling:
-    Py_ssize_t chunk_rows, chunk_cols   # chunks of a channel: of N, and of S
+    Py_ssize_t chunk_rows, chunk_cols   # chunks of a channel along N, and along S
     Py_ssize_t sum_rows     # rows that are summed as one
-    Py_ssize_t block, blocks            # channels a block, number of blocks
-    Py_ssize_t apply_rows, apply_cols   # tiles of a block in the second pass, where shared
+    Py_ssize_t block, blocks            # channels per block, number of blocks
+    Py_ssize_t apply_rows, apply_cols   # tiles of a block along N and S, if apply is shared
     Py_ssize_t touched      # bytes of all tensors
-    bint owned              # a thread takes a block through all steps; else steps are shared
+    bint owned              # a thread does all steps for a block; otherwise steps are shared
     int threads
 
 cdef struct Caches:
@@ -111,10 +112,11 @@ cdef inline Py_ssize_t ceiling(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef inline Py_ssize_t chunks_of(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexcept nogil:
-    """In how many chunks a channel is summed: of the shape alone, as the bits depend on it.
+    """Return in how many chunks a channel is summed.
 
-    Channels-last (S = 1) is cut by rows for the sake of all C channels at once; else a channel is
-    cut by rows of N, and where N has too few of those, along S as well.
+    It depends on the shape alone, because the bits depend on it. Channels-last arrays (S = 1) are
+    divided by rows, with all C channels together. Otherwise a channel is divided by rows of N, and
+    along S as well if there are too few rows.
     """
     cdef Py_ssize_t chunks, rows
     if S == 1:
@@ -125,15 +127,15 @@ cdef inline Py_ssize_t chunks_of(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexc
 
 
 cdef inline bint sums_by_run(const Problem* p) noexcept nogil:
-    """Whether a channel's values are summed as runs, or down columns: of the shape alone.
+    """Return whether a channel is summed as runs, not down columns; it depends on the shape alone.
 
-    Columns want sums and coefficients each: with few rows that costs more than it saves.
+    Each column needs sums and coefficients of its own. With few rows this costs more than it saves.
     """
     return p.S >= RUN_MIN or p.N * RUN_TO_ROWS <= p.S
 
 
 cdef inline Py_ssize_t even(Py_ssize_t whole, Py_ssize_t most, Py_ssize_t unit) noexcept nogil:
-    """A length of at most `most` that cuts the whole in about equal parts, in whole units."""
+    """Return a length up to `most` that divides the whole into about equal parts of whole units."""
     return min(most, ceiling(ceiling(whole, ceiling(whole, most)), unit) * unit)
 
 
@@ -141,27 +143,27 @@ cdef inline Py_ssize_t even(Py_ssize_t whole, Py_ssize_t most, Py_ssize_t unit) 
 
 cdef enum Loops:
     BY_RUN                  # one set of coefficients for a run of S values
-    BY_COLUMN               # one for each of some neighbouring columns
+    BY_COLUMN               # one set for each of several neighbouring columns
 
 cdef enum Source:
-    IN_PLACE                # loops read memory
-    KEPT                    # the same, and the gradient where a stage left it for the second pass
-    STAGED_PIECES           # stages fill a piece in L1, which loops read
+    IN_PLACE                # loops read the arrays themselves
+    KEPT                    # the same, but a stage first stores the gradient for the second pass
+    STAGED_PIECES           # stages fill a piece in L1, and loops read the piece
 
-cdef enum Gradient:         # where the gradient before the activation is, in the second pass
+cdef enum Gradient:         # where the second pass finds the gradient before the activation
     GIVEN                   # it is dy
-    AGAIN                   # computed once more from dy and x
-    IN_DRESIDUAL            # where the first pass left it, as it is the residual's
-    IN_DX                   # where the first pass left it
+    AGAIN                   # computed again from dy and x
+    IN_DRESIDUAL            # the first pass stored it in dresidual, which equals it
+    IN_DX                   # the first pass stored it in dx
 
 cdef struct Route:
     Loops reduce_by, apply_by
     Way way
-    bint stream             # results go past the caches
+    bint stream             # results are written past the caches
     Source reduce_from, apply_from
-    Bend bend               # of the activation, where loops of gradients go through it themselves
+    Bend bend               # of the activation, if loops of gradients apply its slope themselves
     Gradient gradient
-    bint clamped            # loops of scale clamp to low..high
+    bint clamped            # the loop `scale` clamps to low..high
     double low, high
 
 
@@ -176,7 +178,7 @@ cdef inline Bend bend_of(const Problem* p) noexcept nogil:
 
 
 cdef inline bint smooth(const Problem* p) noexcept nogil:
-    """Whether the slope of the activation costs more than a comparison."""
+    """Return whether the slope of the activation costs more than a comparison."""
     return p.activation != IDENTITY and bend_of(p) == STRAIGHT
 
 
@@ -193,7 +195,7 @@ cdef inline Gradient gradient_of(const Problem* p) noexcept nogil:
 cdef inline Py_ssize_t block_of(
     const Problem* p, const Tiling* t, const Caches* caches
 ) noexcept nogil:
-    """Channels of a block: long pieces, of which every thread gets several."""
+    """Return the channels of a block: many, but every thread gets several blocks."""
     cdef Py_ssize_t tensors = 2 if p.reduce == DOTS else 1
     cdef bint staged = reduce_from(p) == STAGED_PIECES or apply_from(p) == STAGED_PIECES
     cdef Py_ssize_t run = p.S * p.item, columns = STAGED_COLUMNS if staged else COLUMNS
@@ -213,14 +215,15 @@ cdef inline Py_ssize_t block_of(
 
 
 cdef enum:
-    PIECE_BYTES = 200 << 10     # of a row that a block has at most
-    # A last level of up to so many bytes is shared by few cores and quick: a block may be larger
-    # than L2. A larger one is far: 256x56x56 forward took 11.4 ms there, 9.3 in blocks that fit L2.
+    PIECE_BYTES = 200 << 10     # most bytes of a row in one block
+    # A last-level cache of up to NEAR bytes is shared by few cores and fast, so blocks may be larger
+    # than L2. A larger cache is slow: with such blocks a forward of 256x56x56 took 11.4 ms there,
+    # and 9.3 ms with blocks that fit L2.
     NEAR = 64 << 20
 
 
 cdef inline Tiling tiling_of(const Problem* p, const Caches* caches) noexcept nogil:
-    """Cut the work into chunks and blocks."""
+    """Divide the work into chunks and blocks."""
     cdef Tiling t
     cdef Py_ssize_t tensors = 2 if p.reduce == DOTS else 1
     t.threads = 1 if p.N * p.C * p.S < SERIAL else p.threads
@@ -245,9 +248,9 @@ cdef inline Way way_of(Storage storage) noexcept nogil:
 
 
 cdef inline bint streamed(const Problem* p, const Tiling* t, const Caches* caches) noexcept nogil:
-    """Whether results go past the caches, so that x stays in the last level for the second look."""
+    """Return whether results are written past the caches, so that x stays in the last level."""
     if p.y.at == p.x.at or p.y.at == p.dy.at or p.y.at == p.residual.at:
-        return False        # in place: these lines are in the caches already
+        return False        # y is an input, whose lines are cached already
     if gradient_of(p) == IN_DX:
         return False
     return t.touched > min(caches.l3, 2 * caches.l2)
@@ -280,7 +283,7 @@ cdef inline Source apply_from(const Problem* p) noexcept nogil:
 
 
 cdef inline Route route_of(const Problem* p, const Tiling* t, const Caches* caches) noexcept nogil:
-    """Which way a problem goes."""
+    """Choose the loops and stages of a problem."""
     cdef Route r
     r.reduce_by = BY_RUN if sums_by_run(p) else BY_COLUMN
     r.apply_by = r.reduce_by
@@ -300,9 +303,9 @@ cdef inline Route route_of(const Problem* p, const Tiling* t, const Caches* cach
 
 # ---- rows: layer, RMS, group and instance normalization -----------------------------------
 
-cdef struct RowProblem:     # N samples of G groups of D = K * S values that share a mean
+cdef struct RowProblem:     # N samples of G groups; the D = K * S values of a group share a mean
     bint backward
-    bint centred            # RMS normalization is not: its mean is 0 by definition
+    bint centred            # False for RMS normalization, whose mean is 0 by definition
     bint last               # channels-last: x is (N, S, C) in memory, else (N, G, K, S)
     Storage storage
     Py_ssize_t item
@@ -310,18 +313,18 @@ cdef struct RowProblem:     # N samples of G groups of D = K * S values that sha
     Rows x, dy              # IN
     Rows y                  # OUT: y or dx
     const void* gamma       # IN (G * K,) of T
-    const void* beta        # IN (G * K,) of T; not looked at backward
+    const void* beta        # IN (G * K,) of T; ignored in a backward pass
     double eps
     double* mean            # OUT (N * G,), backward IN
     double* m2              # OUT (N * G,) sum of squares about the mean, backward IN
     double* sums            # OUT (N * G * slots, 2)
     double* parts           # OUT (chunks, 2, G * K): dgamma, dbeta, to be added in order
-    char* left              # OUT (N * G,) whether loops cannot write a row: it is in no sum
+    char* left              # OUT (N * G,) 1 if loops skip a row, also in the sums of dgamma, dbeta
     int threads
-    Watch* watch            # OUT; NULL where nobody asks
+    Watch* watch            # OUT; NULL if time is not measured
 
 cdef enum RowLoops:
-    TURNED                  # rows so short that lanes are rows
+    TURNED                  # short rows, which are transposed: each lane is a row
     ALONG                   # gamma and beta change along the row
     RUNS                    # each channel of a row is a run
     DOWN                    # channels-last: columns of a sample
@@ -330,29 +333,29 @@ cdef enum:
     ROW_RUNS = 64           # shortest S for which runs beat a gamma for each value, forward
     ROW_DOTS = 128          # the same, backward
     ROW_BLOCK = 32          # most rows of a block: the lanes of turned rows
-    SHORT = 32              # values of a row up to which rows are turned
-    FEWEST = 8              # rows of a block of long rows, if there are as many
-    ROW_CHUNK = 32768       # values of a block of rows, and least of a chunk of N
+    SHORT = 32              # most values of a row that is turned
+    FEWEST = 8              # fewest rows of a block, even of long rows
+    ROW_CHUNK = 32768       # values of a block of rows; a chunk of N has at least as many
     SEGMENT = 65536         # values of a segment, about
     STRETCH_OF_RUNS = 16384     # values of a run, or of several, that a thread takes at once
-    POSITIONS = 64          # channels-last, of a cut, at least
-    TILE = 1024             # columns of a tile
+    POSITIONS = 64          # fewest positions of a cut, channels-last
+    TILE = 1024             # most columns of a tile
 
-cdef struct RowTiling:      # all but `threads` of the shape alone, as the bits depend on it
+cdef struct RowTiling:      # depends on the shape alone, because the bits depend on it
     RowLoops loops
-    Py_ssize_t slots        # sums of a row
-    Py_ssize_t cuts         # slots of a channel of runs, backward; else of a row
-    Py_ssize_t apart        # rows of a sample that are summed each by itself: G; 1 channels-last
-    Py_ssize_t shared       # steps in which they are: slots; cuts channels-last
-    Py_ssize_t tile         # values of a row that are written at once; channels-last positions
-    Py_ssize_t tiles        # of a row
-    Py_ssize_t samples, groups  # of a block
-    Py_ssize_t chunks       # of N
-    Py_ssize_t spans        # of G: blocks of groups
+    Py_ssize_t slots        # pairs of sums of a row
+    Py_ssize_t cuts         # slots of a channel (channels-last, and backward runs), or of a row
+    Py_ssize_t apart        # rows of a sample that are summed separately: G, or 1 channels-last
+    Py_ssize_t shared       # steps in which they are summed: slots, or cuts channels-last
+    Py_ssize_t tile         # values of a row (channels-last: positions) that are written at once
+    Py_ssize_t tiles        # tiles of a row
+    Py_ssize_t samples, groups  # samples and groups of a block
+    Py_ssize_t chunks       # chunks of N
+    Py_ssize_t spans        # blocks of groups of G
 
 
 cdef inline RowTiling row_tiling(const RowProblem* p) noexcept nogil:
-    """How rows are cut."""
+    """Divide rows into slots, tiles, blocks and chunks."""
     cdef RowTiling t
     cdef Py_ssize_t values = p.N * p.G * p.D
     t.samples = t.groups = 1
@@ -386,6 +389,6 @@ cdef inline RowTiling row_tiling(const RowProblem* p) noexcept nogil:
 
 # ---- what the dispatch calls -------------------------------------------------------------
 
-cdef struct Kernels:        # of one instruction level
+cdef struct Kernels:        # the kernels of one instruction level
     void (*batch_norm)(const Problem* p) noexcept nogil
     void (*rows)(const RowProblem* p) noexcept nogil

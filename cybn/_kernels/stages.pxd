@@ -1,18 +1,20 @@
 # cython: cdivision=True
-# Stages: what stands between memory and the loops, on pieces that lie in L1.
+# Stages: the steps between memory and the loops, on pieces that fit L1.
 #
 #   stage      fills                  with
-#   fetch      x, dy, residual        float32 where memory holds a half type; else read in place
-#   shares     w                      how often each value counts
-#   inputs     x, g                   x, and dy taken back through the activation
-#   deliver    y, dx                  what was computed, rounded or past the caches
+#   fetch      x, dy, residual        float32 if memory has a half type; other types are not copied
+#   shares     w                      the weight of each value
+#   inputs     x, g                   x, and dy times the slope of the activation
+#   deliver    y, dx                  the results, rounded to a half type or written past the caches
 #
-# A piece is up to STAGED values of one row: of one channel, with one set of coefficients (step 0),
-# or of some columns, with one each (step 1). A residual, an activation that needs exp, a mask and a
-# weight are stages; so each is written once, for every type, layout and direction.
+# A piece is up to STAGED values of one row. They are of one channel, with one set of coefficients
+# (step 0), or of several columns with a set each (step 1). Residuals, activations that need exp,
+# masks and weights are handled by stages, so each is written once, for every type, layout and
+# direction.
 #
-# What counts 0 times is replaced as it is read, so a NaN there goes nowhere: in sums by the shift,
-# which adds exactly 0; in gradients, where dy is 0 too, by a value whose gradient is 0.
+# Values with weight 0 are replaced when they are read, so a NaN there has no effect. In sums the
+# shift replaces them, and adds exactly 0. In gradients, if dy is 0 as well, a value whose gradient
+# is 0 replaces them.
 
 from libc.string cimport memcpy
 
@@ -27,12 +29,12 @@ from cybn._kernels.problem cimport (
 cdef inline char* place(
     const Rows* rows, const Problem* p, Py_ssize_t n, Py_ssize_t i
 ) noexcept nogil:
-    """Where value i of row n lies."""
+    """Return the address of value i of row n."""
     return rows.at + n * rows.pitch + i * p.item
 
 
 cdef inline const Rows* gradients(const Problem* p, const Route* r) noexcept nogil:
-    """Where the gradient before the activation is, if the first pass left it."""
+    """Return the gradient before the activation if the first pass stored it, otherwise dy."""
     if r.gradient == IN_DRESIDUAL:
         return &p.dresidual
     return &p.y if r.gradient == IN_DX else &p.dy
@@ -41,7 +43,7 @@ cdef inline const Rows* gradients(const Problem* p, const Route* r) noexcept nog
 cdef inline const T* fetch(
     const Rows* rows, const Problem* p, Way way, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* room
 ) noexcept nogil:
-    """Values i..i + m of row n: where they lie, or widened into room."""
+    """Return values i..i + m of row n: in the array itself, or widened into room."""
     check(n < p.N and m <= STAGED)
     return read(way, place(rows, p, n, i), m, room)
 
@@ -50,7 +52,7 @@ cdef inline void deliver(
     const T* v, const Rows* rows, const Problem* p, Way way, bint stream, Py_ssize_t n,
     Py_ssize_t i, Py_ssize_t m,
 ) noexcept nogil:
-    """Bring what was computed to values i..i + m of row n, if it is not there already."""
+    """Write v to values i..i + m of row n, unless it is there already."""
     cdef char* to = place(rows, p, n, i)
     cdef Py_ssize_t j = 0, lanes = STRIP // <Py_ssize_t> sizeof(T), item = item_of(way, v[0])
     if stream:
@@ -69,9 +71,10 @@ cdef inline void deliver(
 cdef inline const T* shares(
     const Problem* p, bint by_run, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, T* room
 ) noexcept nogil:
-    """How often values i..i + m of row n count, or of whole rows from n on.
+    """Return the weights of values i..i + m of row n, or of whole rows from n on.
 
-    Those of a run lie in order; those of columns are spread as the values are.
+    Weights of a run are neighbours in memory. Weights of columns are copied in the order of the
+    values.
     """
     cdef const T* row = <const T*> p.share + n * p.S
     cdef Py_ssize_t j, k
@@ -91,9 +94,9 @@ cdef inline const T* shares(
 cdef inline void counted(
     const T* v,                 # IN  (m,)
     const T* w,                 # IN  (m,)
-    const T* other,             # IN  (m,), or one
+    const T* other,             # IN  (m,), or one value
     Py_ssize_t step,
-    T* to,                      # OUT (m,) v where it counts, else the other; may be v
+    T* to,                      # OUT (m,) v, or `other` if the weight is 0; may be v
     Py_ssize_t m,
 ) noexcept nogil:
     cdef Py_ssize_t j
@@ -104,7 +107,7 @@ cdef inline void counted(
 cdef inline void weigh(
     const T* x, const T* w, const T* hi, Py_ssize_t step, T* to, Py_ssize_t m
 ) noexcept nogil:
-    """to = w * (x - hi)"""
+    """Compute to = w * (x - hi)."""
     cdef Py_ssize_t j
     for j in range(m):
         to[j] = w[j] * (x[j] - hi[j * step])
@@ -113,7 +116,7 @@ cdef inline void weigh(
 cdef inline void silence(
     const T* dy, const T* w, const T* other, Py_ssize_t step, T* to, Py_ssize_t m
 ) noexcept nogil:
-    """Put the other where a value neither counts nor has a gradient."""
+    """Replace the values of `to` whose weight and gradient are both 0 by `other`."""
     cdef Py_ssize_t j
     for j in range(m):
         to[j] = other[j * step] if w[j] == 0 and dy[j] == 0 else to[j]
@@ -129,7 +132,7 @@ cdef inline void normalize(
     const T* restrict co,
     Py_ssize_t step,            # a constant
 ) noexcept nogil:
-    """z = (x - hi) * a + z + residual: scale, of a piece in L1."""
+    """Compute z = (x - hi) * a + z + residual: `scale` for a piece in L1."""
     cdef Py_ssize_t j
     if r == NULL:
         for j in range(m):
@@ -142,13 +145,13 @@ cdef inline void normalize(
 cdef inline void gradient(
     const T* restrict g,        # IN  (m,)
     const T* restrict x,        # IN  (m,)
-    const T* restrict w,        # IN  (m,), or NULL where each counts once
+    const T* restrict w,        # IN  (m,), or NULL if all weights are 1
     T* restrict dx,             # OUT (m,)
     Py_ssize_t m,
     const T* restrict co,
     Py_ssize_t step,            # a constant
 ) noexcept nogil:
-    """dx = g * a + w * ((x - hi) * k + b), without the second term where w is 0."""
+    """Compute dx = g * a + w * ((x - hi) * k + b), without the second term if w is 0."""
     cdef Py_ssize_t j
     cdef T rest
     if w == NULL:
@@ -163,7 +166,7 @@ cdef inline void gradient(
 
 
 cdef inline void invert(const T* y, T* z, Py_ssize_t m, T slope) noexcept nogil:
-    """z from y = leaky_relu(z)."""
+    """Compute z from y = leaky_relu(z)."""
     cdef Py_ssize_t j
     for j in range(m):
         z[j] = y[j] / slope if y[j] < 0 else y[j]
@@ -172,16 +175,16 @@ cdef inline void invert(const T* y, T* z, Py_ssize_t m, T slope) noexcept nogil:
 cdef inline void keep(
     const T* g, const Problem* p, const Route* r, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m
 ) noexcept nogil:
-    """Leave g for the second pass, where the route says so."""
+    """Store g for the second pass, if the route requires it."""
     cdef const Rows* rows = gradients(p, r)
     if rows != &p.dy:
         deliver(g, rows, p, r.way, False, n, i, m)
 
 
-cdef struct Piece:              # of x, the gradient before the activation, and shares; in T
+cdef struct Piece:              # of x, of the gradient before the activation, and of weights; in T
     const void* x
     const void* g
-    const void* w               # NULL: each counts once
+    const void* w               # NULL if all weights are 1
 
 
 cdef inline Piece inputs(
@@ -189,7 +192,7 @@ cdef inline Piece inputs(
     const T* co, Py_ssize_t step,
     T* room,                    # OUT (5, STAGED)
 ) noexcept nogil:
-    """Values i..i + m of row n for a loop of gradients; `first` in the pass that sums."""
+    """Return values i..i + m of row n for a loop of gradients; `first` is the pass that sums."""
     cdef T* of_x = room
     cdef T* of_g = room + STAGED
     cdef T* of_w = room + 2 * STAGED
@@ -226,7 +229,7 @@ cdef inline Piece inputs(
             else:
                 normalize(x, dr, of_z, m, co, 0)
             z = of_z
-        if w != NULL:           # a residual may be NaN where nothing counts
+        if w != NULL:           # a residual may be NaN if its weight is 0
             silence(dy, w, &zero, 0, of_z, m)
         through(dy, z, of_r, m, p.activation, <T> p.slope)
         dy = of_r
@@ -239,10 +242,10 @@ cdef inline Piece inputs(
 cdef inline void apply_piece(
     const Problem* p, const Route* r, Py_ssize_t n, Py_ssize_t i, Py_ssize_t m, const T* co,
     Py_ssize_t step,
-    const Piece* piece,         # IN  what `inputs` gives; not looked at where y is written
+    const Piece* piece,         # IN  result of `inputs`; ignored if y is written
     T* room,                    # OUT (6, STAGED)
 ) noexcept nogil:
-    """y or dx of values i..i + m of row n, by stages."""
+    """Write y or dx of values i..i + m of row n, by stages."""
     cdef T* v = room + 5 * STAGED
     cdef T zero = 0
     cdef const T* x
@@ -257,7 +260,7 @@ cdef inline void apply_piece(
             x = fetch(&p.x, p, r.way, n, i, m, room)
             if p.residual.at != NULL:
                 residual = fetch(&p.residual, p, r.way, n, i, m, room + STAGED)
-        else:                   # dx as y, from g
+        else:                   # compute dx like y, from g
             x = <const T*> piece.g
             co += K
         if step:

@@ -1,9 +1,9 @@
 # cython: cdivision=True
-# Mean and M2 of a channel, or of a row: the pivot, the rule that trusts it, and summing again.
+# Mean and M2 of a channel or of a row: the pivot, the test of the pivot, and summing again.
 #
-# Sums are centred on a pivot: the mean of SAMPLES values spread over what is summed, rounded to T.
-# Where that lies more than two standard deviations from the mean, or squares left the range of T,
-# the values are summed again in float64 (docs/math.md, 6.2). Both kernels do it here.
+# Sums are centred on a pivot: the mean of SAMPLES values that are spread over the channel or row,
+# rounded to T. If it is more than two standard deviations from the mean, or squares leave the range
+# of T, the values are summed again in float64 (docs/math.md, 6.2). Both kernels use this file.
 
 from libc.math cimport INFINITY, fabs
 
@@ -18,18 +18,21 @@ cdef extern from * nogil:
     static inline void cybn_mark(char *at) { __atomic_store_n(at, 1, __ATOMIC_RELAXED); }
     #endif
     """
-    void mark "cybn_mark"(char* at)     # set to 1, which several threads may do
+    void mark "cybn_mark"(char* at)     # set to 1; several threads may do so at once
 
 cdef enum:
     STRETCH = 1024          # values between two additions of lanes to totals
 
-# Adds the sums of d = x - shift and of d * d, both times a power of two, to those of `whose`
-# values.
+# Computes the sums of d = (x - shift) * down and of d * d over the values of `whose`. `down` is a
+# power of two.
 ctypedef void (*Look)(const void* whose, double shift, double down, double* sums) noexcept nogil
 
 
 cdef inline Py_ssize_t sample_of(Py_ssize_t i, Py_ssize_t M) noexcept nogil:
-    """Which of M values is sample i: they lie evenly, half a step from the ends."""
+    """Return the index of sample i of M values.
+
+    Samples are evenly spaced, and half a step from the ends.
+    """
     return (M // SAMPLES) * i + (M % SAMPLES) * i // SAMPLES + M // (2 * SAMPLES)
 
 
@@ -41,15 +44,15 @@ cdef inline double tree(const double* v, double weight) noexcept nogil:
 
 cdef inline T pivot_of(
     const double* v,            # IN  (SAMPLES,)
-    T of_type,                  # only says which T
+    T of_type,                  # only selects T
 ) noexcept nogil:
-    """Mean of the samples, rounded to T.
+    """Return the mean of the samples, rounded to T.
 
-    Added in a tree: the sum of eight equal values is then exact, and so is their mean.
+    They are added in a tree, so the sum of eight equal values is exact, and so is their mean.
     """
     cdef double mean = 0.125 * tree(v, 1)
     if not -INFINITY < mean < INFINITY:
-        mean = tree(v, 0.125)   # the sum may be beyond float64, the mean is not
+        mean = tree(v, 0.125)   # the sum may overflow, the mean does not
     return <T> mean
 
 
@@ -61,7 +64,7 @@ cdef struct Wide:               # sums in float64 throughout
 
 cdef inline void add_wide(
     const T* x,                 # IN  (n,)
-    const T* share,             # IN  (n,) how often a value counts, or NULL
+    const T* share,             # IN  (n,) weights, or NULL if all are 1
     Py_ssize_t n,
     double shift,
     double down,                # a power of two
@@ -69,8 +72,8 @@ cdef inline void add_wide(
 ) noexcept nogil:
     """Add d = (x - shift) * down, and its square. Values of weight 0 are ignored.
 
-    After one huge value a lane would round off every small one that follows, all in the same
-    direction: so lanes are short.
+    Lanes are short, because after one huge value a lane would round off every small value that
+    follows, all in the same direction.
     """
     cdef double d, w
     cdef Py_ssize_t i, j
@@ -86,7 +89,7 @@ cdef inline void add_wide(
 
 
 cdef inline void rest_of(Wide* wide) noexcept nogil:
-    """Add the lanes to the totals, and begin anew."""
+    """Add the lanes to the totals, and set them to 0."""
     cdef Py_ssize_t j
     for j in range(2 * WIDE):
         wide.total[j] += wide.lanes[j]
@@ -94,14 +97,17 @@ cdef inline void rest_of(Wide* wide) noexcept nogil:
 
 
 cdef inline void wide_sums(Wide* wide, double* sums) noexcept nogil:
-    """The two sums."""
+    """Return the two sums in `sums`."""
     rest_of(wide)
     sums[0] = across(wide.total)
     sums[1] = across(wide.total + WIDE)
 
 
 cdef inline bint settled(double s1, double s2, double M, T of_type) noexcept nogil:
-    """Whether sums about the pivot tell mean and m2: the pivot is near, the squares in range."""
+    """Return whether mean and m2 follow from these sums about the pivot.
+
+    The pivot must be near the mean, and the squares must be in range.
+    """
     cdef double least = M * (1e-30 if T is float else 1e-290)
     cdef double m2 = s2 - s1 * (s1 / M)
     return s1 == 0 and s2 == 0 or (least <= m2 < INFINITY and s1 * (s1 / M) <= 4 * m2)
@@ -114,12 +120,12 @@ cdef inline bint is_finite(double v) noexcept nogil:
 cdef inline Py_ssize_t beyond(
     double mean, double v, bint backward, double size, T of_type
 ) noexcept nogil:
-    """Whether the loops of T cannot write a channel or row, though it has a mean and a variance.
+    """Return whether the loops of T cannot write a channel or row that has a mean and a variance.
 
-    v is var + eps, and size the sum of the sizes of coefficients, or of what they are made of: a
-    product of theirs with a value, or a part of it, may be out of range where the result is not.
-    NaN and infinity in x are no reason: their results are what they are. Integers are as wide as a
-    double, so that a loop over channels is vectorized.
+    v is var + eps. size is the sum of the magnitudes of the coefficients, or of their parts: the
+    product of a coefficient and a value may be out of range although the result is not. The answer
+    is False if x has NaN or infinity, as the loops compute such results. The integers are as wide
+    as a double, so that a loop over channels is vectorized.
     """
     cdef double high = (1e24 if T is float else 1e240) * (1 if backward else 1e12)
     cdef double low = 1e-30 if T is float else 1e-240
@@ -135,17 +141,17 @@ cdef inline void settle(
     Look look,
     const void* whose,
     double M,
-    bint centred,               # else the mean is 0 by definition, and m2 the sum of squares
+    bint centred,               # if not, the mean is 0 by definition, and m2 the sum of squares
     double* mean,               # IO  the pivot; OUT the mean
     double* m2,                 # OUT
 ) noexcept nogil:
-    """Mean and m2 by two more looks in float64: one for the mean, one for the squares about it."""
+    """Compute mean and m2 in float64: read x again for the mean, and again for the squares."""
     cdef double sums[2]
     cdef double down = 1
     if centred:
         look(whose, 0, 1, sums)
         if not is_finite(sums[0]):
-            down = 2.0 ** -600  # the sum may be beyond float64, the mean is not
+            down = 2.0 ** -600  # the sum may overflow, the mean does not
             look(whose, 0, down, sums)
         mean[0] = sums[0] / M / down
     look(whose, mean[0], 1, sums)
@@ -156,7 +162,7 @@ cdef inline void settle(
     if not centred:
         m2[0] = sums[1]
         return
-    m2[0] = sums[1]             # infinite where it is beyond float64
+    m2[0] = sums[1]             # infinite if it is too large for float64
     if is_finite(sums[1]):
         m2[0] = max(0, sums[1] - sums[0] * (sums[0] / M))
     mean[0] += sums[0] / M

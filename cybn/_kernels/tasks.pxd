@@ -1,9 +1,10 @@
 # cython: cdivision=True
 # Which thread takes which tasks of a loop.
 #
-# Each thread has a share of the tasks, neighbours in memory, and takes them one by one; with none
-# left it goes on with those of others. So a thread finds in its own L2 what it read in the loop
-# before, and one that is kept from running holds up nobody. Results do not depend on it.
+# Each thread has a share of the tasks, which are neighbours in memory, and takes them one by one.
+# When none are left, it takes tasks of other threads. So a thread finds in its own L2 what it read
+# in the loop before, and a thread that waits for a core does not delay the others. Results do not
+# depend on which thread takes a task.
 
 cdef extern from * nogil:
     """
@@ -21,21 +22,21 @@ cdef extern from * nogil:
     long long take "cybn_take"(long long* taken)
 
 cdef enum:
-    SHARES = 64                 # at most; threads beyond share a share
+    SHARES = 64                 # most shares; further threads use the same ones
 
 cdef struct Share:
-    long long taken             # how many of its tasks
-    long long room[7]           # so that each has a cache line of its own
+    long long taken             # number of its tasks that threads have taken
+    long long room[7]           # so that each share has a cache line of its own
 
-cdef struct Tasks:              # of one loop
+cdef struct Tasks:              # the tasks of one loop
     Py_ssize_t total
-    Py_ssize_t shares           # in how many they are cut
-    bint down                   # the last task of a share first
+    Py_ssize_t shares           # number of shares
+    bint down                   # take the last task of a share first
     Share share[SHARES]
 
 
 cdef inline void deal(Tasks* tasks, Py_ssize_t total, Py_ssize_t threads, bint down) noexcept nogil:
-    """Cut the tasks of a loop into a share a thread."""
+    """Divide the tasks of a loop into one share per thread."""
     cdef Py_ssize_t k
     tasks.total, tasks.down = total, down
     tasks.shares = max(1, min(total, min(threads, SHARES)))
@@ -48,7 +49,7 @@ cdef inline Py_ssize_t next_task(
     Py_ssize_t thread,
     Py_ssize_t* emptied,        # IO  shares in which this thread found no task left
 ) noexcept nogil:
-    """A task that nobody has yet, of the thread's own share first; -1 at the end."""
+    """Return a task that no thread has taken, first from the thread's share; -1 if none is left."""
     cdef Py_ssize_t k, first, last, i
     while emptied[0] < tasks.shares:
         k = (thread + emptied[0]) % tasks.shares

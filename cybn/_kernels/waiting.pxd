@@ -1,12 +1,12 @@
 # cython: cdivision=True
-# How long a call waits for its threads, and when it does without them.
+# How long a call waits for its threads, and when calls use one thread instead.
 #
-# A region of OpenMP ends when its last thread does, and the threads of libgomp spin for
-# milliseconds between regions. Where another process keeps the cores busy, a thread that is wanted
-# may not run for as long: a call of 0.1 ms then takes 10 to 50. So a call measures how much of its
-# time the calling thread spent on work. Where it waited far longer than it worked, calls stay on
-# one thread for a while, which is longer each time that this happens soon again. Results do not
-# depend on it.
+# A parallel region of OpenMP ends when its last thread ends, and the threads of libgomp spin for
+# milliseconds between regions. If another process keeps the cores busy, a thread of the region may
+# wait as long for a core: a call of 0.1 ms then takes 10 to 50 ms. So a call measures how much of
+# its time the calling thread spent on work. If that thread waited far longer than it worked, calls
+# use one thread during a pause. The pause is longer each time this soon happens again. Results do
+# not depend on the number of threads.
 
 from cython.parallel cimport threadid
 
@@ -25,30 +25,30 @@ cdef extern from * nogil:
     """
     double seconds "cybn_seconds"()
 
-cdef struct Watch:              # of one call; times in seconds
-    double begun                # when
+cdef struct Watch:              # times of one call, in seconds
+    double begun                # when it began
     double took
-    double worked               # of these, on tasks of the calling thread
+    double worked               # part of `took` that the calling thread spent on tasks
 
 
 cdef inline double begun(const Watch* watch) noexcept nogil:
-    """The time, if the thread that called begins a task; else 0."""
+    """Return the time at which the calling thread begins a task; 0 for other threads."""
     return seconds() if watch != NULL and threadid() == 0 else 0
 
 
 cdef inline void ended(Watch* watch, double since) noexcept nogil:
-    """Note that a task has ended that began then."""
+    """Add the time of a task that has ended, and that began at `since`."""
     if since != 0:
         watch.worked += seconds() - since
 
 
 cdef struct Patience:           # of all calls of a process
     double until                # when calls may use several threads again
-    double pause                # seconds for which they did not, or will not, the next time
+    double pause                # seconds of the last pause; decays, and the next is twice as long
 
 
 cdef inline int threads_now(Patience* patience, int threads) noexcept:
-    """How many threads a call is to have of those that it may have."""
+    """Return how many threads a call uses, at most `threads`."""
     if threads > 1 and patience.until != 0:
         if seconds() < patience.until:
             return 1
@@ -57,7 +57,7 @@ cdef inline int threads_now(Patience* patience, int threads) noexcept:
 
 
 cdef inline void learn(Patience* patience, const Watch* watch) noexcept:
-    """Take note of a call on several threads."""
+    """Update the pause after a call on several threads."""
     cdef double waited = watch.took - watch.worked
     if waited > 3e-4 and waited > 2 * watch.worked:
         patience.pause = min(1.0, max(0.02, 2 * patience.pause))

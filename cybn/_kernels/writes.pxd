@@ -1,9 +1,9 @@
 # cython: cdivision=True
-# The two formulas that write: scale makes y of x, unscale dx of dy and x (see loops.pxd).
+# The two formulas that write: scale computes y from x, and unscale dx from dy and x (loops.pxd).
 #
-# Past the caches only whole lines are quick: one written in part has to come from memory first, and
-# what follows waits for it. So the line in which a row ends is held until the next row, if that
-# begins there, has completed it.
+# Writes past the caches are quick for whole lines only. A line that is written in part must first
+# be read from memory, and later writes wait for it. So if a row ends within a line, the line is
+# kept until the next row has completed it, provided that this row begins there.
 
 from libc.string cimport memcpy
 
@@ -14,7 +14,7 @@ from cybn._kernels.loops cimport (
 
 
 cdef inline T clamp(T z, T low, T high) noexcept nogil:
-    """z within low..high; NaN and -0.0 stay what they are."""
+    """Limit z to low..high; NaN and -0.0 do not change."""
     z = low if low > z else z
     return high if high < z else z
 
@@ -23,8 +23,8 @@ cdef inline T clamp(T z, T low, T high) noexcept nogil:
 
 cdef struct Seam:               # the line in which one row ends and the next begins
     char line[LINE]
-    char* at                    # where it goes
-    Py_ssize_t held             # bytes of it that are known and not written yet
+    char* at                    # its address
+    Py_ssize_t held             # bytes of it that are known but not yet written
 
 
 cdef inline void hold_nothing(Seam* seam) noexcept nogil:
@@ -32,13 +32,13 @@ cdef inline void hold_nothing(Seam* seam) noexcept nogil:
 
 
 cdef inline void let_go(Seam* seam) noexcept nogil:
-    """Write what is held of a line whose rest is not coming."""
+    """Write the known part of a line that no other row completes."""
     memcpy(seam.at, seam.line, seam.held)
     seam.held = 0
 
 
 cdef inline void put_head(Seam* seam, const char* head, Py_ssize_t bytes, char* y) noexcept nogil:
-    """Write what a row has before its first whole line, with the end of the row before it."""
+    """Write the values before the first whole line, together with the end of the row before."""
     if bytes and seam.held + bytes == LINE and seam.at + seam.held == y:
         memcpy(seam.line + seam.held, head, bytes)
         stream_line(seam.line, seam.at)
@@ -49,7 +49,7 @@ cdef inline void put_head(Seam* seam, const char* head, Py_ssize_t bytes, char* 
 
 
 cdef inline void put_rest(Seam* seam, const char* rest, Py_ssize_t bytes, char* y) noexcept nogil:
-    """Write what follows the last whole strip, from the beginning of a line; hold half a line."""
+    """Write the values after the last whole strip; keep a line that they do not fill."""
     let_go(seam)
     if bytes >= LINE:
         stream_line(rest, y)
@@ -65,7 +65,7 @@ cdef inline void scale_strip(
     const char* x,              # IN  (lanes,)
     const char* r,              # IN  (lanes,)
     char* y,                    # OUT (lanes,)
-    const T* restrict co,       # IN  HI, A and Z of columns, or of one
+    const T* restrict co,       # IN  HI, A and Z of columns, or of one channel
     T low, T high,
 ) noexcept nogil:
     cdef T room[2 * LANES]
@@ -90,7 +90,7 @@ cdef inline void scale_row(
     cdef char rest[STRIP]
     cdef Ends e = ends_of(way, y, stream, w, low)
     cdef Py_ssize_t item = item_of(way, low), last = w - e.lanes, i, at
-    if stream and e.head:       # else there is none, and no loop for one
+    if stream and e.head:       # without stream, head is 0, and compilers omit this
         scale_strip(way, step, clamped, added, False, x, r, head, co, low, high)
     if e.rest:
         scale_strip(way, step, clamped, added, False, x + last * item, r + last * item, rest,
@@ -110,7 +110,7 @@ cdef inline void scale_row(
 
 cdef inline void scale(
     Way way,
-    bint stream,                # past the caches; only where has_lines
+    bint stream,                # write past the caches; only if has_lines
     Py_ssize_t step,            # a constant
     const char* x,              # IN  (w,), of at least a strip
     const char* r,              # IN  (w,) residual, or NULL
@@ -118,11 +118,11 @@ cdef inline void scale(
     Py_ssize_t w,
     const T* co,                # IN  HI, A and Z
     bint clamped,
-    T low,                      # infinite where there is no clamping
+    T low,                      # infinite if nothing is clamped
     T high,
-    Seam* seam,                 # IO  where `stream`; to be let go at the end
+    Seam* seam,                 # IO  used if `stream`; call let_go at the end
 ) noexcept nogil:
-    """y = (x - hi) * a + z + residual, clamped to low..high"""
+    """Compute y = (x - hi) * a + z + residual, clamped to low..high."""
     if r != NULL:
         if T is float and way == FLOAT16:
             scale_row(FLOAT16, step, True, True, stream, x, r, y, w, co, low, high, seam)
@@ -147,7 +147,7 @@ cdef inline void unscale_strip(
     const char* dy,             # IN  (lanes,)
     const char* x,              # IN  (lanes,)
     char* dx,                   # OUT (lanes,)
-    const T* restrict co,       # IN  HI, A, K, B and Z of columns, or of one
+    const T* restrict co,       # IN  HI, A, K, B and Z of columns, or of one channel
     const T* restrict kink,     # IN  (4,)
 ) noexcept nogil:
     cdef T room[2 * LANES]
@@ -176,7 +176,7 @@ cdef inline void unscale_row(
     cdef char rest[STRIP]
     cdef Ends e = ends_of(way, dx, stream, w, co[0])
     cdef Py_ssize_t item = item_of(way, co[0]), last = w - e.lanes, i, at
-    if stream and e.head:       # else there is none, and no loop for one
+    if stream and e.head:       # without stream, head is 0, and compilers omit this
         unscale_strip(way, step, bend, False, dy, x, head, co, kink)
     if e.rest:
         unscale_strip(way, step, bend, False, dy + last * item, x + last * item, rest,
@@ -196,7 +196,7 @@ cdef inline void unscale_row(
 
 cdef inline void unscale(
     Way way,
-    bint stream,                # past the caches; only where has_lines
+    bint stream,                # write past the caches; only if has_lines
     Py_ssize_t step,            # a constant
     Bend bend,                  # STRAIGHT for half types
     const char* dy,             # IN  (w,), of at least a strip
@@ -205,9 +205,9 @@ cdef inline void unscale(
     Py_ssize_t w,
     const T* co,                # IN  HI, A, K, B and Z
     const T* kink,              # IN  (4,)
-    Seam* seam,                 # IO  where `stream`; to be let go at the end
+    Seam* seam,                 # IO  used if `stream`; call let_go at the end
 ) noexcept nogil:
-    """dx = g * a + (x - hi) * k + b"""
+    """Compute dx = g * a + (x - hi) * k + b."""
     if T is float and way == FLOAT16:
         unscale_row(FLOAT16, step, STRAIGHT, stream, dy, x, dx, w, co, kink, seam)
     elif T is float and way == BFLOAT16:
