@@ -2,7 +2,7 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the cores to the other process
+if "PYTEST_XDIST_WORKER" in os.environ:  # OpenMP threads that wait must not occupy a core
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -21,7 +21,7 @@ def rng():
 
 @pytest.fixture(params=LEVELS)
 def level(request):
-    """Run the test once per instruction level that the build has and the CPU runs."""
+    """Run the test once per instruction level that the build contains and the CPU supports."""
     bind(request.param)
     yield request.param
     bind(_runtime.level)

@@ -1,20 +1,20 @@
-"""The error bounds that cybn promises, as formulas, and the exact values they are taken from."""
+"""The error bounds that cybn promises, as formulas, and the exact values to compare with."""
 
 import numpy as np
 
 from cybn import reference
 
-ULP32, ULP64 = 2.0**-21, 2.0**-48  # the promise, eight roundings of each type wide
-REPEATED = 4  # times as much where the same few values are summed again and again (math.md, 6.5)
+ULP32, ULP64 = 2.0**-21, 2.0**-48  # eight roundings of float32 and of float64
+REPEATED = 4  # the bound is that much wider if x repeats a few values (docs/math.md, 6.5)
 
 
 def wide(*arrays):
-    """Return the arrays in long double, in which the reference then computes."""
+    """Return the arrays in long double, so that the reference computes in long double."""
     return [None if a is None else np.asarray(a).astype(np.longdouble) for a in arrays]
 
 
 def column(v, ndim, axis):
-    """Return (C,) broadcastable against an array whose channel axis is `axis`."""
+    """Return the vector `v` with axes added, to broadcast along the channel axis `axis`."""
     shape = [1] * ndim
     shape[axis] = -1
     return np.reshape(v, shape)
@@ -47,5 +47,5 @@ def forward_bound(x, gamma, beta, axis, eps=1e-5, mean=None, var=None):
 
 
 def worst(got, exact, bound):
-    """Return the largest error, as a fraction of its bound."""
+    """Return the largest ratio of an element's error to its bound."""
     return float(np.max(np.abs(got - exact) / bound))

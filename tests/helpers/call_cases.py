@@ -1,7 +1,8 @@
-"""Every kind of call, and every way to fail: what memory and the floating-point unit must survive.
+"""Every kind of call, good and bad, for tests of memory and of the floating-point environment.
 
-`GOOD` and `BAD` are lists of functions without arguments. What they are given lives in this module
-for as long as the process, so its reference counts can be watched: `ARGUMENTS`.
+`GOOD` and `BAD` are lists of functions without arguments. The arrays and layers that they are given
+live in this module as long as the process does, so a test can watch their reference counts:
+`ARGUMENTS`.
 """
 
 import warnings
@@ -26,7 +27,7 @@ X, DY, R = _rng.standard_normal((3, 4, C, 5)).astype(np.float32)
 OUT, OUT_R = np.zeros_like(X), np.zeros_like(X)
 WIDE = np.zeros(X.shape)
 HALF = X.astype(np.float16)
-LARGE = _rng.standard_normal((64, 33, 64)).astype(np.float32)  # for several threads
+LARGE = _rng.standard_normal((64, 33, 64)).astype(np.float32)  # large enough for several threads
 READ_ONLY = X.copy()
 READ_ONLY.setflags(write=False)
 BUFFER = np.ones((5, C, 5), np.float32)
@@ -43,7 +44,7 @@ LENGTHS = np.array([5, 4, 3, 2])
 MOST = np.full(C, np.iinfo(np.int64).max)
 EMPTY = np.zeros((0, C, 5), np.float32)
 ONE = np.ones((1, C), np.float32)
-TINY = np.full(C, 1e-60)  # 0 in float32
+TINY = np.full(C, 1e-60)  # underflows to 0 in float32
 HUGE = np.full((2, C), 3e38, np.float32) * np.array([[1], [-1]], np.float32)
 BEYOND = 1 << 1024  # no float is as large
 M = cybn.moments(X)
@@ -76,7 +77,7 @@ for call in BATCH_NORM:
     forwards = call in (forward, inference)
 
     def take(options, call=call):
-        """A call to backward needs the moments of what the mask leaves."""
+        """Return the function to call; backward is given moments of the selected values."""
         selection = {k: options[k] for k in ("mask", "weights", "lengths") if k in options}
         m = cybn.moments(X, **selection)
         return partial(cybn.batch_norm_backward, DY, X, m) if call is backward else call
@@ -426,7 +427,7 @@ bad(lambda: cybn.threads(0).__enter__())
 
 
 def quietly(call):
-    """Call it; what NumPy warns of on the way to a result or an error is no matter here."""
+    """Call it, and ignore the warnings of NumPy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call()
@@ -436,7 +437,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, FloatingPointEr
 
 
 def error_of(call):
-    """Return what a bad call raises; None, to its shame, where it raises nothing."""
+    """Return the error that a bad call raises, or None if it raises nothing."""
     try:
         quietly(call)
     except REFUSALS as error:
@@ -444,7 +445,7 @@ def error_of(call):
     return None
 
 
-# What the dispatch leaves to Python, and what only neighbours call.
+# Checks in Python that the compiled dispatch calls, and functions that only cybn itself calls.
 bad(cybn.batch_norm, X, axis=True)
 bad(cybn.batch_norm, [[1.0], [1.0, 2.0]])
 bad(cybn.batch_norm, X, out=np.lib.stride_tricks.as_strided(X.copy(), X.shape, (0,) * X.ndim))

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from bounds import ULP32, ULP64, column, wide
-from digest_cases import FAMILIES as FAMILIES  # which stands where pytest is not needed
+from digest_cases import FAMILIES as FAMILIES  # defined in a module that does not need pytest
 from shapes import GROUPS, Shape
 
 from cybn import reference
@@ -15,7 +15,7 @@ AXES = [pytest.param(1, id="channels-first"), pytest.param(-1, id="channels-last
 
 
 def small(shape, most=2**16):
-    """Return the shape with a small even batch, and thinner where that is not enough."""
+    """Return the shape with a small even batch, and with smaller spatial sizes if necessary."""
     n, c, spatial = min(shape.n, most * shape.n // shape.size), shape.c, shape.spatial
     n = max(2, n - n % 2)
     while Shape(n, c, spatial).size > 4 * most:
@@ -44,7 +44,7 @@ def same_bits(a, b):
 def pairs(shape, most):
     """Return small integers whose sum is 0 in each channel of a channels-first shape.
 
-    Neighbours are k and -k; a value left over is 0.
+    Each even position holds k and the next one -k. If the number of values is odd, the last is 0.
     """
     rng = np.random.default_rng(1)
     n, c, *spatial = shape
@@ -58,10 +58,10 @@ def pairs(shape, most):
 
 
 def exact_fill(shape, dtype):
-    """Return x, and its mean and M2, which are exact in any order of summing.
+    """Return x, its mean and its M2. Both are exact in any order of summation.
 
-    The values are p * (1 + k / 16) with p a power of two, different for the channels, and
-    small integers k that come in pairs of opposite sign.
+    The values of a channel are p * (1 + k / 16). The power of two p differs between channels, and
+    the small integers k come in pairs of opposite sign.
     """
     k = pairs(shape, most=4)
     p = 2.0 ** (np.arange(shape[1]) % 7 - 3)
@@ -80,9 +80,9 @@ def normal_case(rng, shape, dtype, offset=0.0):
 
 
 def backward_bound(dy, x, gamma, axis, eps=1e-5):
-    """Return exact (dx, dgamma, dbeta), and the allowed error of each.
+    """Return the exact (dx, dgamma, dbeta), and the allowed error of each.
 
-    With size = |xhat| + 1, and in float64 + |mean| / std, which is what xhat may be wrong by:
+    With size = |xhat| + 1, to which float64 adds |mean| / std, the error that xhat itself may have:
     dbeta: ulp * sum |dy|;  dgamma: ulp * sum (|dy| * size);
     dx: ulp * |gamma| * r * (|dy| + mean |dy| + size * mean (|dy| * size)).
     """

@@ -1,11 +1,11 @@
-"""Calls of everything that computes, and a digest of what each returns.
+"""Calls of every function that computes, and a digest of the results of each call.
 
 Every build has to give the digests of tests/machine/digests.json: each compiler, each processor,
-each instruction level, with OpenMP and without. So the inputs are made of integers, by nothing but
-additions, multiplications and shifts of 64-bit words; NumPy's generators and the C library's
-functions may change from one version to the next.
+each instruction level, with OpenMP and without. NumPy's generators and the C library's functions
+may change from one version to the next. So the inputs are made of integers, with additions,
+multiplications and shifts of 64-bit words only.
 
-`CALLS` has the calls by name; `digest` makes a digest of a result.
+`CALLS` contains the calls by name; `digest` makes a digest of a result.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import cybn
 
 try:
     from ml_dtypes import bfloat16
-except ImportError:  # then the calls that need it are left out
+except ImportError:  # the calls that need it are then left out
     bfloat16 = None
 
 CALLS = {}
@@ -35,7 +35,7 @@ ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "s
 
 @lru_cache(maxsize=64)
 def words(seed, count):
-    """Return 64-bit words that look random: the output function of splitmix64 of a counter."""
+    """Return 64-bit words that look random: the splitmix64 output function of a counter."""
     z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -44,7 +44,7 @@ def words(seed, count):
 
 
 def normal(seed, shape, dtype="float32"):
-    """Return values about as wide as a standard normal, exact in float32: a sum of four parts."""
+    """Return sums of four random parts, nearly standard normal and exact in float32."""
     z = words(seed, int(np.prod(shape)))
     parts = sum((z >> np.uint64(16 * k) & np.uint64(0xFFFF)).astype(np.int64) for k in range(4))
     v = (parts - 2 * 0xFFFF).reshape(shape) / 2.0**15
@@ -54,7 +54,7 @@ def normal(seed, shape, dtype="float32"):
 
 
 def parameters(seed, shape, dtype):
-    """Return gamma, from 1/2 to 2, and beta; float32 for half types."""
+    """Return gamma, from 1/2 to 2, and beta. For half types both are float32."""
     dtype = "float64" if dtype == "float64" else "float32"
     z = (words(seed, int(np.prod(shape))) >> np.uint64(44)).astype(np.int64).reshape(shape)
     gamma = (0.5 + z * 1.5 / 2.0**20).astype(TYPES[dtype])
@@ -72,7 +72,7 @@ def lay(array, axis):
 def digest(result):
     """Return the first 32 digits of the SHA-256 of all that a call returned.
 
-    The one thing that is not taken as it is: which NaN a NaN is. Processors differ in its sign.
+    All NaNs count as equal, because processors give them different signs.
     """
     sha = hashlib.sha256()
     for part in flat(result):
@@ -99,8 +99,9 @@ def flat(result):
 
 # ---- batch normalization -----------------------------------------------------------------
 
-# One of each way through the kernels, as (N, C, S): rows, one column a channel, runs, tails of
-# runs, chunks of N, chunks of S, enough rows of one column for chunks of those, and few columns.
+# One shape for each path through the kernels, as (N, C, S): rows, channels of one column, runs,
+# tails of runs, chunks of N, chunks of S, enough rows of one column for chunks of rows, and few
+# columns.
 FAMILIES = [
     (9, 6, 7),
     (200, 33, 1),
@@ -182,7 +183,7 @@ for function in FUNCTIONS:
         function, (40, 6, 17), -1, "float16", "residual gelu", residual=True, activation="gelu"
     )
 
-# 11 samples of 4 channels and 60 positions. What does not count is NaN.
+# 11 samples of 4 channels and 60 positions. Masked values are NaN.
 MASK = words(7, 11 * 60).reshape(11, 60) % np.uint64(3) > 0
 WEIGHTS = MASK * (words(8, 11 * 60).reshape(11, 60) >> np.uint64(60)).astype(np.int64) / 8.0
 LENGTHS = (words(9, 11) % np.uint64(59)).astype(np.int64) + 2
@@ -207,7 +208,7 @@ for dtype, axis in (("float32", 1), ("float32", -1), ("float64", 1), ("bfloat16"
 
 
 def special(function, dtype, axis):
-    """Call with a channel each of ordinary, far, tiny, huge, constant, NaN and infinite values."""
+    """Call with channels of ordinary, far, tiny, huge, constant, NaN and infinite values."""
     x = normal(1, (40, 8, 70), dtype)
     largest = np.finfo(x.dtype).max
     x[:, 1] += x.dtype.type(1e6)
@@ -232,7 +233,7 @@ for dtype in SINGLE_DOUBLE:
 
 
 def strided(way, dtype):
-    """Call forward and backward on views that are no plain array."""
+    """Call forward and backward on views that are not contiguous, native and writable."""
     a, dy = normal(1, (12, 10, 30), dtype), normal(2, (12, 10, 30), dtype)
     view = {
         "step along N": lambda v: v[::2],
@@ -300,7 +301,7 @@ for number, (member, shape, axis, more) in enumerate(ROWS):
 
 
 def merged(dtype):
-    """Merge and update Moments of batches that lie apart."""
+    """Merge and update Moments of batches whose means differ a lot."""
     parts = [normal(k, (5 * k, 6, 40), dtype) + np.float32(k) for k in (1, 2, 3)]
     m = cybn.Moments.empty(6)
     for part in parts:
@@ -313,7 +314,7 @@ def merged(dtype):
 
 
 def trained(layer, shape, dtype):
-    """Train a layer for three steps; then look at it in eval mode."""
+    """Train a layer for three steps, then call it in eval mode."""
     results = []
     for k in range(3):
         y = layer(normal(10 + k, shape, dtype) + TYPES[dtype](k))

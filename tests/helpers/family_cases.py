@@ -1,4 +1,4 @@
-"""What the tests of the family share: its members, cases of each, and their error bounds.
+"""Cases of layer, RMS, group and instance normalization, and their error bounds.
 
 All bounds are computed on rows: (N, G, D), where the D values of a row share mean and variance.
 """
@@ -16,7 +16,7 @@ from cybn import reference
 
 @dataclass(frozen=True)
 class Case:
-    """One member on one shape."""
+    """One norm on one shape."""
 
     member: str  # layer, rms, group, instance
     shape: tuple
@@ -47,7 +47,7 @@ class Case:
         return function(x, *parameters, **self.keywords(), **k)
 
     def backward(self, dy, x, statistics, gamma=None, module=cybn, **k):
-        """Return dx, dgamma and, where there is one, dbeta."""
+        """Return dx, dgamma and, if the norm has it, dbeta."""
         function = getattr(module, f"{self.member}_norm_backward")
         return function(dy, x, statistics, gamma, **self.keywords(), **k)
 
@@ -70,13 +70,13 @@ class Case:
 
     def put(self, a, index, values):
         """Set `values` at an index of the rows of an array."""
-        rows = self.rows(a)  # a copy where channels do not come first
+        rows = self.rows(a)  # a copy unless the channels come first
         rows[index] = values
         moved = a if self.last_axes else np.moveaxis(a, self.axis, 1)
         moved[...] = rows.reshape(moved.shape)
 
     def sample(self):
-        """Return the place in a row of the first of the values whose mean is the pivot."""
+        """Return the index in a row of the first of the values whose mean is the pivot."""
         size = self.rows(np.empty(self.shape, bool)).shape[2]
         if self.axis == 1 or self.last_axes:
             return size // 16
@@ -120,10 +120,10 @@ def instance(*shape, axis=1):
     return Case("instance", shape, axis)
 
 
-# Each way through the kernels: short rows, rows of several tiles, several blocks and chunks of
-# rows, rows of several segments; then columns spread over channels, runs, and runs in segments;
-# then channels-last: several positions or one as a row of the loops, several cuts, several blocks
-# of channels, with a group across their border.
+# One shape for each path through the kernels: short rows; rows of several tiles; several blocks and
+# chunks of rows; rows of several segments; then columns spread over channels; runs; runs in
+# segments. Then channels-last: one or several positions as a row of the loops; several cuts;
+# several blocks of channels, with a group across their border.
 CASES = [
     layer(9, 7),
     layer(3000, 33),
@@ -158,8 +158,8 @@ every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def forward_bound(case, x, gamma, beta):
     """Return the exact y and the allowed error of each element, as rows.
 
-    That of batch normalization, with the mean and standard deviation of the row; for RMS
-    normalization 2**-21 * |y|, or 2**-48 * |y|.
+    The bound is that of batch normalization, with the mean and standard deviation of the row. For
+    RMS normalization it is 2**-21 * |y| in float32 and 2**-48 * |y| in float64.
     """
     wx, g, b = wide(x, gamma, beta)
     exact, _ = case.forward(wx, g, b, module=reference, **eps_of(case, x))
@@ -174,7 +174,7 @@ def forward_bound(case, x, gamma, beta):
 
 
 def row_statistics(case, wx):
-    """Return mean and standard deviation of each row, (N, G, 1)."""
+    """Return the mean and standard deviation of each row, shape (N, G, 1)."""
     eps = case.options.get("eps", 1e-5 if case.centred else np.finfo(np.float32).eps)
     if not case.centred:
         return 0, np.sqrt((wx * wx).mean(2, keepdims=True) + eps)
@@ -182,9 +182,9 @@ def row_statistics(case, wx):
 
 
 def backward_bound(case, dy, x, gamma):
-    """Return the exact gradients and the allowed error of each, dx as rows.
+    """Return the exact gradients and the allowed error of each, with dx as rows.
 
-    With dz = dy * gamma and size = |xhat| + 1, and in float64 + |mean| / std:
+    With dz = dy * gamma and size = |xhat| + 1, to which float64 adds |mean| / std:
     dbeta: ulp * sum |dy|;  dgamma: ulp * sum (|dy| * size);
     dx: ulp * r * (|dz| + mean |dz| + size * mean (|dz| * size)).
     """
@@ -206,13 +206,13 @@ def backward_bound(case, dy, x, gamma):
 
 
 def eps_of(case, x):
-    """Return the eps that RMS normalization takes from the dtype, for the reference."""
+    """Return the eps that RMS normalization uses by default for the dtype, for the reference."""
     given = case.centred or "eps" in case.options
     return {} if given else {"eps": float(np.finfo(x.dtype).eps)}
 
 
 def laid_out(a):
-    """Yield views equal to `a` that lie otherwise in memory."""
+    """Yield views equal to `a` with other strides."""
     yield "Fortran order", np.asfortranarray(a)
     order = np.roll(np.arange(a.ndim), 1)
     yield "axes turned", np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))

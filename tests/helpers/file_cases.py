@@ -1,4 +1,4 @@
-"""Layers to be saved to a file, and what must come back."""
+"""Layers to be saved to a file, and the comparison of a layer with the one that was loaded."""
 
 import numpy as np
 from fold_cases import random_norm
@@ -21,7 +21,7 @@ ARRAYS = {
 
 
 def layers(rng):
-    """Layers with every setting away from its default."""
+    """Return layers in which no setting has its default value."""
     second = random_norm(rng, 3, np.float64, affine=False)
     second.running_ddof, second.momentum, second.axis = 0, None, -1
     second.num_batches_tracked = 2**40

@@ -1,4 +1,4 @@
-"""Random layers to fold, for the tests with other libraries and without."""
+"""Random layers to fold, for the tests with other libraries and those without."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from cybn import folding
 
 CASES = 500
 KINDS = ["conv1d", "conv2d", "conv3d", "transposed1d", "transposed2d", "transposed3d", "linear"]
-MOST_EPS = 4  # of the sum of the absolute terms of an output
+MOST_EPS = 4  # times eps, times the sum of the absolute terms of an output: the allowed error
 
 
 class Case(NamedTuple):
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 def random_norm(rng, channels, dtype, affine=True):
-    """A layer with statistics of many sizes, some means far from zero."""
+    """Return a batch norm with statistics of many sizes, some means far from zero."""
     bn = cybn.BatchNorm(channels, affine=affine, eps=10 ** rng.uniform(-5, -2), dtype=dtype)
     bn.running_mean = rng.standard_normal(channels) * np.exp2(rng.uniform(-4, 8, channels))
     bn.running_var = np.exp2(rng.uniform(-8, 8, channels))

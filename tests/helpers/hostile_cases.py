@@ -1,4 +1,4 @@
-"""States and files that are damaged or meant to harm, and code that must never run."""
+"""States and files that are damaged or malicious, and objects whose code must never run."""
 
 
 def ran():
@@ -6,21 +6,21 @@ def ran():
 
 
 class Bomb:
-    """Unpickling it, or asking it for its array, is noticed."""
+    """An object that raises AssertionError when it is unpickled or converted to an array."""
 
     def __reduce__(self):
         return (ran, ())
 
 
 class Refusing:
-    """An array-like that will not be read."""
+    """An array-like that raises an error when it is converted to an array."""
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError("not today")
 
 
 def damaged(data, dice):
-    """Return bytes that were cut off, changed, doubled, or put in another order."""
+    """Return bytes of which some were cut off, moved or changed."""
     data = bytearray(data)
     what = dice.random()
     if what < 0.15:

@@ -1,4 +1,4 @@
-"""The forms that state comes in, and what is the same in two layers."""
+"""The forms of a state dict, and the comparison of two layers."""
 
 import numpy as np
 

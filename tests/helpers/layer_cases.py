@@ -1,4 +1,4 @@
-"""What the tests of layers share: every kind, what one remembers, bounds of its gradients."""
+"""Shared code of the tests of layers: every kind of layer, their state, bounds of gradients."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -14,16 +14,16 @@ from cybn.layers._running import RunningStatistics
 
 
 def snapshot(bn):
-    """Return all that a layer remembers, to the bit, for comparing."""
+    """Return the complete state of a layer, for comparing bits."""
     arrays = bn.parameters() + bn.gradients() + list(bn.state_dict().values())
     return repr(bn), bn.training, [(a.dtype.str, a.shape, a.tobytes()) for a in arrays]
 
 
 def gradient_bounds(dy, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
-    """Return the exact (dx, dgamma, dbeta) and their bounds, through the batch or (mean, var).
+    """Return the exact (dx, dgamma, dbeta) and their bounds, through the batch or for (mean, var).
 
-    With a fixed mean and variance, and sizes as in `backward_bound`: dbeta: ulp * sum |dy|;
-    dgamma: ulp * sum (|dy| * size); dx: ulp * |gamma| * r * |dy|.
+    With a fixed mean and variance, and `size` as in `backward_bound`, they are
+    dbeta: ulp * sum |dy|;  dgamma: ulp * sum (|dy| * size);  dx: ulp * |gamma| * r * |dy|.
     """
     if mean is None:
         return backward_bound(dy, x, gamma, axis, eps)
@@ -49,7 +49,7 @@ def gradient_bounds(dy, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
 
 
 class Kind(NamedTuple):
-    """A kind of layer, how to make one, and what it takes."""
+    """A kind of layer, how to make one, and the inputs that it takes."""
 
     make: Callable[..., Any]
     shape: tuple
@@ -99,7 +99,7 @@ LEARNING = [name for name in KINDS if getattr(KINDS[name].make(), "track_running
 
 
 def trained(kind, rng):
-    """Return a layer that has gone through a step, and has a forward behind it."""
+    """Return a layer after a training step and one more forward, so that backward can be called."""
     layer = kind.make()
     for parameter in layer.parameters():
         parameter[...] = rng.uniform(0.5, 2, parameter.shape)
@@ -111,7 +111,7 @@ def trained(kind, rng):
 
 
 def twin(layer):
-    """Return a copy of a layer that has the same forward behind it."""
+    """Return a copy of a layer, with the results of its last forward that backward needs."""
     other = copy.deepcopy(layer)
     other._saved = layer._saved
     if layer._running is not None:
@@ -120,7 +120,7 @@ def twin(layer):
 
 
 def everything(thing):
-    """Return all that a layer holds, what it keeps for backward included, for comparing."""
+    """Return all that a layer stores, including what it keeps for backward, for comparing."""
     if isinstance(thing, np.ndarray):
         return thing.dtype.str, thing.shape, thing.tobytes()
     if isinstance(thing, cybn.Moments):

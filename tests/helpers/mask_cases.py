@@ -2,8 +2,8 @@
 
 import numpy as np
 
-# One of each way through the kernels, as (N, C, S): rows, one column a channel, several rows of
-# few columns as one, runs, tails of runs, and chunks.
+# One shape for each path through the kernels, as (N, C, S): rows, channels of one column, several
+# rows of few columns taken as one, runs, tails of runs, and chunks.
 FAMILIES = [(9, 6, 7), (200, 33, 1), (61, 5, 1), (3, 5, 512), (3, 2, 1071), (4097, 33, 1)]
 KINDS = ["mask", "weights", "lengths", "both"]
 
@@ -16,7 +16,7 @@ def batch(rng, nsc, dtype):
 
 
 def selection(rng, nsc, kind):
-    """Return keywords that select positions of (N, S), and the shares that they stand for."""
+    """Return keywords that select positions of (N, S), and the weight that each position gets."""
     n, _, s = nsc
     mask = rng.random((n, s)) < 0.6
     mask.flat[:2] = True
@@ -34,5 +34,5 @@ def selection(rng, nsc, kind):
 
 
 def gathered(array, shares):
-    """Return the values that count as (K, C)."""
+    """Return the selected values, shape (K, C)."""
     return np.moveaxis(array, 1, -1)[shares > 0]

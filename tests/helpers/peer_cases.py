@@ -1,4 +1,4 @@
-"""A module, a batch and comparisons, for tests against the libraries themselves."""
+"""A module, a batch and comparisons, for tests against other libraries."""
 
 import importlib
 
@@ -10,7 +10,7 @@ AGREE = 2e-6
 
 
 def trained(rng):
-    """Return a PyTorch batch norm after some batches; no setting is any library's default."""
+    """Return a PyTorch batch norm after some batches; no setting is the default of any library."""
     torch = pytest.importorskip("torch")
     module = torch.nn.BatchNorm2d(C, eps=2e-4, momentum=0.3)
     with torch.no_grad():
@@ -22,14 +22,14 @@ def trained(rng):
 
 
 def batch(rng):
-    """Channels of several sizes, some off zero; outputs are of the size of 1."""
+    """Return a batch with channels of several sizes, some far from zero; outputs are about 1."""
     size, middle = (np.linspace(*ends, C).reshape(C, 1, 1) for ends in ((0.5, 2), (-1, 1)))
     x = rng.standard_normal((4, C, 5, 5)) * size + middle
     return x.astype(np.float32)
 
 
 def numpy_of(value):
-    """Return what a Keras layer gave, of any backend."""
+    """Return the result of a Keras layer as a NumPy array, for any backend."""
     return importlib.import_module("keras").ops.convert_to_numpy(value)
 
 

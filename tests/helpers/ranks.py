@@ -1,7 +1,7 @@
-"""Programs of several processes that a test starts: real ranks, each of which reports what it saw.
+"""Start programs of several processes in tests: real ranks, each of which reports its results.
 
-A program is a file whose functions are its cases. The test runs `start`, and the program, in each
-rank, `report`: it calls the case, and writes what that returns, or what it raised, to a file.
+A program is a file whose functions are its cases. The test calls `start`. The program calls
+`report` in each rank, which calls the case and writes its result or its error to a file.
 """
 
 import json
@@ -19,25 +19,25 @@ CLONE = Path(cybn.__file__).resolve().parents[1]
 
 
 def environment():
-    """Return the environment of a rank: one thread, and this cybn."""
+    """Return the environment of a rank, with one thread and this cybn."""
     paths = [str(CLONE), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def launchers_of_mpi(mpiexec, ranks, *options):
-    """Return what starts the ranks of an MPI program: one command with an environment."""
+    """Return the command and environment that start all ranks of an MPI program."""
     return [([mpiexec, *options, "-n", ranks], {})]
 
 
 def launchers_of_torch(ranks):
-    """Return what starts processes for torch.distributed: a command each."""
+    """Return a command and an environment for each process of torch.distributed."""
     return [([], {"RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
 
 
 def start(launchers, folder, program, case, *arguments, ranks, within=240):
-    """Run a case in real ranks; return what each reported, and the output of the launchers.
+    """Run a case in real ranks; return their reports, exit codes and the output of the launchers.
 
-    A rank that died has reported None.
+    The report of a rank that was killed is None.
     """
     rest = [sys.executable, program, case, folder, ranks, *arguments]
     running = [
@@ -64,7 +64,7 @@ def start(launchers, folder, program, case, *arguments, ranks, within=240):
 
 
 def every(launchers, folder, program, case, *arguments, ranks, within=240):
-    """Return what each rank reported; AssertionError where one did not."""
+    """Return the report of each rank; raise AssertionError if one is missing."""
     found, codes, output = start(
         launchers, folder, program, case, *arguments, ranks=ranks, within=within
     )
@@ -77,7 +77,7 @@ def _read(path):
 
 
 def report(cases, rank):
-    """Call the case that the command line names, and write down what it returns."""
+    """Call the case that the command line names, and write its result to a file."""
     _, case, folder, ranks, *arguments = sys.argv
     try:
         found = cases[case](*arguments)
@@ -90,14 +90,14 @@ def report(cases, rank):
 
 
 def linger(folder, ranks, within):
-    """Wait until so many ranks have reported, so that none is ended by the end of another."""
+    """Wait until `ranks` ranks have reported, so that none is killed when another one exits."""
     end = time.monotonic() + within
     while time.monotonic() < end and len(list(Path(folder).glob("*.json"))) < ranks:
         time.sleep(0.05)
 
 
 def attempt(call):
-    """Return the type and the text of what a call raises."""
+    """Return the type and the text of the error that a call raises."""
     try:
         call()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Shapes of input for every kind of layer, and what its attributes take and refuse."""
+"""Input shapes for every kind of layer, and valid and invalid values of its attributes."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""A layer as plain NumPy has it: the state as attributes, the formulas from `cybn.reference`."""
+"""A layer in plain NumPy: its state as attributes, its formulas from `cybn.reference`."""
 
 import copy
 
@@ -9,7 +9,7 @@ from cybn import reference
 
 
 class Model:
-    """Any kind of layer; `kind` is its class. What it lacks is None, as in the layer."""
+    """A layer of any kind; `kind` is the class name. Attributes that the layer lacks are None."""
 
     def __init__(self, layer):
         self.kind = type(layer).__name__
@@ -23,7 +23,7 @@ class Model:
             setattr(self, name, copy.deepcopy(getattr(layer, name)))
         if self.tracked:
             self.mean, self.var, self.batches = np.zeros(self.shape), np.ones(self.shape), 0
-        self.saved = None  # what backward takes: a function of dy
+        self.saved = None  # the function of dy that backward calls
 
     @property
     def tracked(self):
@@ -60,7 +60,7 @@ class Model:
         return (*self.in_parts(x, gamma, beta, training, k, selected, masked), batch)
 
     def in_parts(self, x, gamma, beta, training, k, selected, masked):
-        """Return y and a function of dy: each part by itself, and corrected."""
+        """Return y and a function of dy; each part has its own statistics and renorm correction."""
         axis, residual = self.axis % x.ndim, k.pop("residual")
         first = 1 if axis == 0 else 0
         shares = shares_of(x, axis, **selected)
@@ -100,7 +100,7 @@ class Model:
         return y, back
 
     def parts(self, x, first, shares, training):
-        """Return the samples of each part."""
+        """Return the slice of samples of each part."""
         n, size = x.shape[first], self.virtual_batch_size
         if not training or size is None or size >= n:
             return [slice(0, n)]
@@ -133,7 +133,7 @@ class Model:
         return y, lambda dy: reference.instance_norm_backward(dy, x, m, gamma, **k), batch
 
     def measured(self, x, mask=None, lengths=None, masked=None):
-        """Return mean and variance of a batch, or those within samples, with `running_ddof`."""
+        """Return mean and variance, within samples for an instance norm, with `running_ddof`."""
         axis = self.axis % x.ndim
         if not self.kind.startswith("Instance"):
             m = reference.moments(x, axis=axis)
@@ -144,7 +144,7 @@ class Model:
         counts = used.sum(2)
         with np.errstate(all="ignore"):
             means = np.where(used, values, 0).sum(2) / counts
-            means += 0 * means  # of values that are not finite, the mean is NaN
+            means += 0 * means  # the mean of values that are not finite is NaN
             m2 = (np.where(used, values - means[..., np.newaxis], 0) ** 2).sum((0, 2))
             total, samples = counts.sum(0), np.count_nonzero(counts, axis=0)
             mean = np.where(counts, means * counts, 0).sum(0) / total
@@ -173,7 +173,7 @@ class Model:
         )
 
     def learn(self, batch):
-        """Move the running statistics; return False where the policy refuses the batch."""
+        """Move the running statistics; return False if the NaN policy refuses the batch."""
         mean, var = batch if isinstance(batch, tuple) else (batch.mean, None)
         if var is None:
             with np.errstate(all="ignore"):
@@ -189,7 +189,7 @@ class Model:
         return True
 
     def backward(self, dy):
-        """Set the gradients; return dx, and dresidual where there was a residual."""
+        """Set the gradients; return dx, and dresidual if there was a residual."""
         dx, *rest = self.saved(dy)
         self.saved = None
         for name, value in zip(("gamma", "beta"), rest, strict=False):
@@ -211,7 +211,7 @@ SETTINGS = (
 
 
 def shares_of(x, axis, mask=None, weights=None, lengths=None):
-    """Return how often each position counts, as x with one channel; None where all do once."""
+    """Return the weight of each position, as x with one channel, or None if all are 1."""
     if mask is None and weights is None and lengths is None:
         return None
     one = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
@@ -228,7 +228,7 @@ def shares_of(x, axis, mask=None, weights=None, lengths=None):
 
 
 def agree(layer, model):
-    """Assert that every public attribute of the layer is that of the model."""
+    """Assert that every public attribute of the layer equals that of the model."""
     unit = 1e-8 if layer.dtype == np.float64 else 1e-5
     close = {"rtol": unit, "atol": unit}
     for name in SETTINGS:

@@ -1,4 +1,4 @@
-"""Layer sizes of published networks, and the shapes where kernels tend to break: shapes.json."""
+"""Shapes of layers in published networks and shapes where kernels tend to break: shapes.json."""
 
 import json
 from math import prod
@@ -15,7 +15,7 @@ class Shape(NamedTuple):
 
     @property
     def name(self):
-        """Channels and spatial sizes, such as ``64x56x56``; (N, C) and sequences in full."""
+        """Return channels and spatial sizes, such as ``64x56x56``; (N, C) and sequences in full."""
         sizes = self.channels_first[1:] if len(self.spatial) > 1 else self.channels_first
         return "x".join(map(str, sizes))
 
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(entry):
-    """Return the shape of an entry of the file; a batch of 32 where it does not say."""
+    """Return the shape of an entry of the file; the batch is 32 if the entry has none."""
     return Shape(entry.get("n", 32), entry["c"], tuple(entry[k] for k in "dhwl" if k in entry))
 
 

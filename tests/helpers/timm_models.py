@@ -1,4 +1,4 @@
-"""timm, which imports torchvision, and a small model of each of its families."""
+"""Import timm, which imports torchvision, and name a small model of each of its families."""
 
 import vision  # noqa: F401 - torchvision
 
@@ -6,7 +6,8 @@ __all__ = ["MODELS", "timm"]
 
 import timm
 
-# Of every kind of norm and activation, the smallest of its family, and images as small as it takes.
+# The smallest model of each family, so that every kind of norm and activation occurs, with the
+# smallest images that the model takes.
 MODELS = {
     "resnet18": {},
     "resnet26d": {},

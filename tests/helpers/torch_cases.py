@@ -1,4 +1,4 @@
-"""Random batch norms of PyTorch and what they should compute, for the tests of cybn.torch."""
+"""Random batch norms of PyTorch and their exact results, for the tests of cybn.torch."""
 
 import copy
 
@@ -40,7 +40,7 @@ def random_module(rng, rank, dtype):
 
 
 def random_batch(rng, channels, rank, dtype, last=False):
-    """Return x and dy of a random shape, channels off zero by different amounts."""
+    """Return x and dy of a random shape; the mean of each channel is off zero by another amount."""
     sizes = [int(n) for n in np.exp(rng.uniform(0, 3.5, rank - 1)).round()]
     while np.prod(sizes) < 2 or np.prod(sizes) * channels > 2**14:
         sizes = [max(2, n // 2) for n in sizes]
@@ -55,7 +55,7 @@ def random_batch(rng, channels, rank, dtype, last=False):
 
 
 def step(bn, x, dy):
-    """Return what one forward and backward make, by name; gradients start from nothing."""
+    """Return the results of one forward and backward by name; gradients are cleared first."""
     x = x.clone().requires_grad_()
     bn.zero_grad()
     y = bn(x)
@@ -66,7 +66,7 @@ def step(bn, x, dy):
 
 
 def expected(bn, x, dy):
-    """Return the exact value and the bound of all that `step` returns, and of the buffers after."""
+    """Return the exact value and the bound of each result of `step` and of each buffer after it."""
     n = {name: t.detach().numpy() for name, t in bn.state_dict(keep_vars=True).items()}
     x, dy = x.numpy(), dy.numpy()
     gamma, beta = n.get("weight"), n.get("bias")
@@ -98,7 +98,7 @@ def running(state, x, momentum):
 
 
 def twin(module):
-    """Return a converted copy."""
+    """Return a converted copy of a module."""
     return cybn.torch.convert(copy.deepcopy(module))
 
 
@@ -115,5 +115,5 @@ def image(*shape, **options):
 
 
 def steps(t):
-    """Return the strides of a tensor where they matter."""
+    """Return the strides of the axes that are longer than 1."""
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]

@@ -1,7 +1,7 @@
-"""Places in the source that stay found when lines move: a function, and a few tokens in it.
+"""Find a place in the source by a function and a few tokens in it, even after lines have moved.
 
 `find` is compared token by token, so that line breaks, indentation and comments may change. It
-works on Python and on Cython (.py, .pyx, .pxd), whose functions are told by their indentation.
+works on Python and Cython (.py, .pyx, .pxd); functions are found by their indentation.
 """
 
 import re
@@ -14,7 +14,7 @@ HEADER = r"^( *)(?:(?:cdef|cpdef|def)\b[^=\n]*?\b{0}\(|(?:cdef )?class {0}\b)"
 
 
 def anchored(text, function, find, put, at=None):
-    """Return where `find` lies in a function, and what stands there once it has become `put`.
+    """Return where `find` is in a function, and the text that replaces it.
 
     Parameters
     ----------
@@ -23,9 +23,10 @@ def anchored(text, function, find, put, at=None):
     function : str
         Name of a function or class, ``"Class.method"``, or empty for the whole module.
     find, put : str
-        Code. Further lines of `put` are indented as the line that `find` begins in.
+        Code. Further lines of `put` are indented like the line that `find` begins in.
     at : int, optional
-        Which one, from 1, where `find` occurs several times; it may occur only once otherwise.
+        Which occurrence, counted from 1, if `find` occurs several times. Otherwise it must occur
+            only once.
 
     Returns
     -------
@@ -45,13 +46,13 @@ def anchored(text, function, find, put, at=None):
 
 
 def replaced(text, function, find, put, at=None):
-    """Return the source with that one change."""
+    """Return the source with `find` replaced by `put`."""
     start, end, new = anchored(text, function, find, put, at)
     return text[:start] + new + text[end:]
 
 
 def pattern(find):
-    """Return a regular expression for these tokens, with any space between them."""
+    """Return a regular expression for the tokens of `find`, with any space between them."""
     tokens = TOKEN.findall(find)
     parts = [re.escape(tokens[0])]
     for before, token in pairwise(tokens):
@@ -63,7 +64,7 @@ def pattern(find):
 
 
 def without_comments(text):
-    """Return the text with comments and long strings blanked, each character in its place."""
+    """Return the text with comments and long strings blanked; offsets do not change."""
 
     def blank(match):
         if match[0].startswith(("#", '"""')):
@@ -74,7 +75,7 @@ def without_comments(text):
 
 
 def extent(code, function):
-    """Return the first and last offset of a function or class; the whole text without a name."""
+    """Return the first and last offset of a function or class, or of the text if it has no name."""
     start, end = 0, len(code)
     for name in filter(None, function.split(".")):
         headers = [
@@ -90,7 +91,7 @@ def extent(code, function):
 
 
 def end_of_header(code, start):
-    """Return where the line that begins at `start` ends, with what is in brackets."""
+    """Return the offset of the end of the header that begins at `start`, across brackets."""
     depth = 0
     for place in range(start, len(code)):
         depth += (code[place] in "([{") - (code[place] in ")]}")
@@ -100,12 +101,12 @@ def end_of_header(code, start):
 
 
 def has_body(code, start):
-    """Whether a header is that of a definition, not of a declaration."""
+    """Return whether a header belongs to a definition, not to a declaration."""
     return code[start : end_of_header(code, start)].rstrip().endswith(":")
 
 
 def end_of_block(code, start, indent):
-    """Return where the block below a header ends."""
+    """Return the offset of the end of the block below a header."""
     after = end_of_header(code, start)
     outside = re.compile(rf"^ {{0,{indent}}}[^\s]", re.MULTILINE)
     place = outside.search(code, after + 1)

@@ -1,14 +1,14 @@
-"""Count the copies of the kernels' loops that a build has, and name those that no call reaches.
+"""Count the compiled copies of the kernels' loops, and name those that no call reaches.
 
     python tests/tools/copies.py [--level LEVEL] [--cases N] [TEST ...]
 
-An inline function is compiled once for each of its calls. Here each function with a loop gets a
-mark: an instruction that sets a byte. The kernels are built with the flags of a release, at one
-level; each copy that the compiler makes has a byte of its own. Then the calls of digests.json,
-random calls and tests run. A copy whose byte stays 0 is code that nothing needs, or a case that
-nothing tests; the exit code is then 1.
+An inline function is compiled once for each of its calls. This script adds a mark to each function
+with a loop: an instruction that sets a byte. It builds the kernels of one level with the flags of a
+release; each copy that the compiler makes has its own byte. Then it runs the calls of digests.json,
+random calls and tests. If the byte of a copy stays 0, no call needs the copy, or no test covers it.
+The exit code is then 1.
 
-Needs gcc, x86-64 and the environment of `pip install '.[test]'`.
+It needs gcc, x86-64 and the environment of `pip install '.[test]'`.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from mutate import ROOT, SOURCES, copy
 
 KERNELS = ("batch_norm", "layer_norm")
 CONSTANTS = {"way", "bend", "step", "stream", "clamped", "added", "brain", "activation"}
-NO_LOOP = ("clear", "end_of_run")  # gcc makes a copy of them for a length of 0: a mark alone
+NO_LOOP = ("clear", "end_of_run")  # gcc makes a copy for a length of 0, only a mark
 TESTS = ["tests/batch", "tests/family", "tests/layers", "tests/machine/test_digests.py"]
 
-# In a section: the byte, how far away the code is, and what it is a copy of. What the compiler does
-# not know of an argument is where it lies, such as %eax.
+# A section contains, for each copy, the byte, the offset to the code, and the function and its
+# arguments. An argument that is not known at compile time is shown as its register, such as %eax.
 MARK = r"""
   __asm__ volatile("movb $1, 1f(%%rip)\n2:\n\t.pushsection cybn_copies, \"aw\"\n"
     "1: .byte 0\n\t.long 2b - .\n\t.asciz \"LABEL\"\n\t.popsection" : : VALUES);
@@ -55,7 +55,7 @@ FUNCTION = re.compile(
 
 
 def name_of(symbol):
-    """Return what a function is called in the sources, and its type if it is fused."""
+    """Return the name of a function in the sources, with its type if it is fused."""
     found = re.match(r"__pyx_(?:fuse_(\d)__pyx_)?f_4cybn_8_kernels_(\d+)([a-zA-Z_0-9]+)", symbol)
     if not found:
         return symbol
@@ -64,7 +64,7 @@ def name_of(symbol):
 
 
 def marked(code, kernel):
-    """Return the C of a kernel with a mark in each function that has a loop."""
+    """Return the C source of a kernel with a mark in each function that has a loop."""
 
     def mark(found):
         if not re.search(r"\bfor \(", found[0]):
@@ -81,20 +81,20 @@ def marked(code, kernel):
 
 
 def build(folder, level):
-    """Build the sources in a folder, with marks in the kernels of a level."""
+    """Build the sources in a folder, with marks in the kernels of one level."""
     copy(SOURCES, folder)
     setup = folder / "setup.py"
     setup.write_text(setup.read_text("utf-8").replace('["-Wl,-s"]', "[]"), "utf-8")
     own = os.environ | {"CYBN_LEVELS": level}
     run = [sys.executable, "setup.py", "-q", "build_ext"]
     subprocess.run(run, cwd=folder, env=own | {"CC": "true"}, check=True, capture_output=True)
-    for file in (folder / "build" / level.replace("-", "_")).rglob("*.c"):  # translated, no more
+    for file in (folder / "build" / level.replace("-", "_")).rglob("*.c"):  # not yet compiled
         file.write_text(marked(file.read_text("utf-8"), file.stem), "utf-8")
     subprocess.run([*run, "--inplace"], cwd=folder, env=own, check=True)
 
 
 def symbols(library):
-    """Return where the marks of a library begin, and its functions as (address, name)."""
+    """Return the address of the marks of a library, and its functions as (address, name)."""
     command = ["nm", str(library)]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = sorted((int(at, 16), name) for at, name in re.findall(r"(\w{16}) [tTdD] (.*)", listed))
@@ -103,7 +103,7 @@ def symbols(library):
 
 
 def copies(library, files):
-    """Yield each copy in a library as (function that it is in, what it is, whether it ran)."""
+    """Yield each copy in a library as (function it was inlined in, its label, whether it ran)."""
     start, functions = symbols(library)
     saved = [file.read_bytes() for file in files]
     at = 0
@@ -130,7 +130,7 @@ def main():
 
 
 def report(folder, options):
-    """Run what calls the kernels and print what was not reached; return whether there is any."""
+    """Call the kernels and print the copies that were not reached; return whether there are any."""
     with tempfile.TemporaryDirectory() as saved:
         path = os.pathsep.join(map(str, (folder, ROOT / "tests/tools", ROOT / "tests/helpers")))
         own = os.environ | {"PYTHONPATH": path, "CYBN_COPIES": saved}

@@ -1,10 +1,10 @@
 """Compare the results of this build with tests/machine/digests.json, bit for bit.
 
-    python tests/tools/digests.py              # at each level: how many calls give their digest
-    python tests/tools/digests.py --write      # make the file from the results of this build
+    python tests/tools/digests.py              # count the calls that give their digests
+        python tests/tools/digests.py --write      # write the file from the results of this build
 
-Needs NumPy and cybn, and ml_dtypes for bfloat16; no pytest. So it runs where little is installed:
-under an emulator, or in a build without OpenMP.
+It needs NumPy and cybn, and ml_dtypes for bfloat16, but not pytest. So it also runs under an
+emulator, or in a build without OpenMP.
 """
 
 import argparse
@@ -24,12 +24,12 @@ FILE = Path(__file__).resolve().parents[1] / "machine" / "digests.json"
 
 
 def load():
-    """Return the digests by the names of their calls."""
+    """Return the digest of each call by its name."""
     return json.loads(FILE.read_text("utf-8"))
 
 
 def differing(calls):
-    """Return the names of the calls whose results have another digest."""
+    """Return the names of the calls whose results have a different digest."""
     want = load()
     return [name for name, call in calls.items() if digest(call()) != want.get(name)]
 

@@ -1,8 +1,8 @@
-"""Arrays between protected pages: a read or write past either end kills the process.
+"""Allocate arrays between protected pages, so that access past either end kills the process.
 
-Within `fenced("end")` every array that NumPy allocates, those that cybn makes for itself among
-them, ends where a page begins that may not be touched; within `fenced("start")` each starts where
-one ends. NumPy asks the memory handler of the current context (its NEP 49) for all of them.
+Within `fenced("end")` every array that NumPy allocates ends where a page begins that must not be
+touched; within `fenced("start")` each array starts where such a page ends. This includes the arrays
+that cybn allocates. NumPy asks the memory handler of the current context (its NEP 49) for all.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-_room = {}  # data -> (first page, pages), of arrays that live
-_spare = defaultdict(list)  # pages -> first page of each such room that is free
+_room = {}  # data address of each live array -> (address of its first page, number of pages)
+_spare = defaultdict(list)  # number of pages -> addresses of free areas of that size
 
 
 def _pages(count):
-    """Return the address of so many pages between two that nobody may touch."""
+    """Return the address of `count` pages between two protected pages."""
     if _spare[count]:
         return _spare[count].pop()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -128,7 +128,7 @@ SIDES = tuple(_capsules)
 
 @contextmanager
 def fenced(side):
-    """Put all arrays that are made in this block next to a protected page."""
+    """Put all arrays that are allocated in this block next to a protected page."""
     before = _set_handler(_capsules[side])
     try:
         yield

@@ -1,7 +1,7 @@
 """Fuzz cybn against its reference: `python tests/tools/fuzz.py --cases 300000 --seed 1`.
 
-Case k of a seed is always the same one, so `--only K` runs it again. With `--log FILE` the count
-is kept, and a run that was stopped goes on where it was. Prints cases, failures and the seed.
+Case k of a seed is always the same, so `--only K` runs it again. With `--log FILE` the count is
+stored, and a run that was stopped continues from there. Prints cases, failures and the seed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def case_of(seed, k):
 
 
 def run(seed, numbers, stop_after=20, tell=lambda k: None):
-    """Run cases; return how many ran, and a list of (number, case, error) that failed."""
+    """Run cases; return how many ran, and (number, case, error) of each that failed."""
     failures, ran = [], 0
     try:
         for k in numbers:

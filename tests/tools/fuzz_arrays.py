@@ -1,4 +1,4 @@
-"""The arrays of a fuzz case: as drawn, and as a plain twin has them."""
+"""The arrays of a fuzz case, as drawn or as plain copies."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from cybn import reference
 
 @dataclass
 class Arrays:
-    """The arrays of a case. `buffers` are what must not change but for `out`."""
+    """The arrays of a case. `buffers` are the memory that must not change, except through `out`."""
 
     x: np.ndarray
     dy: np.ndarray | None = None
@@ -21,11 +21,11 @@ class Arrays:
     out_residual: np.ndarray | None = None
     gamma: np.ndarray | None = None
     beta: np.ndarray | None = None
-    fixed: tuple | None = None  # mean and var of inference
-    moments: object = None  # that backward is given
+    fixed: tuple | None = None  # mean and var for inference
+    moments: object = None  # for backward
     options: dict = field(default_factory=dict)
     buffers: list = field(default_factory=list)
-    copied: bool = False  # whether x is converted at the door, so that out may lie over it
+    copied: bool = False  # whether cybn converts x to a copy first, so that out may overlap it
 
 
 def build(case: Case) -> Arrays:
@@ -65,7 +65,7 @@ def parameter_shape(case):
 
 
 def parameter(dtype, given):
-    """Return gamma or beta; stepped where its length is odd."""
+    """Return gamma or beta; it has a stride of 2 if its length is odd."""
     if dtype is None:
         return None
     room = np.full((*given.shape, 1 + given.size % 2), np.nan, dtype)
@@ -78,7 +78,7 @@ def plain_options(case):
 
 
 def selection(case, rng):
-    """Return mask, weights and lengths, in any of the shapes that are taken."""
+    """Return mask, weights and lengths, in any of the shapes that are allowed."""
     chosen = {}
     axis = case.axis % len(case.shape)
     for what in case.flags.get("select", "").split():
@@ -102,7 +102,7 @@ def selection(case, rng):
 
 
 def unselected(case, arrays):
-    """Return what does not count, as an array of bool like x."""
+    """Return a bool array like x that is True for values that are masked or have weight 0."""
     chosen = [arrays.options.get(k) for k in ("mask", "weights", "lengths")]
     w = reference._shares(arrays.x, case.axis, *chosen)
     like = np.moveaxis(arrays.x, case.axis, 0)
@@ -110,14 +110,14 @@ def unselected(case, arrays):
 
 
 def hidden(case, arrays):
-    """Return what does not count and was made NaN."""
+    """Return a bool array like x that is True for masked values that were set to NaN."""
     if case.flags.get("hidden"):
         return unselected(case, arrays)
     return np.zeros(arrays.x.shape, bool)
 
 
 def prepare(case, arrays, rng):
-    """Add what the operation takes beside x: fixed statistics, or what a forward returned."""
+    """Add further inputs of the operation: fixed statistics, or the result of a forward."""
     channels = case.shape[case.axis]
     if "inference" in case.op:
         wide = rows(arrays.x.astype(np.float64), case.axis)
@@ -137,7 +137,7 @@ def prepare(case, arrays, rng):
 
 
 def lay_out(case, arrays):
-    """Put the arrays into memory as their views say, and choose out."""
+    """Put the arrays into memory as their views require, and choose out."""
     bases = {}
     for name in ("x", "dy", "residual"):
         if name in case.views:
@@ -162,20 +162,20 @@ def lay_out(case, arrays):
 
 
 def room_of(case, name, arrays):
-    """Return an array of its own to write to."""
+    """Return a new array to write to, laid out as its view requires."""
     room, buffer, _ = case.views[name].lay(np.zeros(case.shape, DTYPES[case.dtype]))
     arrays.buffers.append(buffer)
     return room
 
 
 def rooms(a):
-    """Return the arrays that results are written to, by the names of those."""
+    """Return the output arrays that the call was given, by the names of the results."""
     big = {"y": a.out, "dx": a.out, "dresidual": a.out_residual}
     return {name: room for name, room in big.items() if room is not None}
 
 
 def plain(arrays):
-    """Return the arrays as own copies, in native byte order, without out."""
+    """Return copies of the arrays in native byte order, without out."""
     x = native(arrays.x)
     options = {k: native(v) if k == "residual" else v for k, v in arrays.options.items()}
     if arrays.options.get("residual") is arrays.x:
@@ -199,7 +199,7 @@ def native(array):
 
 
 def acceptable(case, a):
-    """Whether the values of a channel, or of a row, have a variance."""
+    """Return whether each channel or row has enough values for a variance."""
     if case.op in FAMILY:
         if case.op.startswith("group"):
             return case.shape[0] * a.x.size // max(1, case.shape[0] * case.groups) > 1

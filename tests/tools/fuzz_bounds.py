@@ -1,15 +1,15 @@
-"""What the exact results of a case are, and how far off they may be, with every flag on.
+"""The exact results of a case and their error bounds, for any combination of options.
 
 The plain bounds are those of docs/math.md (39) and (40) and of `cases.backward_bound`. With
 u = 2**-24 or 2**-53, ulp = 8 u, and z = gamma * xhat + beta + residual:
 
 residual     one more rounding, u * |z|
-activation   the bound of z times the largest slope, and 8 u * |y| of its own
-gradients    g = dy * f'(z) may be off by dg: by |dy| * the change of f' over the bound of z, which
-             is a jump where z may lie on either side of a kink, and 8 u * |dy|
-half types   half a unit of their last place, on what is stored in them
+activation   the bound of z times the largest slope, and 8 u * |y| for the activation itself
+gradients    g = dy * f'(z) may be off by dg: by |dy| times the change of f' within the bound of z
+             (a jump if z may be on either side of a kink), and by 8 u * |dy|
+half types   half a unit in the last place of each stored result
 weights      means are weighted, as in (66)
-stretched    where x or dy has an axis of stride 0, all are four times as wide (math.md, 6.5)
+stretched    all bounds are four times as wide if x or dy has an axis of stride 0 (math.md, 6.5)
 """
 
 import ml_dtypes
@@ -23,13 +23,13 @@ KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)
 
 
 def rows(array, axis):
-    """Return an array as (C, M)."""
+    """Return an array in the shape (C, M)."""
     moved = np.moveaxis(array, axis, 0)
     return moved.reshape(len(moved), -1)
 
 
 def widened(*arrays):
-    """Return float64, or long double of float64: what the reference then computes in."""
+    """Return float64 arrays as long double and others as float64, for the reference."""
     return [
         None
         if a is None
@@ -39,7 +39,7 @@ def widened(*arrays):
 
 
 def stored(exact, bound, dtype):
-    """Return the bound of what is rounded to a type."""
+    """Return the bound of a result that is rounded to `dtype`."""
     info = ml_dtypes.finfo(dtype)
     tiny = 4 * float(info.smallest_subnormal)
     if dtype.itemsize > 2:
@@ -48,7 +48,7 @@ def stored(exact, bound, dtype):
 
 
 class Bounds:
-    """Exact values of all results of one batch normalization, and their bounds, as rows (C, M)."""
+    """Exact results of one batch normalization and their bounds, as rows (C, M)."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Bounds:
         self.r = 1 / np.sqrt(self.var + self.eps)
         self.xhat = (r - self.mean) * self.r
         self.off = np.abs(self.mean) * self.r
-        # (39) is for means of up to a million standard deviations
+        # (39) is valid for means of up to a million standard deviations
         self.promised = self.double | (self.off[:, 0] <= 1e6)
 
     def keywords(self):
@@ -151,7 +151,7 @@ class Bounds:
 
     @np.errstate(all="ignore")
     def backward(self, dy, from_output=False):
-        """Return the gradients and their bounds: dx, dgamma, dbeta, and dresidual if any."""
+        """Return the exact gradients and their bounds: dx, dgamma, dbeta, and dresidual if any."""
         options = self.keywords() | {
             "from_output": from_output,
             "beta": self.beta,
@@ -188,7 +188,7 @@ class Bounds:
         return exact, bounds
 
     def _through(self, dy, xhat, known):
-        """Return g = dy * f'(z), and how far off it may be; z is what is known of y, if given."""
+        """Return g = dy * f'(z) and its bound. If `known` is given, it is z as recovered from y."""
         z, bound = self.of_z(xhat)
         if known is not None:
             z, bound = known, 0 * bound
@@ -207,15 +207,16 @@ class Bounds:
             dg = dg + np.abs(dy) * (bound + self.ulp)
         dg = np.where(counts, dg, 0)
         if self.options.get("residual") is not None and self.x.dtype.itemsize == 2:
-            info = ml_dtypes.finfo(self.x.dtype)  # dx is made from dresidual as it is stored
+            info = ml_dtypes.finfo(self.x.dtype)  # dx is computed from the stored dresidual
             dg = dg + float(info.eps) * 0.51 * np.abs(g) + float(info.smallest_subnormal)
         return g, dg
 
 
 def wrong(got, exact, bound, dtype):
-    """Return where a result is outside its bound: (C, M) or (C,) of bool.
+    """Return a bool array, (C, M) or (C,): True where a result is outside its bound.
 
-    A result beyond the largest number may be infinite, and NaN must be where the reference has it.
+    A result that is too large for its type may be infinite. NaN must be where the reference
+    has NaN.
     """
     got = got.astype(exact.dtype)
     largest = float(ml_dtypes.finfo(dtype).max)

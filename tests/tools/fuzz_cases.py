@@ -1,6 +1,6 @@
-"""One fuzz case: drawn from a random.Random, so that a seed or hypothesis decides; plain data.
+"""One fuzz case as plain data, drawn from a random.Random, which a seed or hypothesis provides.
 
-`draw(dice)` chooses, `Case.build()` makes the arrays. Whatever lies around a view is NaN.
+`draw(dice)` chooses a case, `fuzz_arrays.build` makes its arrays. All memory around a view is NaN.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ KINDS = (
     *("integers", "mixed", "outlier"),
 )
 SMALL = (1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 13, 17)
-EDGES = (15, 16, 31, 32, 64, 128, 256, 512, 1024)  # and one below, and one above
+EDGES = (15, 16, 31, 32, 64, 128, 256, 512, 1024)  # `near` also draws one less or one more
 HUGE_EDGES = (2048, 4096, 16384, 32768, 65536)
 
 
@@ -57,14 +57,14 @@ def draw_shape(dice, ndim):
 
 @dataclass(frozen=True)
 class View:
-    """How an array lies in its buffer."""
+    """The layout of an array in its buffer."""
 
-    order: tuple  # axes as they lie in memory
-    steps: tuple  # of each axis
+    order: tuple  # of the axes in memory
+    steps: tuple  # step of each axis
     margins: tuple  # elements before and after, along each axis
-    shift: int = 0  # bytes before it all
+    shift: int = 0  # bytes before the first element
     stretched: tuple = ()  # axes of stride 0
-    swapped: bool = False  # of the other byte order
+    swapped: bool = False  # whether the byte order is not native
     read_only: bool = False
 
     @property
@@ -78,7 +78,7 @@ class View:
             abs(k) * n + 2 * m for n, k, m in zip(shape, self.steps, self.margins, strict=True)
         ]
         space = prod(sizes) * dtype.itemsize
-        buffer = np.full(space + 72, 255, np.uint8)  # all bits set is a NaN of any type
+        buffer = np.full(space + 72, 255, np.uint8)  # in every type, all bits set is a NaN
         start = -buffer.ctypes.data % 64 + self.shift
         if start + space > buffer.size:
             start -= 64
@@ -88,7 +88,7 @@ class View:
         return buffer, base
 
     def cut(self, base, shape, by=0):
-        """Return the view of `base`, moved by some elements along its first wide axis."""
+        """Return the view of `base`, moved `by` elements along the first axis that has room."""
         index = []
         for i, (k, m) in enumerate(zip(self.steps, self.margins, strict=True)):
             n = 1 if i in self.stretched else shape[i]
@@ -101,7 +101,7 @@ class View:
         return base[tuple(index)]
 
     def lay(self, values):
-        """Return (array, buffer, base) with these values, as far as stretching lets them be."""
+        """Return (array, buffer, base) with these values; a stretched axis repeats its first."""
         dtype = values.dtype.newbyteorder() if self.swapped else values.dtype
         buffer, base = self.empty(values.shape, values.dtype)
         base = base.view(dtype) if self.swapped else base
@@ -117,7 +117,7 @@ class View:
 
 
 def draw_view(dice, ndim, dtype, writable=False):
-    """Return a layout: plain, or strange in one way, or in several."""
+    """Return a layout: plain, or unusual in one way or several."""
     plain = tuple(range(ndim))
     ones, zeros = (1,) * ndim, (0,) * ndim
     kind = dice.choice(
@@ -152,14 +152,14 @@ def draw_view(dice, ndim, dtype, writable=False):
 
 
 def powers(dtype):
-    """Return how large powers of ten may get in a type: of scales, and of offsets in units."""
+    """Return the largest powers of ten for a type: of scales, and of offsets in units of scale."""
     return {"float32": (15, 5), "float64": (120, 9), "float16": (2, 2), "bfloat16": (15, 2)}[
         dtype.name
     ]
 
 
 def values(kind, shape, axis, dtype, rng):
-    """Return an array of some kind of values."""
+    """Return an array with values of the given kind."""
     most, far = powers(dtype)
     x = rng.standard_normal(shape)
     per_channel = [1] * len(shape)
@@ -191,22 +191,22 @@ def values(kind, shape, axis, dtype, rng):
 
 @dataclass(frozen=True)
 class Case:
-    """All that was chosen. `views` are those of x, dy, residual and out."""
+    """All choices of a case. `views` are the layouts of x, dy, residual and out."""
 
-    op: str  # of BATCH, or of FAMILY
+    op: str  # an operation of BATCH or FAMILY
     shape: tuple
     axis: int
     dtype: str
-    kind: str  # of values
+    kind: str  # kind of the values
     views: dict
-    seed: int  # of the values
+    seed: int  # seed of the values
     eps: float | None
-    gamma: str | None  # its type
+    gamma: str | None  # its dtype, None if it is not given
     beta: str | None
     threads: int
     level: str
-    small: bool  # caches are taken for so small that results go past them
-    out: str  # new, given, overlap, or the name of an input that is written over
+    small: bool  # whether kernels assume small caches, so that results are written past them
+    out: str  # new, given, overlap, or the name of an input to overwrite
     flags: dict = field(default_factory=dict)
     groups: int = 0
 
@@ -233,11 +233,11 @@ def draw(dice, op=None):
 
 
 def draw_common(dice, op, ndim, dtype, flags):
-    """Choose what batch normalization and its family have alike."""
+    """Choose what batch normalization and the other norms have in common."""
     names = ["x", *(["dy"] if "backward" in op else [])]
     names += ["residual"] if flags.get("residual") == "own" else []
     views = {name: draw_view(dice, ndim, DTYPES[dtype]) for name in names}
-    if dice.random() < 0.4:  # all alike, as in a network
+    if dice.random() < 0.4:  # the same layout for all, as in a network
         views = dict.fromkeys(names, views["x"])
     inputs = [name for name in names if views[name].may_be_out]
     out = dice.choice(("new", "new", "given", "given", "overlap", *inputs))
@@ -260,7 +260,7 @@ def draw_common(dice, op, ndim, dtype, flags):
 
 
 def draw_flags(dice, op, shape, axis):
-    """Choose activation, residual, and which positions count."""
+    """Choose an activation, a residual, and a selection of positions."""
     flags = {}
     if op != "moments":
         if dice.random() < 0.45:
@@ -287,7 +287,7 @@ def draw_flags(dice, op, shape, axis):
         rest = [n for i, n in enumerate(shape) if i != axis]
         flags["select_shape"] = tuple(1 if dice.random() < 0.2 else n for n in rest)
         flags["select_axes"] = dice.choice(("rest", "rest", "all", "fewer"))
-        flags["hidden"] = dice.choice((None, "nan"))  # what does not count
+        flags["hidden"] = dice.choice((None, "nan"))  # the content of masked values
     return flags
 
 

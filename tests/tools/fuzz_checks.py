@@ -1,7 +1,7 @@
-"""Running a fuzz case: the results as drawn, those of a plain twin, and the exact ones.
+"""Run a fuzz case and compare its results with those of plain copies and with exact results.
 
-The twin has its own copies of the arrays, one thread, the caches of the machine, another
-instruction level and no `out`; its results must be the same bits. The exact results come from
+The second call, the twin, has copies of the arrays, one thread, the caches of the machine, another
+instruction level and no `out`; its results must be bitwise equal. The exact results come from
 `fuzz_bounds` and `family_cases`.
 """
 
@@ -21,7 +21,7 @@ import cybn
 
 
 def call(case, a, threads, level):
-    """Return the results by name."""
+    """Call cybn and return the results by name."""
     bind(level)
     k = {"axis": case.axis, "eps": case.eps, "num_threads": threads, "out": a.out, **a.options}
     if "masked" in case.flags:
@@ -72,26 +72,26 @@ def call_family(case, a, k):
 
 
 def same(a, b):
-    """Whether two arrays are the same bits, but for what NaN is made of."""
+    """Return whether two arrays are bitwise equal, except for the bits of NaNs."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return a.tobytes() == b.tobytes() or bool(equal(a, b).all())
 
 
 def equal(a, b):
-    """Return where two arrays of one type have the same bits, or both have NaN."""
+    """Return where two arrays of one type have equal bits or both have NaN."""
     words = np.dtype(f"u{a.dtype.itemsize}")
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
     return (a.view(words) == b.view(words)) | ((a != a) & (b != b))
 
 
 def check(case: Case) -> None:
-    """Run a case; AssertionError says what was wrong."""
+    """Run a case; raise AssertionError if anything is wrong."""
     a = build(case)
     twin = plain(a)
     if not acceptable(case, a):
         if a.moments is None:
-            a.moments = cybn.moments(np.zeros((3, 2)))  # never looked at
+            a.moments = cybn.moments(np.zeros((3, 2)))  # the call raises before it reads them
         refused(case, a)
         return
     add_moments(case, a, twin)
@@ -116,7 +116,10 @@ def check(case: Case) -> None:
 
 
 def taken(name, value, a, kept):
-    """Return a result, its room as it was before; it must be that room, or lie as x does."""
+    """Return a result after checking that it is the given array, or laid out as x is.
+
+    The given array gets back the content that it had before the call.
+    """
     room = rooms(a).get(name)
     if room is not None:
         assert value is room, f"{name} is not the array that was given for it"
@@ -129,12 +132,12 @@ def taken(name, value, a, kept):
 
 
 def steps(array):
-    """Return the strides that matter."""
+    """Return the strides of the axes that are longer than 1."""
     return [step for step, n in zip(array.strides, array.shape, strict=True) if n > 1]
 
 
 def add_moments(case, a, twin):
-    """Give backward what a forward returns."""
+    """Add the moments that a forward returns, for backward."""
     if "backward" not in case.op or a.fixed is not None or a.moments is not None:
         return
     if case.op in FAMILY:
@@ -160,14 +163,14 @@ def other_level(level):
 
 
 def compare_twin(case, a, got, twin):
-    """The same bits from plain copies, one thread and another level; NaN stays where it is."""
+    """Check that plain copies, one thread and another level give equal bits, and that NaN stays."""
     other = call(case, twin, 1, other_level(case.level))
     assert got.keys() == other.keys()
     if case.op in FAMILY:
         compare_float32(case, twin, other)
     view = case.views["x"]
     moved = view.stretched or view.order != tuple(range(a.x.ndim))
-    # rows are added as they lie in memory
+    # dgamma and dbeta of the family add the rows in the order of memory
     summed = ("dgamma", "dbeta") if case.op in FAMILY and moved else ()
     for name, value in got.items():
         if name in summed:
@@ -190,7 +193,7 @@ def compare_twin(case, a, got, twin):
 
 
 def compare_float32(case, twin, got):
-    """Half types are float32, rounded once; what stays float32 is the same bits."""
+    """Check that half types give the results of float32, rounded once."""
     if twin.x.itemsize > 2:
         return
     wide = replace(twin, x=twin.x.astype(np.float32))
@@ -203,7 +206,7 @@ def compare_float32(case, twin, got):
 
 
 def by_rows(case, array):
-    """Return an array as (rows that stand alone, values)."""
+    """Return an array as (channels or rows, values); each has its own statistics."""
     if case.op not in FAMILY:
         return rows(array, case.axis)
     array = member_of(case).rows(array)
@@ -211,7 +214,7 @@ def by_rows(case, array):
 
 
 def spoilt_rows(case, a):
-    """Return which channels or rows hold something that is not finite and counts."""
+    """Return which channels or rows have a NaN or infinity that is not masked."""
     spoilt = ~np.isfinite(by_rows(case, a.x).astype(np.float64))
     return (spoilt & ~by_rows(case, hidden(case, a))).any(1)
 
@@ -257,7 +260,7 @@ def compare(name, got, exact, bound, usable, dtype):
 
 
 def check_moments(exact, got, usable):
-    """The mean within ulp of a standard deviation, M2 within some ulp of itself."""
+    """Check that the mean is within ulp standard deviations, and M2 within some relative ulp."""
     std = np.sqrt(exact.var[:, 0])
     half = not exact.double
     near = 0 if half else np.abs(exact.mean[:, 0])
@@ -292,7 +295,7 @@ def check_constant(exact, y):
 
 
 def repeated(case):
-    """Whether values that are summed are the same again and again."""
+    """Return whether the same few values are summed many times."""
     return any(case.views[name].stretched for name in ("x", "dy") if name in case.views)
 
 

@@ -1,9 +1,9 @@
-"""The reliability matrix: its 39 rows, and the figures that the tests of each row note down.
+"""The reliability matrix: its 39 rows, and the figures that the tests of each row record.
 
-A test says which row it belongs to with `@pytest.mark.row(23)` and notes what it measured with the
-fixture `figure`. `pytest --matrix=FILE` adds what it saw to FILE, so that several runs fill one
-table; `python tests/tools/matrix.py FILE...` prints it, and fails if a row failed or was never run.
-`pytest --row=23` runs the tests of that row alone.
+A test names its row with `@pytest.mark.row(23)` and records a figure with the fixture `figure`.
+`pytest --matrix=FILE` adds the results of the run to FILE, so that several runs fill one table.
+`python tests/tools/matrix.py FILE...` prints the table, and fails if a row failed or was never run.
+`pytest --row=23` only runs the tests of that row.
 """
 
 import json
@@ -59,7 +59,7 @@ HOW = {"max": max, "min": min, "sum": lambda a, b: a + b, "last": lambda a, b: b
 
 
 class Matrix:
-    """What one run saw: per row the outcomes of its tests and the figures they noted."""
+    """The results of one run: for each row the outcomes of its tests and their figures."""
 
     def __init__(self):
         self.rows = {}
@@ -71,7 +71,7 @@ class Matrix:
         return self.rows.setdefault(number, empty)
 
     def note(self, number, name, value, how="max"):
-        """Note a figure; where several tests note the same one, `how` says which one stands."""
+        """Record a figure; `how` combines the values if several tests record the same figure."""
         figures = self.row(number)["figures"]
         value = plain(value)
         figures[name] = [HOW[how](figures[name][0], value) if name in figures else value, how]
@@ -112,13 +112,13 @@ class Matrix:
         return "\n".join(lines)
 
     def holes(self):
-        """Return the rows that failed or were never run; skipped for a reason is neither."""
+        """Return the rows that failed or were never run; a row that was skipped is not a hole."""
         rows = {n: self.row(n) for n in ROWS}
         return [n for n, r in rows.items() if r["failed"] or not (r["passed"] or r["skipped"])]
 
 
 def plain(value):
-    """Return a str, int or float of Python's own."""
+    """Return the value as Python's own str, int or float."""
     if isinstance(value, str):
         return str(value)
     return operator.index(value) if hasattr(value, "__index__") else float(value)
@@ -133,11 +133,11 @@ RUN = Matrix()
 
 @pytest.fixture
 def figure(request):
-    """Note a figure of the reliability matrix: `figure(23, "differing bytes", 0, how="sum")`."""
+    """Record a figure of the reliability matrix: `figure(23, "differing bytes", 0, how="sum")`."""
 
     def note(number, name, value, how="max"):
-        Matrix().note(number, name, value, how)  # a wrong row or value is found here
-        value = plain(value)  # which alone can travel between processes
+        Matrix().note(number, name, value, how)  # raises if the row or the value is wrong
+        value = plain(value)  # other types cannot be sent between processes
         request.node.user_properties.append(("figure", (number, name, value, how)))
 
     return note
@@ -166,7 +166,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_logreport(report):
-    """Collect where all reports arrive, those of other processes too."""
+    """Collect the reports in the main process, where those of xdist's workers arrive, too."""
     for kind, value in report.user_properties:
         if kind == "row":
             RUN.outcome(value, report)
@@ -176,7 +176,7 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     name = session.config.getoption("--matrix")
-    if name and not hasattr(session.config, "workerinput"):  # of pytest-xdist
+    if name and not hasattr(session.config, "workerinput"):  # not in a worker of pytest-xdist
         file = Path(name)
         if file.exists():
             RUN.add(json.loads(file.read_text("utf-8")))

@@ -1,20 +1,21 @@
-"""Faults to plant, one at a time: what `mutate.py` puts into the source to see if a test finds it.
+"""Faults to plant, one at a time. `mutate.py` plants them to see whether a test finds them.
 
-Each is a place where a slip of the pen gives code that still looks right, and is right on most
-inputs: at a tail, at the border of a block, for one stride, one tie, one NaN. They are listed in
-faults/*.toml. A fault is held by a function and a few tokens in it, so that moving a line or
-breaking it elsewhere leaves it where it is:
+Each is a small mistake that still looks right and gives right results for most inputs. It shows at
+a tail, at the border of a block, for one stride, one tie or one NaN. The faults are listed in
+faults/*.toml. The place of a fault is given by a function and a few tokens in it, so it is still
+found if lines are moved or broken elsewhere:
 
     [moments-merge-share]                                     its name
     place = 'moments.py::Moments.merge'                       the file in cybn/, and the function
     why = 'merge weighs the step with the wrong count'        what is wrong
-    find = 'delta**2 * (self.count * share)'                  occurs once in that function
-    put = 'delta**2 * (other.count * share)'                  what it becomes
-    at = 2                                                    which one, where there are several
-    tests = 'moments'                                         likely to find it
+    find = 'delta**2 * (self.count * share)'                  the code to replace
+        put = 'delta**2 * (other.count * share)'                  the code that replaces it
+        at = 2                                                    which occurrence, from 1
+        tests = 'moments'                                         tests likely to find it
 
-The table [likely] says which tests look at a file, the likeliest first: test files by their names
-without test_. `tests` of a fault goes before it.
+`find` must occur once in the function if `at` is not given. The table [likely] names the tests of
+each file, the likeliest first: test files by their names without test_. `tests` of a fault
+overrides it.
 """
 
 import tomllib
@@ -27,7 +28,7 @@ LISTS = sorted(Path(__file__).with_name("faults").glob("*.toml"))
 
 
 class Fault(NamedTuple):
-    """What `find` is, in one function of a file of the package, becomes `put`."""
+    """A fault: in one function of a file of the package, `find` is replaced by `put`."""
 
     name: str
     place: str
@@ -43,20 +44,20 @@ class Fault(NamedTuple):
 
     @property
     def anchor(self):
-        """What `anchors` takes after the source."""
+        """Return the arguments of `anchors.anchored` that follow the source."""
         return self.place.partition("::")[2], self.find, self.put, self.at
 
     def planted(self, text):
-        """Return the source of its file with the fault in it."""
+        """Return the source of the file with the fault in it."""
         return anchors.replaced(text, *self.anchor)
 
     def likely(self):
-        """Return the names of the tests that are likely to find it."""
+        """Return the names of the tests that are likely to find the fault."""
         return (self.tests or LIKELY[self.file]).split()
 
 
 def read():
-    """Return the faults of all lists, and the tests that look at each file."""
+    """Return the faults of all lists, and the likely tests of each file."""
     faults, likely = [], {}
     for file in LISTS:
         tables = tomllib.loads(file.read_text("utf-8"))

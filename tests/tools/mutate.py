@@ -2,17 +2,17 @@
 
     python tests/tools/mutate.py [--only NAME ...] [--list] [--again] [--jobs N]
 
-Each fault of faults/*.toml is planted in a copy of the source tree and put to the tests: first the
-test that found it last time, then the files that are most likely to, then all others.
-tests/tools/mutation.json keeps which test found which fault; what it holds is not done again unless
-asked for. A fault that no test finds survives, and the exit code is 1.
+For each fault of faults/*.toml, the script plants it in a copy of the source tree and runs tests:
+first the test that found it last time, then the files that are most likely to find it, then all
+others. tests/tools/mutation.json records which test found which fault. Faults that it contains are
+not run again unless asked for. A fault that no test finds survives, and the exit code is then 1.
 
-a. Kernels are built once, with all of their faults in: each waits in an `if` for its number in the
-   variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are built at one
-   instruction level and with -O1: a fault of the source is in all of them. Faults of Python files
-   alone take the kernels that are built in the tree, if there are any.
-b. Tests run in processes forked from one that has loaded what takes time to load.
-c. Tests of PyTorch, Keras and Flax run for the faults that touch those.
+a. Kernels are built once with all of their faults in them. An `if` activates a fault when its
+   number is in the variable CYBN_FAULT (mutant schemata: Untch, Offutt and Harrold, 1993). They are
+   built at one instruction level and with -O1, because all levels share the source. If all faults
+   to run are in Python files, kernels that are already built in the tree are used.
+b. Tests run in processes forked from one that has already imported the slow packages.
+c. Tests of PyTorch, Keras and Flax only run for faults in the code that they test.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 RESULTS = Path(__file__).with_name("mutation.json")
 MISSING = "a test that is not there"
-LIMIT = 1800  # seconds for the tests of one fault: a hang has been found, too
+LIMIT = 1800  # seconds for the tests of one fault; a hang counts as found
 
 SOURCES = ("cybn", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 SUITE = ("tests", "docs", "pyproject.toml", "README.md")
@@ -51,7 +51,7 @@ NUMBERS = {fault.name: number for number, fault in enumerate(FAULTS, 1)}
 
 
 class Outcome(NamedTuple):
-    """What became of a fault: the test that found it, None where none did."""
+    """The result of a fault: the test that found it, or None if no test did."""
 
     name: str
     by: str | None
@@ -61,12 +61,12 @@ class Outcome(NamedTuple):
 
 
 def compiled(fault):
-    """Whether a fault lies in a source that is compiled."""
+    """Return whether a fault is in a source that is compiled."""
     return not fault.file.endswith(".py")
 
 
 def plant_switches(package):
-    """Plant all faults of compiled sources, each behind its number."""
+    """Plant all faults of compiled sources, each behind its switch."""
     for name in sorted({fault.file for fault in FAULTS if compiled(fault)}):
         text = (package / name).read_text("utf-8")
         changes = {NUMBERS[f.name]: anchored(text, *f.anchor) for f in FAULTS if f.file == name}
@@ -74,7 +74,7 @@ def plant_switches(package):
 
 
 def copy(names, to, *left_out):
-    """Copy files and folders of the source tree, without some of what was compiled from them."""
+    """Copy files and folders of the source tree, except C files and those that match `left_out`."""
     ignore = shutil.ignore_patterns("__pycache__", "*.c", *left_out)
     for name in names:
         if (ROOT / name).is_dir():
@@ -84,7 +84,7 @@ def copy(names, to, *left_out):
 
 
 def furnish(folder, faults=FAULTS):
-    """Put the tests into suite/ and the tree, built, with its faults asleep, into sound/."""
+    """Copy the tests into suite/ and the sources into sound/, built with inactive faults."""
     built = not any(map(compiled, faults)) and any(ROOT.glob("cybn/**/*.so"))
     for part, names in (("suite", SUITE), ("sound", SOURCES)):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def furnish(folder, faults=FAULTS):
 
 @contextmanager
 def workshop(faults=FAULTS):
-    """Make a folder to work in, for as long as it takes."""
+    """Make a temporary folder with the tests and the sources."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
         furnish(Path(name), faults)
         yield Path(name)
@@ -112,7 +112,7 @@ def workshop(faults=FAULTS):
 
 @contextmanager
 def planted(fault, folder):
-    """Give the tree that a fault is in, and its number in CYBN_FAULT."""
+    """Give a tree that contains the fault, and the value of CYBN_FAULT that activates it."""
     if compiled(fault):
         yield folder / "sound", NUMBERS[fault.name]
         return
@@ -120,7 +120,7 @@ def planted(fault, folder):
         shutil.copytree(folder / "sound" / "cybn", Path(tree, "cybn"), copy_function=os.link)
         file = Path(tree, "cybn", fault.file)
         text = fault.planted(file.read_text("utf-8"))
-        file.unlink()  # it is a link
+        file.unlink()  # a hard link: do not write to the original
         file.write_text(text, "utf-8")
         yield Path(tree), 0
 
@@ -129,13 +129,13 @@ def planted(fault, folder):
 
 
 def file_of(name):
-    """Return the test file of that name, without test_, in whichever folder it lies."""
+    """Return the test file of that name, given without test_, in any folder of tests."""
     (file,) = TESTS.glob(f"*/test_{name}.py")
     return file
 
 
 def stages(fault, known=None):
-    """Return what to give pytest, one list after the other, until a test fails."""
+    """Return lists of tests; give pytest one after the other until a test fails."""
     everything = sorted(str(file.relative_to(ROOT)) for file in TESTS.glob("*/test_*.py"))
     likely = [str(file_of(name).relative_to(ROOT)) for name in fault.likely()]
     others = [name for name in everything if name not in likely and not PEERS.search(name)]
@@ -145,7 +145,7 @@ def stages(fault, known=None):
 
 
 def run_pytest(suite, tree, number, tests, log):
-    """Run some tests in this process, which does nothing else."""
+    """Run some tests in this process, then exit."""
     os.setsid()
     with open(log, "wb") as file:
         for output in (1, 2):
@@ -159,7 +159,7 @@ def run_pytest(suite, tree, number, tests, log):
     import pytest
 
     options = ["-q", "-x", "--tb=no", "-rfE", "--no-header", "-p", "no:cacheprovider"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # for preloaded modules
     os._exit(_flushed(pytest.main([*options, "--rootdir", ".", *tests])))
 
 
@@ -181,7 +181,7 @@ def failing_test(folder, tree, number, tests, limit=LIMIT):
         process.join(limit)
         hangs = process.is_alive()
         if hangs:
-            os.kill(process.pid, signal.SIGABRT)  # then it says where it is
+            os.kill(process.pid, signal.SIGABRT)  # faulthandler then prints where it hangs
             process.join(10)
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
@@ -206,7 +206,7 @@ def verdict(code, tests, output):
 
 
 def place(output, tests):
-    """Return the test that the traceback of a dying interpreter leads to."""
+    """Return the test in the traceback that faulthandler printed."""
     found = re.search(r'File ".*/(tests/\w+/test_\w+\.py)", line \d+ in (test_\w+)', output)
     if found:
         return f"{found[1]}::{found[2]}"
@@ -214,7 +214,7 @@ def place(output, tests):
 
 
 def outcome_of(fault, folder, known=None, limit=LIMIT, parts=None):
-    """Plant one fault and put it to the tests, or to so many of their stages."""
+    """Plant one fault and run its tests, or only the first `parts` stages of them."""
     with planted(fault, folder) as (tree, number):
         for tests in stages(fault, known)[:parts]:
             by = failing_test(folder, tree, number, tests, limit)
@@ -224,7 +224,7 @@ def outcome_of(fault, folder, known=None, limit=LIMIT, parts=None):
 
 
 def check_sound(folder, tests, limit=LIMIT):
-    """Raise where a test fails without any fault: it would find them all."""
+    """Raise an error if a test fails without any fault: it would find them all."""
     by = failing_test(folder, folder / "sound", 0, tests, limit)
     if by is not None:
         raise RuntimeError(f"fails without a fault: {by}")
@@ -234,7 +234,7 @@ def check_sound(folder, tests, limit=LIMIT):
 
 
 def progress(iterable, total):
-    """Draw a bar where tqdm is installed."""
+    """Show a progress bar if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -243,7 +243,7 @@ def progress(iterable, total):
 
 
 def run(faults, known, folder, jobs, limit, likely=False):
-    """Test the faults, and yield each outcome as it comes."""
+    """Test the faults, and yield each outcome as soon as it is known."""
     with ThreadPoolExecutor(jobs) as pool:
         waiting = []
         for m in faults:
@@ -262,13 +262,13 @@ def load(file):
 
 
 def save(file, results):
-    """Write the results in the order of the list, without faults that it has no longer."""
+    """Write the results in the order of the list, without faults that no longer exist."""
     ordered = {m.name: results[m.name] for m in FAULTS if m.name in results}
     file.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
 
 
 def summary(results):
-    """Return killed and planted, how, and what survived."""
+    """Return a text that counts killed and planted faults and names those that survived."""
     killed = [by for by in results.values() if by is not None]
     odd = {how: sum(by.startswith(how) for by in killed) for how in ("hang", "crash")}
     lines = [f"killed {len(killed)} of {len(results)} planted"]

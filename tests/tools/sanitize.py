@@ -1,15 +1,15 @@
 """Build cybn with checks compiled in, and run the tests on that build.
 
-python tests/tools/sanitize.py address  sanitizers of addresses and undefined behaviour; as debug
+python tests/tools/sanitize.py address  address and undefined-behaviour sanitizers, and debug
 python tests/tools/sanitize.py debug    Cython's bounds, None and initialization checks; assertions
 python tests/tools/sanitize.py thread   ThreadSanitizer, on the parallel kernels
 
-Each builds into a temporary folder, checks on planted faults that it would see any, and runs a
-chosen part of the suite; with --whole, all of it that does not need foreign packages. A report
-ends the run and makes it fail. What follows is given to pytest: names of tests, or options.
+Each builds into a temporary folder, checks that planted faults are reported, and runs a chosen part
+of the suite; with --whole, all of it that does not need foreign packages. A report ends the run and
+makes it fail. Further arguments are passed to pytest: names of tests, or options.
 
-It runs in a tree, in an environment with what `pip install '.[test]'` brings, and needs gcc: its
-sanitizers come with it.
+It runs in the source tree, in an environment with `pip install '.[test]'`, and needs gcc, which
+includes the sanitizers.
 """
 
 import argparse
@@ -27,35 +27,35 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 SOURCES = Path(__file__).with_name("sanitizers")
-ADDR_NO_RANDOMIZE = 0x0040000  # of Linux's personality()
+ADDR_NO_RANDOMIZE = 0x0040000  # a flag of Linux's personality()
 
-# Their packages bring compiled code that is not ours, and hundreds of MB of it.
+# These tests load hundreds of MB of compiled code from other packages.
 FOREIGN = ["*torch*", "*keras*", "*peers*", "*onnx*", "*interop*", "pages"]
 PTHREAD_OMP = "pthread_omp.so"
-NOT = "not pytorch and not fence_holds"  # a sanitizer has the last word where a page is protected
-FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # threads share work by shape
+NOT = "not pytorch and not fence_holds"  # fence_holds touches a protected page on purpose
+FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # sharing depends on shape
 
 
 class Kind(NamedTuple):
-    """One way to build and run."""
+    """One way to build cybn and run the tests."""
 
-    build: dict  # environment of the build
-    libraries: list  # loaded before all others
-    options: dict  # environment of the run
-    faults: list  # in planted.c, as calls; each must end the process
-    tests: list  # what is run unless all is asked for
-    only: str = ""  # of that, as pytest's -k has it
+    build: dict  # environment variables of the build
+    libraries: list  # to be loaded before all others
+    options: dict  # environment variables of the run
+    faults: list  # calls of functions in planted.c; each must end the process
+    tests: list  # the tests to run, unless --whole is given
+    only: str = ""  # an expression for pytest's -k that selects from them
 
 
 KINDS = {
     "address": Kind(
         {"CYBN_SANITIZE": "address,undefined,bounds-strict", "CYBN_DEBUG": "1"},
-        ["libasan.so", "libstdc++.so"],  # the second for what throws, so that it is found by both
+        ["libasan.so", "libstdc++.so"],  # both need to see exceptions thrown
         {
-            # CPython keeps what it allocates once; leaks are looked for in test_memory.py.
+            # CPython never frees some allocations; test_memory.py looks for leaks instead.
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:exitcode=66",
             "UBSAN_OPTIONS": "print_stacktrace=1",
-            "PYTHONMALLOC": "malloc",  # Python's own arenas would hide what lies next to what
+            "PYTHONMALLOC": "malloc",  # Python's own arenas would hide overruns
         },
         [
             "past_the_end()",
@@ -122,7 +122,7 @@ def run(kind, folder, whole, more):
     own = any(word.startswith("test") for word in more)
     tests = [] if own else chosen(kind, whole)
     only = NOT if own or whole or not kind.only else f"{NOT} and {kind.only}"
-    shown = ["-q", "--capture=sys"]  # with what C prints before it ends the process
+    shown = ["-q", "--capture=sys"]  # includes what C prints before it ends the process
     plain = ["-p", "no:cacheprovider", "-k", only]
     command = [*python, "-m", "pytest", *shown, *plain, *tests, *more]
     print("+", *command, flush=True)
@@ -131,7 +131,7 @@ def run(kind, folder, whole, more):
 
 def build(kind, folder):
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-    if all(map(importlib.util.find_spec, ("Cython", "setuptools"))):  # else pip fetches them
+    if all(map(importlib.util.find_spec, ("Cython", "setuptools"))):  # otherwise pip downloads them
         command.append("--no-build-isolation")
     print("+", *command, ".", flush=True)
     subprocess.run([*command, "."], cwd=ROOT, env=os.environ | kind.build, check=True)
@@ -142,13 +142,13 @@ def compiler():
 
 
 def environment_of(kind, folder):
-    """Return the environment in which Python imports what was built, with all it needs."""
+    """Return the environment in which Python imports this build, with all that it needs."""
     ours = ("CYBN_", "OMP_", "GOMP_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     libraries = [library(name) for name in kind.libraries]
     if "libtsan.so" in kind.libraries:
-        # It needs its shadow memory at fixed addresses, which some kernels give to others.
-        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)  # of what is started from here
+        # ThreadSanitizer needs fixed addresses, which some Linux kernels use for other memory.
+        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)  # inherited by processes started from here
         threads = str(folder / PTHREAD_OMP)
         compile_c("pthread_omp.c", threads, kind, "-pthread")
         libraries.append(threads)
@@ -168,7 +168,7 @@ def compile_c(source, to, kind, *flags):
 
 
 def check_build(kind, python, environment):
-    """Check that what is imported is what was built here, not another cybn of the environment."""
+    """Check that Python imports this build, not another cybn of the environment."""
     command = [*python, "-m", "cybn", "info"]
     info = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     print(info.stdout)
@@ -179,7 +179,7 @@ def check_build(kind, python, environment):
 
 
 def check_replaced(folder):
-    """Check that whatever the kernels call of OpenMP is replaced: libgomp would hide races."""
+    """Check that every OpenMP function that the kernels call is replaced; libgomp hides races."""
     kernels = folder.glob("cybn/_kernels/*.so")
     called = set().union(*(openmp_names(file, "--undefined-only") for file in kernels))
     missing = called - openmp_names(folder / PTHREAD_OMP, "--defined-only")
@@ -195,7 +195,7 @@ def openmp_names(file, which):
 
 
 def check_faults(kind, python, folder, environment):
-    """Check that each planted fault ends the process, and what is no fault does not."""
+    """Check that each planted fault ends the process, and that code without a fault does not."""
     if not kind.faults:
         return
     planted = str(folder / "planted.so")

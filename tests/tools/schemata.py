@@ -1,7 +1,7 @@
-"""Mutant schemata: many faults in one source, each behind its number, so that one build does.
+"""Mutant schemata: many faults in one source, each behind a switch, so that one build is enough.
 
-`switched` puts the statements that a fault changes into both arms of an ``if``: changed where
-CYBN_FAULT in the environment is the fault's number, and as they were elsewhere. Faults whose
+`switched` copies each statement that a fault changes into both arms of an ``if``: the changed one
+runs if CYBN_FAULT in the environment is the fault's number, otherwise the original. Faults whose
 statements overlap share one ``if``.
 """
 
@@ -30,8 +30,8 @@ cdef extern from * nogil:
 def switched(text, changes):
     """Return Cython source with all `changes` behind switches.
 
-    `changes` is a dict from the number of a fault to where it begins, where it ends, and what it
-    puts there, as `anchors.anchored` returns them.
+    `changes` is a dict from the number of a fault to the start, the end and the replacement of the
+    place that it changes, as `anchors.anchored` returns them.
     """
     lines = text.splitlines(keepends=True)
     starts = logical_lines(lines)
@@ -49,7 +49,7 @@ def switched(text, changes):
 
 
 def merged(text, lines, starts, changes):
-    """Return (first line, line after the last, numbers) of spans that do not overlap, in order."""
+    """Return (first line, line after the last, numbers) of spans in order, without overlaps."""
     spans = sorted(
         (*span_of(text, lines, starts, start, end), n) for n, (start, end, _) in changes.items()
     )
@@ -81,12 +81,12 @@ def logical_lines(lines):
 
 
 def span_of(text, lines, starts, start, end):
-    """Return the lines of the whole statements, with their blocks, that a place lies in."""
+    """Return the lines of the whole statements, with their blocks, that contain a place."""
     first = starts[text.count("\n", 0, start)]
     last = text.count("\n", 0, end) + 1
     while True:
         before = first, last
-        while last < len(lines) and starts[last] < last:  # the rest of a statement
+        while last < len(lines) and starts[last] < last:  # further lines of the same statement
             last += 1
         heads = [i for i in range(first, last) if starts[i] == i and lines[i].strip()]
         outermost = min(indent(lines[i]) for i in heads)
@@ -101,7 +101,7 @@ def span_of(text, lines, starts, start, end):
 
 
 def follows(line):
-    """Whether a line is an arm of a statement that began before it."""
+    """Return whether a line is a later arm of a statement, such as an ``else``."""
     return re.match(r"\s*(elif|else|finally|except)\b", line)
 
 
@@ -113,12 +113,12 @@ def next_line(lines, i):
 
 
 def belongs(line, outermost):
-    """Whether a line goes on with a block whose outermost lines are indented so far."""
+    """Return whether a line belongs to a block whose outermost lines have this indentation."""
     return indent(line) > outermost or (indent(line) == outermost and follows(line))
 
 
 def choice(span, arms):
-    """Return the statements, changed where a fault is on."""
+    """Return statements that choose between the original and the changed ones."""
     declared = re.fullmatch(r"(\s*cdef [^=]*?= )(.*)\n", span, re.DOTALL)
     if declared:
         values = "".join(
@@ -135,7 +135,7 @@ def choice(span, arms):
 
 
 def deeper(span, space):
-    """Return statements one step further in; pass where there are none."""
+    """Return statements indented one step further, or ``pass`` if there are none."""
     if not span.strip():
         return f"{space}    pass\n"
     return "".join(f"    {line}" if line.strip() else line for line in span.splitlines(True))

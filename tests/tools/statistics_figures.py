@@ -1,7 +1,7 @@
-"""The figures of what docs/statistics.md promises: python tests/tools/statistics_figures.py.
+"""Print the figures in docs/statistics.md: python tests/tools/statistics_figures.py.
 
-The tests hold the same comparisons to their bounds; this prints how near they come. Keras is
-compared on the backend of KERAS_BACKEND: masks on numpy, renormalization on torch.
+The tests check the same comparisons against their bounds; this script prints the largest errors.
+Keras is compared on the backend of KERAS_BACKEND: masks on numpy, renormalization on torch.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The marks by which copies.py counts what the compiler makes of the kernels' loops."""
+"""The marks with which copies.py counts the compiled copies of the kernels' loops."""
 
 import shutil
 import subprocess
@@ -47,7 +47,7 @@ def test_only_functions_with_loops_are_marked():
     shutil.which("gcc") is None or not sys.platform.startswith("linux"), reason="needs gcc"
 )
 def test_the_copy_that_no_call_reaches_is_found(tmp_path):
-    """In a process of its own: what ran is written when it ends."""
+    """The library runs in its own process, because it writes its marks when the process ends."""
     if subprocess.run(["gcc", "-dumpmachine"], capture_output=True).stdout[:6] != b"x86_64":
         pytest.skip("the marks are of x86-64")
     source, library = tmp_path / "kernel.c", tmp_path / "kernel.so"

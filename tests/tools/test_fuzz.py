@@ -1,6 +1,7 @@
-"""Any function on any shape, layout, values, flags, threads, level and out: against the reference.
+"""Random functions, shapes, layouts, values, options, threads, levels and out, all checked.
 
-`fuzz_cases` draws a case, `fuzz_checks` runs it, `python tests/tools/fuzz.py` runs many of them.
+`fuzz_cases` draws a case and `fuzz_checks` compares it with the reference. To run many of them:
+`python tests/tools/fuzz.py`.
 """
 
 import random
@@ -30,7 +31,7 @@ def own_level():
 @given(st.randoms(use_true_random=False))
 @pytest.mark.parametrize("op", BATCH + FAMILY)
 def test_any_case(op, dice):
-    """Few cases, but shrunk where one fails."""
+    """Hypothesis runs few cases, but reduces a failing case to a small one."""
     check(draw(dice, op))
 
 
@@ -62,7 +63,7 @@ def test_a_case_comes_again():
 
 
 def test_every_choice_is_drawn():
-    """Nothing that the cases can be is left out by how they are drawn."""
+    """The cases that are drawn contain every choice."""
     cases = [draw(random.Random(k)) for k in range(4000)]
     seen = Counter(v for c in cases for v in (c.op, c.kind, c.level, c.threads, c.dtype))
     seen += Counter(c.flags.get("activation") for c in cases)
@@ -94,7 +95,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_found(name, monkeypatch):
-    """The fuzz can fail: results that are spoilt on their way are not taken."""
+    """The fuzz test itself works: it rejects results that were changed on purpose."""
     import fuzz_checks
 
     honest = fuzz_checks.call

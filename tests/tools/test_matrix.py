@@ -34,7 +34,7 @@ def test_seven():
 
 @pytest.fixture
 def collect(tmp_path):
-    """Return a function that runs the tests above, and returns what that printed."""
+    """Return a function that runs the tests above, and returns what they printed."""
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     own = os.environ | {"PYTEST_ADDOPTS": "", "PYTHONPATH": str(TESTS)}
 

@@ -1,6 +1,6 @@
-"""Mutation testing: planted faults are still there to plant, and tests still find them.
+"""Mutation testing: the faults can still be planted, and tests still find them.
 
-The full run is `python tests/tools/mutate.py`; its outcome is tests/tools/mutation.json.
+The full run is `python tests/tools/mutate.py`; its results are in tests/tools/mutation.json.
 """
 
 import re
@@ -29,7 +29,7 @@ import cybn
 
 pytestmark = pytest.mark.row(36)
 
-# Faults are planted in the sources: those around the tests, as a wheel has none of the kernels.
+# The source tree around the tests, where faults are planted: a wheel has no sources of kernels.
 PACKAGE = Path(__file__).resolve().parents[2] / "cybn"
 if not PACKAGE.exists():
     PACKAGE = Path(cybn.__file__).parent
@@ -37,9 +37,9 @@ needs_sources = pytest.mark.skipif(
     not (PACKAGE / "_kernels" / "loops.pxd").exists(),
     reason="a wheel has no sources of the kernels",
 )
-LEAST = 0.95  # of the faults that must be found
+LEAST = 0.95  # share of the faults that tests must find
 
-# A kernel of each of the two sources, the dispatch, and plain Python.
+# A fault in each of the two kernel sources, in the dispatch, and in plain Python.
 SAMPLE = [
     *("relu-tie", "family-eps-outside-root", "fold-narrow-gaps"),
     *("moments-merge-share", "selection-last-of-length", "state-alias"),
@@ -49,14 +49,14 @@ SAMPLE = [
 @needs_sources
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_can_be_planted(fault):
-    """Its anchor holds, so that none is lost when the source changes; and tests look for it."""
+    """The anchor of each fault is found in the source, and the tests that it names exist."""
     text = (PACKAGE / fault.file).read_text("utf-8")
     assert fault.planted(text) != text
     assert all(file_of(name).exists() for name in fault.likely())
 
 
 def test_the_last_full_run_found_enough(figure):
-    """Those that have no result yet are counted, too: python tests/tools/mutate.py runs them."""
+    """Faults without a result are counted, too; python tests/tools/mutate.py runs them."""
     results = load(RESULTS)
     assert set(results) <= {m.name for m in FAULTS}, "run python tests/tools/mutate.py"
     killed = sum(by is not None for by in results.values())
@@ -104,7 +104,7 @@ def values(source, fault=0):
 
 
 def test_switches():
-    """A source with all faults does as the source does, or as the fault whose number is on."""
+    """With all faults switched in, the source still gives its own result, or the active fault's."""
     changes = {n: anchored(SOURCE, "f", *change) for n, change in CHANGES.items()}
     source = switched(SOURCE, changes).replace(SWITCH.lstrip(), "")
     assert values(source) == values(SOURCE)
@@ -149,13 +149,13 @@ cdef int other(int n):
         ("last", "return\nn-1", None, "return n"),
         ("Reader.count", "n - 1", None, "return n"),
         ("Reader.size", "n - 1", None, "return self.count(n)"),
-        ("size", "n - 1", None, "return self.count(n)"),  # there is one of that name
+        ("size", "n - 1", None, "return self.count(n)"),  # only one function has that name
         ("other", "n - 1", None, "return n"),
         ("", "count(n - 1)", None, "return self.n"),
     ],
 )
 def test_anchors(function, find, at, line):
-    """A function ends where its block does; comments, documentation and spaces do not count."""
+    """A function ends at the end of its block. Comments, docstrings and spaces are ignored."""
     put = "return n" if find.startswith("return") else "n"
     new = replaced(CYTHON, function, find, put, at).splitlines()
     changed = [text.strip() for text in new if text not in CYTHON.splitlines()]
@@ -187,7 +187,7 @@ def test_every_compiled_fault_has_its_switch(tmp_path):
 
 @pytest.mark.slow
 def test_a_sample_is_found(figure):
-    """Built, planted and found anew: the test that found a fault in the last full run does."""
+    """Six faults are built, planted and tested anew; the test of the last full run finds each."""
     pytest.importorskip("Cython")
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree around the tests")

@@ -1,4 +1,4 @@
-"""Row 33: builds with checks compiled in, and that a check that fires fails the run."""
+"""Row 33: builds with checks compiled in, and a failing check makes the run fail."""
 
 import os
 import re
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.row(33)
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("kind", ["address", "debug", "thread"])
 def test_clean(kind, figure):
-    """Minutes: builds cybn from the tree that these tests lie in, and runs a part of them on it."""
+    """This takes minutes: it builds cybn from the tree around these tests and tests that build."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("no setup.py beside these tests: run them in the tree")
     done = subprocess.run([sys.executable, str(SCRIPT), kind], capture_output=True, text=True)
@@ -50,7 +50,7 @@ def test_it():
 
 
 def test_an_error_that_nobody_can_catch_fails_the_run(tmp_path):
-    """Such as one in a kernel, which cannot raise: Python reports it to sys.unraisablehook."""
+    """An error in a kernel cannot be raised; Python reports it to sys.unraisablehook."""
     test = tmp_path / "test_careless.py"
     test.write_text(UNRAISABLE)
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(tmp_path)]

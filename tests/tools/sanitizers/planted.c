@@ -1,4 +1,4 @@
-/* Faults that a sanitizer must report, and one loop it must not: the set-up is tested by them. */
+/* Faults that a sanitizer must report, and one loop without a fault, which test the set-up. */
 
 #include <stdlib.h>
 

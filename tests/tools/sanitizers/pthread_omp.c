@@ -1,10 +1,11 @@
-/* OpenMP on plain POSIX threads, as much of it as the kernels call, for ThreadSanitizer.
+/* OpenMP on plain POSIX threads, for ThreadSanitizer: those functions that the kernels call.
 
-   GNU's libgomp keeps its threads between regions and lets them wait on futexes, which no
-   sanitizer sees: it would report every parallel loop as racing with the one before. Here each
-   region starts its threads and joins them, which it does see; and nothing else orders them, so
-   two iterations that touch the same bytes are a race wherever they ran. Chunks go round in turn,
-   so every thread gets some, however loaded the machine is. Loaded before libgomp. */
+   GNU's libgomp keeps its threads between parallel regions, and they wait on futexes, which no
+   sanitizer sees. ThreadSanitizer would report each parallel loop as racing with the one before.
+   Here each region starts its threads and joins them, which ThreadSanitizer sees. Nothing else
+   orders the threads, so it reports two iterations that touch the same bytes, whichever thread
+   runs them. Chunks go round in turn, so every thread gets some, however loaded the machine is.
+   This library must be loaded before libgomp. */
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -21,8 +22,8 @@ struct team {
 
 struct member {
     struct team *team;
-    long number;            /* of this thread in its team */
-    long next, end, chunk;  /* of the loop it is in */
+    long number;            /* number of this thread in its team */
+    long next, end, chunk;  /* bounds of the current loop */
 };
 
 static _Thread_local struct member self;
