@@ -13,14 +13,14 @@ from .demo import DemoError
 
 
 def at_least_1(text: str) -> int:
-    """Return a number of threads."""
+    """Convert text to a number of threads."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of threads; give 1 or more")
     return int(text)
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print versions, instruction levels, OpenMP and threads."""
+    """Print versions, instruction levels, OpenMP and the number of threads."""
     show_config()
 
 
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(command=lambda options: top.print_help())
     commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
-    one = commands.add_parser("info", help="versions, instruction levels, OpenMP, threads; at once")
+    one = commands.add_parser(
+        "info", help="print versions, instruction levels, OpenMP, threads; at once"
+    )
     one.set_defaults(command=info)
 
     one = commands.add_parser(
@@ -67,13 +69,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help="where the results go, created if missing; default: the current folder",
+        help="folder for the results, created if missing; default: the current folder",
     )
     one.add_argument(
         "--seed", type=int, default=0, help="default: 0; the same seed gives the same bits"
     )
     one.add_argument(
-        "--quick", action="store_true", help="a few steps only: a smoke test of 5 seconds"
+        "--quick", action="store_true", help="train for a few steps only: a smoke test of 5 seconds"
     )
     one.set_defaults(command=demo, extra="demo")
     return top
@@ -85,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        Command and options; those of the process where None.
+        Command and options. None means those of the process.
 
     Returns
     -------
     int
-        0, or 1 where an optional package is missing, or a command cannot begin.
+        0, or 1 if an optional package is missing or a command has failed.
     """
     options = parser().parse_args(arguments)
     try:

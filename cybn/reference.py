@@ -1,18 +1,18 @@
 """Reference implementation in plain NumPy, used to check the kernels.
 
-Every function has the name and the signature of its counterpart in `cybn`, where
-the long docstrings are. A number in a comment, like (7), is an equation of docs/math.md, which
-also explains the letters. One formula a line; clarity and accuracy first, speed last.
+Every function has the name and the signature of its counterpart in `cybn`, whose docstring explains
+the parameters. A number in a comment, like (7), is an equation of docs/math.md, which also explains
+the letters. The code is written for clarity and accuracy, with one formula per line, not for speed.
 
-It differs from that counterpart in four ways:
+The functions differ from their counterparts in four ways:
 
-- everything is computed and returned in float64, or in long double where `x` is long double;
-  only `Moments` holds float64 always;
+- everything is computed and returned in float64, or in long double if `x` is long double (such
+  arrays are called wide below); only `Moments` is always float64;
 - `out` may have any dtype and layout: it is filled and returned;
 - `num_threads` is ignored;
 - bad input is not checked, and NumPy's floating-point warnings are off.
 
-Nothing in `cybn` imports this module. Tests and benches do.
+Nothing in `cybn` imports this module. Tests and benchmarks do.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def batch_norm_backward(
     g = np.ldexp(g, -up)
     dbeta = g.sum(axis=1, keepdims=True)  # (12)
     dgamma = (g * xhat).sum(axis=1, keepdims=True)  # (13)
-    shared = np.where(w > 0, w * (dbeta + xhat * dgamma), 0)  # not 0 * NaN
+    shared = np.where(w > 0, w * (dbeta + xhat * dgamma), 0)  # 0, although 0 * NaN is NaN
     projected = g - shared / w.sum()  # (20), (66)
     dx = np.ldexp(_column(gamma, 1.0) * projected / root, up)  # (21)
     dgamma, dbeta = (np.ldexp(v, up)[:, 0] for v in (dgamma, dbeta))
@@ -240,17 +240,17 @@ def activated(z: Array, activation: str | None, slope: float) -> tuple[Array, Ar
 
 
 def _normal(z: Array) -> Array:
-    """Return the distribution function of the standard normal, small relative error in both tails.
+    """Return the standard normal distribution function, with a small relative error in both tails.
 
-    `math.erfc` is of float64. Its argument -z / sqrt(2) is rounded; the derivative puts back what
-    that leaves out, which matters in the tail: there a relative error of z grows by z * z.
+    `math.erfc` computes in float64, so its argument -z / sqrt(2) is rounded. The derivative is used
+    to correct that error, which matters in the tail: there a relative error of z grows by z * z.
     """
     exact = -z.astype(np.longdouble) / np.sqrt(np.longdouble(2))
     near = exact.astype(np.float64)
     erfc = np.vectorize(erfc_of, otypes=[np.float64])(near)
     rest = (exact - near) * np.exp(-(near.astype(np.longdouble) ** 2)) / np.sqrt(np.arctan(1.0))
     value: Array = ((erfc - np.where(np.isfinite(z), rest, 0)) / 2).astype(z.dtype)
-    return np.where(value < 0, 0, value)  # what rounding leaves where erfc is 0
+    return np.where(value < 0, 0, value)  # rounding may go below 0 where erfc is 0
 
 
 def _xhat(
@@ -263,7 +263,7 @@ def _xhat(
     slope: float,
     from_output: bool,
 ) -> tuple[Array, Array]:
-    """Return xhat and z of rows of x; or of rows of y, where activation can be inverted."""
+    """Return xhat and z, given rows of x, or rows of y if `from_output` is true."""
     if from_output:
         z = np.where(rows < 0, rows / slope, rows) if activation else rows
         return (z - _column(beta, 0.0)) / _column(gamma, 1.0), z
@@ -272,7 +272,7 @@ def _xhat(
 
 
 def _above(dy: ArrayLike, axis: int, w: Array, masked: str) -> tuple[Array, Array]:
-    """Return the gradient with respect to y, and where a value neither counts nor has one."""
+    """Return the gradient with respect to y, and where both it and the weight of a value are 0."""
     above = _fold(dy, axis)
     if masked == "zero":
         above = np.where(w > 0, above, 0)
@@ -294,7 +294,7 @@ def _through_activation(
     if residual is not None:
         z = z + _fold(residual, axis)
     _, derivative = activated(z, activation, slope)
-    cut = (derivative == 0) & (activation in ("relu", "relu6", "hardswish"))  # else NaN * 0 = NaN
+    cut = (derivative == 0) & (activation in ("relu", "relu6", "hardswish"))  # as NaN * 0 = NaN
     g = np.where(cut | silent, 0, above * derivative)
     return g, () if residual is None else (_unfold(g, x, axis, out_residual),)
 
@@ -479,9 +479,9 @@ def instance_norm_backward(
 def _normalize_rows(
     rows: Array, gamma: Array | float, beta: Array | float, eps: float, w: Array | None = None
 ) -> tuple[Array, Moments]:
-    """Return y of rows (N, G, D), with gamma and beta for (G, D), and their moments.
+    """Return y and the moments of rows (N, G, D), with gamma and beta for (G, D).
 
-    Where w, of shape (N, 1, D), is 0, a value does not count.
+    w has shape (N, 1, D). Values with w = 0 are ignored.
     """
     n, groups, count = rows.shape
     if w is None:
@@ -512,7 +512,7 @@ def _row_gradients(
     root = _root(rows, mean, var, eps, w)  # (5)
     xhat = _scaled(rows, mean, root)
     if w is not None:
-        xhat = np.where((w == 0) & (g == 0), 0, xhat)  # else NaN * 0 = NaN
+        xhat = np.where((w == 0) & (g == 0), 0, xhat)  # as NaN * 0 = NaN
     up = _power(g.ravel())
     g = np.ldexp(g, -up)
     dbeta = np.ldexp(g.sum(axis=0), up)  # (47)
@@ -526,18 +526,18 @@ def _row_gradients(
 
 
 def _last_axes(x: ArrayLike, axis: int) -> Array:
-    """Return `x` as wide (N, 1, D), where D holds the axes from `axis` on."""
+    """Return `x` as a wide array (N, 1, D), where D combines the axes from `axis` on."""
     wide = _wide(x)
     return wide.reshape(prod(wide.shape[:axis]), 1, prod(wide.shape[axis:]))
 
 
 def _each(values: ArrayLike | None, shape: tuple[int, ...]) -> Array | float:
-    """Return one wide number an element of a row, shape (1, D), or 1 where there are none."""
+    """Return one wide number for each element of a row, shape (1, D), or 1 if `values` is None."""
     return 1.0 if values is None else _wide(values).reshape(1, prod(shape))
 
 
 def _groups(x: ArrayLike, axis: int, groups: int) -> tuple[Array, tuple[int, ...]]:
-    """Return `x` as wide (N, G, D), and its shape with the channels on axis 1."""
+    """Return `x` as a wide array (N, G, D), and its shape with the channels on axis 1."""
     moved = np.moveaxis(_wide(x), axis, 1)
     return moved.reshape(len(moved), groups, prod(moved.shape[1:]) // groups), moved.shape
 
@@ -545,7 +545,7 @@ def _groups(x: ArrayLike, axis: int, groups: int) -> tuple[Array, tuple[int, ...
 def _row_shares(
     x: ArrayLike, axis: int, groups: int, mask: ArrayLike | None, lengths: ArrayLike | None
 ) -> Array | None:
-    """Return how often each value of a row counts, shape (N, 1, D); None: once."""
+    """Return how often each value of a row counts, shape (N, 1, D), or None if all count once."""
     if mask is None and lengths is None:
         return None
     n, each = len(np.asarray(x)), np.shape(x)[axis] // groups
@@ -558,7 +558,7 @@ def _row_shares(
 def _spread(
     values: ArrayLike | None, default: float, moved: tuple[int, ...], groups: int
 ) -> Array | float:
-    """Return one wide number an element of a row, shape (G, D), from one a channel."""
+    """Return one wide number for each element of a row, shape (G, D), given one per channel."""
     if values is None:
         return float(default)
     return np.repeat(_wide(values), prod(moved[2:])).reshape(groups, -1)
@@ -583,10 +583,11 @@ def _deliver(y: Array, out: Array | None) -> Array:
 
 
 def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array, NDArray[np.intc]]:
-    """Return mean (C, 1), deviations e (C, M), M2 (C, 1) and p (C, 1), by the corrected two-pass.
+    """Return mean (C, 1), deviations e (C, M), M2 (C, 1) and p (C, 1).
 
-    Of the values that count, each w times; the deviations are those of all. They are divided by
-    2**p, and M2 by its square: so squares are in range.
+    The algorithm is the corrected two-pass one. Mean and M2 are those of values with w > 0, each of
+    which counts w times. Deviations are those of all values. They are divided by 2**p, and M2 by
+    its square, so that squares do not overflow.
     """
     count, valid = w.sum(), w[0] > 0  # (62)
     w = w[:, valid]
@@ -606,20 +607,23 @@ def _statistics(rows: Array, w: Array) -> tuple[Array, Array, Array, NDArray[np.
 
 
 def _moments(count: Any, mean: Array, m2: Array, power: NDArray[np.intc]) -> Moments:
-    """Return moments of what `_statistics` returns."""
+    """Return the `Moments` of the results of `_statistics`."""
     std = np.ldexp(np.sqrt(m2 / np.reshape(count, (-1, 1))), power)[:, 0].astype(np.float64)
     return Moments(count, mean[:, 0], np.ldexp(m2, 2 * power)[:, 0])._tell(std)
 
 
 def _power(values: Array) -> NDArray[np.intc]:
-    """Return p, the largest value over the last axis being below 2**p; from -500, 0 without one."""
+    """Return the least p >= -500 with all absolute values of the last axis below 2**p.
+
+    If all values are 0, or one is not finite, p is 0.
+    """
     most = np.abs(values).max(axis=-1, keepdims=True, initial=0)
     power = np.maximum(np.frexp(most)[1], -500)
     return np.where(np.isfinite(most) & (most > 0), power, 0).astype(np.intc)
 
 
 def _scaled(rows: Array, mean: Array | float, root: Array) -> Array:
-    """Return (2) and (6): (rows - mean) / root, also where the difference is beyond the range."""
+    """Return (2) and (6): (rows - mean) / root, also if the difference overflows."""
     near = (rows - mean) / root
     return np.where(np.abs(rows) > 1, (rows / 4 - mean / 4) / (root / 4), near)
 
@@ -627,7 +631,7 @@ def _scaled(rows: Array, mean: Array | float, root: Array) -> Array:
 def _root(
     rows: Array, mean: Array | float, var: Array | float, eps: float, w: Array | None = None
 ) -> Array:
-    """Return sqrt(var + eps); of the squares of the rows about their mean where var is no help."""
+    """Return sqrt(var + eps), computed from the rows if var has overflowed or is very small."""
     root = np.sqrt(var + eps)
     lost = (var == np.inf) | (np.asarray(var) < 1e-290)
     if not np.any(lost):
@@ -648,7 +652,7 @@ def _shares(
     weights: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> Array:
-    """Return how often each position counts, one row for all channels: shape (1, M)."""
+    """Return how often each position counts, as one row for all channels, shape (1, M)."""
     first = np.moveaxis(np.asarray(x), axis, 0)
     w = np.ones(first.shape[1:], _wide(x).dtype)
     for given in (mask, weights):
@@ -667,7 +671,7 @@ def _count(w: Array, weights: ArrayLike | None) -> int | float:
 
 
 def _wide(values: ArrayLike) -> Array:
-    """Return a copy in float64, or in long double where that is what came in."""
+    """Return a copy in float64, or in long double if the values are long double."""
     array = np.asarray(values)
     return array.astype(np.promote_types(array.dtype, np.float64))
 
@@ -685,5 +689,5 @@ def _unfold(rows: Array, x: ArrayLike, axis: int, out: Array | None) -> Array:
 
 
 def _column(values: ArrayLike | None, default: float) -> Array | float:
-    """Return one wide number a channel, shape (C, 1), or `default` where there are none."""
+    """Return one wide number per channel, shape (C, 1), or `default` if `values` is None."""
     return default if values is None else _wide(values)[:, np.newaxis]

@@ -1,9 +1,9 @@
-"""The demo: what batch normalization does for training, measured on real data.
+"""The demo: the effect of batch normalization on training, measured on real data.
 
 `run` trains small NumPy networks on scikit-learn's handwritten digits, with and without the
 layers of `cybn`, and writes one picture and one table. ``docs/demo.md`` explains both.
 
-Which file to read for what:
+Its files:
 
 data.py
     The digits, their split and their batches.
@@ -14,9 +14,9 @@ training.py
 experiments.py
     The three experiments and all their settings.
 table.py, picture.py
-    What they found, as markdown and as a figure.
+    The results of the experiments, as Markdown and as a figure.
 
-The extra ``cybn[demo]`` brings what this package needs beyond NumPy.
+The extra ``cybn[demo]`` installs what this package needs beyond NumPy.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ import cybn
 
 __all__ = ["DemoError", "run"]
 
-ABOUT = {False: "half a minute", True: "5 seconds"}  # by whether it is quick
+ABOUT = {False: "half a minute", True: "5 seconds"}  # duration, by the value of `quick`
 
 
 class DemoError(Exception):
-    """The demo was not begun, or its files could not be written."""
+    """The demo cannot write its files."""
 
 
 def run(output: Path, seed: int = 0, quick: bool = False) -> None:
-    """Run the experiments; print the table, write it and the picture.
+    """Run the experiments; print the table, and write it and the picture to files.
 
     Parameters
     ----------
     output : Path
-        The folder that gets ``cybn-demo.png`` and ``cybn-demo.md``; made if it is missing.
+        The folder for ``cybn-demo.png`` and ``cybn-demo.md``. It is created if it is missing.
     seed : int, default 0
         Chooses the split of the data, the weights and the batches. The same seed gives the same
         numbers on every run, whatever the number of threads.
     quick : bool, default False
-        Train for a moment only: a check that everything runs, which shows nothing else.
+        Train for a few steps only, to check that everything runs. The results mean nothing.
 
     Raises
     ------
@@ -80,12 +80,12 @@ def run(output: Path, seed: int = 0, quick: bool = False) -> None:
 
 
 def check_writable(*files: Path) -> None:
-    """Make the folder of these files, and refuse where they could not be written later.
+    """Make the folder of these files; raise DemoError if they could not be written later.
 
     Parameters
     ----------
     *files : Path
-        Files of one folder. They are not made, and what is in them stays.
+        Files of one folder. They are neither created nor changed.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def check_writable(*files: Path) -> None:
     folder = files[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=folder):  # checking permissions is not enough
             pass
     except OSError as error:
         raise DemoError(

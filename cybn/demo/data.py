@@ -46,21 +46,21 @@ def load_digits(seed: int) -> Digits:
 
 
 def batches(rng: np.random.Generator, count: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield index batches for ever: a new shuffle each epoch, its incomplete last batch left out.
+    """Yield batches of indices forever, shuffled in each epoch, without incomplete batches.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-        Where the shuffles come from.
+        The source of the shuffles.
     count : int
-        How many images there are.
+        The number of images.
     size : int
-        How many indices a batch has.
+        The number of indices in a batch.
 
     Yields
     ------
     ndarray of int64, shape (size,)
-        The images of the next batch.
+        The indices of the images of the next batch.
     """
     while True:
         order = rng.permutation(count)

@@ -36,7 +36,7 @@ SIGMOID_RATE = 0.3
 CONV_BATCH = 100
 CONV_RATES = (0.1, 0.5, 1.5)
 BATCH_SIZES = (2, 4, 8, 32)
-RATE_PER_IMAGE = 0.01  # of the third experiment, where larger batches take larger steps
+RATE_PER_IMAGE = 0.01  # third experiment: the learning rate is this times the batch size
 PERCENTILES = (15, 50, 85)
 
 
@@ -57,11 +57,11 @@ QUICK = Settings(200, 20, conv_steps=12, conv_every=2, epochs=1, repeats=1)
 
 @dataclass
 class Curve:
-    """Test accuracy in per cent, every so many steps."""
+    """Test accuracy in per cent at some of the training steps."""
 
     steps: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    diverged: int | None = None  # the step at which the loss stopped being a number
+    diverged: int | None = None  # the first step whose loss was not finite
 
 
 class SigmoidRun(NamedTuple):
@@ -99,7 +99,7 @@ class Results(NamedTuple):
 
 
 def run_all(digits: Digits, seed: int, settings: Settings) -> Results:
-    """Run the three experiments, each with a progress bar where the output is a terminal.
+    """Run the three experiments, each with a progress bar if the output is a terminal.
 
     Parameters
     ----------
@@ -150,8 +150,8 @@ def sigmoid_network(rng: np.random.Generator, normalize: bool) -> Network:
 def conv_network(rng: np.random.Generator, normalize: bool) -> Network:
     """Build (convolution, normalization, ReLU) twice, then pooling and a linear classifier.
 
-    Weights have the variance of He et al. (2015): 2 / fan-in before a ReLU, 1 / fan-in at the
-    end, where none follows.
+    Weights have the variance of He et al. (2015): 2 / fan-in before a ReLU, and 1 / fan-in in the
+    classifier, which no ReLU follows.
     """
     layers: list[Layer] = []
     for inputs, outputs in ((1, 8), (8, 16)):
@@ -199,12 +199,12 @@ def typical_unit(percentiles: NDArray[np.float32]) -> NDArray[np.float32]:
     Parameters
     ----------
     percentiles : ndarray, shape (observations, 3, units)
-        The 15th, 50th and 85th of each unit's input, over time.
+        The 15th, 50th and 85th percentile of each unit's input, over time.
 
     Returns
     -------
     ndarray, shape (observations, 3)
-        Those of one unit.
+        The percentiles of the chosen unit.
     """
     wandering = np.ptp(percentiles[:, 1], axis=0)
     ranked = np.argsort(wandering, kind="stable")
@@ -239,7 +239,7 @@ def run_conv(
 def run_batch_size(
     digits: Digits, seed: int, settings: Settings, size: int, bar: tqdm
 ) -> BatchSizeRun:
-    """Train the sigmoid network with one batch size; test it with either statistics."""
+    """Train the sigmoid network with one batch size; test it with running and exact statistics."""
     result = BatchSizeRun(size, [], [])
     epoch = len(digits.train_x) // size
     for repeat in range(settings.repeats):

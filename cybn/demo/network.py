@@ -1,8 +1,9 @@
-"""A small neural network in NumPy: just enough layers to stand around a normalization.
+"""A small neural network in NumPy, with the few layers that the demo needs besides `cybn`.
 
-Every layer has the interface of `cybn.BatchNorm`: a call goes forward, ``backward(dy)`` returns
-dx and fills the gradients, ``parameters()`` and ``gradients()`` are lists of live arrays in the
-same order. So a network is a list of layers, and batch normalization is one more item in it.
+Every layer has the interface of `cybn.BatchNorm`. A call is a forward pass. ``backward(dy)``
+returns dx and fills the gradients. ``parameters()`` and ``gradients()`` return lists of the layer's
+own arrays in the same order. So a network is a list of layers, and batch normalization is one of
+them.
 
 Letters: N images, C channels in, F channels (or features) out, H x W pixels.
 """
@@ -31,16 +32,16 @@ Array = NDArray[np.float32]
 
 
 class Layer(Protocol):
-    """What a network asks of each of its layers; `cybn.BatchNorm` has it all."""
+    """The methods that a network needs of its layers; `cybn.BatchNorm` has all of them."""
 
     def __call__(self, x: Array, /) -> Array:
-        """Return the output for x, and remember what `backward` needs."""
+        """Return the output for x, and store what `backward` needs."""
 
     def backward(self, dy: Array, /) -> Array:
         """Return dx, and fill the gradients."""
 
     def parameters(self) -> list[Array]:
-        """Return the live arrays that training changes."""
+        """Return the arrays that training changes, not copies."""
 
     def gradients(self) -> list[Array]:
         """Return the gradient of each parameter, in the same order."""
@@ -64,10 +65,10 @@ class Plain:
         return []
 
     def train(self) -> None:
-        """Do nothing: there is one mode."""
+        """Do nothing, because both modes are the same."""
 
     def eval(self) -> None:
-        """Do nothing: there is one mode."""
+        """Do nothing, because both modes are the same."""
 
 
 class Weighted(Plain):
@@ -84,7 +85,7 @@ class Weighted(Plain):
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def gradients(self) -> list[Array]:
-        """Return the gradients that the last `backward` left."""
+        """Return the gradients that the last `backward` computed."""
         return [self.grad_weight] if self.grad_bias is None else [self.grad_weight, self.grad_bias]
 
 
@@ -123,7 +124,7 @@ class Dense(Weighted):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """Return dx = dy W^T; dW = x^T dy, db = sum of dy."""
+        """Return dx = dy W^T; store dW = x^T dy and db = sum of dy."""
         np.matmul(self._x.T, dy, out=self.grad_weight)
         if self.grad_bias is not None:
             dy.sum(0, out=self.grad_bias)
@@ -166,7 +167,7 @@ class Conv3x3(Weighted):
         return y.reshape(n, -1, h, w)
 
     def backward(self, dy: Array) -> Array:
-        """Return dx: the convolution of dy with each kernel turned by half a turn."""
+        """Return dx: the convolution of dy with each kernel rotated by 180 degrees."""
         n, f, h, w = dy.shape
         flat = dy.reshape(n, f, h * w)
         each = flat @ self._columns.transpose(0, 2, 1)  # (N, F, C*9)
@@ -275,14 +276,14 @@ class Network:
     Parameters
     ----------
     *layers : Layer
-        From the input to the logits.
+        The layers in their order, from the input to the logits.
     """
 
     def __init__(self, *layers: Layer) -> None:
         self.layers = layers
 
     def __call__(self, x: Array, stop: int | None = None) -> Array:
-        """Return the logits, or with `stop` the input of that layer."""
+        """Return the logits, or the input of layer number `stop` if that is given."""
         for layer in self.layers[:stop]:
             x = layer(x)
         return x

@@ -78,7 +78,7 @@ def draw_conv(figure: SubFigure, runs: list[ConvRun]) -> None:
 
 
 def draw_batch_size(figure: SubFigure, runs: list[BatchSizeRun]) -> None:
-    """Draw accuracy against batch size, then what exact statistics change."""
+    """Draw accuracy against batch size, then how exact statistics change it."""
     headline(figure, "3. Small training batches, and the statistics used in inference")
     left, right = figure.subplots(1, 2)
     positions = np.log2([run.batch_size for run in runs])
@@ -135,12 +135,12 @@ def accuracy_axis(axes: Axes) -> None:
 
 
 def headline(figure: SubFigure, text: str) -> None:
-    """Say above a row of panels what to see in it."""
+    """Write a headline above a row of panels."""
     figure.suptitle(text, x=0.01, ha="left", fontweight="bold")
 
 
 def tidy(axes: Axes) -> None:
-    """Take away the lines that carry no data."""
+    """Remove the lines on the top and on the right, and add a grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

@@ -22,7 +22,7 @@ __all__ = ["write_table"]
 
 
 def write_table(results: Results) -> str:
-    """Lay the results out.
+    """Return the results as a page of Markdown.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def write_table(results: Results) -> str:
 
 
 def sigmoid_section(plain: SigmoidRun, normalized: SigmoidRun) -> str:
-    """Write both networks at each tenth of the run."""
+    """Write the results of both networks at each tenth of the run."""
     tenth = len(normalized.curve.steps) // 10
     low, middle, high = PERCENTILES
     rows = [
@@ -67,14 +67,14 @@ def sigmoid_section(plain: SigmoidRun, normalized: SigmoidRun) -> str:
     ]
     return (
         "## 1. Three hidden layers of 100 sigmoid units\n\n"
-        f"Batch size {SIGMOID_BATCH}, learning rate {SIGMOID_RATE}. Input: what enters a typical "
+        f"Batch size {SIGMOID_BATCH}, learning rate {SIGMOID_RATE}. Input: that of a typical "
         f"unit of the last hidden layer,\nas its {low}th / {middle}th / {high}th percentile over "
         "the test images.\n\n" + table(header, rows)
     )
 
 
 def conv_section(runs: list[ConvRun], steps: int) -> str:
-    """Write the accuracy that each learning rate ends at."""
+    """Write the last accuracy for each learning rate."""
     rows = [[f"{r.learning_rate:g}", ending(r.plain), ending(r.normalized)] for r in runs]
     return (
         "## 2. A small convolutional network at three learning rates\n\n"
@@ -111,12 +111,12 @@ def triple(percentiles: NDArray[np.float32]) -> str:
 
 
 def decimal(value: float, digits: int, sign: str = "-") -> str:
-    """Write a number with so many decimals, and never a negative zero."""
+    """Write a number with `digits` decimals, but never negative zero."""
     return f"{round(float(value), digits) + 0.0:{sign}.{digits}f}"
 
 
 def ending(curve: Curve) -> str:
-    """Write the last accuracy, or where training broke off."""
+    """Write the last accuracy, or the step at which training diverged."""
     if curve.diverged is not None:
         return f"diverged at step {curve.diverged}"
     return f"{curve.accuracy[-1]:.1f}"

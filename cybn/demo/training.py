@@ -16,7 +16,7 @@ from .network import Network, softmax_cross_entropy
 
 __all__ = ["accuracy", "train", "use_exact_statistics"]
 
-CHUNK = 100  # images at a time where the whole training set goes through a network
+CHUNK = 100  # images at a time, when the whole training set goes through a network
 
 
 def train(
@@ -36,24 +36,24 @@ def train(
     Parameters
     ----------
     network : Network
-        Changed in place; left in inference mode.
+        It is changed in place, and is in inference mode afterwards.
     digits : Digits
         The training images.
     steps, batch_size, learning_rate : int, int, float
-        How far, with how many images a step, and how fast.
+        The number of steps, the images per step, and the step size.
     rng : numpy.random.Generator
         Shuffles the images into batches: equal states give equal batches.
     every : int
         How many steps lie between two observations.
     observe : callable, optional
-        Called with the number of steps done, the network in inference mode.
+        Called with the number of steps so far. The network is in inference mode then.
     advance : callable
-        Told of every `every` steps, for a progress bar.
+        Called with the number of steps since its last call, for a progress bar.
 
     Returns
     -------
     int or None
-        The step whose loss was not finite, at which training ended; None if all were.
+        The step at which training ended because the loss was not finite, or None.
     """
     order = batches(rng, len(digits.train_x), batch_size)
     network.train()
@@ -91,7 +91,7 @@ def accuracy(network: Network, digits: Digits) -> float:
     Returns
     -------
     float
-        In per cent.
+        The share in per cent.
     """
     right = network(digits.test_x).argmax(axis=1) == digits.test_y
     return 100.0 * float(right.mean())
@@ -100,8 +100,8 @@ def accuracy(network: Network, digits: Digits) -> float:
 def use_exact_statistics(network: Network, images: NDArray[np.float32]) -> None:
     """Replace the running statistics by those of the whole training set.
 
-    All images go through the network together, layer by layer, in chunks. What reaches a
-    normalization has passed only layers whose statistics are exact already.
+    All images go through the network together, layer by layer, in chunks. So the inputs of each
+    normalization come from layers whose statistics are already exact.
 
     Parameters
     ----------
