@@ -1,4 +1,4 @@
-"""Batch normalization for NumPy arrays on the CPU: training, inference and gradients, compiled.
+"""Compiled batch normalization for NumPy arrays on the CPU: training, inference and gradients.
 
 >>> import numpy as np, cybn
 >>> bn = cybn.BatchNorm2d(64)
@@ -6,8 +6,8 @@
 >>> y = bn(x)
 >>> dx = bn.backward(np.ones_like(y))
 
-Layers remember gamma, beta and running statistics; functions do not. Both compute with the same
-compiled kernels, in float32 or float64, to the same bits on any number of threads.
+Layers store gamma, beta and running statistics; functions have no state. Both use the same compiled
+kernels, in float32 or float64. Results are bitwise identical for any number of threads.
 """
 
 from importlib import import_module
@@ -97,7 +97,7 @@ _ON_FIRST_USE = ("folding", "interop")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a submodule that ``import cybn`` leaves out, where it is first named."""
+    """Import a submodule on first use if ``import cybn`` does not import it."""
     if name in _ON_FIRST_USE:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

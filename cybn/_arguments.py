@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _foreign
 
-# How hard to look for a shared element before calling two views overlapping.
+# How much work may be done to find out whether views overlap; beyond it, they are taken to overlap.
 MOST_WORK: Any = 10_000
 
-_MOST_AXES = 64  # of an array; lists that are nested deeper are not arrays
+_MOST_AXES = 64  # the most axes of an array; lists that are nested deeper are not arrays
 
 _OPTIONAL = ("gamma", "beta")
 
@@ -28,22 +28,22 @@ _PLAIN: dict[int, np.dtype[Any]] = {2: np.dtype(np.float16), 4: F32, 8: F64}
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is the bfloat16 of the package ml_dtypes, which need not be imported here."""
+    """Return whether this is the bfloat16 of ml_dtypes, without importing that package."""
     return dtype.itemsize == 2 and dtype.name == "bfloat16"
 
 
 def is_masked(value: Any) -> bool:
-    """Whether this is a masked array.
+    """Return whether this is a masked array.
 
-    Does not name `np.ma`, which NumPy imports when it is first named: that takes a while, and a
-    process forked meanwhile would wait for ever for the import to end.
+    The code does not refer to `np.ma`, because NumPy imports that module on first use. The import
+    takes a while, and a process forked meanwhile would wait forever for its end.
     """
     masked: Any = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
     return isinstance(value, masked)
 
 
 def array(name: str, value: Any) -> NDArray[Any]:
-    """Return `value` as an array, in place where it is one or speaks `__array__` or DLPack."""
+    """Return `value` as an array, without a copy if it is one or supports `__array__` or DLPack."""
     refuse_masked(name, value)
     try:
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
@@ -58,7 +58,7 @@ def array(name: str, value: Any) -> NDArray[Any]:
 
 
 def refuse_masked(name: str, value: Any, depth: int = 0) -> None:
-    """Raise TypeError where NumPy would drop a mask without a word: in lists of arrays too."""
+    """Raise TypeError if NumPy would silently drop a mask, also for lists of masked arrays."""
     if is_masked(value):
         raise TypeError(
             f"{name} is a masked array, and its mask would be ignored; "
@@ -83,7 +83,7 @@ def tensor(name: str, value: ArrayLike, half: bool = True) -> NDArray[Any]:
 
 
 def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
-    """Return an array of another dtype than plain float32 or float64 as one that will do."""
+    """Return an array of another dtype as native floats or bfloat16, or raise TypeError."""
     dtype = value.dtype
     if half and is_bfloat16(dtype):
         return value
@@ -91,7 +91,8 @@ def _converted(name: str, value: NDArray[Any], half: bool) -> NDArray[Any]:
         need = "float32 or float64" + (", or float16 or bfloat16" if half else "")
         raise TypeError(f"{name} is {dtype}; it must be {need}. {_foreign.advice(name, value)}")
     plain = _PLAIN[dtype.itemsize]
-    # Foreign byte order is copied. An unpickled dtype equals the plain one, but is another object.
+    # Foreign byte order is converted. An unpickled dtype equals the plain one, but is another
+    # object.
     return value.astype(plain, copy=False).view(plain)
 
 
@@ -132,7 +133,7 @@ def check_mapping(state: Any) -> None:
 
 
 def check_eps(eps: float, least: float | None = None) -> None:
-    """Refuse an eps that is not positive, or not at least `least` where given, or not finite."""
+    """Raise ValueError unless eps is finite and positive, or at least `least` if that is given."""
     eps = number("eps", eps)
     if least is None and not (eps > 0 and isfinite(eps)):
         raise ValueError(f"eps is {eps}; it must be positive and finite")
@@ -146,7 +147,7 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
 
 
 def channel_axis_of(shape: tuple[int, ...], axis: int) -> int:
-    """Return `axis` counted from the front, of an x of this shape."""
+    """Return `axis` counted from the front, for an x of this shape."""
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(f"x has shape {shape}; it must have at least 2 axes, such as (N, C)")
@@ -159,7 +160,7 @@ def channel_axis_of(shape: tuple[int, ...], axis: int) -> int:
 
 
 def activation(name: Any, slope: Any, known: Mapping[str, int]) -> tuple[int, float]:
-    """Return the number of an activation, 0 where `name` is None, and the slope of leaky_relu."""
+    """Return the number of an activation, or 0 if `name` is None, and the slope of leaky_relu."""
     if name is None:
         return 0, 0.0
     number_of = known.get(name) if isinstance(name, str) else None
@@ -184,8 +185,8 @@ def companion(name: str, value: ArrayLike, x: NDArray[Any]) -> NDArray[Any]:
 def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str]:
     """Return per-channel vectors as contiguous arrays of one float type, and that type's char.
 
-    The type is float32 where all that are given are, else float64: widening is exact. Only gamma
-    and beta may be None.
+    The type is float32 if all given vectors are float32. Otherwise it is float64, because widening
+    is exact. Only gamma and beta may be None.
     """
     char = "f"
     arrays: list[Any] = []
@@ -214,7 +215,7 @@ def parameters(channels: int, **given: ArrayLike | None) -> tuple[list[Any], str
 def check_invertible(
     gamma: NDArray[Any] | None, activation: str | None, slope: float, residual: Any
 ) -> None:
-    """Refuse to compute gradients from y where y does not tell what xhat was."""
+    """Raise ValueError if xhat cannot be computed from y."""
     if residual is not None:
         raise ValueError("residual is given; from_output works without one")
     if activation is not None and not (activation == "leaky_relu" and slope > 0):
@@ -224,13 +225,13 @@ def check_invertible(
         )
     if gamma is not None and not np.all(gamma):
         raise ValueError(
-            f"gamma is 0 in channel {np.flatnonzero(gamma == 0)[0]}: y does not tell what x was. "
+            f"gamma is 0 in channel {np.flatnonzero(gamma == 0)[0]}: x cannot be computed from y. "
             "Keep x, and give that"
         )
 
 
 def check_places(name: str, out: NDArray[Any]) -> None:
-    """Refuse an `out` of which several values lie, or may lie, at one place."""
+    """Raise ValueError if several values of `out` share memory, or may do so."""
     span = out.itemsize
     for stride, size in sorted((abs(t), n) for t, n in zip(out.strides, out.shape, strict=True)):
         if size > 1:
@@ -239,7 +240,7 @@ def check_places(name: str, out: NDArray[Any]) -> None:
             span += stride * (size - 1)
     else:
         return
-    if out.size <= MOST_WORK:  # more would take longer to look at than to copy
+    if out.size <= MOST_WORK:  # to check more would take longer than to copy
         steps = [np.arange(n) * t for n, t in zip(out.shape, out.strides, strict=True)]
         places = np.sort(sum(np.ix_(*steps)), axis=None)
         if (np.diff(places) >= out.itemsize).all():
@@ -251,7 +252,7 @@ def check_places(name: str, out: NDArray[Any]) -> None:
 
 
 def check_batch(shape: tuple[int, ...], axis: int, number: int | None, least: int) -> None:
-    """Refuse a batch of which fewer than `least` values a channel count; None: all count."""
+    """Raise ValueError if fewer than `least` values per channel are used; None means all."""
     count = prod(shape) // shape[axis] if shape[axis] else least
     if number is not None and number < least:
         raise ValueError(
@@ -271,7 +272,7 @@ def check_batch(shape: tuple[int, ...], axis: int, number: int | None, least: in
 
 
 def check_count(count: Any, need: Any) -> None:
-    """Refuse moments that are not those of x: of another count."""
+    """Raise ValueError if the count of moments is not that of x."""
     if isinstance(count, np.ndarray) or count != need:
         raise ValueError(
             f"moments has count {count}; a channel of x has {need} values. "
@@ -281,7 +282,7 @@ def check_count(count: Any, need: Any) -> None:
 
 
 def finite_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
-    """Return weights as float64; ValueError where one is negative or not finite."""
+    """Return weights as float64; raise ValueError if one is negative or not finite."""
     wide = weights.astype(np.float64, copy=False)
     good = np.isfinite(wide) & (wide >= 0)
     if not good.all():
@@ -292,18 +293,18 @@ def finite_weights(weights: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def finite_sum(total: float) -> float:
-    """Return the sum of weights; ValueError where it is infinite."""
+    """Return the sum of weights; raise ValueError if it is infinite."""
     if not isfinite(total):
         raise ValueError(f"weights sum to {total}; {SCALE_THEM}")
     return total
 
 
 def check_degrees(total: float, ddof: int) -> None:
-    """Refuse weights whose sum leaves the running variance no divisor."""
+    """Raise ValueError if the divisor of the running variance, `total - ddof`, is not positive."""
     if not total > ddof:
         raise ValueError(
             f"weights sum to {total}; the sum must be more than running_ddof="
             f"{ddof}, as the running variance is m2 / (sum - running_ddof). "
-            "Scale the weights so that one says how often a value counts, or make the layer "
+            "Scale the weights so that each says how often its value counts, or make the layer "
             "with running_ddof=0"
         )

@@ -1,8 +1,8 @@
 """Group and instance normalization of a batch, with or without a mask.
 
-Without a mask the dispatch calls one kernel for the whole batch. With one, each sample has
-positions of its own, and goes through batch normalization by itself: there, a group of its
-channels takes the place of a channel.
+Without a mask the dispatch calls one kernel for the whole batch. With a mask, the used positions
+differ by sample. So each sample goes through batch normalization by itself, with its groups of
+channels in the role of channels.
 
 N = samples, G = groups of a sample, C = channels, K = C / G.
 """
@@ -28,7 +28,7 @@ Settings: TypeAlias = tuple[int, int, float]  # axis, groups or 0, eps
 
 
 def rows_of(form: Form, moments: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and M2 of the rows of x; an error where these are not its moments."""
+    """Return mean and M2 of the rows of x; raise an error if `moments` do not fit x."""
     _check_moments(moments, form, form.size)
     return moments.mean, moments.m2
 
@@ -55,7 +55,7 @@ def forward(
     out: Array | None,
     num_threads: int | None,
 ) -> tuple[Array, Moments]:
-    """Normalize the whole batch at once or, where a mask differs by sample, one by one."""
+    """Normalize the whole batch at once, or one sample after the other if values are masked."""
     samples = _samples_of(x, settings, selected)
     if samples is None:
         return _dispatch.normalize_rows(x, gamma, beta, settings, True, out, num_threads)
@@ -77,7 +77,7 @@ def forward(
             )
         else:
             mean, var = _by_channel(form, far[1], far[2])
-            with np.errstate(all="ignore"):  # what is beyond a narrower type is infinite
+            with np.errstate(all="ignore"):  # values too large for a narrower type become infinite
                 y[one] = _dispatch.inference(
                     far[0].reshape(x[one].shape), mean, var, gamma, beta, None,
                     (form.axis, 0.0, None, 0.0), chosen, None, num_threads,
@@ -100,7 +100,7 @@ def backward(
     out: Array | None,
     num_threads: int | None,
 ) -> tuple[Array, Array, Array]:
-    """Return dx, dgamma and dbeta: of the whole batch at once, or one sample after the other."""
+    """Compute dx, dgamma and dbeta of the whole batch at once, or one sample after the other."""
     samples = _samples_of(x, settings, selected)
     if samples is None:
         return _dispatch.normalize_rows_backward(
@@ -111,7 +111,7 @@ def backward(
     _check_moments(moments, form, counts)
     scale, result = _scale(gamma, form, x.dtype)
     dx = _dispatch.destination(out, x, (dy, scale))
-    ones, sums = np.ones(form.values), np.zeros((2, form.values))  # sums come in float64
+    ones, sums = np.ones(form.values), np.zeros((2, form.values))  # float64 gives float64 sums
     for i in range(len(x)):
         one, rows = slice(i, i + 1), slice(i * form.groups, (i + 1) * form.groups)
         own = Moments(int(counts[rows][0]), moments.mean[rows], moments.m2[rows])
@@ -130,7 +130,7 @@ def backward(
             above, part, _by_channel(form, mean, var), ones, None, None, fixed, chosen, False,
             None, None, num_threads,
         )  # fmt: skip
-        with np.errstate(all="ignore"):  # what is beyond a half type is infinite
+        with np.errstate(all="ignore"):  # values too large for a half type become infinite
             g = above if gamma is None else above * scale.reshape(_along(form.axis, x.ndim))
             g, part = (_split(v.astype(kind, copy=False), form) for v in (g, part))
             dz, *_ = _dispatch.backward(
@@ -148,9 +148,9 @@ def backward(
 def _samples_of(
     x: ArrayLike, settings: Settings, selected: Selected
 ) -> tuple[Array, Form, NDArray[np.bool_], NDArray[np.int64]] | None:
-    """Return x, its form, which positions count, and how many values of each row; None: all."""
+    """Return x, its form, the mask, and the number of used values per row; None if all are used."""
     (axis, groups, eps), (mask, lengths, masked) = settings, selected
-    functional.is_zero(masked)  # known, or an error
+    functional.is_zero(masked)  # raises ValueError if masked is unknown
     if mask is None and lengths is None:
         return None
     x = tensor("x", x)
@@ -178,12 +178,12 @@ def _split(part: Array, form: Form) -> Array:
 
 
 def _along(axis: int, ndim: int) -> tuple[int, ...]:
-    """Return the shape of one value a channel beside an x of `ndim` axes."""
+    """Return the shape that lets one value per channel broadcast to an x of `ndim` axes."""
     return tuple(-1 if i == axis else 1 for i in range(ndim))
 
 
 def _by_channel(form: Form, mean: Array, var: Array) -> tuple[Array, Array]:
-    """Return mean and variance of each channel, of those of each group."""
+    """Return mean and variance of each channel, given those of each group."""
     each = form.values // form.groups
     return np.repeat(mean, each), np.repeat(var, each)
 
@@ -191,7 +191,7 @@ def _by_channel(form: Form, mean: Array, var: Array) -> tuple[Array, Array]:
 def _scale(
     gamma: ArrayLike | None, form: Form, dtype: np.dtype[Any]
 ) -> tuple[Array, np.dtype[Any]]:
-    """Return gamma in the type that is computed in, and the type of its gradient."""
+    """Return gamma in the type of the computation, and the type of its gradient."""
     computed = F64 if dtype == F64 else F32
     if gamma is None:
         return np.ones(form.values, computed), computed

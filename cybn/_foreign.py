@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 __all__ = ["advice", "conversion", "is_tensor", "refuse_objects", "unread", "widened"]
 
-# Arguments for `to_numpy` of pandas, where what is asked for are not numbers.
+# Arguments for `to_numpy` of pandas, for the two arguments of cybn that are not floats.
 _PANDAS = {"mask": '"bool", na_value=False', "lengths": '"int64", na_value=0'}
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether this is a tensor of PyTorch, which need not be imported here."""
+    """Return whether this is a tensor of PyTorch, without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def widened(tensor: Any) -> Any:
-    """Return a tensor of PyTorch as float32 where NumPy lacks its type: bfloat16, float8."""
+    """Return a tensor of PyTorch, as float32 if NumPy lacks its type (bfloat16 or float8)."""
     return tensor.float() if _lacks_numpy_type(tensor) else tensor
 
 
@@ -33,9 +33,9 @@ def _lacks_numpy_type(tensor: Any) -> bool:
 
 
 def conversion(name: str, value: Any) -> str | None:
-    """Return an expression that makes an array of numbers of another library's; None if unknown.
+    """Return code that makes an array of numbers from another library's array; None if unknown.
 
-    Of a sequence of such arrays, too.
+    `value` may also be a list or tuple of such arrays.
     """
     if not isinstance(value, list | tuple):
         return _of_one(name, value)
@@ -46,7 +46,7 @@ def conversion(name: str, value: Any) -> str | None:
 def _of_one(name: str, value: Any) -> str | None:
     if is_tensor(value):
         return _of_tensor(name, value)
-    for method in ("toarray", "todense"):  # SciPy's sparse arrays, those of the package sparse
+    for method in ("toarray", "todense"):  # sparse arrays of SciPy and of the package sparse
         if callable(getattr(value, method, None)):
             return f"{name}.{method}()"
     if callable(getattr(value, "to_numpy", None)) and callable(getattr(value, "isna", None)):
@@ -70,7 +70,7 @@ def _of_tensor(name: str, value: Any) -> str | None:
 
 
 def _of_pandas(name: str, value: Any) -> str | None:
-    """Return how to convert a DataFrame, a Series or an array of pandas; None where it cannot."""
+    """Return code that converts a DataFrame, Series or array of pandas; None if it would fail."""
     if name in _PANDAS:
         return f"{name}.to_numpy({_PANDAS[name]})"
     dtypes = value.dtypes if hasattr(value, "dtypes") else value.dtype
@@ -84,7 +84,7 @@ def _of_pandas(name: str, value: Any) -> str | None:
 
 
 def unread(name: str, value: Any, error: Exception) -> str:
-    """Return the message where NumPy has raised `error` over `value`: it names a way out."""
+    """Return the message for an `error` that NumPy raised for `value`, with a solution if known."""
     if isinstance(value, list | tuple) and "inhomogeneous" in str(error):
         end = f"it is ragged, of an inhomogeneous shape: {_of_ragged(name, value)}"
     else:
@@ -94,14 +94,14 @@ def unread(name: str, value: Any, error: Exception) -> str:
 
 
 def refuse_objects(name: str, value: Any) -> None:
-    """Raise TypeError where NumPy reads `value` as objects and it is known how to do better."""
+    """Raise TypeError for a `value` that NumPy reads as objects, if a conversion is known."""
     if (way := conversion(name, value)) is not None:
         kind = type(value).__name__
         raise TypeError(f"{name}, of type {kind}, is read as objects; convert it first: {way}")
 
 
 def _of_ragged(name: str, value: Any) -> str:
-    """Return the shapes of the parts of a ragged sequence, and how to pad them where they allow."""
+    """Return the shapes of the parts of a ragged sequence, and code to pad them if possible."""
     try:
         shapes = [np.shape(part) for part in value]
     except (RuntimeError, TypeError, ValueError):
@@ -112,14 +112,14 @@ def _of_ragged(name: str, value: Any) -> str:
     ends = f"(0, max(map(len, {name})) - len(part))"
     if len(shapes[0]) > 1:
         ends = f"[{ends}] + [(0, 0)] * {len(shapes[0]) - 1}"
-    count = ", and say with lengths= or mask= what counts" if name == "x" else ""
+    count = ", and mask the padding with lengths= or mask=" if name == "x" else ""
     return f"{shown}. Pad them{count}: np.stack([np.pad(part, {ends}) for part in {name}])"
 
 
 def advice(name: str, array: NDArray[Any]) -> str:
-    """Return a sentence on how to make floats of an array of another type."""
+    """Return a sentence on how to convert an array of another type to floats."""
     if array.dtype.kind == "c":
-        return f"Take the real part or the size: np.real({name}), np.abs({name})"
+        return f"Take the real part or the magnitude: np.real({name}), np.abs({name})"
     if array.dtype == object and array.ndim == 0 and array[()] is None:
         return "None is not an array"
     if array.dtype.names:

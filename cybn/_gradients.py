@@ -19,7 +19,7 @@ Array: TypeAlias = NDArray[Any]
 
 
 class _Options(TypedDict, total=False):
-    """What both functions take by name, apart from the residual."""
+    """Keyword arguments of both functions, apart from the residual."""
 
     beta: ArrayLike | None
     axis: int
@@ -87,7 +87,7 @@ def batch_norm_backward(
     out_residual: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], ...]:
-    """Gradients of `batch_norm`: through the mean and the variance of the batch.
+    """Return the gradients of `batch_norm`, also through mean and variance of the batch.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def batch_norm_backward(
     x : array_like
         The batch given to `batch_norm`.
     moments : Moments
-        What `batch_norm` returned for it.
+        The moments that `batch_norm` returned for this batch.
     gamma, beta : array_like, shape (C,), optional
         As given to `batch_norm`. beta matters only with an activation or `from_output`.
     axis, eps, activation, slope, residual, mask, weights, lengths, num_threads
@@ -123,8 +123,8 @@ def batch_norm_backward(
         Gradients with respect to gamma and beta, in the dtype of `gamma`. If that is None, they
         have the dtype of `x`, or float32 for half types.
     dresidual : ndarray
-        Gradient with respect to the residual, in `out_residual` or a new array, only if there was a
-        residual.
+        Gradient with respect to the residual, in `out_residual` or a new array. It is returned only
+        if `residual` is given.
 
     Raises
     ------
@@ -213,7 +213,7 @@ def batch_norm_inference_backward(
     out_residual: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], ...]:
-    """Gradients of `batch_norm_inference`: mean and variance are constants.
+    """Return the gradients of `batch_norm_inference`, where mean and variance are constants.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def group_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        Samples along axis 0. It is read in place if each sample is dense in memory, with its
+        Samples along axis 0. It is read without a copy if each sample is dense in memory, with its
         channels first or last; otherwise it is copied first.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64. None means 1 and 0. They are rounded to
@@ -54,10 +54,10 @@ def group_norm(
         L, C). Masked values are left out of the statistics of their sample, and may be NaN.
     lengths : array_like of int, shape (N,), optional
         How many positions of each sample are used, from the front, along the first axis that is
-        neither samples nor channels, such as L. With a mask as well, a position must be used by
+        neither samples nor channels (L above). With a mask as well, a position must be used by
         both.
     masked : {"normalize", "zero"}, default "normalize"
-        What y is at positions that are not used: normalized like the rest of the sample, or 0.
+        At positions that are not used, "normalize" treats y like the rest and "zero" sets it to 0.
     eps, out, num_threads
         As in `layer_norm`.
 
@@ -66,8 +66,8 @@ def group_norm(
     y : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
-        Count, mean and M2 of each group of each sample: N * `num_groups`, samples first. The count
-        is an array, one for each, if a mask or lengths leave something out.
+        Count, mean and M2 of the N * `num_groups` groups of all samples, one sample after the
+        other. The count is an array, with one count per group, if a mask or lengths exclude values.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def group_norm(
     ValueError
         As in `layer_norm`, and if the channels cannot be divided into `num_groups` groups, if `x`
         has one sample and one value per group, or if a mask or lengths do not fit `x`, or leave
-        fewer than two values of a group of a sample.
+        fewer than two values in a group of a sample.
 
     Examples
     --------
@@ -106,7 +106,7 @@ def group_norm_backward(
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Gradients of `group_norm`.
+    """Return the gradients of `group_norm`.
 
     Parameters
     ----------
@@ -123,7 +123,8 @@ def group_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
+        They have the dtype of `gamma`. If that is None, they have the dtype of `x`, or float32 for
+        half types.
 
     Raises
     ------
@@ -164,8 +165,8 @@ def instance_norm(
 ) -> tuple[NDArray[Any], Moments]:
     """Normalize each channel of each sample over its positions.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ulyanov, Vedaldi and Lempitsky 2016):
-    `group_norm` with a group for each channel.
+    ``y = (x - mean) / sqrt(var + eps) * gamma + beta`` (Ulyanov, Vedaldi and Lempitsky 2016).
+    This is `group_norm` with a group for each channel.
 
     Parameters
     ----------
@@ -179,8 +180,8 @@ def instance_norm(
     y : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
-        Count, mean and M2 of each channel of each sample: N * C, samples first; the count as in
-        `group_norm`.
+        Count, mean and M2 of the N * C channels of all samples, one sample after the other. The
+        count is as in `group_norm`.
 
     Raises
     ------
@@ -216,21 +217,22 @@ def instance_norm_backward(
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Gradients of `instance_norm`.
+    """Return the gradients of `instance_norm`.
 
     Parameters
     ----------
     dy, x, moments, out
         As in `layer_norm_backward`; `moments` are those that `instance_norm` returned.
     gamma, axis, eps, mask, lengths, masked, num_threads
-        As given to `instance_norm`; `masked` as in `group_norm_backward`.
+        As given to `instance_norm`. For `masked` see `group_norm_backward`.
 
     Returns
     -------
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape (C,)
-        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
+        They have the dtype of `gamma`. If that is None, they have the dtype of `x`, or float32 for
+        half types.
 
     Raises
     ------

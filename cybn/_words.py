@@ -1,4 +1,4 @@
-"""The words that an option may be, for type checkers and editors."""
+"""The allowed values of options that are strings, for type checkers and editors."""
 
 from typing import Literal
 

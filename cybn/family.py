@@ -1,12 +1,12 @@
 """The family of batch normalization as functions: layer, RMS, group and instance normalization.
 
-Where batch normalization takes one mean and variance a channel over the whole batch, these take
-one a *row* of a sample: all D values of the normalized axes (layer, RMS), of a group of channels
-(group), or of one channel (instance). Nothing crosses from sample to sample, so training and
+Batch normalization computes one mean and variance per channel over the whole batch. These functions
+compute one per *row* of a sample: all D values of the normalized axes (layer, RMS), of a group of
+channels (group), or of one channel (instance). Samples do not affect each other, so training and
 inference are the same, and results for a sample do not depend on the rest of the batch.
 
-Each function passes its arguments on to the dispatch, which checks them, folds the arrays to rows
-(N, G, D), allocates, and calls one kernel. There are no activations and no residuals here.
+Each function passes its arguments on to the dispatch, which checks them, reshapes the arrays to
+rows (N, G, D), allocates, and calls one kernel. There are no activations and no residuals here.
 
 N = samples, G = groups of a sample, D = values of a group. C = channels, S = positions.
 """
@@ -63,8 +63,8 @@ def layer_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 1 axis
-        It is read in place if the normalized axes are in C order in memory and the others can be
-        merged to one, also with gaps between samples; otherwise it is copied first. It may be
+        It is read without a copy if the normalized axes are in C order in memory and the others can
+        be merged into one, also with gaps between samples; otherwise it is copied first. It may be
         empty. Half types (bfloat16 is that of ml_dtypes) are computed in float32, and results are
         rounded once, to nearest even.
     gamma, beta : array_like, shape ``x.shape[axis:]``, optional
@@ -80,15 +80,15 @@ def layer_norm(
         Array for y, with the shape and dtype of `x`. It may be `x` itself, but must not overlap it
         in part, and its values must not share memory.
     num_threads : int, optional
-        Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for any
-        number.
+        Threads for this call. None means `cybn.get_num_threads`. Results are bitwise identical for
+        any number.
 
     Returns
     -------
     y : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     moments : Moments
-        Count D, mean and M2 of each sample: N of them, in the order of ``x.reshape(N, D)``.
+        Count D, mean and M2 of each of the N samples, in the order of ``x.reshape(N, D)``.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def layer_norm_backward(
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Gradients of `layer_norm`.
+    """Return the gradients of `layer_norm`.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def layer_norm_backward(
     x : array_like
         The input of `layer_norm`.
     moments : Moments
-        What `layer_norm` returned for it.
+        The moments that `layer_norm` returned for this input.
     gamma : array_like, shape ``x.shape[axis:]``, optional
         The scale given to `layer_norm`.
     axis, eps, num_threads
@@ -151,14 +151,15 @@ def layer_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma, dbeta : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
+        They have the dtype of `gamma`. If that is None, they have the dtype of `x`, or float32 for
+        half types.
 
     Raises
     ------
     TypeError
         If an array has another dtype, or `moments` is not a `Moments`.
     ValueError
-        If shapes or dtypes do not fit, or `moments` are not those of an array like `x`.
+        If shapes or dtypes do not fit, or `moments` do not fit `x`.
 
     Examples
     --------
@@ -241,14 +242,14 @@ def rms_norm_backward(
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Gradients of `rms_norm`.
+    """Return the gradients of `rms_norm`.
 
     Parameters
     ----------
     dy, x, gamma, axis, out, num_threads
         As in `layer_norm_backward`.
     mean_square : array_like of float64, shape (N,)
-        What `rms_norm` returned for `x`.
+        The mean squares that `rms_norm` returned for `x`.
     eps : float, optional
         As given to `rms_norm`.
 
@@ -257,7 +258,8 @@ def rms_norm_backward(
     dx : ndarray
         `out`, or a new array with the dtype and memory layout of `x`.
     dgamma : ndarray, shape ``x.shape[axis:]``
-        In the dtype of `gamma`. If that is None, in the dtype of `x`, or float32 for half types.
+        It has the dtype of `gamma`. If that is None, it has the dtype of `x`, or float32 for half
+        types.
 
     Raises
     ------
@@ -286,7 +288,7 @@ def rms_norm_backward(
 def _squares_of(
     form: Form, mean_square: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and sum of squares of the rows of x; an error where these are not its own."""
+    """Return means of 0 and the sums of squares of the rows; raise an error for a wrong shape."""
     squares = tensor("mean_square", mean_square, half=False).astype(np.float64, copy=False)
     if squares.shape != (form.rows,):
         raise ValueError(

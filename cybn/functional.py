@@ -1,7 +1,7 @@
 """Batch normalization as functions without state: arrays in, arrays out.
 
-Each passes its arguments on to the dispatch, which checks them, folds the arrays to (N, C, S),
-allocates, and calls one kernel. Nothing is written before every check has passed.
+Each function passes its arguments on to the dispatch, which checks them, reshapes the arrays to
+(N, C, S), allocates, and calls one kernel. Nothing is written before every check has passed.
 
 N = everything before the channel axis, C = channels, S = everything after it.
 """
@@ -53,10 +53,10 @@ def batch_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, at least 2 axes
-        The batch. It is read in place if its memory is contiguous in any order of its axes, or
-        channels-first and sliced along N or C; otherwise it is copied first. Half types (bfloat16
-        is that of ml_dtypes) are computed in float32, and results are rounded to nearest even;
-        values beyond the largest one become infinite.
+        The batch. It is read without a copy if its memory is contiguous in any order of its axes,
+        or channels-first and sliced along N or C; otherwise it is copied first. Half types
+        (bfloat16 is that of ml_dtypes) are computed in float32, and results are rounded to nearest
+        even. Values that are too large for the type become infinite.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, float32 or float64. None means 1 and 0.
     axis : int, default 1
@@ -74,26 +74,26 @@ def batch_norm(
         Added before the activation. It is copied first if its memory layout is not that of `x`.
     mask : array_like of bool, optional
         True for positions that are used, in all channels alike. Its shape is broadcastable to that
-        of `x` without the channel axis, such as (N, L) for (N, C, L) and (N, L, C), or has size 1
-        along the channel axis. The other values are left out of the statistics, and may be NaN.
+        of `x` without the channel axis, such as (N, L) for (N, C, L) and (N, L, C). It may also
+        have that axis, with size 1. Other values are left out of the statistics, and may be NaN.
     weights : array_like, optional
         How often each position counts: finite and not negative, with a shape as for `mask`. A
         weight of 0 has the effect of a mask. Weights are rounded to the type of the computation,
         which is float32 for half types.
     lengths : array_like of int, shape (N,), optional
         How many positions of each sample are used, from the front, along the first axis that is
-        neither samples nor channels, such as L. If several of `mask`, `weights` and `lengths` are
+        neither samples nor channels (L above). If several of `mask`, `weights` and `lengths` are
         given, a position must be used by all of them.
     masked : {"normalize", "zero"}, default "normalize"
-        What y is at positions that are not used: normalized like the rest, or 0, also with an
-        activation and a residual.
+        At positions that are not used, "normalize" treats y like the rest and "zero" sets it to 0,
+        also with an activation and a residual.
     out : ndarray, optional
         Array for y, with the shape and dtype of `x`. It may be `x` or `residual` itself, but must
         not overlap them in part, and its values must not share memory. It is written without a copy
         if it has the memory layout of `x`.
     num_threads : int, optional
-        Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for any
-        number.
+        Threads for this call. None means `cybn.get_num_threads`. Results are bitwise identical for
+        any number.
 
     Returns
     -------
@@ -118,9 +118,9 @@ def batch_norm(
     -----
     For float32, mean and variance come from float64 sums of short float32 sums, centred near the
     mean. The error of y stays below ``2**-21 * (|gamma * xhat| + |gamma| + |beta|)`` as long as the
-    mean is at most 1e6 standard deviations. If x repeats a few values (a
-    broadcast or periodic array), the bound is four times as large, because rounding errors then add
-    up (docs/math.md, 6.5).
+    mean is at most 1e6 standard deviations. If x repeats a few values (a broadcast or periodic
+    array), the bound is four times as large, because rounding errors then add up (docs/math.md,
+    6.5).
 
     Examples
     --------
@@ -208,7 +208,7 @@ def moments(
     lengths: ArrayLike | None = None,
     num_threads: int | None = None,
 ) -> Moments:
-    """Count, mean and M2 of each channel of `x`, as `batch_norm` computes them.
+    """Return count, mean and M2 of each channel of `x`, as `batch_norm` computes them.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ def moments(
     Returns
     -------
     Moments
-        In float64. Merge those of several arrays with `Moments.merge`.
+        They are float64. Merge those of several arrays with `Moments.merge`.
 
     Raises
     ------
@@ -245,19 +245,19 @@ def absorb(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Update running statistics with those of a batch, as a layer does in training.
 
-    ``(1 - weight) * running + weight * batch``, in float64, rounded once. A term with
-    weight 0 is skipped, and may be NaN.
+    The result is ``(1 - weight) * running + weight * batch``, computed in float64 and rounded once.
+    A term with weight 0 is skipped, and may be NaN.
 
     Parameters
     ----------
     mean, var : ndarray, shape (C,)
-        Running mean and variance, of one float type. Not changed.
+        Running mean and variance, of one float type. They are not changed.
     batch : Moments
-        Of the batch, with more than `ddof` values per channel.
+        Moments of the batch, with more than `ddof` values per channel.
     weight : float
-        Of the batch, in [0, 1].
+        Weight of the batch, in [0, 1].
     ddof : int
-        1 keeps the unbiased variance of the batch, 0 the biased one.
+        1 to use the unbiased variance of the batch, 0 for the biased one.
 
     Returns
     -------
@@ -281,12 +281,12 @@ def positions_of(
     weights: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
 ) -> Positions | None:
-    """Return which positions of `x` count; None where all of them count once."""
+    """Return which positions of `x` are used, or None if all are used once."""
     return choose(x.shape, channel_axis_of(x.shape, axis), mask, weights, lengths)
 
 
 def is_zero(masked: str) -> bool:
-    """Whether what a mask leaves out becomes 0; ValueError where `masked` is unknown."""
+    """Return whether masked values become 0; raise ValueError if `masked` is unknown."""
     if masked not in ("normalize", "zero"):
         raise ValueError(f"masked is {masked!r}; it must be 'normalize' or 'zero'")
     return masked == "zero"
