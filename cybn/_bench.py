@@ -1,9 +1,9 @@
-"""What ``cybn bench`` runs: this machine, in one table.
+"""The command ``cybn bench``, which measures this machine and prints one table.
 
-Three layers of ResNet-50 at batch 32, float32, in training forward, inference and backward: cybn
-beside a copy of the batch (an add for backward) on the same threads, beside the formula in NumPy,
-and beside PyTorch if it is installed. Results are checked against the formula first; then all of
-them take turns, and the median of the turns counts.
+It times three layers of ResNet-50 with float32 batches of 32 in training forward, inference and
+backward. It compares cybn with a copy of the batch (an add for backward) on the same number of
+threads, with the formula in NumPy, and with PyTorch if that is installed. Results are first checked
+against the formula. Then all calls take turns, and the median of the turns is reported.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Array = NDArray[Any]
 Call = Callable[[], Any]
 
 SHAPES = ((32, 512, 28, 28), (32, 128, 28, 28), (32, 256, 14, 14))
-OPERATIONS = {"training forward": 2, "inference": 2, "backward": 3}  # arrays that move at least
+OPERATIONS = {"training forward": 2, "inference": 2, "backward": 3}  # arrays read or written
 EPS = 1e-5
-ABOUT = 15  # seconds of a whole run, with setting up
-LIMIT = 10.0  # seconds of all turns
+ABOUT = 15  # seconds of a whole run, including its preparation
+LIMIT = 10.0  # seconds for all turns
 ROUNDS = 2, 15  # fewest, most
-WARM, TURN = 0.003, 0.005  # seconds of untimed and of timed calls in a turn, at least one call
-LONG = 0.02  # seconds of a call that needs no untimed one before it
+WARM, TURN = 0.003, 0.005  # seconds of untimed and timed calls in a turn, at least one each
+LONG = 0.02  # seconds; longer calls need no untimed call before them
 TOLERANCE = 1e-3  # relative to the largest value; results must agree within it
-BUSY = 0.25  # load for each CPU from which figures are not to be trusted
+BUSY = 0.25  # load per CPU above which figures are not reliable
 NOTE = """\
-ms: a call of cybn, median of turns. GB/s: x read and y written once (backward: dy, x and dx).
-copy GB/s: the same bytes by np.copyto (backward: np.add) on the same threads. cybn/copy: its time
-over that of the copy. NumPy, PyTorch: how many times as long as cybn they take; PyTorch in the
-quicker of its two memory formats."""
+ms: the median time of a call of cybn. GB/s: the bytes of x and y (backward: dy, x and dx) over this
+time. copy GB/s: the same for np.copyto (backward: np.add) on the same threads. cybn/copy: the time
+of cybn over that of the copy. NumPy, PyTorch: how many times as long as cybn they take. PyTorch
+uses the quicker of its two memory formats."""
 
 
 class BenchError(ValueError):
@@ -63,14 +63,14 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
     Parameters
     ----------
     json_file : Path, optional
-        Where the figures go as well.
+        File to which the figures are also written.
     num_threads : int, optional
-        Of cybn, the copy and PyTorch; `cybn.get_num_threads` where None.
+        Threads of cybn, the copy and PyTorch. None means `cybn.get_num_threads`.
 
     Raises
     ------
     BenchError
-        If `json_file` cannot be written, said before anything is measured; or if a result is wrong.
+        If `json_file` cannot be written (checked before the measurement), or a result is wrong.
     """
     if json_file is not None:
         check_writable(json_file)
@@ -100,7 +100,7 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
 
 
 def contestants(shape: Sequence[int], operation: str, threads: int, torch: Any) -> dict[str, Call]:
-    """Return a call for everybody, all of whose results are right."""
+    """Return the calls to time, by name; raise BenchError if a result is wrong."""
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
     gamma, beta = rng.uniform(0.5, 1.5, (2, shape[1])).astype(np.float32)
@@ -156,7 +156,7 @@ def _backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array) -> Arr
 
 
 def _floor(sources: Sequence[Array], out: Array, threads: int) -> Call:
-    """Return a copy, or a sum of two, in as many parts as there are threads."""
+    """Return a call that copies one array or adds two, in one part per thread."""
     cuts = np.linspace(0, out.size, threads + 1).astype(int)
     flat = [a.reshape(-1) for a in (*sources, out)]
     parts = [[a[start:end] for a in flat] for start, end in pairwise(cuts)]
@@ -172,7 +172,7 @@ def _floor(sources: Sequence[Array], out: Array, threads: int) -> Call:
 
 
 def _torch(threads: int) -> Any:
-    """Return PyTorch, set to as many threads; None where it is not installed."""
+    """Return PyTorch, set to this number of threads, or None if it is not installed."""
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError):
@@ -182,7 +182,7 @@ def _torch(threads: int) -> Any:
 
 
 def _torch_calls(torch: Any, operation: str, arrays: Sequence[Array]) -> dict[str, Call]:
-    """Return PyTorch's call in both memory formats."""
+    """Return PyTorch's calls, one for each memory format."""
     calls: dict[str, Call] = {}
     for name, layout in (("", torch.contiguous_format), (", channels-last", torch.channels_last)):
         x, dy, gamma, beta, mean, var = map(torch.from_numpy, arrays)
@@ -205,7 +205,7 @@ def _torch_calls(torch: Any, operation: str, arrays: Sequence[Array]) -> dict[st
 
 
 def race(calls: dict[str, Call], limit: float) -> dict[str, float]:
-    """Return median seconds of a call for each; all take turns until `limit` seconds are over."""
+    """Return the median seconds of each call; calls take turns until `limit` seconds are over."""
     until = time.perf_counter() + limit
     first = {name: _turn(call, 1, warm=True) for name, call in calls.items()}
     turns: dict[str, list[float]] = {name: [] for name in calls}
@@ -219,7 +219,10 @@ def race(calls: dict[str, Call], limit: float) -> dict[str, float]:
 
 
 def _turn(call: Call, count: int, *, warm: bool) -> float:
-    """Return seconds of a call, after some that let the threads of the one before fall asleep."""
+    """Return the seconds per call, with `warm` after untimed calls.
+
+    During these, the threads of the call that was timed before fall asleep.
+    """
     until = time.perf_counter() + WARM
     while warm:
         call()
@@ -231,7 +234,7 @@ def _turn(call: Call, count: int, *, warm: bool) -> float:
 
 
 def busy() -> str:
-    """Return a warning where something else is running; nothing where the machine is quiet."""
+    """Return a warning if the load of the machine is high, otherwise an empty string."""
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load <= BUSY * cpus:
         return ""
@@ -277,13 +280,13 @@ def summary(rows: Sequence[dict[str, Any]], operation: str) -> str:
 
 
 def _pytorch(seconds: dict[str, float]) -> float:
-    """Return the quicker of PyTorch's times over cybn's; NaN where it did not take part."""
+    """Return the shorter of PyTorch's times over cybn's, or NaN without PyTorch."""
     found = [t for name, t in seconds.items() if name.startswith("PyTorch")]
     return min(found) / seconds["cybn"] if found else float("nan")
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be written; nothing is created."""
+    """Raise BenchError if a path cannot be written; create nothing."""
     if not path.parent.is_dir():
         raise BenchError(f"json is {path}, and {path.parent} is not a folder; make it first")
     try:

@@ -1,10 +1,11 @@
 """The pieces in which an array of any size is read, and their order.
 
-A piece has all C channels and about `FEW` values, so that a widened copy of it stays in cache; it
-has at least `ROWS` values a channel where that is more, and never more than `MOST` values, unless
-C alone is more. Pieces are cut across the outermost axes in memory but the channel axis, so that a
-file with the channels inside is read from its first byte to its last. Shape and strides alone
-decide: neither threads nor machine.
+A piece has all C channels. It has up to `FEW` values, so that a copy in float64 stays in cache, or
+`ROWS` values per channel if that is more. If one index of the axis that is cut has more values, it
+is a piece by itself. No piece has more than `MOST` values, unless C alone is larger. Pieces are cut
+along the outermost axes in memory, but never along the channel axis. So a file with the channels
+last is read from its first byte to its last. The pieces depend only on shape and strides, not on
+the number of threads or the machine.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ MOST = 1 << 22  # 32 MiB in float64
 
 
 class Chunks:
-    """The index of each piece of an array, in order. Sized, so that a progress bar has a total.
+    """The index of each piece of an array, in order. It has a length, for progress bars.
 
     Parameters
     ----------
     shape, strides : tuple of int
-        Of an array that is not empty.
+        Shape and strides of an array that is not empty.
     axis : int
         The channel axis, counted from the front. It is never cut.
     """
@@ -38,7 +39,7 @@ class Chunks:
     def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> None:
         outward = sorted(range(len(shape)), key=lambda i: (-abs(strides[i]), i))
         axes = [i for i in outward if i != axis]
-        inside = prod(shape) // shape[axes[0]]  # values behind one index of the axis that is cut
+        inside = prod(shape) // shape[axes[0]]  # values per index of the axis that is cut
         cut = 0
         while inside > MOST and cut + 1 < len(axes):
             cut += 1
@@ -46,7 +47,7 @@ class Chunks:
         step = max(1, min(MOST, max(FEW, ROWS * shape[axis])) // inside)
         self._ndim = len(shape)
         self._axes = axes[: cut + 1]
-        self.last = axes[cut]  # the axis along which the next piece mostly lies
+        self.last = axes[cut]  # pieces mostly follow each other along this axis
         self._starts = [range(shape[i]) for i in axes[:cut]]
         self._starts.append(range(0, shape[axes[cut]], step))
 
@@ -55,7 +56,7 @@ class Chunks:
         return prod(map(len, self._starts))
 
     def __iter__(self) -> Iterator[tuple[slice, ...]]:
-        """Yield the index of each piece; the outermost axis moves slowest."""
+        """Yield the index of each piece; the index of the outermost axis changes slowest."""
         for starts in product(*self._starts):
             index = [slice(None)] * self._ndim
             for axis, start, steps in zip(self._axes, starts, self._starts, strict=True):
@@ -64,7 +65,7 @@ class Chunks:
 
 
 def is_sliced(x: Any) -> bool:
-    """Whether this is an array outside of memory, read by slices: of HDF5, zarr, dask."""
+    """Return whether this is an array that is read by slices, such as one of h5py, zarr or dask."""
     return (
         not isinstance(x, np.ndarray)
         and isinstance(getattr(x, "dtype", None), np.dtype)
@@ -75,17 +76,19 @@ def is_sliced(x: Any) -> bool:
 
 
 class Sliced:
-    """An array that is read by slices, as if it were one in memory in C order.
+    """An array that is read by slices, with the shape and strides of an array in C order.
 
-    Where it is stored in blocks, what is read ends where a block does, and is held until all of it
-    is used, so that no block is unpacked for each of its rows. No more than `MOST` values are held.
+    If the array is stored in blocks, each read goes to the end of a block, and its values are kept
+    until all are used. So a block is not unpacked again for each piece. At most `MOST` values are
+    kept.
 
     Parameters
     ----------
     source : object
-        With ``shape``, ``dtype`` and slices; with ``chunks`` where it is stored in blocks.
+        It has ``shape`` and ``dtype`` and takes slices. If it is stored in blocks, it has
+        ``chunks``, too.
     convert : callable
-        Makes an array of a slice.
+        Converts a slice to an array.
     """
 
     def __init__(self, source: Any, convert: Callable[[Any], NDArray[Any]]) -> None:
@@ -96,16 +99,16 @@ class Sliced:
         self._held: tuple[tuple[slice, ...], int, NDArray[Any]] | None = None
 
     def _block(self, axis: int) -> int:
-        """Return how long blocks are along an axis; 1 where there are none."""
+        """Return the length of the blocks along an axis, or 1 if there are none."""
         try:
-            sizes = self._source.chunks[axis]  # one size, or in dask all of them
+            sizes = self._source.chunks[axis]  # one size, or in dask a tuple of all
             return max(1, int(sizes if np.ndim(sizes) == 0 else sizes[0]))
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
-            # What libraries' arrays raise for an index that they do not take.
+            # Arrays without such blocks raise one of these, depending on their library.
             return 1
 
     def read(self, index: tuple[slice, ...], along: int) -> NDArray[Any]:
-        """Return one piece of `Chunks`, whose next one mostly lies along an axis."""
+        """Return the values of one piece; the next piece mostly follows along the axis `along`."""
         index = tuple(slice(*part.indices(n)) for part, n in zip(index, self.shape, strict=True))
         others = index[:along] + index[along + 1 :]
         start, stop = index[along].start, index[along].stop

@@ -1,4 +1,4 @@
-"""What `Moments` are made of: counts, and vectors of one number a channel."""
+"""The parts of `Moments`: counts, and vectors with one number per channel."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Immutable:
     __deepcopy__ = __copy__
 
 
-Count = int | float | NDArray[Any]  # an array of (C,) where a selection differs by channel
+Count = int | float | NDArray[Any]  # an array (C,) if a mask or weights differ by channel
 
-_MOST = int(np.iinfo(np.int64).max)  # that a count of one channel among several may be
+_MOST = int(np.iinfo(np.int64).max)  # the largest count in an array of counts
 
 
 def counted(count: Any, channels: int) -> Count:
@@ -65,7 +65,7 @@ def counted(count: Any, channels: int) -> Count:
             )
         result = given.astype(np.float64 if given.dtype.kind == "f" else np.int64)
         if given.dtype.kind == "u" and given.max(initial=0) > _MOST:
-            raise ValueError(f"count is {given.max()}; one for each channel is at most {_MOST}")
+            raise ValueError(f"count is {given.max()}; a count in an array is at most {_MOST}")
         result.setflags(write=False)
         least = result.min(initial=0)
     if not least >= 0:
@@ -76,7 +76,7 @@ def counted(count: Any, channels: int) -> Count:
 
 
 def is_finite(count: Count) -> bool:
-    """Whether a count is finite, as every int is."""
+    """Return whether a count is finite, as every int is."""
     return isinstance(count, int) or bool(np.isfinite(count).all())
 
 
@@ -85,7 +85,7 @@ def is_nothing(count: Count) -> bool:
 
 
 def vector(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return `values` as a vector of numbers, not copied yet."""
+    """Return `values` as a vector of numbers, without a copy."""
     given = array(name, values)
     if given.dtype.kind not in "biuf":
         raise TypeError(f"{name} is {given.dtype}; it must be of numbers")
@@ -102,9 +102,9 @@ def frozen(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def parts_of(state: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return count, mean, M2, and rest and std, None where they are missing; not copied.
+    """Return count, mean, M2, rest and std without a copy; rest and std are None if missing.
 
-    ValueError where a key is missing or unexpected, or rest or std will not do.
+    Raise ValueError if a key is missing or unexpected, or if rest or std is not valid.
     """
     check_mapping(state)
     required = {"count", "mean", "m2"}

@@ -27,7 +27,7 @@ def describe(bn: Any) -> str:
 
 
 def _unusual(bn: Any, **usual: Any) -> list[str]:
-    """Return the settings that are not as usual, as they are written in a call."""
+    """Return the settings that differ from `usual`, as they are written in a call."""
     found = {name: getattr(bn, name) for name in usual}
     return [f"{name}={value!r}" for name, value in found.items() if value != usual[name]]
 
@@ -35,8 +35,8 @@ def _unusual(bn: Any, **usual: Any) -> list[str]:
 # ---- conventions -------------------------------------------------------------------------
 
 
-# What a library does where it is told nothing: eps, momentum as it writes it, whether that is the
-# weight of the old value, and running_ddof.
+# The defaults of each library: eps, momentum in its own convention, whether momentum is the weight
+# of the old value, and running_ddof.
 CONVENTIONS: dict[str, tuple[float, float | None, bool, int]] = {
     "torch": (1e-5, 0.1, False, 1),  # torch.nn.BatchNorm2d
     "keras": (1e-3, 0.99, True, 0),  # keras.layers.BatchNormalization
@@ -46,7 +46,7 @@ CONVENTIONS: dict[str, tuple[float, float | None, bool, int]] = {
 
 
 def settings(library: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords of a layer that means `given` as `library` does."""
+    """Return the keyword arguments of a layer, given those in the conventions of `library`."""
     if library not in CONVENTIONS:
         raise ValueError(f"library is {library!r}; it must be one of {', '.join(CONVENTIONS)}")
     eps, momentum, weighs_old, running_ddof = CONVENTIONS[library]
@@ -87,7 +87,7 @@ def explain(self: Any, channel: int = 0) -> None:
 
 
 def _formulas(bn: Any, channel: int) -> list[str]:
-    """Return what the next forward of `bn` computes, with the numbers of one channel."""
+    """Return the formulas of the next forward of `bn`, with the numbers of one channel."""
     running = bn._running
     by_batch = running.normalizes_by_batch(bn.training)
     learns = bn.training and running.tracks and running.updates
@@ -97,8 +97,8 @@ def _formulas(bn: Any, channel: int) -> list[str]:
     batch = [
         *[
             f"the batch is cut into virtual batches of {bn.virtual_batch_size} samples; the last "
-            "has what is left,",
-            "which joins the one before where it is one value a channel",
+            "has the samples that remain,",
+            "and joins the one before if it has only one value per channel",
         ]
         * in_parts,
         f"M    = values of a channel in {of}: all axes but {axes}",
@@ -128,7 +128,7 @@ def _output(bn: Any, by_batch: bool, c: int) -> list[str]:
     y, activated = "y", []
     if bn.activation is not None:
         slope = f", slope {bn.slope:g}" if bn.activation == "leaky_relu" else ""
-        rule = f"{bn.activation}(z + residual{slope}), residual 0 where there is none"
+        rule = f"{bn.activation}(z + residual{slope}), where residual is 0 if there is none"
         y, activated = "z", [f"y    = {rule}"]
     std, m = f"sqrt({var[c]:g} + {bn.eps:g})", mean[c]
     off = f"+ {-m:g}" if m < 0 else f"- {m:g}"
@@ -148,7 +148,7 @@ def _output(bn: Any, by_batch: bool, c: int) -> list[str]:
 
 
 def _update(bn: Any, c: int, in_parts: bool) -> list[str]:
-    """Return how the batch moves the running statistics; `_all` marks what is of all its parts."""
+    """Return the formulas of the running statistics; `_all` marks values of the whole batch."""
     mean, var, batches = bn._running.values
     new = bn._running.weight(bn._running.values)
     mark, whole = "", []
@@ -166,9 +166,9 @@ def _update(bn: Any, c: int, in_parts: bool) -> list[str]:
         *whole,
         f"running_mean = {1 - new:g} * {mean[c]:g} + {new:g} * {each.format(f'mean{mark}')}",
         f"running_var  = {1 - new:g} * {var[c]:g} + {new:g} * {batch_var}",
-        *["where average(...) is that over the samples"] * bn._by_sample,
+        *["where average(...) is the mean over the samples"] * bn._by_sample,
         f"num_batches_tracked = {batches} + 1",
-        *[f"where that is not finite in every channel, all three {changed}"]
+        *[f"if these are not finite in every channel, all three {changed}"]
         * (bn.nan_policy != "propagate"),
     ]
 

@@ -1,4 +1,4 @@
-"""Statistics of an array of any size: it is walked in pieces, each of which is measured."""
+"""Statistics of an array of any size, which is read and measured in pieces."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Progress", "float_array", "measured", "selected"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # such as tqdm.tqdm
 Vector = NDArray[np.float64]
-Statistics = tuple[Count, Vector, Vector, Vector | None]  # count, mean, m2; std beyond float64
+Statistics = tuple[Count, Vector, Vector, Vector | None]  # count, mean, m2, and std if m2 overflows
 
 
 def float_array(x: Any) -> Any:
-    """Return `x` as an array, not converted or read yet; TypeError unless it can be."""
+    """Return `x` as an array without reading its values; raise TypeError for a wrong dtype."""
     if is_sliced(x):
         given: Any = Sliced(x, lambda piece: array("x", piece))
     else:
@@ -34,14 +34,14 @@ def float_array(x: Any) -> Any:
             tensor("x", given[..., :0] if given.ndim else given)
     except TypeError as error:
         raise TypeError(
-            f"{error}. Where that does not fit in memory, piece by piece: "
+            f"{error}. If the result does not fit in memory, convert piece by piece: "
             "m = m.update(piece.astype(np.float32))"
         ) from None
     return given
 
 
 class _Apart:
-    """A mask or weights that are read by slices, of HDF5 or zarr, with the axes of x."""
+    """A mask or weights that are read by slices (h5py, zarr), with the axes of x."""
 
     def __init__(self, name: str, source: Any, shape: tuple[int, ...], axis: int) -> None:
         self._source = Sliced(source, lambda piece: array(name, piece))
@@ -60,10 +60,10 @@ class _Apart:
 def selected(
     shape: tuple[int, ...], axis: int, mask: Any, weights: Any, lengths: Any
 ) -> Selection | None:
-    """Do what `select` does; masks and weights that are read by slices are so, piece by piece."""
+    """Do what `select` does; masks and weights of files are read later, piece by piece."""
     given = {"mask": mask, "weights": weights}
     files = {name: source for name, source in given.items() if is_sliced(source)}
-    for name, source in files.items():  # of its shape and type, for the checks, without memory
+    for name, source in files.items():  # arrays without memory, for the checks
         given[name] = np.broadcast_to(np.zeros((), source.dtype), source.shape)
     selection = select(shape, axis, given["mask"], given["weights"], lengths)
     if selection is None or not files:
@@ -78,7 +78,7 @@ def selected(
 def measured(
     data: Any, axis: int, selection: Selection | None, threads: int, progress: Progress | None
 ) -> Iterator[Statistics]:
-    """Yield the statistics of each piece of what `float_array` returned, in float64."""
+    """Yield the statistics, in float64, of each piece of a result of `float_array`."""
     pieces = Chunks(data.shape, data.strides, axis)
     for index in pieces if progress is None else progress(pieces):
         part = data.read(index, pieces.last) if isinstance(data, Sliced) else data[index]
@@ -93,7 +93,7 @@ def _measure(
     selection: Selection | None,
     threads: int,
 ) -> Statistics:
-    """Return the statistics of what counts of a piece; mean and M2 are 0 where nothing does."""
+    """Return the statistics of the used values of a piece; mean and M2 are 0 if there are none."""
     if selection is None:
         return _statistics(piece, axis, None, None, threads)
     mask, weights = selection.at(index)

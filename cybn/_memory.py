@@ -1,8 +1,8 @@
 """Memory for large results: page faults can cost more than the normalization itself.
 
-The C library gives large blocks back to the system when they are freed, so each new result pays
-for every page again: a forward of 100 MB took 18 ms on new memory and 9 ms on memory used before.
-Blocks of results that have died are kept here for the next result of about their size.
+The C library returns large blocks to the system when they are freed. So each page of a new block
+causes a page fault: a forward of 100 MB took 18 ms on new memory and 9 ms on memory used before.
+This module keeps the blocks of results that have been freed, for later results of a similar size.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 __all__ = ["empty_cache", "set_cache_limit"]
 
-LEAST = 1 << 20  # bytes of a block; smaller ones the C library keeps itself
+LEAST = 1 << 20  # bytes; the C library keeps smaller blocks itself
 LIMIT = 512 << 20
 ALIGNMENT = 64  # bytes, a cache line
 STEPS = 8  # sizes of blocks per power of two, so at most an eighth is wasted
 
 
 class Blocks:
-    """Blocks of bytes under arrays; one that nothing but this list refers to is free.
+    """Blocks of bytes that are the memory of arrays.
 
-    NumPy's arrays, and all views of them, refer to the block that their memory is, however long
-    the chain of views: no array has to say when it dies.
+    An array and all its views, also views of views, refer to their block. If only the list here
+    refers to a block, the block is free. So arrays need not be released explicitly.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -36,15 +36,15 @@ class Blocks:
 
     def forget(self) -> None:
         """Start with an empty list; arrays that exist keep their blocks."""
-        self._blocks: list[NDArray[np.uint8]] = []  # those used last at the end
+        self._blocks: list[NDArray[np.uint8]] = []  # the most recently used at the end
         self._lock = RLock()  # reentrant, as a signal's handler may call a layer, too
-        self._busy = False  # the list is being changed
+        self._busy = False  # whether the list is being changed
 
     def array(self, like: NDArray[Any]) -> NDArray[Any]:
-        """Return an uninitialized array with the shape, dtype and strides of a dense one."""
+        """Return an uninitialized array with the shape, dtype and strides of a dense array."""
         size = rounded(like.nbytes + ALIGNMENT)
         with self._lock:
-            # Busy is the call that a signal's handler, or the end of an object, came between.
+            # If busy, this call is made by a signal handler or a finalizer during another call.
             if self._busy or size > self.limit:
                 return on(np.empty(size, np.uint8), like)
             self._busy = True
@@ -55,7 +55,7 @@ class Blocks:
         return on(block, like)
 
     def clear(self) -> None:
-        """Give the free blocks back to the system; the others go back as their arrays die."""
+        """Return the free blocks to the system now, and the others when their arrays are freed."""
         with self._lock:
             if not self._busy:
                 self._blocks = []
@@ -67,7 +67,7 @@ class Blocks:
             return sum(block.size for block in self._blocks) - free, free
 
     def _free(self) -> list[int]:
-        """Return the places of free blocks."""
+        """Return the indices of free blocks."""
         blocks = self._blocks
         # Two references: the list's and the argument's.
         return [i for i in range(len(blocks)) if getrefcount(blocks[i]) == 2]
@@ -91,7 +91,7 @@ class Blocks:
         return sum(block.size for block in self._blocks)
 
     def _drop_free(self, most: int) -> None:
-        """Drop free blocks, the one not used for longest first, until all take `most` bytes."""
+        """Drop free blocks, least recently used first, until all take `most` bytes or fewer."""
         over = self._size() - most
         for i in self._free():
             if over <= 0:
@@ -105,25 +105,25 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 def on(block: NDArray[np.uint8], like: NDArray[Any]) -> NDArray[Any]:
-    """Return an aligned array on `block` with the shape, dtype and strides of a dense one."""
+    """Return an aligned array in `block` with the shape, dtype and strides of a dense array."""
     start = -block.__array_interface__["data"][0] % ALIGNMENT
-    strides = None if like.flags.c_contiguous else like.strides  # those of size 1 may be anything
+    strides = None if like.flags.c_contiguous else like.strides  # size-1 axes have any stride
     return np.ndarray(like.shape, like.dtype, block, start, strides)
 
 
 def rounded(size: int) -> int:
-    """Return the size of the blocks that serve `size` bytes."""
+    """Return the size of the block for `size` bytes of data."""
     step = 1 << max(0, size.bit_length() - STEPS.bit_length())
     return -(-size // step) * step
 
 
 blocks = Blocks()
-if hasattr(os, "register_at_fork"):  # another thread may have held the lock
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock at the fork
     os.register_at_fork(after_in_child=blocks.forget)
 
 
 def empty_like(x: NDArray[Any]) -> NDArray[Any]:
-    """Return an uninitialized array that lies in memory as `x` does."""
+    """Return an uninitialized array with the shape, dtype and memory layout of `x`."""
     if x.nbytes < LEAST or not blocks.limit:
         return np.empty_like(x, subok=False)
     return blocks.array(x if x.flags.c_contiguous else np.empty_like(x, subok=False))
@@ -132,8 +132,8 @@ def empty_like(x: NDArray[Any]) -> NDArray[Any]:
 def empty_cache() -> None:
     """Release the memory that is kept for later results.
 
-    Results of 1 MiB and more that are allocated here (no `out`) are written to memory of earlier
-    results that have been freed, because new memory costs page faults: up to half of a call's time.
+    If no `out` is given, results of 1 MiB and more are written to memory of earlier results that
+    have been freed, because new memory costs page faults: up to half of a call's time.
 
     Examples
     --------
@@ -150,12 +150,12 @@ def set_cache_limit(limit: int) -> None:
     ----------
     limit : int
         The limit in bytes, 512 MiB by default. It includes results in use as well as freed ones.
-        Results beyond it get new memory, which is released with them. 0 keeps nothing.
+        Results beyond it get new memory, which is released with them. With 0 nothing is kept.
 
     Raises
     ------
     TypeError, ValueError
-        If `limit` is not an integer, or negative.
+        If `limit` is not an integer, or is negative.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Count, mean and M2 per channel: the one type for statistics."""
+"""`Moments`: the count, mean and M2 of each channel."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Moments(Immutable):
     count: Count
     mean: Vector
     m2: Vector
-    _rest: Vector | None  # what rounding left of the mean; None: nothing
-    _std: Vector  # where an m2 is beyond float64, and the deviation known; else unset
+    _rest: Vector | None  # rounding error of the mean; None means 0
+    _std: Vector  # set only if an m2 overflows float64 and the deviation is known
 
     def __init__(self, count: Count, mean: ArrayLike, m2: ArrayLike) -> None:
         mean, m2 = vector(mean, "mean"), vector(m2, "m2")
@@ -90,7 +90,7 @@ class Moments(Immutable):
 
     @classmethod
     def _adopt(cls, count: Count, mean: Any, m2: Any, rest: Any = None, std: Any = None) -> Self:
-        """Wrap fresh arrays that no one else will write to, without a copy."""
+        """Return moments of arrays that nothing else will write to, without a copy."""
         for array in (count, mean, m2):
             if isinstance(array, np.ndarray):
                 array.setflags(write=False)
@@ -99,13 +99,13 @@ class Moments(Immutable):
         return self._tell(std)
 
     def _tell(self, std: Vector | None) -> Self:
-        """Note the standard deviations, if an m2 is beyond float64; return these moments."""
+        """Store the standard deviations if an m2 overflows float64; return these moments."""
         if std is not None and np.isinf(self.m2).any():
             object.__setattr__(self, "_std", std)
         return self
 
     def _told(self) -> Vector | None:
-        """Return the standard deviations where an m2 is beyond float64 and they are known."""
+        """Return the standard deviations if they are stored, otherwise None."""
         return getattr(self, "_std", None)
 
     @classmethod
@@ -130,13 +130,13 @@ class Moments(Immutable):
         ----------
         ddof : int, default 0
             0 for the biased variance, which is used to normalize; 1 for the unbiased one, which is
-            used for the running variance. With weights, 1 is right if a weight says how often a
-            value was seen; if it says how far a value can be trusted, use 0.
+            used for the running variance. With weights, use 1 if a weight is the number of times a
+            value was seen, and 0 if it is a measure of trust in the value.
 
         Returns
         -------
         ndarray of float64, shape (C,)
-            A new array. NaN where ``count - ddof`` is not positive and counts differ by channel.
+            A new array. If counts differ by channel, it is NaN where ``count - ddof`` is at most 0.
 
         Raises
         ------
@@ -164,15 +164,15 @@ class Moments(Immutable):
         return np.where(np.isinf(deviation), told, deviation)
 
     def __add__(self, other: object) -> Moments:
-        """Return the moments of both, as `merge` does; so `sum` takes a list of moments."""
+        """Return the moments of both, as `merge` does, so that `sum` takes a list of moments."""
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
     def __radd__(self, other: object) -> Moments:
-        """Return these moments where `other` is the 0 that `sum` begins with."""
+        """Return these moments if `other` is the 0 that `sum` begins with."""
         return self if type(other) is int and other == 0 else NotImplemented
 
     def _degrees(self, ddof: int) -> Count:
-        """Return what M2 is divided by for the variance."""
+        """Return the divisor of M2 in the variance."""
         return self.count - ddof
 
     def update(
@@ -186,7 +186,7 @@ class Moments(Immutable):
         progress: Progress | None = None,
         num_threads: int | None = None,
     ) -> Moments:
-        """Return the moments of the values so far and those of `x`.
+        """Return the moments of the values so far and those of `x` together.
 
         This object does not change: write ``m = m.update(x)``.
 
@@ -200,9 +200,9 @@ class Moments(Immutable):
             The channel axis. Negative numbers count from the end.
         mask : array_like of bool, optional
             True for values that are used; others are ignored, and may be NaN. With as many axes as
-            `x`, it is broadcastable to `x`, and may differ by channel. With fewer, it holds for all
-            channels, as in `batch_norm`: broadcastable to the shape of `x` without the channel
-            axis, such as (N, L) for (N, C, L) and (N, L, C).
+            `x`, it is broadcastable to `x`, and may differ by channel. With fewer, it applies to
+            all channels, as in `batch_norm`, and is broadcastable to the shape of `x` without the
+            channel axis, such as (N, L) for (N, C, L) and (N, L, C).
         weights : array_like, optional
             How often each value counts: not negative, with a shape as for `mask`, of any float or
             integer type. The count is then a float, the sum of the weights. They may be larger than
@@ -215,8 +215,8 @@ class Moments(Immutable):
             Given the pieces, an iterable with a length, it returns an iterable over them, and
             may draw a bar: `tqdm.tqdm`, or a `functools.partial` of it.
         num_threads : int, optional
-            Threads for this call. None means `cybn.get_num_threads`. Results are the same bits for
-            any number.
+            Threads for this call. None means `cybn.get_num_threads`. Results are bitwise identical
+            for any number.
 
         Returns
         -------
@@ -227,8 +227,8 @@ class Moments(Immutable):
         Raises
         ------
         TypeError
-            If `x` is not float32 or float64, `mask` not bool, or `lengths` not integer. Integer
-            data, such as images, are converted piece by piece:
+            If `x` has another dtype, `mask` is not bool, or `lengths` are not integers. Convert
+            integer data, such as images, piece by piece:
             ``for piece in x: m = m.update(piece.astype(np.float32), axis=...)``.
         ValueError
             If `x` has fewer than 2 axes or another number of channels, a mask, weights or lengths
@@ -237,10 +237,12 @@ class Moments(Immutable):
 
         Notes
         -----
-        Pieces are cut along the outermost axis in memory and merged in order; their size depends
-        only on shape and strides. Each is measured in float64, also for float32 data.
-        `cybn.moments` gives the same bits for float64 data of one piece (262144 values, or 32 per
-        channel); otherwise its last bits may differ.
+        Pieces are cut along the outermost axis in memory and merged in order. A piece has up to
+        262144 values, or 32 per channel if that is more. A single index of the axis that has more
+        values is a piece by itself, and is cut further above 4 million values. Pieces depend only
+        on shape and strides. Each is measured in float64, also for float32 data. For float64 data
+        in one piece, the result is bitwise identical to that of `cybn.moments`. Otherwise the last
+        bits may differ.
         """
         data = float_array(x)
         axis = channel_axis(data, axis)
@@ -261,7 +263,7 @@ class Moments(Immutable):
         """Return the moments of both samples together; neither is changed.
 
         The formula is that of Chan, Golub and LeVeque (1979). Counts are exact. Rounding
-        depends on the order, so merge in a fixed one for the same bits on every run.
+        depends on the order, so merge in a fixed order to get the same bits on every run.
 
         Parameters
         ----------
@@ -271,7 +273,7 @@ class Moments(Immutable):
         Returns
         -------
         Moments
-            `other` itself if this one has count 0, and this one if `other` has count 0.
+            `other` itself if this object has count 0, and this object if `other` has count 0.
 
         Raises
         ------
@@ -280,7 +282,7 @@ class Moments(Immutable):
         ValueError
             If the numbers of channels differ.
         OverflowError
-            If a count would exceed its type: 2**63 if there is one for each channel.
+            If a count would be too large for its type (int64, if each channel has its own count).
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
@@ -313,8 +315,8 @@ class Moments(Immutable):
         Parameters
         ----------
         comm : object with a method ``allgather``
-            Given a value, it returns the list of the values of all processes, such as
-            `mpi4py.MPI.COMM_WORLD`, or a `cybn.mpi.Ranks`, which waits for a limited time only.
+            For example `mpi4py.MPI.COMM_WORLD`, or a `cybn.mpi.Ranks`, which waits for a limited
+            time only. The method takes a value and returns the list of the values of all processes.
 
         Returns
         -------
@@ -324,7 +326,7 @@ class Moments(Immutable):
         Raises
         ------
         TypeError
-            If `comm` has no such method, or a process passed something else.
+            If `comm` has no such method, or another process did not pass a `Moments`.
         ValueError, OverflowError
             As in `merge`, in every process.
         """
@@ -342,9 +344,9 @@ class Moments(Immutable):
         Returns
         -------
         dict of str to ndarray
-            ``count``, of shape () or (C,), int64 or float64; ``mean``, ``m2`` and ``rest``, the
-            rounding error of the mean, as float64 of shape (C,). Copies. Where an ``m2`` is
-            infinite, because it is beyond float64, also ``std``.
+            Copies: ``count`` of shape () or (C,) as int64 or float64; ``mean``, ``m2`` and
+            ``rest`` (the rounding error of the mean) of shape (C,) as float64. If an ``m2`` is
+            infinite because it overflows float64, there is also ``std``.
 
         Raises
         ------
@@ -364,12 +366,12 @@ class Moments(Immutable):
         Parameters
         ----------
         state : mapping of str to array_like
-            With the keys of `state_dict`; ``rest`` may be missing, and is 0 then. Copied.
+            With the keys of `state_dict`. ``rest`` is 0 if it is missing. Values are copied.
 
         Raises
         ------
         ValueError
-            If a key is missing or unexpected, or a value is not what `Moments` takes.
+            If a key is missing or unexpected, or a value is not valid for `Moments`.
         TypeError
             If `state` is not a mapping, or a value does not consist of numbers.
         """
@@ -379,7 +381,7 @@ class Moments(Immutable):
         return cls._adopt(given.count, given.mean, given.m2, rest, std)
 
     def __eq__(self, other: object) -> bool:
-        """Whether counts, means and M2 are the same numbers (NaN equals NaN)."""
+        """Return whether counts, means and M2 are the same numbers (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
         ours, theirs = ((m.mean, m.m2, getattr(m, "_std", ())) for m in (self, other))

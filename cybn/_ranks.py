@@ -1,11 +1,12 @@
-"""Batch normalization of one batch whose parts several processes (ranks) hold.
+"""Batch normalization of one batch that is divided among several processes (ranks).
 
-Every rank measures its part and sends one message: count, mean and M2 forward, two sums of
-gradients backward. Each then merges what all have sent in the order of the ranks, so all get the
-same bits, whatever came first. A rank that cannot take part sends its error instead, and all raise.
-For this, each rank checks and allocates everything before it sends, and writes only afterwards.
+Every rank measures its part and sends one message. A forward sends count, mean and M2, a backward
+two sums of gradients. Each rank then merges all messages in the order of the ranks, so all get the
+same bits, whichever message came first. If a rank raises an error, it sends that instead, and all
+ranks raise. For this, each rank checks and allocates everything before it sends, and writes only
+afterwards.
 
-What carries the messages is a function: given a row of float64, it returns the rows of all ranks.
+A function carries the messages: it takes a row of float64 and returns the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ __all__ = ["Gather", "Message", "normalize", "through"]
 
 Gather = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (n,) to (ranks, n)
 
-# Numbers first: the mark, pass, channels, bytes of an error, positions, count, whether weighted.
+# A row begins with mark, pass, channels, bytes of an error, positions, count, whether weighted.
 _HEAD = 7
-_MARK = float(0x6379626E)  # what every message begins with
-_TEXT = 32  # numbers that a row has room for at least, so that an error can be read
+_MARK = float(0x6379626E)  # the beginning of every message
+_TEXT = 32  # a row has room for at least this many numbers, so that an error fits
 _PASSES = ("forward", "backward")
 
 
 class Message:
-    """One message of every rank to all, of two values a channel; a context manager.
+    """A context manager for one message from each rank to all, with two values per channel.
 
-    Where its block raises before `exchange` was called, the other ranks are sent the error in the
-    place of the values, and raise too.
+    If its block raises an error before `exchange` was called, that error is sent to the other ranks
+    instead of the values, and they raise an error, too.
 
     Parameters
     ----------
     gather : callable
-        What carries it.
+        The function that carries the message.
     rank : int
-        That of this process.
+        The rank of this process.
     kind : {"forward", "backward"}
         The pass it belongs to.
     channels : int
@@ -77,14 +78,14 @@ class Message:
             error.add_note(f"the other ranks could not be told: {other}")
 
     def exchange(self, head: tuple[float, ...], values: NDArray[np.float64]) -> Any:
-        """Send numbers and values, (2, C); return those of all ranks, (ranks, 3), (ranks, 2, C).
+        """Send 3 numbers and (2, C) values; return (ranks, 3) numbers and (ranks, 2, C) values.
 
         Raises
         ------
         RuntimeError
             If another rank sent an error, or is in another pass.
         ValueError
-            If another rank has other channels.
+            If another rank has another number of channels.
         """
         self._row[4:_HEAD] = head
         self._row[_HEAD : _HEAD + self._size] = values.ravel()
@@ -99,13 +100,14 @@ class Message:
         return self._gather(self._row)
 
     def _compare(self, rank: int, row: NDArray[np.float64]) -> None:
-        """Raise where another rank raises, or does something else."""
+        """Raise an error if another rank sent an error, or another kind of message."""
         mark, kind, channels, error = row[:4]
         _, own_kind, own_channels, _ = self._row[:4]
         if mark != _MARK:
             raise RuntimeError(
                 f"rank {rank} has sent something else than a layer of {own_channels:.0f} channels "
-                "does; all ranks must call the same layers, with as many channels, in one order"
+                "does; all ranks must call the same layers, with the same number of channels, in "
+                "one order"
             )
         if channels != own_channels:
             raise ValueError(
@@ -127,15 +129,15 @@ class Message:
     def merged(
         self, number: int, count: float, mean: Any, m2: Any, deviation: Callable[[Moments], Any]
     ) -> Moments:
-        """Return the moments of the batch, given those of the part that this rank has.
+        """Return the moments of the batch, given those of this rank's part.
 
-        Where an M2 is beyond float64, the negative of what `deviation` says of the part is sent in
-        its place.
+        If an M2 overflows float64, the negative of the standard deviation is sent instead.
+        `deviation` computes it from the moments of the part.
 
         Raises
         ------
         ValueError
-            If fewer than two values a channel count, on all ranks together; as in `exchange`.
+            If all ranks together have fewer than two used values per channel, and as in `exchange`.
         """
         weighted = isinstance(count, float)
         sent = np.array([mean, m2])
@@ -175,11 +177,11 @@ def normalize(
     check: Callable[[Moments], object] | None = None,
     fixed: tuple[Any, Any] | None = None,
 ) -> tuple[NDArray[Any], Moments]:
-    """Return y of the part that this rank has, and the moments of the batch.
+    """Return y of this rank's part, and the moments of the batch.
 
-    Arguments are those of the dispatch. Where `fixed` is a mean and a variance, y is normalized
-    with those. `check` is called with the moments of the batch before anything is written, and may
-    raise.
+    Arguments are those of the dispatch. If `fixed` is a mean and a variance, y is normalized with
+    those. `check` is called with the moments of the batch before anything is written, and may raise
+    an error.
     """
     found: list[Moments] = []
     far: list[tuple[parts.Part, NDArray[Any]]] = []
@@ -195,7 +197,7 @@ def normalize(
         if fixed is not None:
             return fixed
         where = parts.far(batch)
-        if where.size and x.size:  # before y is written, which may be where x is
+        if where.size and x.size:  # before y is written, which may overwrite x
             part = parts.Part.of(where, x, residual, batch, gamma, beta, settings)
             far.append((part, part.forward(selected, num_threads)))
         return batch.mean, batch.var()
@@ -225,7 +227,7 @@ def through(
     *,
     own: list[NDArray[np.float64]] | None = None,
 ) -> tuple[NDArray[Any], ...]:
-    """Return dx of the part that this rank has, and dgamma and dbeta of the batch.
+    """Return dx of this rank's part, and dgamma and dbeta of the batch.
 
     Arguments are those of the dispatch; `moments` are those of the batch. dbeta and dgamma of the
     part alone are appended to `own`, as float64 of shape (2, C).

@@ -1,4 +1,4 @@
-"""Instruction level, thread count, fork guard: what the kernels run on."""
+"""The instruction level and the number of threads of the kernels, also in forked processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _module_name(level: str, kernel: str = "batch_norm") -> str:
 
 
 def compiled_levels() -> list[str]:
-    """Return the levels this build holds, lowest first."""
+    """Return the instruction levels that this build contains, lowest first."""
     package = importlib.import_module("cybn._kernels")
     files = [file.name for folder in package.__path__ for file in Path(folder).iterdir()]
     return [
@@ -50,7 +50,7 @@ def compiled_levels() -> list[str]:
 
 
 def supported_levels() -> list[str]:
-    """Return the levels this CPU runs, lowest first."""
+    """Return the instruction levels that this CPU supports, lowest first."""
     return ["baseline"] + ["x86-64-v3"] * host.has_v3() + ["x86-64-v4"] * host.has_v4()
 
 
@@ -61,14 +61,14 @@ def usable_levels() -> list[str]:
 
 
 def kernels_at(level: str, kernel: str = "batch_norm") -> ModuleType:
-    """Return a kernel module at one level: "batch_norm" or "layer_norm"."""
+    """Return the kernel module "batch_norm" or "layer_norm" of one instruction level."""
     module = _load(_module_name(level, kernel))
     module.set_caches(_cache_bytes(2), _cache_bytes(3))
     return module
 
 
 def _choose_level() -> str:
-    """Return the highest usable level, lowered by CYBN_LEVEL where that is set."""
+    """Return the highest usable level that is at most CYBN_LEVEL, if that is set."""
     wanted = os.environ.get("CYBN_LEVEL") or LEVELS[-1]
     if wanted not in LEVELS:
         raise ImportError(f"CYBN_LEVEL is {wanted!r}; it must be one of {', '.join(LEVELS)}")
@@ -76,7 +76,7 @@ def _choose_level() -> str:
 
 
 def _cache_bytes(index: int) -> int:
-    """Return the size of a cache: 2 is a core's own, 3 the last. A guess where Linux is silent."""
+    """Return the size of the L2 or L3 cache in bytes, or a guess if Linux does not report it."""
     file = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size")
     try:
         text = file.read_text().strip()
@@ -94,7 +94,7 @@ row_kernels = kernels_at(level, "layer_norm")
 
 
 def _cgroup_folders(root: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders, own and above, of the cgroups that may limit this process's CPU time."""
+    """Yield the folders of the cgroups, own and parents, that may limit this process's CPU time."""
     for line in own.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or "cpu" in controllers.split(","):  # version 2, or 1
@@ -104,7 +104,7 @@ def _cgroup_folders(root: Path, own: Path) -> Iterator[Path]:
 
 
 def _cgroup_limit(folder: Path) -> tuple[str, str] | None:
-    """Return quota and period as a cgroup of version 2 or 1 has them, or None."""
+    """Return quota and period of a cgroup of version 2 or 1, or None if it has none."""
     if (file := folder / "cpu.max").is_file():
         quota, period = file.read_text().split()
         return quota, period
@@ -116,7 +116,7 @@ def _cgroup_limit(folder: Path) -> tuple[str, str] | None:
 def _cgroup_cpus(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """Return the whole CPUs that the cgroups' quotas allow, or None where there is no quota."""
+    """Return the number of CPUs that the cgroups' quotas allow, or None if there is no quota."""
     try:
         limits = [_cgroup_limit(folder) for folder in _cgroup_folders(root, own)]
         quotas = [int(x[0]) / int(x[1]) for x in limits if x and x[0] not in ("max", "-1")]
@@ -133,8 +133,8 @@ _chosen: int | None = None
 _scoped: ContextVar[int | None] = ContextVar("cybn_threads", default=None)
 _forked = False
 
-# Held while running statistics are put in their place, of whatever layer. Reentrant, as a signal's
-# handler may train a layer, too.
+# Held while the running statistics of any layer are stored. Reentrant, because a signal handler may
+# train a layer, too.
 turn = threading.RLock()
 
 
@@ -144,9 +144,9 @@ def _after_fork() -> None:
     turn = threading.RLock()
 
 
-# A child of os.fork has none of its parent's threads. It would wait for ever for those of OpenMP
-# in its first parallel region if the parent had one before, and for one that held a lock to
-# release it. So a forked child uses one thread, and has a lock of its own.
+# A child of os.fork has none of its parent's threads. If the parent had run a parallel region, the
+# first one of the child would wait forever for OpenMP's threads. If another thread held the lock,
+# it would never be released in the child. So a forked child uses one thread, and has its own lock.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
@@ -176,9 +176,9 @@ def set_num_threads(n: int | None) -> None:
 
     Notes
     -----
-    Results are the same bits for any number. A child of ``os.fork`` uses one thread, because the
-    parent's threads do not exist in it. Use the start method "spawn" or "forkserver" for children
-    that should use several.
+    Results are bitwise identical for any number. A child of ``os.fork`` uses one thread, because
+    the parent's threads do not exist in it. Use the start method "spawn" or "forkserver" for
+    children that should use several.
 
     Examples
     --------
@@ -221,7 +221,7 @@ def get_num_threads() -> int:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Use `n` threads within a ``with`` block, in this thread or task alone.
+    """Use `n` threads within a ``with`` block, in this thread or task only.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def thread_count(num_threads: int | None) -> int:
-    """Return the threads for one call, from its `num_threads` argument."""
+    """Return the number of threads for one call, given its `num_threads` argument."""
     if num_threads is None:
         return get_num_threads()
     return 1 if _forked else min(_checked(num_threads, "num_threads"), _most)
@@ -272,7 +272,7 @@ def config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print versions, instruction levels, OpenMP and threads.
+    """Print versions, instruction levels, OpenMP and the number of threads.
 
     If calls are slower than expected, check that "level active" is the last of the supported
     levels, and that "openmp" is a date.

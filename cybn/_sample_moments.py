@@ -1,4 +1,4 @@
-"""Statistics within samples: what the running statistics of an instance norm are of."""
+"""Statistics within samples, as an instance norm collects in its running statistics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["SampleMoments"]
 
 
 class SampleMoments(Moments):
-    """Moments of each channel within samples; how the samples differ is not in them.
+    """Moments of each channel within samples, without the differences between samples.
 
-    The variance is that of the samples about their own means, on average, as an instance norm
-    computes it. `count` and `mean` are those of all values, and `m2` is the sum of the squared
-    deviations of each from the mean of its sample. Samples of different sizes weigh by their size.
+    The variance is the average of the variances of the samples, as an instance norm computes them.
+    `count` and `mean` are those of all values. `m2` is the sum of the squared deviations of the
+    values, each from the mean of its sample. Samples are weighted by their size.
 
     Parameters
     ----------
@@ -30,12 +30,12 @@ class SampleMoments(Moments):
     mean, m2 : array_like, shape (C,)
         As in `Moments`.
     samples : int
-        How many samples they are of: at least 1 and at most `count`; 0 where that is 0.
+        The number of samples: at least 1 and at most `count`, or 0 if `count` is 0.
 
     Raises
     ------
     TypeError, ValueError
-        As in `Moments`, and if `count` or `samples` is not such a number.
+        As in `Moments`, and if `count` or `samples` is not a number as described above.
     """
 
     __slots__ = ("samples",)
@@ -46,8 +46,8 @@ class SampleMoments(Moments):
         super().__init__(count, mean, m2)
         if isinstance(self.count, np.ndarray):
             raise ValueError(
-                f"count has shape {self.count.shape}; within samples it must be one number, as "
-                "all channels have as many values"
+                f"count has shape {self.count.shape}; within samples it must be one number, "
+                "because all channels have the same number of values"
             )
         samples = integer("samples", samples)
         least = int(not is_nothing(self.count))
@@ -60,7 +60,7 @@ class SampleMoments(Moments):
 
     @classmethod
     def empty(cls, channels: int) -> SampleMoments:
-        """Return the moments of no samples at all, to begin with: all numbers are 0.
+        """Return the moments of no samples, to which others can be merged: all numbers are 0.
 
         Parameters
         ----------
@@ -71,7 +71,7 @@ class SampleMoments(Moments):
 
     @classmethod
     def of(cls, each: Moments, channels: int) -> SampleMoments:
-        """Pool the moments of (N * C) rows; samples of different sizes weigh by their size."""
+        """Pool the moments of N * C rows; samples are weighted by their size."""
         mean, m2 = (v.reshape(-1, channels) for v in (each.mean, each.m2))
         sizes = np.broadcast_to(each.count, len(each)).reshape(-1, channels)[:, :1]
         count = int(sizes.sum())
@@ -79,7 +79,7 @@ class SampleMoments(Moments):
         with np.errstate(all="ignore"):
             pooled = np.where(sizes, mean, 0).mean(0)
             if isinstance(each.count, np.ndarray) or not np.isfinite(pooled).all():
-                # Of different sizes; or the sum is beyond float64, which the mean is not.
+                # Sizes differ, or the sum overflows float64 although the mean does not.
                 pooled = (np.where(sizes, mean, 0) * weights).sum(0)
             both = _restore(count, pooled, m2.sum(0), int(np.count_nonzero(sizes)))
             if not np.isinf(both.m2).any():
@@ -91,10 +91,11 @@ class SampleMoments(Moments):
         return self.count - ddof * self.samples  # each sample has a mean of its own
 
     def update(self, x: ArrayLike, **options: Any) -> NoReturn:
-        """Raise TypeError: these are measured by `population_statistics`, and merged.
+        """Raise TypeError, because these moments come from `population_statistics` and `merge`.
 
-        For each part of the data ``m = m.merge(cybn.population_statistics(norm, [x])[norm])``,
-        or, for all of them at once, ``cybn.population_statistics(norm, parts)[norm]``.
+        For each part x of the data call
+        ``m = m.merge(cybn.population_statistics(norm, [x])[norm])``. For all parts at once call
+        ``cybn.population_statistics(norm, parts)[norm]``.
         """
         raise TypeError(
             "statistics within samples have no update; measure with the instance norm they are "
@@ -107,7 +108,7 @@ class SampleMoments(Moments):
         Parameters
         ----------
         other : SampleMoments
-            Of the same C channels; or `Moments` of no values at all.
+            It has the same C channels. `Moments` of no values are accepted, too.
 
         Raises
         ------
@@ -144,12 +145,12 @@ class SampleMoments(Moments):
         return np.sqrt(self.m2 / self.count) if told is None else told
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return all that `from_state_dict` needs: as `Moments`, and ``samples``."""
+        """Return the `state_dict` of `Moments`, with ``samples`` added."""
         return super().state_dict() | {"samples": np.array(self.samples)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> SampleMoments:
-        """Return what `state_dict` was called on; errors are those of `Moments`."""
+        """Return the moments that `state_dict` was called on; errors are those of `Moments`."""
         check_mapping(state)
         given = dict(state)
         samples = np.asarray(given.pop("samples", None))
@@ -159,7 +160,7 @@ class SampleMoments(Moments):
         return cls(plain.count, plain.mean, plain.m2, int(samples))._tell(plain._told())
 
     def __eq__(self, other: object) -> bool:
-        """Whether all numbers are the same, the number of samples too."""
+        """Return whether all numbers are the same, including the number of samples."""
         alike = isinstance(other, SampleMoments) and self.samples == other.samples
         return alike and super().__eq__(other)
 

@@ -20,21 +20,21 @@ _Given = TypeVar("_Given")
 
 
 class _End:
-    """`Trial.__exit__`: a ``with`` statement that looks it up gets that of the trial's lock."""
+    """The descriptor `Trial.__exit__`: a ``with`` statement gets the `__exit__` of the lock."""
 
     def __get__(self, trial: Trial[Any] | None, owner: type) -> Callable[..., None]:
         return self if trial is None else trial._open.__exit__
 
     def __call__(self, trial: Trial[Any], *error: object) -> None:
-        trial._open.release()  # for `contextlib.ExitStack`, which asks the class
+        trial._open.release()  # `contextlib.ExitStack` calls that of the class
 
 
 class Trial(Generic[_Given]):
-    """How forwards are to run for a while: a context manager, to be entered once.
+    """A context manager in which forwards change nothing; it can be entered once.
 
-    No interrupt can leave a thread in it. Python looks for signals where a function of its own
-    begins and after each call in one; so `__exit__` is that of a lock, which is written in C, and
-    what begins the trial is an assignment, after the last call of `__enter__`.
+    No interrupt can leave a thread in a trial. Python handles signals at the beginning of each
+    Python function and after each call in it. So `__exit__` is that of a lock, which is written in
+    C, and the trial begins with an assignment, after the last call in `__enter__`.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Trial(Generic[_Given]):
     training : bool
         The mode in which they run.
     note : callable, optional
-        Told the layer and the moments of its input.
+        Called with the layer and the moments of its input.
     """
 
     __slots__ = ("_begun", "_given", "_open", "_whose", "note", "training")
@@ -60,10 +60,10 @@ class Trial(Generic[_Given]):
         self.training = training
         self.note = note
         self._given: _Given | None = layer
-        self._whose = None if layer is None else ref(layer)  # which may be gone before we look
+        self._whose = None if layer is None else ref(layer)  # which may be freed first
         self._begun = False
         self._open = Lock()
-        self._open.acquire()  # until the end
+        self._open.acquire()  # until the trial is over
 
     def __enter__(self) -> _Given:
         if self._begun:
@@ -80,11 +80,11 @@ class Trial(Generic[_Given]):
             self.note(layer, batch)
 
     def over(self) -> bool:
-        """Whether the block of the trial has been left."""
+        """Return whether the block of the trial has ended."""
         return not self._open.locked()
 
     def holds_for(self, layer: object) -> bool:
-        """Whether forwards of `layer` change nothing now."""
+        """Return whether forwards of `layer` change nothing now."""
         whose = self._whose
         return self._begun and not self.over() and (whose is None or whose() is layer)
 
@@ -102,7 +102,7 @@ def _running() -> tuple[Trial[Any], ...]:
 
 
 def active(layer: object) -> Trial[Any] | None:
-    """Return the innermost trial that `layer` is in."""
+    """Return the innermost trial that applies to `layer`, or None."""
     if not _trials.get():
         return None
     current: Trial[Any]
@@ -116,9 +116,9 @@ def preview(self: _Given) -> Trial[_Given]:
     """Run forwards in training mode that change nothing, within a ``with`` block.
 
     In the block a forward normalizes as in training, in either mode. Running statistics,
-    `num_batches_tracked` and the mode do not change. `backward` raises an error in the block; after
-    it, it belongs to the last forward before the block. Switches apply: a layer that is frozen, or
-    has `use_batch_statistics` set, normalizes as it does in training. The preview holds for the
+    `num_batches_tracked` and the mode do not change. `backward` raises an error in the block. After
+    the block, it uses the last forward before the block. Switches apply: a layer that is frozen, or
+    has `use_batch_statistics` set, normalizes as it does in training. The preview applies to the
     calling thread (or task) only, so others may continue to train the layer. It ends with the
     block, also after an interrupt at its beginning or end.
 

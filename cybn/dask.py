@@ -1,4 +1,4 @@
-"""Exact moments of dask arrays of any chunking: lazily, on any scheduler, in bounded memory.
+"""Exact moments of dask arrays with any chunks, computed lazily and in bounded memory.
 
 >>> import dask.array as da, cybn.dask
 >>> x = da.ones((1000, 8, 32), chunks=(100, 8, 32))
@@ -6,7 +6,7 @@
 32000
 
 Each chunk is measured by itself, and the moments of the chunks are merged as a tree that depends on
-the chunks alone. So results are the same bits for any scheduler and any number of workers.
+the chunks alone. So results are bitwise identical for any scheduler and any number of workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def moments(
     weights: Any = None,
     split_every: int = 8,
 ) -> Delayed:
-    """Return the moments of a dask array, to be computed.
+    """Return the moments of a dask array as a delayed value.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def moments(
     axis : int, default 1
         The channel axis. Negative numbers count from the end.
     mask : array_like of bool, optional
-        True for values that are used. It is a dask array or another one. With as many axes as `x`
-        it must be broadcastable to `x`. With fewer it applies to all channels, and must be
+        True for values that are used. It is a dask array or any other array. With as many axes as
+        `x` it must be broadcastable to `x`. With fewer it applies to all channels, and must be
         broadcastable to the shape of `x` without the channel axis.
     weights : array_like, optional
         How often each value counts, with a shape as for `mask`.
@@ -61,15 +61,15 @@ def moments(
     Returns
     -------
     dask.delayed.Delayed
-        The `Moments`, after ``moments(x).compute()`` or, together with others, `dask.compute`.
+        The `Moments`. Compute them with ``moments(x).compute()`` or, with others, `dask.compute`.
 
     Raises
     ------
     TypeError
-        If `x` is not a dask array; and, when it is computed, as in `Moments.update`.
+        If `x` is not a dask array. When the result is computed, also as in `Moments.update`.
     ValueError
-        If a shape does not fit, or `split_every` is less than 2; when it is computed, as in
-        `Moments.update`.
+        If a shape does not fit, or `split_every` is less than 2. When the result is computed, also
+        as in `Moments.update`.
 
     Notes
     -----
@@ -110,13 +110,13 @@ def moments(
 
 
 def _spread(name: str, values: Any, x: Any, axis: int) -> Any:
-    """Return a mask or weights with the axes and chunks of `x`, or one value along an axis."""
+    """Return a mask or weights with the axes and chunks of `x`; an axis may have size 1."""
     if not isinstance(values, da.Array):
         values = da.from_array(np.asarray(values), chunks=-1)
     if values.ndim < x.ndim:
         rest = x.ndim - 1 - values.ndim
         values = values[(np.newaxis,) * rest + (...,)]
-        values = values[(slice(None),) * axis + (np.newaxis, ...)]  # expand_dims wants known sizes
+        values = values[(slice(None),) * axis + (np.newaxis, ...)]  # expand_dims needs known sizes
     sizes = zip(values.shape, x.shape, strict=False)
     if values.ndim != x.ndim or any(a not in (1, b) for a, b in sizes if b == b):
         without = x.shape[:axis] + x.shape[axis + 1 :]
@@ -136,7 +136,7 @@ def _spread(name: str, values: Any, x: Any, axis: int) -> Any:
 
 
 def _blocks(array: Any, shape: tuple[int, ...]) -> Any:
-    """Return the chunks of an array as delayed values; the one of an axis of size 1 repeats."""
+    """Return the chunks of an array as delayed values, repeated along axes of size 1."""
     return np.broadcast_to(array.to_delayed(), shape)
 
 
@@ -155,11 +155,11 @@ def _merge(parts: list[Moments]) -> Moments:
 
 @delayed(pure=True)
 def _beside(parts: list[Moments]) -> Moments:
-    """Return the moments of all channels, of those of some each."""
+    """Return the moments of all channels, given parts with some channels each."""
     counts = [np.broadcast_to(np.asarray(part.count), len(part)) for part in parts]
     states = [part.state_dict() for part in parts]
     state = {name: np.concatenate([s[name] for s in states]) for name in ("mean", "m2", "rest")}
-    if any("std" in s for s in states):  # where an m2 is beyond float64
+    if any("std" in s for s in states):  # present if an m2 overflows float64
         state["std"] = np.concatenate([part.std() for part in parts])
     count = np.concatenate(counts)
     alike = not any(isinstance(part.count, np.ndarray) for part in parts)

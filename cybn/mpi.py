@@ -1,12 +1,12 @@
-"""Batch normalization over the ranks of an MPI program: each has a part of the batch.
+"""Batch normalization over the ranks of an MPI program, each of which has a part of the batch.
 
 >>> from mpi4py import MPI
 >>> import numpy as np, cybn.mpi
 >>> bn = cybn.mpi.SyncBatchNorm2d(8, comm=MPI.COMM_WORLD)
 >>> y = bn(np.random.default_rng(MPI.COMM_WORLD.rank).standard_normal((4, 8, 5, 5)))
 
-Start a program with ``mpiexec -n 4 python -m mpi4py train.py``. docs/distributed.md says which
-messages are sent, and when it pays.
+Start a program with ``mpiexec -n 4 python -m mpi4py train.py``. docs/distributed.md describes
+the messages, and when synchronization is worth its cost.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .layers.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["Ranks", "SyncBatchNorm", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d"]
 
-_PATIENT = 200  # looks at a message without a pause, before pauses of up to a millisecond
-_left: dict[int, tuple[Any, ...]] = {}  # what MPI may still write to, after it was given up
+_PATIENT = 200  # tests for a message without a pause, before pauses of up to a millisecond
+_left: dict[int, tuple[Any, ...]] = {}  # buffers of failed messages; MPI may write to them
 
 
 class Ranks:
@@ -84,10 +84,10 @@ class Ranks:
         self.timeout = timeout
 
     def __deepcopy__(self, memo: object) -> Ranks:
-        return self  # a copy of a layer is on the same ranks
+        return self  # a copy of a layer uses the same ranks
 
     def gather(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the rows of all ranks, (ranks, n), in the order of the ranks: one message.
+        """Return the rows of all ranks, (ranks, n), in the order of the ranks, by one message.
 
         Parameters
         ----------
@@ -100,15 +100,15 @@ class Ranks:
             If a rank has sent nothing in time. It may have died, or made another call. No further
             message can be sent on this communicator.
         RuntimeError
-            If MPI reports an error, such as rows of different lengths, or an earlier call raised
-            `TimeoutError`.
+            If MPI reports an error, for example because rows have different lengths, or if an
+            earlier call raised `TimeoutError`.
         """
-        rows = np.zeros((self.comm.size, row.size))  # what does not come is no message
+        rows = np.zeros((self.comm.size, row.size))  # a row of zeros is not a valid message
         self._run(self.comm.Iallgather, row, rows)
         return rows
 
     def allgather(self, value: Any) -> list[Any]:
-        """Return a value of each rank, in the order of the ranks: pickled, and two messages.
+        """Return the values of all ranks, in the order of the ranks, by two messages (pickled).
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class Ranks:
         return [pickle.loads(part.tobytes()) for part in parts]
 
     def _run(self, start: Callable[[Any, Any], Any], send: Any, receive: Any) -> None:
-        """Run a collective operation, for as long as may be waited."""
+        """Run a collective operation; raise TimeoutError after `timeout` seconds."""
         comm = self.comm
         if comm.handle in _left:
             raise RuntimeError(
@@ -147,12 +147,12 @@ class Ranks:
         except MPI.Exception as error:
             _left[comm.handle] = send, receive
             raise RuntimeError(
-                f"MPI reports: {error}. All ranks must call the same layers, with as many "
-                "channels, in one order"
+                f"MPI reports: {error}. All ranks must call the same layers, with the "
+                "same number of channels, in one order"
             ) from error
 
     def _wait(self, request: Any) -> bool:
-        """Wait for a message; False where the time is over."""
+        """Wait for a message; return False if the time is over."""
         looks = 0
         end = None if self.timeout is None else time.monotonic() + self.timeout
         while not request.Test():
@@ -164,7 +164,7 @@ class Ranks:
         return True
 
     def message(self, kind: Any, channels: int) -> _ranks.Message:
-        """Return a message of two values a channel."""
+        """Return a message with two values per channel."""
         return _ranks.Message(self.gather, self.comm.rank, kind, channels)
 
 
@@ -174,7 +174,7 @@ class SyncBatchNorm(BatchNorm):
     In training mode, y is normalized with the mean and variance of the whole batch, over all ranks.
     `backward` returns dx of this rank's part, and fills `grad_gamma` and `grad_beta` with the
     gradients of the whole batch. Do not sum these two over the ranks again. They and the running
-    statistics are the same bits on every rank. Ranks may have different numbers of samples, or
+    statistics are bitwise identical on all ranks. Ranks may have different numbers of samples, or
     none.
 
     Every rank must make the same calls in the same order. A training forward and a backward each
@@ -190,9 +190,9 @@ class SyncBatchNorm(BatchNorm):
     timeout : float or None, default 300
         Seconds to wait for the other ranks before TimeoutError is raised. None means no limit.
     axis, eps, momentum, affine, track_running_stats, running_ddof, dtype
-        As in `BatchNorm`: 1, 1e-5, 0.1, True, True, 1 (unbiased) and float32.
+        As in `BatchNorm`. Defaults are 1, 1e-5, 0.1, True, True, 1 (unbiased) and float32.
     activation, slope, nan_policy
-        As in `BatchNorm`: no activation, slope 0.01 and "propagate".
+        As in `BatchNorm`. Defaults are None, 0.01 and "propagate".
 
     Raises
     ------
@@ -316,7 +316,8 @@ class SyncBatchNorm(BatchNorm):
     ) -> Any:
         """Return the gradient of the last forward's input; fill `grad_gamma` and `grad_beta`.
 
-        As in `BatchNorm.backward`, but both gradients are those of the whole batch.
+        This is done as in `BatchNorm.backward`, but `grad_gamma` and `grad_beta` are those of the
+        whole batch.
 
         Parameters
         ----------
@@ -345,7 +346,7 @@ class SyncBatchNorm(BatchNorm):
             return _passes.backward(self, *given, differentiate=partial(_ranks.through, message))
 
     def _over_ranks(self, message: _ranks.Message, by_batch: bool, learns: bool) -> Way:
-        """Return how the part of a batch is normalized; backward sends a message of its own."""
+        """Return the way to normalize this rank's part; backward sends its own message."""
         running, values = self._running, self._running.values
         check = partial(running.after, values) if learns else None
         if by_batch:

@@ -1,4 +1,4 @@
-"""Pictures of what `cybn` measures. Needs the extra ``cybn[plot]``: matplotlib."""
+"""Plots of drift, drawn by matplotlib, which the extra ``cybn[plot]`` installs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def drift(
     limit: float = 1.0,
     axes: tuple[Axes, Axes] | None = None,
 ) -> tuple[Axes, Axes]:
-    """Draw the drift of batch statistics from the running statistics, a dot for each channel.
+    """Draw the drift of batch statistics from the running statistics, with a dot per channel.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def drift(
     Returns
     -------
     pair of matplotlib Axes
-        The axes of the shift and of the log variance ratio. Channels that are not finite are not
-        drawn, but counted in the legend.
+        The axes of the shift and of the log variance ratio. Channels whose values are not finite
+        are not drawn, but counted in the legend.
 
     Examples
     --------

@@ -27,9 +27,9 @@ def population_statistics(
 ) -> dict[Any, Moments]:
     """Return the mean and variance over a whole dataset for each batch norm of a model.
 
-    Merged `Moments` count every value once. So a shorter last batch has its own weight, and the
-    variance between batches is included, which an average of batch variances leaves out. No layer
-    is changed. To use the result::
+    Merged `Moments` count every value once. So a shorter last batch weighs less, and the variance
+    between batches is included, which an average of batch variances leaves out. No layer is
+    changed. To use the result::
 
         for layer, moments in cybn.population_statistics(model, batches).items():
             layer.set_statistics(moments)
@@ -43,10 +43,11 @@ def population_statistics(
     Parameters
     ----------
     model_or_layers : callable, or sequence of callables
-        Called with each batch: a forward function, a network object, one layer; or a list of
-        layers, called one after the other. Every `BatchNorm` that runs in the call, and tracks
-        running statistics, is recorded; if it runs twice, both inputs are counted. It must run in
-        the thread of the call. The batch norms of a `torch.nn.Module` are recorded, too.
+        A forward function, a network object or a layer, which is called with each batch; or a list
+        of layers, which are called one after the other. Every `BatchNorm` that runs in the call,
+        and tracks running statistics, is recorded; if it runs twice, both inputs are counted. It
+        must run in the thread of the call. The batch norms of a `torch.nn.Module` are recorded,
+        too.
     batches : iterable
         The batches, in the form that the model takes. It is iterated once. A function gets each
         batch unchanged. A layer, a list of layers and a `torch.nn.Module` get the first item of a
@@ -56,11 +57,10 @@ def population_statistics(
         `functools.partial` of it.
     upstream : {"batch", "running"}, default "batch"
         How the layers normalize while they are measured, which affects the inputs of the next
-        layers. "batch": by each
-        batch, as in training and in Algorithm 2 of the paper, so the result belongs to this batch
-        size. "running": by the running statistics, as in inference, so the result does not depend
-        on the batches; then set the statistics of all layers from the first to the last, one call
-        each.
+        layers. "batch" uses each batch, as in training and in Algorithm 2 of the paper, so the
+        result belongs to this batch size. "running" uses the running statistics, as in inference,
+        so the result does not depend on the batches. With "running", set the statistics of the
+        layers one after the other, from the first to the last, with one call for each.
     inputs : callable, optional
         A function from a batch to the input of the model, such as `operator.itemgetter(0)` for its
         first item.
@@ -71,15 +71,15 @@ def population_statistics(
     Returns
     -------
     dict of BatchNorm to Moments
-        In the order in which the layers first ran. Batch norms of PyTorch are keys themselves.
+        The keys are the layers, also those of PyTorch, in the order in which they first ran.
 
     Raises
     ------
     TypeError
         If `model_or_layers` is neither callable nor a sequence of callables.
     ValueError
-        If there were no batches, no batch norm ran, or `upstream` is unknown; with `comm`, if other
-        batch norms ran in another process.
+        If there were no batches, no batch norm ran, or `upstream` is unknown; with `comm`, if
+        another number of batch norms ran in another process.
     RuntimeError
         With `comm`, if another process raised an error, which is quoted.
 
@@ -91,7 +91,7 @@ def population_statistics(
     value per channel raises an error, as in training.
 
     The switches of a layer have priority over `upstream`. A layer that is frozen, or whose
-    `use_batch_statistics` is False, always uses its running statistics, and one where it is True
+    `use_batch_statistics` is False, always uses its running statistics. If it is True, the layer
     always uses the batch. Such layers are recorded like the others. To make all layers follow
     `upstream`, `unfreeze` them first.
 
@@ -126,7 +126,7 @@ def population_statistics(
 
 
 def _of_all(totals: dict[Any, Moments], comm: Any) -> dict[Any, Moments]:
-    """Return the moments of all processes; those of a synchronized layer are that already."""
+    """Return the moments of all processes; a synchronized layer has these already."""
     own = [None if hasattr(layer, "comm") else moments for layer, moments in totals.items()]
     found = comm.allgather(own)
     for rank, parts in enumerate(found):
@@ -181,14 +181,14 @@ def _measure(
 
 
 def _how_to_take(model: Any) -> Callable[[Any], Any]:
-    """Return what gives the input of a model from a batch."""
+    """Return a function that takes the input of a model from a batch."""
     if not (_is_module(model) or isinstance(model, Sequence) or hasattr(model, "scale_shift")):
         return lambda batch: batch
     return lambda batch: batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def _describe_call(count: int, batch: Any, given: Any) -> str:
-    """Return a note on what a model was called with."""
+    """Return a note that describes the input of a model."""
     text = f"population_statistics called the model with batch {count - 1}, {_describe(given)}"
     if given is not batch:
         return f"{text}, of {_describe(batch)}"
@@ -212,7 +212,7 @@ def _describe(value: Any, depth: int = 0) -> str:
 
 
 def _is_module(model: Any) -> bool:
-    """Whether this is a module of PyTorch, which is not imported here."""
+    """Return whether this is a module of PyTorch, without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 
@@ -221,7 +221,7 @@ def _is_module(model: Any) -> bool:
 def _modules_recording(
     model: Any, note: Callable[[Any, Moments], None], upstream: str
 ) -> Iterator[None]:
-    """Let each batch norm of a model of PyTorch report its inputs, and learn nothing."""
+    """Record the inputs of each batch norm of a model of PyTorch, without training it."""
     models = model if isinstance(model, Sequence) else [model]
     modules = [m for one in models if _is_module(one) for m in one.modules()]
     torch = sys.modules.get("torch")
@@ -244,7 +244,7 @@ def _modules_recording(
         try:
             for norm in norms:
                 stack.callback(norm.register_forward_pre_hook(report).remove)
-                # In training mode without tracking, a batch norm uses the batch and learns nothing.
+                # In training mode without tracking, batch norms use the batch and change nothing.
                 norm.training, norm.track_running_stats = upstream == "batch", upstream != "batch"
             yield
         finally:
@@ -253,7 +253,7 @@ def _modules_recording(
 
 
 def _as_function(model_or_layers: Any) -> Callable[[Any], object]:
-    """Return one function of a batch."""
+    """Return a model or a list of layers as one function of a batch."""
     if callable(model_or_layers):
         function: Callable[[Any], object] = model_or_layers
         return function
