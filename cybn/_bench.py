@@ -41,7 +41,7 @@ OPERATIONS = {"training forward": 2, "inference": 2, "backward": 3}  # arrays re
 EPS = 1e-5
 ABOUT = 15  # seconds of a whole run, including its preparation
 LIMIT = 10.0  # seconds for all turns
-ROUNDS = 2, 15  # fewest, most
+ROUNDS = 2, 15  # fewest and most turns
 WARM, TURN = 0.003, 0.005  # seconds of untimed and timed calls in a turn, at least one each
 LONG = 0.02  # seconds; longer calls need no untimed call before them
 TOLERANCE = 1e-3  # relative to the largest value; results must agree within it
@@ -96,7 +96,7 @@ def run(*, json_file: Path | None = None, num_threads: int | None = None) -> Non
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-# ---- the contestants ----------------------------------------------------------------------------
+# ---- the calls -----------------------------------------------------------------------------------
 
 
 def contestants(shape: Sequence[int], operation: str, threads: int, torch: Any) -> dict[str, Call]:

@@ -46,7 +46,7 @@ class _Apart:
     def __init__(self, name: str, source: Any, shape: tuple[int, ...], axis: int) -> None:
         self._source = Sliced(source, lambda piece: array(name, piece))
         others = [i for i in range(len(shape)) if self._source.ndim == len(shape) or i != axis]
-        self._axes = others[len(others) - self._source.ndim :]  # those of x that the source has
+        self._axes = others[len(others) - self._source.ndim :]  # the axes of x that it has
         self.shape, self.dtype = shape, self._source.dtype
 
     def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:

@@ -31,7 +31,7 @@ class Blocks:
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit  # bytes of all blocks here, free or not
+        self.limit = limit  # the most bytes of all blocks together, free or not
         self.forget()
 
     def forget(self) -> None:

@@ -44,7 +44,7 @@ class Moments(Immutable):
         If `count`, `mean` or `m2` does not consist of numbers, or is masked.
     ValueError
         If `count` or an `m2` is negative, `count` is not finite, or `mean` and `m2` are not
-        vectors of one length.
+        vectors of the same length.
 
     Notes
     -----
@@ -288,8 +288,8 @@ class Moments(Immutable):
             raise TypeError(f"other is of type {type(other).__name__}; it must be Moments")
         if type(other) is not type(self) and not is_nothing(self.count):
             raise TypeError(
-                f"other is of type {type(other).__name__}, statistics within samples, of an "
-                "instance norm: merge them only with others of that kind"
+                f"other is of type {type(other).__name__}, which has the statistics within samples "
+                "of an instance norm; merge it only with others of that kind"
             )
         if len(self) != len(other):
             raise ValueError(f"other has {len(other)} channels; it must have {len(self)}")

@@ -1,10 +1,10 @@
 """Batch normalization of one batch that is divided among several processes (ranks).
 
-Every rank measures its part and sends one message. A forward sends count, mean and M2, a backward
-two sums of gradients. Each rank then merges all messages in the order of the ranks, so all get the
-same bits, whichever message came first. If a rank raises an error, it sends that instead, and all
-ranks raise. For this, each rank checks and allocates everything before it sends, and writes only
-afterwards.
+Every rank measures its part and sends one message. A forward sends count, mean and M2, and a
+backward sends two sums of gradients. Each rank then merges all messages in the order of the ranks,
+so all get the same bits, whichever message came first. If a rank raises an error, it sends that
+error instead, and all ranks raise one. For this, each rank checks and allocates everything before
+it sends, and writes only afterwards.
 
 A function carries the messages: it takes a row of float64 and returns the rows of all ranks.
 """
@@ -149,7 +149,7 @@ class Message:
         if together < 2:
             raise ValueError(
                 f"{together} values a channel count on all {len(heads)} ranks together; at least 2 "
-                "must, as one value has no variance. Train with more values a channel, or "
+                "must count, as one value has no variance. Train with more values a channel, or "
                 "normalize with running statistics: eval()"
             )
         number_of = float if heads[:, 2].any() else int
@@ -197,7 +197,7 @@ def normalize(
         if fixed is not None:
             return fixed
         where = parts.far(batch)
-        if where.size and x.size:  # before y is written, which may overwrite x
+        if where.size and x.size:  # before y is written, as that may overwrite x
             part = parts.Part.of(where, x, residual, batch, gamma, beta, settings)
             far.append((part, part.forward(selected, num_threads)))
         return batch.mean, batch.var()

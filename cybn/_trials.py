@@ -26,7 +26,7 @@ class _End:
         return self if trial is None else trial._open.__exit__
 
     def __call__(self, trial: Trial[Any], *error: object) -> None:
-        trial._open.release()  # `contextlib.ExitStack` calls that of the class
+        trial._open.release()  # `contextlib.ExitStack` calls the `__exit__` of the class
 
 
 class Trial(Generic[_Given]):
@@ -60,7 +60,7 @@ class Trial(Generic[_Given]):
         self.training = training
         self.note = note
         self._given: _Given | None = layer
-        self._whose = None if layer is None else ref(layer)  # which may be freed first
+        self._whose = None if layer is None else ref(layer)  # weak, so that the layer can be freed
         self._begun = False
         self._open = Lock()
         self._open.acquire()  # until the trial is over

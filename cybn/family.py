@@ -75,7 +75,7 @@ def layer_norm(
         normalized, too, as in PyTorch and ONNX. In Keras ``axis=1`` of (N, T, C) means axis 1
         alone. For that, use ``np.moveaxis(layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)``.
     eps : float, default 1e-5
-        Added to the variance. Positive.
+        A positive number that is added to the variance.
     out : ndarray, optional
         Array for y, with the shape and dtype of `x`. It may be `x` itself, but must not overlap it
         in part, and its values must not share memory.
@@ -191,8 +191,8 @@ def rms_norm(
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Divide each sample by its root mean square over its last axes, from `axis` on.
 
-    ``y = x / sqrt(mean(x**2) + eps) * gamma`` (Zhang and Sennrich 2019): layer normalization
-    without the mean.
+    ``y = x / sqrt(mean(x**2) + eps) * gamma`` (Zhang and Sennrich 2019). This is layer
+    normalization without the mean.
 
     Parameters
     ----------
@@ -203,8 +203,8 @@ def rms_norm(
     axis, out, num_threads
         As in `layer_norm`.
     eps : float, optional
-        Added to the mean square. Positive. None means the machine epsilon of the input's dtype, as
-        in PyTorch, and that of float32 for half types.
+        A positive number that is added to the mean square. None means the machine epsilon of the
+        input's dtype, as in PyTorch, and that of float32 for half types.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Batch normalization as functions without state: arrays in, arrays out.
+"""Batch normalization as functions of arrays, without state.
 
 Each function passes its arguments on to the dispatch, which checks them, reshapes the arrays to
 (N, C, S), allocates, and calls one kernel. Nothing is written before every check has passed.
@@ -62,7 +62,7 @@ def batch_norm(
     axis : int, default 1
         The channel axis. Negative numbers count from the end.
     eps : float, default 1e-5
-        Added to the variance. Positive.
+        A positive number that is added to the variance.
     activation : {None, "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", \
             "gelu"}
         The function f, computed in the same pass. gelu is the exact one, with erf. NaN stays NaN,
@@ -71,7 +71,7 @@ def batch_norm(
     slope : float, default 0.01
         The slope of leaky_relu for negative arguments.
     residual : array_like, shape and dtype of `x`, optional
-        Added before the activation. It is copied first if its memory layout is not that of `x`.
+        It is added before the activation. If its memory layout is not that of `x`, it is copied.
     mask : array_like of bool, optional
         True for positions that are used, in all channels alike. Its shape is broadcastable to that
         of `x` without the channel axis, such as (N, L) for (N, C, L) and (N, L, C). It may also
@@ -170,7 +170,7 @@ def batch_norm_inference(
         As in `batch_norm`. They matter only with ``masked="zero"``, which writes 0 at positions
         that are not used or have weight 0.
     eps : float, default 1e-5
-        Added to the variance. Not negative.
+        A number that is added to the variance. It must not be negative.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def absorb(
     weight : float
         Weight of the batch, in [0, 1].
     ddof : int
-        1 to use the unbiased variance of the batch, 0 for the biased one.
+        1 for the unbiased variance of the batch, 0 for the biased one.
 
     Returns
     -------

@@ -57,7 +57,7 @@ def train(
     """
     order = batches(rng, len(digits.train_x), batch_size)
     network.train()
-    with np.errstate(all="ignore"):  # a run that diverges overflows on its way
+    with np.errstate(all="ignore"):  # a run that diverges overflows first
         for step in range(1, steps + 1):
             batch = next(order)
             logits = network(digits.train_x[batch])
