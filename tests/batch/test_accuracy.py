@@ -1,4 +1,4 @@
-"""Against long double: random data, large offsets, extreme scales, NaN, Inf, subnormals."""
+"""Errors against long double: random data, large offsets, extreme scales, NaN, Inf, subnormals."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from cases import AXES, DTYPES, FAMILIES, backward_bound, exact_fill, lay, norma
 
 import cybn
 
-VAR_RTOL = 2.0**-20  # the variance's own promise, about 1e-6
+VAR_RTOL = 2.0**-20  # the bound of the variance, about 1e-6
 
 every_layout = pytest.mark.parametrize("axis", AXES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +37,7 @@ def random_case(shape, dtype, offset=0.0):
 
 
 def ratios(shape, dtype, axis, offset=0.0):
-    """Return the worst error of y, dx, dgamma and dbeta, as fractions of their bounds."""
+    """Return the largest ratios of error to bound of y, dx, dgamma and dbeta."""
     (x, dy, gamma, beta), forward, backward, var = random_case(shape, dtype, offset)
     x, dy = lay(x, axis), lay(dy, axis)
     y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
@@ -66,7 +66,7 @@ def test_random_data(shape, dtype, axis, figure):
 @pytest.mark.parametrize("shape", [(9, 6, 7), (3, 5, 1071), (3001, 4, 1)], ids=str)
 @pytest.mark.parametrize("power", range(7))
 def test_offset(shape, dtype, axis, power, figure):
-    """Mean 10**power, std 1: forward and backward hold their bounds up to 10**6."""
+    """For mean 10**power and std 1, forward and backward meet their bounds up to 10**6."""
     found = ratios(shape, dtype, axis, 10.0**power)
     figure(4, "largest error up to 1e6, of the bound", max(found))
     assert max(found) <= 1
@@ -74,10 +74,10 @@ def test_offset(shape, dtype, axis, power, figure):
 
 @pytest.mark.row(4)
 def test_variance_curve(figure):
-    """The error of the variance does not grow with the offset; that of E[x^2] - E[x]^2 does.
+    """The error of the variance does not grow with the offset, unlike that of E[x^2] - E[x]^2.
 
-    What is measured is the arithmetic, not the rounding of x: exact is the variance of the
-    rounded values. At 1e7 float32 holds whole numbers only, so std is 16 there.
+    The exact variance is that of the rounded values, so the test measures the arithmetic, not the
+        rounding of x. At 1e7 float32 contains whole numbers only, so std is 16 there.
     """
     rng = np.random.default_rng(7)
     for power in range(8):
@@ -101,7 +101,7 @@ def test_variance_curve(figure):
 @every_dtype
 @pytest.mark.parametrize("shape", [(9, 6, 7), (3, 5, 1071), (3001, 4, 1)], ids=str)
 def test_variance_at_offset_1e7(rng, shape, dtype, axis, level):
-    """Single precision holds only whole numbers there: of those, the variance is right."""
+    """At 1e7 float32 contains whole numbers only; the variance of these is right."""
     x = (rng.standard_normal(shape) * 16 + 1e7).astype(dtype)
     var = exact_var(x)
     m = cybn.moments(lay(x, axis), axis=axis)
@@ -111,7 +111,7 @@ def test_variance_at_offset_1e7(rng, shape, dtype, axis, level):
 @pytest.mark.row(4)
 @every_layout
 def test_an_outlier_among_the_samples(rng, axis, level):
-    """The first value is one of those the pivot is taken from."""
+    """The first value is one of those whose mean is the pivot."""
     for shape in FAMILIES[:4]:
         x = rng.standard_normal(shape).astype(np.float32)
         x[0, :, 0] = 1e6
@@ -129,7 +129,7 @@ def test_an_outlier_among_the_samples(rng, axis, level):
     ids=str,
 )
 def test_samples_that_are_all_outliers(rng, shape, dtype, axis, level):
-    """The pivot is the mean of eight values, and these lie sqrt(M / 8) standard deviations off."""
+    """The pivot is the mean of eight values, and these are sqrt(M / 8) standard deviations away."""
     n, _, s = shape
     count = n * s
     at = [count // 8 * i + count % 8 * i // 8 + count // 16 for i in range(8)]
@@ -145,7 +145,7 @@ def test_samples_that_are_all_outliers(rng, shape, dtype, axis, level):
 @pytest.mark.row(3)
 @every_dtype
 def test_patterns_of_few_values(dtype, rng, level, figure):
-    """Lanes that add up one number again and again, whose roundings all go one way."""
+    """A lane that adds the same number many times always rounds in the same direction."""
     found = []
     for trial in range(60):
         values = rng.standard_normal(2 ** (1 + trial % 5)) + trial % 2
@@ -188,7 +188,7 @@ def test_extreme_std(rng, dtype, axis, std, level, figure):
 @every_layout
 @pytest.mark.parametrize("std", [1e-21, 1e-30, 1e-40])
 def test_squares_below_float32(rng, axis, std, level):
-    """Squares are subnormal in float32, or 0; the variance is neither."""
+    """Squares are subnormal or 0 in float32, but the variance is right."""
     for shape in FAMILIES[:4]:
         x = (rng.standard_normal(shape) * std + std).astype(np.float32)
         var = exact_var(x)
@@ -198,7 +198,7 @@ def test_squares_below_float32(rng, axis, std, level):
 
 @every_layout
 def test_near_the_largest_float32(rng, axis, level):
-    """Squares leave the range of float32; statistics and y do not."""
+    """Squares are too large for float32, but statistics and y are not."""
     for shape in FAMILIES[:4]:
         x = np.where(rng.random(shape) < 0.5, -3e38, 3e38).astype(np.float32)
         x[0, :, 0], x[1, :, 0] = 3e38, -3e38  # both signs in every channel
@@ -212,7 +212,7 @@ def test_near_the_largest_float32(rng, axis, level):
 @pytest.mark.row(6)
 @every_layout
 def test_beyond_the_range_of_float32(rng, axis, level, figure):
-    """Where x - mean itself is out of range, y is right or an infinity of the right sign."""
+    """If x - mean itself is too large for float32, y is right or an infinity of the right sign."""
     for shape in FAMILIES[:4]:
         x = np.where(rng.random(shape) < 0.2, -3e38, 3e38).astype(np.float32)
         x[0, :, 0], x[1, :, 0] = 3e38, -3e38
@@ -235,7 +235,7 @@ def test_beyond_the_range_of_float32(rng, axis, level, figure):
 @every_layout
 @every_dtype
 def test_neither_variance_nor_eps(rng, axis, dtype, level):
-    """Inference divides by 0: what is off the mean is infinite, with the sign of the difference."""
+    """Inference divides by 0: values above the mean give infinity, those below minus infinity."""
     for n, c, s in FAMILIES[:4]:
         up = rng.random((n, c, s)) < 0.5
         x = lay(np.where(up, 3, 1).astype(dtype), axis)
@@ -321,22 +321,22 @@ def test_subnormals_are_not_flushed(rng, shape, dtype, axis, level):
     smallest = np.finfo(dtype).smallest_subnormal
     c = shape[1]
     zeros, ones = np.zeros(c, dtype), np.ones(c, dtype)
-    x = lay((rng.integers(-1000, 1001, shape) * smallest).astype(dtype), axis)  # in: subnormal
+    x = lay((rng.integers(-1000, 1001, shape) * smallest).astype(dtype), axis)  # subnormal inputs
     y = cybn.batch_norm_inference(x, zeros, ones, axis=axis, eps=0)
     assert same_bits(y, x)
     dx, _, dbeta = cybn.batch_norm_inference_backward(x, x, zeros, ones, axis=axis, eps=0)
     assert same_bits(dx, x)
     assert (dbeta == np.moveaxis(x, axis, 1).sum((0, 2), np.float64)).all()
-    normal = lay(rng.integers(-1000, 1001, shape).astype(dtype), axis)  # out: subnormal
+    normal = lay(rng.integers(-1000, 1001, shape).astype(dtype), axis)  # subnormal outputs
     y = cybn.batch_norm_inference(normal, zeros, ones, ones * smallest, axis=axis, eps=0)
     assert same_bits(y, normal * smallest)
 
 
 @every_dtype
 def test_a_batch_of_subnormals(rng, dtype, level):
-    """eps is all of var + eps, so y is (x - mean) / sqrt(eps), to a rounding or two.
+    """var + eps equals eps, so y is (x - mean) / sqrt(eps), within one or two roundings.
 
-    The mean of float64 is rounded to a subnormal itself, and 1 / sqrt(eps) magnifies that.
+    In float64 the mean itself is rounded to a subnormal, and 1 / sqrt(eps) magnifies that error.
     """
     smallest = np.finfo(dtype).smallest_subnormal
     eps = 2.0**-10
@@ -358,10 +358,10 @@ def test_a_batch_of_subnormals(rng, dtype, level):
     "shape", [(8200, 5, 1), (8200, 33, 1), (8200, 6, 7), (3, 5, 8200)], ids=str
 )
 def test_long_sums_keep_small_parts(rng, shape, level):
-    """Values are +-(1 + 2**-20): beside a sum of 2048 of them, float32 cannot hold the rest.
+    """Values are +-(1 + 2**-20). If a float32 sum reaches 2048, it rounds the 2**-20 away.
 
-    So sums that stayed in float32 would lose it every time, always downwards: they are off by 2 to
-    4, and 6 to 8 times 2**-22 in mean and variance. At most 32 values a lane give 0.7 and 2.1.
+    Sums that stay in float32 always lose it downwards. Their errors are 2 to 4 times 2**-22 in the
+    mean and 6 to 8 times in the variance. With at most 32 values in a lane they are 0.7 and 2.1.
     """
     sign = rng.choice([-1, 1], shape)
     x = (sign * (1 + 2.0**-20)).astype(np.float32)
@@ -374,10 +374,10 @@ def test_long_sums_keep_small_parts(rng, shape, level):
 @every_layout
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_small_values_beside_a_huge_one(channels, axis, level):
-    """Where one value is 2**60, float64 loses each 32 that follow, but not their sum."""
+    """If one value is 2**60, float64 loses each 32 that is added later, but not their sum."""
     n = 2**15
     x = np.full((n, channels, 1), 2, np.float32)
-    x[n // 16 :: n // 8] = 1  # whose mean is the pivot
+    x[n // 16 :: n // 8] = 1  # the pivot is the mean of these
     x[0] = 2.0**60
     m = cybn.moments(lay(x, axis), axis=axis)
     assert (np.abs((m.mean - 1) * n - (2.0**60 + n)) <= n // 8).all()
@@ -386,7 +386,7 @@ def test_small_values_beside_a_huge_one(channels, axis, level):
 @pytest.mark.row(13)
 @pytest.mark.parametrize("shape", [(2, 1, 2**23 + 5), (2**23 + 5, 2, 2)], ids=str)
 def test_counts_above_2_to_the_24(shape, figure):
-    """A count in float32 stands still at 2**24."""
+    """A count in float32 would not grow past 2**24."""
     x, mean, m2 = exact_fill(shape, np.float32)
     m = cybn.moments(x)
     assert m.count == 2**24 + 10
@@ -403,7 +403,7 @@ def test_counts_above_2_to_the_24(shape, figure):
 
 @pytest.mark.row(3)
 def test_bounds_are_not_loose(rng):
-    """An error of a few roundings is beyond them: the tests above can fail."""
+    """Bounds are a few roundings wide, so the tests above detect larger errors."""
     for dtype, ulp in ((np.float32, ULP32), (np.float64, ULP64)):
         x, _, gamma, beta = normal_case(rng, FAMILIES[0], dtype)
         exact, bound = forward_bound(x, gamma, beta, 1)

@@ -1,7 +1,7 @@
 """Every activation and its slope: special values, and errors in units in the last place.
 
-Mean 0, variance 1, eps 0 and beta -0.0 make z = x, bit for bit. The references are the formulas in
-long double, beside those of `cybn.reference`; for gelu, whose erfc is of float64, the reference.
+Mean 0, variance 1, eps 0 and beta -0.0 make z equal to x, bit for bit. Results are compared with
+the formulas in long double and with `cybn.reference`; gelu only with the latter, in float64.
 """
 
 import numpy as np
@@ -14,11 +14,11 @@ FLOATS = [np.float32, np.float64]
 SMOOTH = {"hardswish": 4, "sigmoid": 4, "tanh": 4, "silu": 4, "gelu": 8}
 KINKED = ["relu", "relu6", "leaky_relu"]
 SLOPE = 0.25
-MOST_SLOPE_ULP = {"gelu": 12}  # others 8
+MOST_SLOPE_ULP = {"gelu": 12}  # 8 for other activations
 NAN, INF = np.nan, np.inf
 
-# At -inf, the lowest number, -1e30, -0.0, 0.0, 1e30, the largest number, inf and NaN.
-# `L` is the number itself, `S` SLOPE times it.
+# Results at -inf, the lowest number, -1e30, -0.0, 0.0, 1e30, the largest number, inf and NaN.
+# `L` stands for the number itself, `S` for SLOPE times the number.
 VALUES = {
     "relu": [0, 0, 0, -0.0, 0, "L", "L", INF, NAN],
     "relu6": [0, 0, 0, -0.0, 0, 6, 6, 6, NAN],
@@ -47,7 +47,7 @@ def special(dtype):
 
 
 def through(z, activation, dy=1.0, module=cybn):
-    """f(z), and dy times f'(z), by the public functions."""
+    """Return f(z), and dy times f'(z), as the public functions compute them."""
     x, zero, one = z[np.newaxis, np.newaxis], np.zeros(1), np.ones(1)
     act = {"eps": 0, "activation": activation, "slope": SLOPE}
     y = module.batch_norm_inference(x, zero, one, one, -zero, **act)
@@ -60,7 +60,7 @@ def through(z, activation, dy=1.0, module=cybn):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", VALUES)
 def test_special_values(level, activation, dtype):
-    """Repeated, so that whole vectors and what is left of them meet each value."""
+    """Values are repeated, so that each one meets whole vectors and the rest after them."""
     z = np.tile(special(dtype), 37)
     own = {"L": z[:9], "S": dtype(SLOPE) * z[:9]}
     right = [own[v][i] if isinstance(v, str) else v for i, v in enumerate(VALUES[activation])]
@@ -95,7 +95,7 @@ def test_a_slope_of_zero_stops_what_is_not_finite(level, dy, activation, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kinks(level, dtype):
-    """At 3, -3, 0 and 6, and the numbers beside them."""
+    """Values are -3, 3, 0, 6, and the numbers next to them."""
     ties = np.array([-3, 3, 0, 6], dtype)
     z = np.concatenate([np.nextafter(ties, -INF), ties, np.nextafter(ties, INF)]).astype(dtype)
     for activation in [*KINKED, "hardswish"]:
@@ -109,9 +109,9 @@ def test_kinks(level, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_errors_in_ulp(rng, level, activation, dtype):
-    """Dense where the curve bends, over all of the tails, and down to the subnormal numbers."""
+    """Values are dense where the curve bends, cover the tails, and go down to subnormals."""
     n = 20_000
-    end = 37.0 if activation == "gelu" else 760.0  # below, the reference's erfc is subnormal
+    end = 37.0 if activation == "gelu" else 760.0  # beyond, the reference's erfc is subnormal
     lowest = np.log10(float(np.finfo(dtype).smallest_subnormal))
     small = 10.0 ** rng.uniform(lowest + 1, 0, n)
     z = np.concatenate([np.linspace(-8, 8, n), rng.uniform(-end, end, n), small, -small])

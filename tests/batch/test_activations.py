@@ -1,4 +1,4 @@
-"""Fused activations and residuals: the same as unfused, and the rules at 0, -0.0 and NaN."""
+"""Fused activations and residuals equal unfused ones, and follow the rules at 0, -0.0 and NaN."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ MOST_ULP = 4
 
 
 def apply(z, activation):
-    """The activation as a second step, in the type of z: what fused results must equal."""
+    """Return the activation as a separate step in the type of z, which fused results must equal."""
     if activation == "relu":
         return np.where(z < 0, z.dtype.type(0), z)
     if activation == "relu6":
@@ -27,7 +27,7 @@ def apply(z, activation):
 
 
 def back(dy, z, activation):
-    """The gradient in a step of its own."""
+    """Return the gradient of the activation, as a separate step."""
     if activation == "relu":
         return np.where(z <= 0, dy.dtype.type(0), dy)
     if activation == "relu6":
@@ -83,7 +83,7 @@ def test_inference_fused_equals_unfused(rng, level, activation, dtype):
 @pytest.mark.parametrize("activation", SMOOTH)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_smooth_within_ulps(rng, level, activation, dtype):
-    """Of many values of z in one go: mean 0, variance 1, eps 0, so that z = x."""
+    """Many values of z are computed in one call; mean 0, variance 1 and eps 0 make z = x."""
     largest = 110.0 if dtype == np.float32 else 760.0
     tiny = 10.0 ** rng.uniform(-30, 1, 200_000)
     z = np.concatenate([rng.uniform(-largest, largest, 300_000), tiny, -tiny, [0.0, -0.0]])
@@ -94,7 +94,7 @@ def test_smooth_within_ulps(rng, level, activation, dtype):
     dx, _, _ = cybn.batch_norm_inference_backward(dy, z, zero, one, eps=0, activation=activation)
     right, slopes = reference.activated(z.astype(np.longdouble), activation, SLOPE)
     worst = np.max(np.abs(y - right) / np.spacing(np.abs(right).astype(dtype)))
-    # The slope of silu goes through 0, where only its absolute error is small.
+    # The slope of silu crosses 0, where only its absolute error is small.
     size = np.maximum(np.abs(slopes), 0.1) if activation == "silu" else slopes
     size = np.where(np.abs(z) < largest * 0.9, size, 1)
     worst_slope = np.max(np.abs(dx - slopes) / np.spacing(size.astype(dtype)))
@@ -124,7 +124,7 @@ def test_smooth_against_reference(rng, activation, with_residual, shape):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, *CLAMPS, *SMOOTH])
 def test_gradients_by_differences(rng, activation, with_residual, training):
-    """Central differences of a layer's whole pass, in float64, away from the kinks."""
+    """Gradients of a whole layer equal central differences in float64, away from kinks."""
     h = 1e-5
     bn = cybn.BatchNorm(3, activation=activation, slope=SLOPE, dtype=np.float64)
     bn.gamma[...], bn.beta[...] = [1.5, -0.7, 4.0], [0.3, -0.2, 1.0]
@@ -167,7 +167,7 @@ def test_gradients_by_differences(rng, activation, with_residual, training):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", CLAMPS + SMOOTH)
 def test_rules(activation, dtype, level):
-    """NaN passes through, -0.0 stays through the piecewise-linear ones, ties are below."""
+    """NaN passes through, piecewise-linear ones keep -0.0, and ties have the slope below them."""
     zero, one = np.zeros(1), np.ones(1)
     x = np.array([np.nan, -0.0, 0.0, 6.0, np.inf, -np.inf], dtype)[None, None]
     act = {"eps": 0, "activation": activation, "slope": SLOPE}
@@ -187,7 +187,7 @@ def test_rules(activation, dtype, level):
         assert dx[0, 0, 3] == (0 if activation == "relu6" else 3)
         blocked = cybn.batch_norm_inference_backward(np.full_like(x, np.nan), x, zero, one, **act)
         assert np.isnan(blocked[0][0, 0, 1]) == (activation == "leaky_relu")
-        if dtype is np.float64:  # the reference has the same rules, with a slope of 0 too
+        if dtype is np.float64:  # the reference has the same rules, also for the slope at ties
             act |= {"slope": 0.0}
             for module in (cybn, reference):
                 call = module.batch_norm_inference_backward
@@ -199,9 +199,9 @@ def test_rules(activation, dtype, level):
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", FAMILIES[:4], ids=str)
 def test_ties_in_training(shape, axis, dtype, level):
-    """Values are -1, 0 and 1, so z is exactly beta at 0: which side of a tie it is on is counted.
+    """Values are -1, 0 and 1, so z at 0 is exactly beta. The test counts the side of each tie.
 
-    dy is 1, so dbeta is the number of values that the gradient passes at.
+    dy is 1, so dbeta is the number of values at which the gradient passes.
     """
     n, c, s = shape
     sign = np.resize([1, 0, -1, 0, 0], n * s)
@@ -296,7 +296,7 @@ def test_residual_of_another_layout(rng):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("shape", [(9, 6, 7), (40, 33, 1), (3, 5, 600)], ids=str)
 def test_each_array_may_have_gaps_of_its_own(rng, activation, shape, level):
-    """The rows of one array lie further apart than those of all others, and are used in place."""
+    """The rows of one array are further apart than those of the others; nothing is copied."""
     x, dy, r, gamma, beta = data(rng, shape, np.float32)
     act = {"activation": activation}
     y, m = cybn.batch_norm(x, gamma, beta, residual=r, **act)

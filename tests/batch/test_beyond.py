@@ -1,8 +1,7 @@
-"""Values whose squares, or gradients whose sums, are beyond the type that is computed in.
+"""Results are right even if squares of values or sums of gradients overflow or underflow.
 
-What the answer is made of is out of range, the answer is not: it is that of values multiplied by a
-power of two, and right to the bound of docs/math.md. Float64 is compared with long double, where
-that has more range, and float32 with float64.
+The results are those of values multiplied by a power of two, within the bounds of docs/math.md.
+Float64 is compared with long double, if that has a larger range, and float32 with float64.
 """
 
 import ml_dtypes
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.row(6)
 
 N, C, L = 24, 6, 20
 WIDE = np.finfo(np.longdouble).maxexp > 2000
-FACTORS = {  # of x, by type
+FACTORS = {  # of the channels of x, by type
     "f4": [2.0**127, 2.0**90, 2.0**50, 2.0**-60, 2.0**-120, 2.0**-140],
     "f8": [2.0**1020, 2.0**600, 2.0**450, 2.0**-420, 2.0**-600, 2.0**-1000],
 }
@@ -30,13 +29,13 @@ def unit(dtype):
 
 
 def wider(*arrays):
-    """Return arrays in a type of more range, and the unit of what is computed there."""
+    """Return arrays in a type with a larger range: float64, or long double for float64."""
     to = np.longdouble if any(a is not None and a.dtype == np.float64 for a in arrays) else "f8"
     return [None if a is None else a.astype(to) for a in arrays]
 
 
 def batch(rng, dtype, layout, factors):
-    """Return x, each of whose channels has another factor, and its channel axis."""
+    """Return x, whose channels have different factors, and its channel axis."""
     if dtype == "f8" and not WIDE:
         pytest.skip("long double is float64 here")
     shape = {"first": (N, C, L), "last": (N, L, C), "flat": (N * L, C), "runs": (2, C, 300)}[layout]
@@ -47,12 +46,12 @@ def batch(rng, dtype, layout, factors):
 
 
 def tiny_eps(dtype):
-    """Return an eps that matters as little beside the smallest variance as it can."""
+    """Return an eps that hardly changes the smallest variance."""
     return 1e-300 if dtype == "f4" else 5e-324
 
 
 def assert_close(got, exact, axis, factor):
-    """Compare channel by channel: each has a size of its own. What is beyond the type is inf."""
+    """Compare each channel relative to its size; what is too large for the type must be inf."""
     others = tuple(i for i in range(exact.ndim) if i != axis) if exact.ndim > 1 else ()
     size = np.abs(exact).max(others, keepdims=True) if others else np.abs(exact).max()
     beyond = np.abs(exact) > np.finfo(got.dtype).max
@@ -68,7 +67,7 @@ def assert_close(got, exact, axis, factor):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FACTORS)
 def test_batch_norm(rng, dtype, layout, activation, level):
-    """Forward and backward; two channels are ordinary, and have the bits that they always have."""
+    """Forward and backward; two channels are ordinary, and their bits do not change."""
     factors = [1.0, 1.0, *rng.choice(FACTORS[dtype], 4, replace=False)]
     x, axis = batch(rng, dtype, layout, factors)
     gamma, beta = rng.uniform(0.5, 2, (2, C)).astype(dtype)
@@ -106,21 +105,21 @@ def test_batch_norm(rng, dtype, layout, activation, level):
         residual=None if residual is None else np.take(residual, [0, 1], axis),
         **k,
     )
-    if layout in ("first", "runs"):  # others sum in another order where rows are shorter
+    if layout in ("first", "runs"):  # others sum shorter rows in another order
         assert few.tobytes() == np.ascontiguousarray(np.take(y, [0, 1], axis)).tobytes()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FACTORS)
 def test_inference(rng, dtype, layout, level):
-    """The statistics given are those of x."""
+    """The given mean and variance are about those of x."""
     factors = [1.0, *rng.choice(FACTORS[dtype], 5, replace=False)]
     x, axis = batch(rng, dtype, layout, factors)
     dy = rng.standard_normal(x.shape).astype(dtype)
     mean, scale = np.asarray(factors) / 4, np.asarray(factors) / 2
     with np.errstate(over="ignore", under="ignore"):
         var = scale**2
-    keep = np.isfinite(var) & (var > 1e-290)  # else it is no answer that float64 holds
+    keep = np.isfinite(var) & (var > 1e-290)  # otherwise it is not a normal float64
     mean, var = np.where(keep, mean, 0.0), np.where(keep, var, 1.0)
     x = np.where(
         np.moveaxis(np.broadcast_to(keep, (*x.shape[:axis], *x.shape[axis + 1 :], C)), -1, axis),
@@ -182,7 +181,7 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("dtype", FACTORS)
 def test_rows(rng, dtype, kind, level):
-    """Every third sample is ordinary."""
+    """Every third sample has ordinary values."""
     function, gradients, shape, options = ROWS[kind]
     axis, k = options.get("axis", 1) % len(shape), options | {"eps": tiny_eps(dtype)}
     if dtype == "f8" and not WIDE:
@@ -213,7 +212,7 @@ def test_rows(rng, dtype, kind, level):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_gradients_whose_sums_overflow(rng, dtype, layout, activation, level):
-    """dy near the largest value, of both signs: dbeta is small, dx is in range."""
+    """dy is near the largest value, with both signs: dbeta is small, dx is in range."""
     x, axis = batch(rng, dtype, layout, np.full(C, 1000.0))
     top = 2.0 ** (127 if dtype == "f4" else 1023)
     dy = np.ones(x.shape, dtype)
@@ -244,7 +243,7 @@ def test_gradients_whose_sums_overflow(rng, dtype, layout, activation, level):
 
 
 def test_exact_values(level):
-    """By hand: of +-a the mean is 0, the variance a * a, and y is the sign."""
+    """Results computed by hand: +-a has mean 0 and variance a * a, and y is the sign."""
     signs = np.where(np.arange(48) % 2, 1.0, -1.0)
     for size in (1e154, 1e160, 1e200, 1e308, 1.7e308):
         y, m = cybn.batch_norm(signs[:, None] * size)
@@ -272,7 +271,7 @@ def test_bfloat16_has_the_range_of_float32(level):
 
 
 def test_nan_stays_in_its_channel(level):
-    """Beside one that is redone, and in one."""
+    """The NaN is in one of two channels that are computed again; the third is ordinary."""
     x = np.tile(np.where(np.arange(48) % 2, 1e200, -1e200)[:, None], (1, 3))
     x[:, 1] = np.arange(48)
     clean, _ = cybn.batch_norm(x)
@@ -299,7 +298,7 @@ def test_a_row_that_is_the_whole_array(norm):
 @pytest.mark.parametrize("eps", [1e-5, 1e-300, 5e-324])
 @pytest.mark.parametrize("value", [2.0**600, 2.0**999, -1e308])
 def test_a_large_constant_with_a_tiny_eps(value, eps, rng):
-    """y is exactly beta: x divided by the root of eps is beyond float64, x - mean is 0."""
+    """y is exactly beta, because x - mean is 0; x / sqrt(eps) would overflow float64."""
     x, beta = np.full((10, 2, 3), value), np.array([0.25, -1.0])
     dy = rng.standard_normal(x.shape)
     y, m = cybn.batch_norm(x, None, beta, eps=eps)
@@ -323,7 +322,7 @@ def test_a_large_constant_with_a_tiny_eps(value, eps, rng):
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1e308, -1.7e308, 1e-250])
 @pytest.mark.parametrize("value", [1e308, -1e200, 1.0, 0.0])
 def test_inference_far_from_the_mean(value, mean, var):
-    """x / std is beyond float64, and gamma brings it back."""
+    """x / std may overflow float64, but gamma brings it back into range."""
     if not WIDE:
         pytest.skip("long double is float64 here")
     x = np.array([value, 0.0, 1.0, -1e100])[:, np.newaxis]
@@ -344,7 +343,7 @@ def test_inference_far_from_the_mean(value, mean, var):
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 @pytest.mark.parametrize("size", [2.0**530, 2.0**1000])
 def test_backward_from_y(rng, size, activation, level):
-    """y does not tell the standard deviation; the moments do, also where M2 is infinite."""
+    """The standard deviation comes from the moments, not from y, even if M2 is infinite."""
     x, axis = batch(rng, "f8", "first", [1.0, size, 2.0**-300, size, 2.0, 3.0])
     gamma, beta = rng.uniform(0.5, 2, (2, C))
     dy = rng.standard_normal(x.shape)

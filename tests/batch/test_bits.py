@@ -1,4 +1,4 @@
-"""The same bits for any number of threads, instruction level, cache size and repeat."""
+"""Bits do not depend on the number of threads, instruction level, cache sizes or repetition."""
 
 import subprocess
 import sys
@@ -23,14 +23,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture
 def bind():
-    """Return a function that switches the instruction level, until the test is over."""
+    """Return a function that switches the instruction level until the test ends."""
     yield levels.bind
     levels.bind(_runtime.level)
 
 
 def laid(shape, dtype, axis, offset=3.0):
     x, dy, gamma, beta = normal_case(np.random.default_rng(5), shape, dtype, offset)
-    x[:, 0] += 1000  # one channel in which the first values are outliers: it is summed again
+    x[:, 0] += 1000  # the first values of one channel are outliers, so it is summed again
     x[0, 0] += 1e6
     return lay(x, axis), lay(dy, axis), gamma, beta
 
@@ -38,7 +38,7 @@ def laid(shape, dtype, axis, offset=3.0):
 def everything(x, dy, gamma, beta, axis, threads):
     """Return the results of all functions."""
     k = {"axis": axis, "num_threads": threads}
-    mean, var = beta, gamma  # any will do
+    mean, var = beta, gamma  # any values are suitable
     y, m = cybn.batch_norm(x, gamma, beta, **k)
     alone = cybn.moments(x, **k)
     return {
@@ -59,7 +59,7 @@ def everything(x, dy, gamma, beta, axis, threads):
 
 
 def differing(got, first):
-    """Return the names of the results that are not the same bytes."""
+    """Return the names of the results whose bytes differ."""
     return [name for name in first if got[name].tobytes() != first[name].tobytes()]
 
 
@@ -95,20 +95,20 @@ def test_threads_and_levels_on_every_family(shape, dtype, axis, bind, figure):
 
 @pytest.fixture
 def set_caches(level):
-    """Return a function that sets the sizes of L2 and L3, until the test is over."""
+    """Return a function that sets the assumed sizes of L2 and L3 until the test ends."""
     yield _runtime.kernels_at(level).set_caches
-    _runtime.kernels_at(level)  # sets them as the machine has them
+    _runtime.kernels_at(level)  # sets the sizes of this machine
 
 
 SIZES = [(1, 0), (2**14, 2**40), (2**18, 0), (2**26, 2**40)]
-STREAMED, CACHED = (2**18, 0), (2**18, 2**40)  # outputs go past the caches where L3 is small
+STREAMED, CACHED = (2**18, 0), (2**18, 2**40)  # outputs bypass the caches if L3 is small
 
 
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", [*FAMILIES, (16, 40, 14, 14), (8, 20, 56, 56)], ids=str)
 def test_cache_sizes(shape, dtype, axis, set_caches):
-    """Blocks of channels follow the size of L2, stores that of L3; the bits follow neither."""
+    """Blocks of channels depend on the size of L2 and stores on that of L3, but bits on neither."""
     case = laid(shape, dtype, axis)
     set_caches(*CACHED)
     first = everything(*case, axis, threads=1)
@@ -119,7 +119,7 @@ def test_cache_sizes(shape, dtype, axis, set_caches):
 
 @every_dtype
 def test_streamed_small_shapes(rng, dtype, set_caches):
-    """All tails and alignments: 500 shapes, streamed to memory that is off a cache line."""
+    """All tails and alignments: 500 shapes, streamed to memory that is not aligned to a line."""
     for n in (1, 2, 5):
         for s in [
             *range(1, 41),
@@ -160,7 +160,7 @@ def test_streamed_small_shapes(rng, dtype, set_caches):
 @every_dtype
 @pytest.mark.parametrize("shape", [(5, 9, 7), (33, 40, 1), (513, 1100, 1), (3, 5, 1071)], ids=str)
 def test_streamed_training_in_and_beside_place(rng, shape, dtype, set_caches):
-    """Training at every alignment of out, with gaps between its rows, and with `out is x`."""
+    """Training at every alignment of out, with gaps between rows, and with `out is x`."""
     n, c, s = shape
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     set_caches(*CACHED)
@@ -188,7 +188,7 @@ def test_streamed_training_in_and_beside_place(rng, shape, dtype, set_caches):
 @every_layout
 @pytest.mark.parametrize("shape", [(8, 3, 96, 96), (8, 64, 14, 14)], ids=str)
 def test_repeats(shape, axis, level, figure):
-    """With more threads than cores, too."""
+    """The thread counts include more threads than cores."""
     case = laid(shape, np.float32, axis)
     first = everything(*case, axis, threads=1)
     runs = 0
@@ -214,7 +214,7 @@ def load():
 @pytest.mark.row(25)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_repeats_under_load(dtype, load, rng, figure):
-    """Batch norm in both layouts, fused and not, and the family, on any number of threads."""
+    """Batch norm in both layouts, fused and not, and the other norms, on several thread counts."""
     cases = [(laid((8, 6, 32, 32), dtype, axis), axis) for axis in (1, -1)]
     family = [case.data(rng, dtype) for case in MEMBERS]
 
@@ -239,7 +239,7 @@ def test_a_thousand_repeats_under_load(dtype, load, rng, figure):
 @every_layout
 @every_dtype
 def test_alignment_and_pitch(dtype, axis, level):
-    """The same values elsewhere in memory, or with a gap between the rows."""
+    """Equal values at another address, or with a gap between the rows, give equal bits."""
     for shape in FAMILIES[:5]:
         x, dy, gamma, beta = laid(shape, dtype, axis)
         first = everything(x, dy, gamma, beta, axis, threads=1)

@@ -1,4 +1,4 @@
-"""What bad input gets: the type of the error, what the message names, and nothing changed."""
+"""Invalid input: the type of the error, the names in its message, and that nothing changes."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "ev
 
 
 def raises(error, message, call, **arguments):
-    """Check the error and its message, and that `out` is not written to before it."""
+    """Check the error and its message, and that `out` was not written to."""
     out = arguments.get("out")
     before = out.tobytes() if isinstance(out, np.ndarray) else None
     if call is not statistics and "out" not in arguments:
@@ -132,7 +132,7 @@ BAD_DTYPES = ["i4", "u1", "?", "c8", "O", "U3", "S3", "M8[s]", "g"]
 def test_dtypes(call, name):
     tensor = (call, name) in TENSORS
     good = X if tensor else V
-    for dtype in [*BAD_DTYPES, *([] if tensor else ["f2"])]:  # half types are for tensors
+    for dtype in [*BAD_DTYPES, *([] if tensor else ["f2"])]:  # only tensors have half types
         bad = np.zeros(good.shape, dtype)
         message = rf"{name} is {bad.dtype}; it must be float32 or float64".replace("[", r"\[")
         raises(TypeError, message, call, **{name: bad})
@@ -320,7 +320,7 @@ def test_layer_load(bad, bn):
 
 @pytest.mark.parametrize("size", [4, 40_000], ids=["small", "large"])
 def test_mean_and_var_are_needed(size):
-    """An untracked layer has None for both; that must not pass for zeros."""
+    """An untracked layer has None for both, which must not be taken for zeros."""
     x, v = np.ones((size, 3), np.float32), np.ones(3, np.float32)
     for function, first in [
         (cybn.batch_norm_inference, (x,)),

@@ -1,4 +1,4 @@
-"""Data whose statistics are exact in any order of summing: the tolerance is zero."""
+"""Data whose statistics are exact in any order of summation: the tolerance is zero."""
 
 from functools import lru_cache
 
@@ -55,7 +55,7 @@ def test_mean_and_m2_of_odd_counts(shape, dtype, axis, level, figure):
 
 @lru_cache
 def integer_gradients(shape):
-    """Return +-1 in pairs, sparse integers for dy, and the sums of dy and of their products."""
+    """Return x of +-1 in pairs, sparse integers as dy, and the sums of dy and of dy * x."""
     signs = pairs(shape, most=1)
     few = np.array([0] * 26 + [-3, -2, -1, 1, 2, 3], np.int8)
     dy = few[np.random.default_rng(2).integers(0, 32, shape, np.int8)]
@@ -112,7 +112,7 @@ def test_constant_channels_give_beta(rng, shape, dtype, axis, level, figure):
 @pytest.mark.row(5)
 @every_dtype
 def test_few_values_of_each_constant(dtype, level):
-    """Sums of some counts of 0.1 are rounded, and their mean is 0.1 still."""
+    """The sum of several 0.1 is rounded, but the mean is still exactly 0.1."""
     constants = np.array([0.1, 1 / 3, 1e7 / 7, 1e-30, 16777217], dtype)
     for count in range(2, 1100, 7):
         x = np.repeat(constants[np.newaxis], count, axis=0)

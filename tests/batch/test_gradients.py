@@ -29,7 +29,7 @@ def differences(loss, values):
 
 
 def distance(got, numeric):
-    """Return the largest difference, as a fraction of what is allowed."""
+    """Return the largest ratio of the difference to what is allowed."""
     return float(np.max(np.abs(got - numeric) / (ATOL + RTOL * np.abs(numeric))))
 
 
@@ -104,7 +104,7 @@ def test_identities(rng, shape, dtype, axis, figure):
 @every_dtype
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
 def test_scale_invariance(rng, shape, dtype, axis):
-    """Scaled by a power of two, and eps by its square: y and dx * scale are the same bits."""
+    """Scale x by a power of two and eps by its square: y and dx * scale are bitwise equal."""
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     x, dy = lay(x, axis), lay(dy, axis)
     y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
@@ -124,13 +124,13 @@ def test_scale_invariance(rng, shape, dtype, axis):
 @every_dtype
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
 def test_shift_invariance(rng, shape, dtype, axis):
-    """Multiples of 1/64, so that the shifted values are exact: the same y and dx, but rounding."""
+    """Shifts are multiples of 1/64, so shifted x is exact; y and dx only differ by rounding."""
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     x = np.round(x * 64) / 64
     exact, _ = forward_bound(x, gamma, beta, 1)
     exact_backward, _ = backward_bound(dy, x, gamma, 1)
     x += dtype(4096)
-    _, allowed = forward_bound(x, gamma, beta, 1)  # those of float64 grow with the mean
+    _, allowed = forward_bound(x, gamma, beta, 1)  # float64 bounds grow with the mean
     _, allowed_backward = backward_bound(dy, x, gamma, 1)
     x = lay(x, axis)
     y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
@@ -144,7 +144,7 @@ def test_shift_invariance(rng, shape, dtype, axis):
 @pytest.mark.row(12)
 @every_dtype
 def test_dx_of_a_constant_dy_is_nothing(rng, dtype, level):
-    """A constant added to every y moves no statistics, so no x has a part in it."""
+    """A constant added to every y would not change x, so dx is 0 within rounding."""
     ulp = ULP32 if dtype == np.float32 else ULP64
     for shape in FAMILIES:
         x, _, gamma, _ = normal_case(rng, shape, dtype)

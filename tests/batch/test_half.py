@@ -1,4 +1,4 @@
-"""float16 and bfloat16 in storage: float32 arithmetic, rounded once at the end."""
+"""float16 and bfloat16 arrays: float32 arithmetic, rounded once at the end."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def words(array):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_word_is_widened_and_narrowed_right(dtype, level):
-    """Scale 1 and shift -0.0 leave every one of the 65,536 words as it is; NaN may turn quiet."""
+    """Scale 1 and shift -0.0 keep all of the 65,536 words; only a NaN may become quiet."""
     x = np.arange(2**16, dtype=np.uint16).view(dtype)[None, None]
     y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), None, -np.zeros(1), eps=0)
     with np.errstate(invalid="ignore"):
@@ -27,28 +27,28 @@ def test_every_word_is_widened_and_narrowed_right(dtype, level):
 
 
 def test_one_nan_at_every_level(level):
-    """Whatever a NaN carried, y has the quiet one; of float16 it keeps the sign."""
+    """Every float16 NaN becomes the quiet one with the same sign."""
     x = np.arange(2**16, dtype=np.uint16).view(np.float16)
     x = x[np.isnan(x)][None, None]
     gamma = np.ones(1, np.float32)
     y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), gamma, eps=0)
     assert (words(y) == (words(x) & 0x8000 | 0x7E00)).all()
-    residual = np.zeros_like(x)  # another way to memory
+    residual = np.zeros_like(x)  # another path of the kernel
     y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), gamma, residual=residual, eps=0)
     assert (words(y) == (words(x) & 0x8000 | 0x7E00)).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_rounding_to_nearest_even(rng, dtype, level):
-    """Products of two half values: every kind of tie, subnormals and overflow among them."""
+    """Products of two half values contain every kind of tie, subnormals and overflow."""
     x = rng.integers(0, 2**16, 200_000).astype(np.uint16).view(dtype)[None, None]
-    with np.errstate(invalid="ignore"):  # signalling NaN: of which type they warn is up to the CPU
+    with np.errstate(invalid="ignore"):  # signalling NaNs warn on some CPUs
         x = x[np.isfinite(x.astype(np.float32))][None, None]
     for factor in (0.75, 1.5, 2.0**-9, 1.0009765625, 2.0**9, 3.0):
         y = cybn.batch_norm_inference(x, np.zeros(1), np.ones(1), [factor], eps=0)
         with np.errstate(over="ignore"):
             wanted = (x.astype(np.float32) * np.float32(factor)).astype(dtype)
-        # + 0 turns -0.0 into 0.0 nowhere else than at zero
+        # -0.0 + 0 is 0.0, so zeros are compared without their sign
         assert (words(y) == words(wanted))[wanted != 0].all()
         assert (y[wanted == 0] == 0).all()
 
@@ -58,7 +58,7 @@ def test_rounding_to_nearest_even(rng, dtype, level):
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
-    """All operations are those of float32 on the widened values, to the bit."""
+    """All operations give the bits of float32 on the converted values, rounded once."""
     c = shape[1]
     x, dy, r = (lay(3 * rng.standard_normal(shape) + 1, axis).astype(dtype) for _ in range(3))
     gamma, beta = rng.standard_normal((2, c)).astype(np.float32)
@@ -78,7 +78,7 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
         )
         if residual is None:
             assert same_bits(got[0], wanted[0].astype(dtype))
-        else:  # dx is made from dresidual, which is rounded to the half type
+        else:  # dx is computed from dresidual, which is rounded to the half type
             assert same_bits(got[3], wanted[3].astype(dtype))
             eps = float(ml_dtypes.finfo(dtype).eps)
             size = np.abs(wanted[0]).max()
@@ -92,7 +92,7 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("s", [*range(1, 36), 511, 512, 513, 1023, 1025, 1057])
 def test_odd_sizes(rng, dtype, s, level):
-    """Pairs, their borders and what is left over; in place, and at any address."""
+    """Sizes around pairs of vectors and what remains after them, in place and unaligned."""
     for n, c in ((1, 1), (2, 5), (37, 3), (71, 2), (6, 33)):
         if n * s == 1:
             continue
@@ -119,7 +119,7 @@ def test_odd_sizes(rng, dtype, s, level):
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", FAMILIES[:3], ids=str)
 def test_relu6_comes_after_the_residual(rng, dtype, axis, shape):
-    """Both limits hold for the sum, not for what was there before it."""
+    """Both limits apply to the sum, not to the value before the residual is added."""
     x, r = (lay(4 * rng.standard_normal(shape) + 2, axis).astype(dtype) for _ in range(2))
     gamma = np.full(shape[1], 4, np.float32)
     act = {"axis": axis, "activation": "relu6"}
@@ -152,19 +152,19 @@ def test_layouts_and_threads(rng, dtype):
 
 @pytest.fixture
 def set_l3(level):
-    """Return a function that sets the size of L3 for both kernels, until the test is over."""
+    """Return a function that sets the assumed size of L3 for both kernels until the test ends."""
     kernels = "batch_norm", "layer_norm"
     modules = [_runtime.kernels_at(level, kernel) for kernel in kernels]
     yield lambda size: [module.set_caches(2**18, size) for module in modules]
     for kernel in kernels:
-        _runtime.kernels_at(level, kernel)  # sets them as the machine has them
+        _runtime.kernels_at(level, kernel)  # sets the sizes of this machine
 
 
 @pytest.mark.row(23)
 @pytest.mark.parametrize("dtype", [*HALVES, np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("s", [1, 2, 7, 33, 127, 515, 1071])
 def test_streamed(rng, dtype, s, set_l3):
-    """Odd tails that float32 sends past the caches, to memory that is off a cache line."""
+    """Tails of all sizes, also of float32, are streamed to memory not aligned to a line."""
     calls = [
         lambda x, gamma, out: cybn.batch_norm(x, gamma, out=out)[0],
         lambda x, gamma, out: cybn.batch_norm(x, gamma, activation="silu", out=out)[0],
@@ -209,7 +209,7 @@ def test_layer(rng, dtype):
 
 
 def test_the_other_half_type_is_refused(rng):
-    """Both are words of 16 bits: only the dtype tells them apart."""
+    """Both types have words of 16 bits, so only the dtype distinguishes them."""
     for one, other in (HALVES, HALVES[::-1]):
         x, wrong = (rng.standard_normal((4, 3, 5)).astype(dtype) for dtype in (one, other))
         _, m = cybn.batch_norm(x)

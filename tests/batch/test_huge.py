@@ -1,4 +1,4 @@
-"""More than 2**31 elements: where a 32-bit index would run over."""
+"""More than 2**31 elements: 32-bit indices would overflow."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ import cybn
 
 pytestmark = [pytest.mark.slow, pytest.mark.row(21)]
 
-MOST = 2**31 + 2**16  # elements: more than 2**31, and no power of two
+MOST = 2**31 + 2**16  # elements, not a power of two
 SHAPES = {
     "N x S in one channel": ((MOST // 64, 1, 64), 1),
     "C x S in one sample": ((1, MOST // 2**15, 2**15), 1),
@@ -18,19 +18,19 @@ SHAPES = {
     "channels-last": ((MOST // 128, 128), -1),
 }
 BOTH = ("channels-first", "channels-last")
-PERIOD = 251  # a prime, so that every channel and chunk sees all of the wave
+PERIOD = 251  # a prime, so every channel and chunk contains all of the wave
 WAVE = (np.arange(PERIOD) ** 2 % PERIOD % 6 - 2).astype(np.float32)  # integers from -2 to 3
 
 
 def memory(name, file):
-    """Return what the kernel of Linux calls `name`, in GiB."""
+    """Return the value that the Linux kernel reports as `name`, in GiB."""
     lines = (line.split() for line in Path(file).read_text().splitlines())
     return next(int(words[1]) / 2**20 for words in lines if words[0] == f"{name}:")
 
 
 @pytest.fixture(scope="module")
 def room():
-    """Return MOST float32 values, or skip where there is no memory for them and some more."""
+    """Return MOST float32 values, or skip the test if there is not enough free memory."""
     if not Path("/proc/meminfo").exists():
         pytest.skip("only Linux says how much memory there is")
     need, there = 4 * MOST / 2**30 + 1.5, memory("MemAvailable", "/proc/meminfo")
@@ -41,7 +41,7 @@ def room():
 
 @pytest.fixture
 def fill(room, figure):
-    """Return a function from a shape's name to x, filled with the wave, and its axis."""
+    """Return a function from the name of a shape to x, filled with the wave, and its axis."""
     start = time.perf_counter()
 
     def filled(name):
@@ -59,7 +59,7 @@ def fill(room, figure):
 
 
 def exact(shape, axis, channel):
-    """Return the sum of the wave over a channel, and that of its squares: of whole numbers."""
+    """Return the exact sums of the wave and of its squares over a channel, as ints."""
     n, c = shape[0], shape[axis]
     s = int(np.prod(shape)) // (n * c)
     runs = [(channel, c, n)] if axis == -1 else [((i * c + channel) * s, 1, s) for i in range(n)]
@@ -80,7 +80,7 @@ def channels(x, axis):
 
 
 def places(x):
-    """Return flat indices at both ends, and around 2**31, and the values there before a call."""
+    """Return flat indices at both ends and around 2**31, and the values there before a call."""
     found = np.array([0, 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, x.size - 2, x.size - 1])
     return found, WAVE[found % PERIOD].astype(np.float64)
 
@@ -108,7 +108,7 @@ def test_forward_in_place(name, fill):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_inference_and_its_backward(name, fill):
-    """With mean 0 and variance 1, and x for dy: dbeta = sum x, dgamma = sum x * x."""
+    """With mean 0, variance 1 and dy = x, dbeta is sum x and dgamma is sum x * x."""
     x, axis = fill(name)
     zeros, ones = np.zeros(x.shape[axis], np.float32), np.ones(x.shape[axis], np.float32)
     k = {"axis": axis, "eps": 0, "out": x}
@@ -123,7 +123,7 @@ def test_inference_and_its_backward(name, fill):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_training_backward(name, fill):
-    """With x for dy, e = x - mean and eps 1, dx is e / (var + 1) ** 1.5."""
+    """With dy = x, e = x - mean and eps 1, dx is e / (var + 1) ** 1.5."""
     x, axis = fill(name)
     m = cybn.moments(x, axis=axis)
     cybn.batch_norm_backward(x, x, m, axis=axis, eps=1.0, out=x)
@@ -149,7 +149,7 @@ def test_group_norm_of_one_row(fill):
 
 
 def check_rows(y, m, d):
-    """Check the mean of the first and last rows of d values, and some of y."""
+    """Check the means of the first and last rows, of d values each, and some values of y."""
     for row in {0, y.size // d - 1}:
         wave = WAVE[(row * d + np.arange(PERIOD)) % PERIOD].astype(int)
         periods, rest = divmod(d, PERIOD)

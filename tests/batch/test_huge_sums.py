@@ -1,6 +1,6 @@
-"""More than 2**31 elements in next to no memory: pages that nobody wrote to are one page of zeros.
+"""More than 2**31 elements in little memory: pages that were never written share a page of zeros.
 
-`test_huge.py` has the functions with results of that size, and needs memory for them.
+`test_huge.py` tests functions whose results have that size, which need the memory.
 """
 
 import mmap
@@ -12,7 +12,7 @@ import pytest
 
 import cybn
 
-MOST = 2**31 + 2**16  # elements: more than 2**31, and no power of two
+MOST = 2**31 + 2**16  # elements, not a power of two
 SHAPES = {
     "N x S in one channel": ((MOST // 64, 1, 64), 1),
     "C x S in one sample": ((1, MOST // 2**15, 2**15), 1),
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.row(21)
 
 @pytest.fixture(scope="module")
 def zeros():
-    """Return MOST float32 values in next to no memory: only those at PLACES were written."""
+    """Return MOST float32 values, of which only those at PLACES were written."""
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         pytest.skip("only Linux says that its pages of zeros are small ones")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -42,7 +42,7 @@ def zeros():
 
 
 def resident():
-    """Return the bytes of memory that this process has, in MiB."""
+    """Return the resident memory of this process in MiB."""
     lines = map(str.split, Path("/proc/self/status").read_text().splitlines())
     return next(int(words[1]) for words in lines if words[0] == "VmRSS:") / 1024
 
@@ -50,7 +50,7 @@ def resident():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
 def test_moments(name, threads, zeros, figure):
-    """Sums of whole numbers, exact wherever in the array they are."""
+    """Sums of whole numbers are exact wherever the numbers are in the array."""
     shape, axis = SHAPES[name]
     before, start = resident(), time.perf_counter()
     m = cybn.moments(zeros.reshape(shape), axis=axis, num_threads=threads)

@@ -1,4 +1,4 @@
-"""Any strides, alignment and overlap: the right answer, in the layout of the input, or an error."""
+"""Any strides, alignment and overlap give the right result in the layout of x, or an error."""
 
 from itertools import permutations, product
 
@@ -24,7 +24,7 @@ def within(got, exact, bound):
 
 
 def check(x, dy, axis=1):
-    """Check all functions on x and dy as they lie, against the exact values."""
+    """Check all functions on x and dy, without a copy first, against exact values."""
     gamma, beta = parameters(np.random.default_rng(6), x.shape[axis], x.dtype)
     y_exact, y_bound = forward_bound(x, gamma, beta, axis)
     exact, bound = backward_bound(dy, x, gamma, axis)
@@ -89,7 +89,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("shape", [(6, 5, 7, 8), (5, 6, 26, 25)], ids=str)
 @pytest.mark.parametrize("name", VIEWS)
 def test_views(rng, name, shape, dtype, level):
-    """Of a base that is NaN wherever the view does not look."""
+    """The base of each view is NaN everywhere outside the view."""
     view = VIEWS[name]
     base = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
     seen = np.isin(base, view(base))
@@ -100,7 +100,7 @@ def test_views(rng, name, shape, dtype, level):
     copy = x.copy(order="K")
     y, m = cybn.batch_norm(x, gamma, beta)
     again, m_again = cybn.batch_norm(copy, gamma, beta)
-    # A copy that lies as x does gives the same bits.
+    # A copy with the layout of x gives equal bits.
     if np.empty_like(x).strides == copy.strides:
         assert same_bits(y, again)
         assert m == m_again
@@ -146,7 +146,7 @@ def test_read_in_place(name):
 @pytest.mark.row(17)
 @pytest.mark.parametrize("order", list(permutations(range(4))), ids=str)
 def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
-    """Dense memory in any order folds without a copy, whatever axis the channels are on."""
+    """Dense memory is used without a copy for any order of axes and any channel axis."""
     x = rng.standard_normal((3, 4, 5, 6)).astype(np.float32).transpose(order)
     for axis in range(-4, 4):
         assert _dispatch.layout(x, axis)[3]
@@ -158,9 +158,10 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
 @every_dtype
 @pytest.mark.parametrize("channels", [5, 20, 33])
 def test_gaps_between_channels_last_rows(rng, channels, dtype, level):
-    """What lies between two rows, of the last or of any outer axis, is not read.
+    """Memory between two rows, of the last or of any outer axis, is not read.
 
-    A NaN that reached a sum would have the channel summed again, and rightly; a number would not.
+        The gap contains NaN or 1000. A sum with a NaN is computed again, rightly, so only 1000
+        would show in the results.
     """
     room = np.empty((2, 5, 6, 7, channels + 1), dtype)
     parts = np.s_[..., :-1], np.s_[:, :, :-1, :], np.s_[1:-1, :, :, 1:], np.s_[::2, 1:]
@@ -187,7 +188,7 @@ def test_broadcast(rng, dtype):
     ):
         check(x, rng.standard_normal(x.shape).astype(dtype))
         check(rng.standard_normal(x.shape).astype(dtype), x)
-    ones = np.broadcast_to(dtype(1), (4, 5, 3, 7))  # what the gradient of a sum is
+    ones = np.broadcast_to(dtype(1), (4, 5, 3, 7))  # the gradient of a sum
     check(rng.standard_normal(ones.shape).astype(dtype), ones)
 
 
@@ -237,7 +238,7 @@ def test_any_shape_strides_axis_and_dtype(drawn):
         gamma, beta = parameters(np.random.default_rng(7), x.shape[axis])
         y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
         dx, *_ = cybn.batch_norm_backward(dy, x, m, gamma, axis=axis)
-        room = np.full_like(dy, np.nan)  # another layout, mostly
+        room = np.full_like(dy, np.nan)  # in most cases another layout
         assert cybn.batch_norm(x, gamma, beta, axis=axis, out=room)[0] is room
         assert (room == y).all()
         assert cybn.batch_norm_backward(dy, x, m, gamma, axis=axis, out=dy)[0] is dy
@@ -250,7 +251,7 @@ def test_any_shape_strides_axis_and_dtype(drawn):
 @every_dtype
 @pytest.mark.parametrize("strides", [(0, 1, 1), (7, 1, 3), (-4, 1, 1), (10**6, 1, 5)], ids=str)
 def test_strides_of_axes_of_size_one_do_not_matter(rng, strides, dtype):
-    """They may be anything, and the answer is written where it belongs all the same."""
+    """They may have any value, and the result is still written to the right place."""
     x = rng.standard_normal((1, 6, 1)).astype(dtype)
     gamma, beta = parameters(rng, 6)
     odd = np.lib.stride_tricks.as_strided(x.copy(), x.shape, [s * x.itemsize for s in strides])
@@ -330,7 +331,7 @@ def test_read_only_input_is_accepted_and_refused_as_out(rng, dtype, tmp_path):
 @pytest.mark.parametrize("shape", [(3, 5, 7), (70, 33, 1), (3, 5, 600), (3, 2, 45000)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
 def test_out(rng, shape, axis, dtype, level):
-    """A new array, one in another layout, x, dy: the same bits."""
+    """A new array, an array with another layout, x, and dy as out all get equal bits."""
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     x, dy = lay(x, axis), lay(dy, axis)
     mean, var = beta, gamma
@@ -370,7 +371,7 @@ def test_out(rng, shape, axis, dtype, level):
 
 
 def test_parameters_with_a_step(rng):
-    """A vector that is not contiguous, or runs backwards, is one like any other."""
+    """A vector that is strided or reversed gives the same results as a contiguous one."""
     x = rng.standard_normal((4, 6, 5)).astype(np.float32)
     for dtype in DTYPES:
         given = rng.uniform(0.5, 2, (6, 4)).astype(dtype)
@@ -394,7 +395,7 @@ def test_out_that_overlaps_parameters(rng):
 
 
 def test_out_that_is_the_input_transposed(rng):
-    """The same memory and shape, but another order: y would overwrite values of x not yet read."""
+    """The memory and shape are equal but not the order: y would overwrite values not yet read."""
     x = rng.standard_normal((6, 6, 6)).astype(np.float32)
     before = x.copy()
     for out in (x.T, x.swapaxes(0, 1), x.swapaxes(1, 2), x[::-1]):
@@ -406,7 +407,7 @@ def test_out_that_is_the_input_transposed(rng):
 
 
 def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
-    """Where it would take long to find out whether two views share memory, they are taken to."""
+    """If it takes too long to find out whether two views overlap, cybn assumes that they do."""
     monkeypatch.setattr(_arguments, "MOST_WORK", 1)
     room = rng.standard_normal(400)
     shape, strides = (4, 3, 5), (51 * 8, 38 * 8, 31 * 8)
@@ -419,7 +420,7 @@ def test_too_tangled_to_compare_is_refused(rng, monkeypatch):
 
 
 def test_overlap_with_what_is_copied_first(rng):
-    """An input that is read from a copy must not be spoilt either."""
+    """Inputs that are copied before the call must not be overwritten either."""
     room = np.zeros(2464, np.uint8)
     x = np.frombuffer(room.data, np.float32, 600, 1).reshape(4, 3, 50)
     out = np.frombuffer(room.data, np.float32, 600, 20).reshape(4, 3, 50)

@@ -21,7 +21,7 @@ def ulp(dtype):
 
 
 def repeated(array, shares):
-    """Return the values, each as often as it counts: shares are whole quarters."""
+    """Return each selected value as many times as four times its weight."""
     return np.repeat(gathered(array, shares), (4 * shares[shares > 0]).astype(int), axis=0)
 
 
@@ -37,7 +37,7 @@ def test_statistics_are_those_of_the_gathered_values(rng, nsc, kind, dtype, leve
     finite = cybn.moments(x, **chosen)
     x[np.broadcast_to((shares == 0)[:, np.newaxis], nsc)] = np.nan
     m = cybn.moments(x, **chosen)
-    assert m == finite  # a NaN that got in would be mended by the second sums, and not be seen
+    assert m == finite  # sums with a NaN are computed again, which would hide it
     assert m.count == shares.sum()
     assert isinstance(m.count, float) == ("weights" in chosen)
     rows = repeated(x, shares).astype(np.longdouble)
@@ -72,7 +72,7 @@ def test_forward_and_backward_are_those_of_the_gathered_values(rng, nsc, kind, d
 
 @pytest.mark.parametrize("axis", AXES)
 def test_weights_are_repeated_values(rng, axis):
-    """Shares of a whole number are copies; the gradient of a value is the sum over its copies."""
+    """Integer weights repeat values; the gradient of a value is the sum over its copies."""
     nsc = (9, 6, 7)
     x, dy, _, gamma, beta = batch(rng, nsc, np.float64)
     chosen, shares = selection(rng, nsc, "weights")
@@ -106,7 +106,7 @@ def test_weights_are_repeated_values(rng, axis):
 def test_all_agree_with_the_reference(rng, nsc, kind, masked, activation, dtype):
     x, dy, residual, gamma, beta = batch(rng, nsc, dtype)
     chosen, shares = selection(rng, nsc, kind)
-    if masked == "zero":  # nothing of it may be looked at
+    if masked == "zero":  # masked values must not be read
         for array in (x, dy, residual):
             array[np.broadcast_to((shares == 0)[:, np.newaxis], nsc)] = np.nan
     near = {"rtol": 64 * ulp(dtype), "atol": 64 * ulp(dtype) * np.sqrt(max(16, shares.sum()))}
@@ -200,7 +200,7 @@ def test_the_same_bits_on_any_number_of_threads(rng, nsc, kind):
 
 @pytest.mark.parametrize("axis", [*AXES, pytest.param(0, id="channels-outermost")])
 def test_shapes_of_a_mask(rng, axis):
-    """A mask without the channel axis, and one with it, mean the same; so does a smaller one."""
+    """A mask may have the channel axis or not, and any shape that broadcasts."""
     x = np.moveaxis(rng.standard_normal((4, 3, 5, 6)), 1, axis)
     mask = rng.random((4, 5, 6)) < 0.5
     y, m = cybn.batch_norm(x, axis=axis, mask=mask, masked="zero")
@@ -256,7 +256,7 @@ def test_half_types_are_float32_inside(rng, nsc, kind):
 
 @pytest.mark.row(4)
 def test_a_far_mean_is_summed_again_without_what_is_masked_out(rng):
-    """Eight equal values are a bad pivot; the second sums must leave the same things out."""
+    """Eight equal values are a bad pivot; the second sums must leave out masked values, too."""
     for nsc in [(2, 1, 3000), (3000, 40, 1), (30, 4, 100)]:
         x = 1e6 + rng.standard_normal(nsc)
         mask = rng.random((nsc[0], nsc[2])) < 0.5

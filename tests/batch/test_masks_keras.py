@@ -1,12 +1,12 @@
-"""Masks as Keras has them, on its NumPy backend: training, masks of (N, L).
+"""Masks give the same results as in Keras, on its NumPy backend: training, masks of (N, L).
 
-Keras differs in three ways, which are tested apart from the parity:
+Keras differs in three ways, which have tests of their own:
 
-- it divides by the sum of the mask plus 1e-7, so mean and variance are smaller by 1e-7 / count;
-- where nothing counts, or one value, it normalizes with a variance of 0, and cybn raises;
-- its mask has exactly one axis fewer than x, whose last axis is then that of the channels.
+- It divides by the sum of the mask plus 1e-7, so mean and variance are smaller by 1e-7 / count.
+- If at most one value is selected, it normalizes with a variance of 0. cybn raises an error.
+- Its mask has exactly one axis fewer than x, so the channels must be on the last axis.
 
-Masked positions it normalizes, which is cybn's default.
+Keras normalizes masked positions, which is cybn's default.
 """
 
 import os
@@ -17,18 +17,18 @@ import pytest
 os.environ.setdefault("KERAS_BACKEND", "numpy")
 keras = pytest.importorskip("keras")
 
-# E402: these come after Keras' backend is chosen, or where the packages are there.
+# E402: these imports follow the choice of Keras' backend.
 import cybn  # noqa: E402  (after importorskip)
 
 if keras.backend.backend() != "numpy":
     pytest.skip("another backend was chosen", allow_module_level=True)
 
-TOLERANCE = 2.0**-17  # Keras takes its sums in float32
+TOLERANCE = 2.0**-17  # Keras computes its sums in float32
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_parity(seed):
-    """y and the running statistics, with gamma, beta, either axis and a mask at random."""
+    """y and the running statistics agree for random shapes, gamma, beta and masks."""
     rng = np.random.default_rng(seed)
     n, length, c = (int(size) for size in rng.integers(2, 9, 3))
     x = rng.standard_normal((n, length, c)) * rng.uniform(0.3, 3) + rng.uniform(-3, 3)

@@ -1,7 +1,7 @@
-"""Every kind of input that is not a plain float array, to every function: one table of outcomes.
+"""Inputs that are not plain float arrays, for every function: one table of results.
 
-`TABLE` says what becomes of each kind: a conversion, which gives what the converted array gives, or
-an error that names the argument and changes nothing.
+`CONVERTED` lists inputs that give the results of the converted array. `REFUSED` lists those for
+which an error names the argument and nothing changes.
 """
 
 import decimal
@@ -21,7 +21,7 @@ PLAIN32 = GOOD.astype(np.float32)
 
 
 class Frame:
-    """What has its values at hand through `__array__` alone, as a data frame has."""
+    """An object that only has `__array__`, like a data frame."""
 
     def __init__(self, values):
         self.values = values
@@ -31,7 +31,7 @@ class Frame:
 
 
 class Exported:
-    """What speaks DLPack alone."""
+    """An object that only supports DLPack."""
 
     def __init__(self, values):
         self.values = values
@@ -44,7 +44,7 @@ class Exported:
 
 
 class Tagged(np.ndarray):
-    """A subclass without a meaning of its own."""
+    """A subclass of ndarray that does not change its meaning."""
 
 
 def unaligned(values):
@@ -54,7 +54,7 @@ def unaligned(values):
 
 
 MASKED = np.ma.masked_equal(GOOD, 5)
-# What converts is (kind, the plain array it is worth); what is refused is its own.
+# Inputs that are converted, each with the plain array that it is equal to.
 CONVERTED = {
     "list": (GOOD.tolist(), GOOD),
     "tuple of tuples": (tuple(map(tuple, GOOD.tolist())), GOOD),
@@ -115,7 +115,7 @@ SAMPLES = cybn.instance_norm(CUBE)[1]
 
 
 def likewise(value):
-    """Return GOOD in the type of another argument, where the two have to agree."""
+    """Return GOOD in the dtype of another argument, for arguments whose dtypes must agree."""
     value = getattr(value, "values", value)
     dtype = getattr(np.asarray(value), "dtype", GOOD.dtype)
     return GOOD if dtype.kind not in "fV" or dtype.fields else GOOD.astype(plain_type(dtype))
@@ -127,7 +127,7 @@ def plain_type(dtype):
     )
 
 
-TENSORS = {  # what takes arrays of (3, 2)
+TENSORS = {  # arguments that are arrays of (3, 2)
     "batch_norm x": lambda v: cybn.batch_norm(v),
     "moments x": lambda v: cybn.moments(v),
     "Moments.update x": lambda v: cybn.Moments.empty(2).update(v),
@@ -167,7 +167,7 @@ TENSORS = {  # what takes arrays of (3, 2)
     "GroupNorm x": lambda v: cybn.GroupNorm(1, 2)(v),
     "InstanceNorm1d x": lambda v: cybn.InstanceNorm1d(3)(v),
 }
-PARAMETERS = {  # what takes a vector of two
+PARAMETERS = {  # arguments that are vectors of two
     "batch_norm gamma": lambda v: cybn.batch_norm(GOOD, v),
     "batch_norm beta": lambda v: cybn.batch_norm(GOOD, None, v),
     "inference mean": lambda v: cybn.batch_norm_inference(GOOD, v, ONE),
@@ -222,10 +222,10 @@ def test_tensors_refused(where):
     argument = where.split()[-1]
     for name, odd in REFUSED.items():
         if name == "None" and argument == "residual":
-            continue  # there is none
+            continue  # None is allowed: no residual
         scalar = where.split()[0] in ("LayerNorm", "RMSNorm", "InstanceNorm1d") and (
             not hasattr(odd, "ndim") and not isinstance(odd, list)
-        )  # these look at the shape first, and that is ()
+        )  # they check the shape first, which is ()
         error = ValueError if scalar else TypeError
         what = r"has shape \(\)" if scalar else "is .*(float|plain)"
         with pytest.raises(error, match=rf"^({argument}|x|dy|residual) {what}"):
@@ -242,7 +242,7 @@ def test_parameters(where):
     call, argument = PARAMETERS[where], where.split()[-1]
     for name, (odd, plain) in CONVERTED.items():
         if name in ("np.matrix", "memoryview"):
-            continue  # their rows are no vectors
+            continue  # their rows are not vectors
         given = Exported(odd.values[0]) if isinstance(odd, Exported) else None
         given = Frame(odd.values[0]) if isinstance(odd, Frame) else given
         equal(call(odd[0] if given is None else given), call(plain[0]))
@@ -360,7 +360,7 @@ def test_out_of_odd_kinds(name, tmp_path):
 
 
 def test_the_table_is_all_kinds(figure):
-    """The figure of row 22: how many kinds meet how many arguments."""
+    """Row 22 records how many kinds of input there are."""
     figure(22, "kinds of input", len(CONVERTED) + len(HALVES) + len(REFUSED) + 1)
     figure(22, "arguments", len(TENSORS) + len(PARAMETERS) + len(SELECTING) + len(WRITERS))
 

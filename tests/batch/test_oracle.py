@@ -1,4 +1,4 @@
-"""The kernels beside the textbook, plain.pyx: the same formulas, without any of the steps."""
+"""The kernels give the results of the textbook code in plain.pyx, which has no optimization."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SHAPES = [*FAMILIES, (1, 1, 2), (2, 3, 1), (5, 7, 31), (4, 2, 256), (33, 5, 49)]
 
 
 def textbook(x, dy, gamma, beta, eps, threads):
-    """Return y, mean, M2, dx, dgamma and dbeta of the textbook."""
+    """Return y, mean, M2, dx, dgamma and dbeta of the textbook code."""
     y, dx = np.empty_like(x), np.empty_like(x)
     mean, m2, dgamma, dbeta = np.empty((4, x.shape[1]))
     plain.forward(x, gamma, beta, eps, y, mean, m2, threads)
@@ -48,7 +48,7 @@ def test_the_textbook_gives_the_same_bits_on_any_number_of_threads(rng):
 
 
 def test_x_that_is_reshaped_meanwhile_is_refused(rng, monkeypatch):
-    """By another thread: a large result is made in Python, where one may come between."""
+    """Another thread could do this: Python code allocates large results, so threads may switch."""
     x = rng.standard_normal((4, 2, 40000)).astype(np.float32)
 
     def reshaping(like):
@@ -111,9 +111,9 @@ def test_stages_follow_what_there_is(
     if dtype in "eE" and gradient == "in dx":
         gradient = "again"  # rounded once, at the end
     if gradient == "again" and dtype != "f":
-        backward = "stages", "stages"  # float32 alone has loops that bend
+        backward = "stages", "stages"  # only float32 has loops with kinks
     elif dtype in "fd" and gradient.startswith("in"):
-        backward = "kept", backward[1]  # unrounded, so the sums can be taken from there
+        backward = "kept", backward[1]  # not rounded, so the sums can read it
     route = _dispatch.route("backward", *shape, dtype, **options)
     assert (route["sums from"], route["writes from"]) == backward
     assert route["gradient"] == gradient
@@ -130,7 +130,7 @@ def test_masks_are_stages(operation, masked, shape, dtype, residual, activation)
     route = _dispatch.route(operation, *shape, dtype, mask=True, **options)
     assert route["sums from"] == "stages"
     plain = operation in ("forward", "inference") and masked == "normalize"
-    plain &= activation in (None, "relu", "relu6")  # bounds, which the loop of y keeps to
+    plain &= activation in (None, "relu", "relu6")  # the loop that writes y has these limits
     assert route["writes from"] == ("memory" if plain else "stages")
     weighted = _dispatch.route(operation, *shape, dtype, weights=True, **options)
     assert weighted == route

@@ -1,7 +1,7 @@
-"""Values near the largest of float64: what is sums, squares and products beyond it is no answer.
+"""Values near the largest of float64: sums, squares and products may overflow, results do not.
 
-A mean is right wherever it is in range itself, and a constant gives beta. A variance beyond float64
-is infinite; y and the gradients are those of the variance that it is (`test_beyond.py`).
+A mean is right whenever it is in range itself, and a constant gives beta. A variance that is too
+large for float64 is infinite. y and gradients are then right all the same (`test_beyond.py`).
 """
 
 import copy
@@ -32,7 +32,7 @@ VALUES = {
 
 
 def exact(values):
-    """Return mean and M2 of values, M2 infinite where it is beyond float64."""
+    """Return mean and M2 of values; M2 is infinite if it is too large for float64."""
     fractions = [Fraction(float(v)) for v in values]
     mean = sum(fractions) / len(fractions)
     m2 = sum((v - mean) ** 2 for v in fractions)
@@ -53,13 +53,13 @@ def check(moments, values, close=4):
 
 
 def rounding(moments):
-    """Return what rounding of the mean may change of y, which grows with mean / std."""
+    """Return the error of y from rounding the mean, which grows with mean / std."""
     std = moments.std()
     return 2.0**-48 * (1 + np.max(np.abs(moments.mean) / np.where(std > 1, std, np.inf)))
 
 
 def arrays(values):
-    """Yield arrays with the values in each channel, and the channel axis: as runs, as columns."""
+    """Yield arrays that have the values in each channel, and the channel axis: runs and columns."""
     yield np.stack([values] * 3, axis=1), 1
     yield np.stack([values] * 3, axis=1), -1
     yield np.tile(values.reshape(6, 1, 8), (1, 3, 1)), 1
@@ -87,7 +87,7 @@ def test_batch_norm(name, level):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_moments_in_parts(name):
-    """Updates and merges of all sizes of parts, weighted and masked ones too."""
+    """Updates and merges of parts of all sizes, also with weights and masks."""
     values = VALUES[name]
     for size in (1, 2, 7, 24, 48):
         parts = [values[i : i + size, None] for i in range(0, 48, size)]
@@ -112,7 +112,7 @@ def test_moments_in_parts(name):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_rows(name, level):
-    """Layer and group norm of each kind of loop: short rows, long ones, runs, channels-last."""
+    """Layer and group norm with each kind of loop: short rows, long ones, runs, channels-last."""
     values = VALUES[name]
     rows = {
         "turned": (values[:30], np.tile(values[:30], (5, 1)), cybn.layer_norm, {}),
@@ -143,7 +143,7 @@ def test_rows(name, level):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_backward_has_no_nan(name, level, rng):
-    """Also where the variance is infinite."""
+    """Gradients are finite even if the variance is infinite."""
     values = VALUES[name]
     for x, axis in list(arrays(values))[:4]:
         _, m = cybn.batch_norm(x, axis=axis)
@@ -180,7 +180,7 @@ def test_layers(name, kind):
 
 
 def test_float32_has_none_of_it(level):
-    """Its sums are of float64, and squares of all that float32 holds are in range there."""
+    """float32 is summed in float64, where the squares of all float32 values are in range."""
     for values in (np.full(48, 3e38), np.where(np.arange(48) % 2, 3e38, -3e38)):
         x = np.tile(values.astype(np.float32)[:, None], (1, 3))
         y, m = cybn.batch_norm(x)

@@ -1,4 +1,4 @@
-"""What is written to shares memory with what is read: the right answer, or an error first."""
+"""If outputs share memory with inputs, the result is right or an error comes before any write."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ SQUARES = cybn.rms_norm(rng.standard_normal(SHAPE))[1]
 
 @dataclass
 class Call:
-    """A function of arrays by name."""
+    """A function whose arrays are given by name."""
 
     function: object
     inputs: tuple
@@ -32,12 +32,12 @@ class Call:
     options: dict = field(default_factory=dict)
 
     def __call__(self, arrays, **outs):
-        """Return all results; big ones are those of `outputs`."""
+        """Return all results; large results are written to `outs`."""
         found = self.function(**arrays, **self.options, **outs)
         return found if isinstance(found, tuple) else (found,)
 
     def results(self, found):
-        """Return the arrays that went to each of `outputs`."""
+        """Return the arrays that correspond to `outputs`."""
         return [found[0], found[-1]][: len(self.outputs)]
 
 
@@ -98,7 +98,7 @@ def view(room, place):
 
 
 def attempt(call, rng, dtype):
-    """One pair: an input or another output and an output in one room. Return what came of it."""
+    """Let an output and one other array share a buffer; return what the call did."""
     room = rng.standard_normal(600).astype(dtype)
     written = call.outputs[rng.integers(len(call.outputs))]
     others = [*call.inputs, *(name for name in call.outputs if name != written)]
@@ -141,7 +141,7 @@ def attempt(call, rng, dtype):
 @pytest.mark.row(20)
 @pytest.mark.parametrize("name", CALLS)
 def test_random_pairs(name, figure):
-    """5,000 in all: over all functions, what they read and what they write, in both types."""
+    """All functions together check 5,000 pairs of an array and an output, in both types."""
     seen, rng = Counter(), np.random.default_rng(len(name))
     pairs = -(-PAIRS // len(CALLS))
     for i in range(pairs):
@@ -166,7 +166,7 @@ def test_the_two_outputs_are_two(name):
 
 @pytest.mark.row(20)
 def test_out_over_parameters():
-    """gamma, beta, mean and var are read while y is written: their memory is refused as well."""
+    """gamma, beta, mean and var are read while y is written, so overlaps with them are refused."""
     room = np.ones((4, 4, 5))
     x, vector = np.random.default_rng(1).standard_normal(SHAPE), room[1, 2, :4]
     out = room[:3]
@@ -196,13 +196,13 @@ def test_out_over_parameters():
             problem = "overlaps"
             taken.append(name)
         assert "overlaps" in problem
-    # What is converted at the door is copied there, so that nothing can be overwritten.
+    # Arguments that are converted are copied first, so nothing can overwrite them.
     assert set(taken) <= {"gamma", "beta", "squares"}, taken
 
 
 @pytest.mark.row(20)
 def test_mask_and_weights_may_lie_in_out():
-    """They are read before anything is written."""
+    """They are read completely before anything is written."""
     x = np.random.default_rng(1).standard_normal(SHAPE)
     room = np.abs(x).copy()
     weights = room[:, 0]
@@ -214,7 +214,7 @@ def test_mask_and_weights_may_lie_in_out():
 
 
 class Speaks:
-    """What is no array, but lends its memory to one."""
+    """An object that is not an array, but gives an array that shares its memory."""
 
     def __init__(self, array):
         self.array = array
@@ -237,9 +237,9 @@ def test_memory_that_is_lent_is_looked_at_too(name):
 
 @pytest.mark.parametrize("strides", [(0, 8), (8, 8), (4, 12)], ids=str)
 def test_values_at_one_place_are_refused(strides):
-    """A result needs a place for each of its values."""
+    """Each value of a result needs its own place in memory."""
     room = np.zeros(20)
-    if 4 in strides:  # of float32
+    if 4 in strides:  # strides of float32
         room = room.view(np.float32)
     x = np.arange(6, dtype=room.dtype).reshape(3, 2)
     out = np.lib.stride_tricks.as_strided(room, (3, 2), strides)
@@ -251,7 +251,7 @@ def test_values_at_one_place_are_refused(strides):
         lambda: cybn.layer_norm(x, out=out),
         lambda: cybn.group_norm(x, num_groups=1, out=out),
     ):
-        if strides == (4, 12):  # another order, each in its place
+        if strides == (4, 12):  # another order of axes, without overlap
             call()
             continue
         with pytest.raises(ValueError, match="several of its values at one place in memory"):

@@ -1,9 +1,9 @@
-"""Parity with PyTorch: the same meaning, and errors that are never larger than its own.
+"""PyTorch gives the same results, and cybn's errors are never larger than PyTorch's.
 
 Both get the same arrays. Each error is measured against the exact value in long double, as a
-fraction of cybn's own bound for that quantity; the worst of all cases counts. The sums dgamma and
-dbeta are within about one rounding of the exact value in both libraries, and which of the two is
-luckier depends on the data: there one rounding is allowed for. In all else there is no allowance.
+fraction of cybn's own bound for that quantity; the largest of all cases counts. Both libraries
+compute the sums dgamma and dbeta to about one rounding. Which of them is closer depends on the
+data, so one rounding is allowed there. For the other quantities nothing is allowed.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 CASES = 200
 MOST = 2**17  # elements of the largest shapes
 MOMENTUM, EPS = 0.1, 1e-5
-SAME_MEANING = 2.0**10  # bounds within which PyTorch, less exact, still computes the same thing
+SAME_MEANING = 2.0**10  # largest error of PyTorch, in units of cybn's bound
 
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 each_memory = pytest.mark.parametrize("memory", ["channels-first", "channels-last"])
@@ -26,7 +26,7 @@ each_memory = pytest.mark.parametrize("memory", ["channels-first", "channels-las
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Keep the pools of two libraries from waiting for each other."""
+    """Use one thread, so that the thread pools of the two libraries do not wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with cybn.threads(1):
@@ -35,7 +35,7 @@ def one_thread():
 
 
 def random_shape(rng, rank):
-    """Sizes evenly spread in their logarithms, with at least two values a channel."""
+    """Return sizes whose logarithms are uniform, with at least two values in each channel."""
     most = {2: (2000, 60), 3: (24, 40, 200), 4: (16, 40, 30, 30), 5: (6, 24, 10, 12, 12)}[rank]
     while True:
         shape = tuple(int(size) for size in np.exp(rng.uniform(0, np.log(np.add(most, 1)))))
@@ -69,7 +69,7 @@ def random_case(rng, rank, dtype, memory):
 
 
 def ours(x, dy, state, training):
-    """Return what a cybn layer makes of a case, by quantity."""
+    """Return the results of a cybn layer for a case, by quantity."""
     bn = cybn.BatchNorm(x.shape[1], eps=EPS, momentum=MOMENTUM, dtype=x.dtype).train(training)
     bn.load_state_dict(state | {"num_batches_tracked": 0})
     result = {"y": bn(x), "dx": bn.backward(dy)}
@@ -82,7 +82,7 @@ def ours(x, dy, state, training):
 
 
 def theirs(x, dy, state, training):
-    """Return what PyTorch makes of a case, by quantity."""
+    """Return the results of PyTorch for a case, by quantity."""
     tensors = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
     mean, var = tensors["running_mean"], tensors["running_var"]
     inputs = [torch.from_numpy(x), tensors["gamma"], tensors["beta"]]
@@ -99,7 +99,7 @@ def theirs(x, dy, state, training):
 def running_bounds(x, state):
     """Return the exact running mean and variance after one step, and their bounds.
 
-    ulp * (0.9 * |running| + 0.1 * (|mean| + std)), and the same with the variances.
+    They are ulp * (0.9 * |running| + 0.1 * (|mean| + std)), and the same with the variances.
     """
     ulp = ULP32 if x.dtype == np.float32 else ULP64
     (wx,) = wide(x)
@@ -139,7 +139,7 @@ def test_random_shapes(dtype, rng):
                 errors[name] = np.maximum(errors.get(name, 0), both)
     for name, (own, other) in errors.items():
         print(f"{name:12} cybn {own:9.3g}   PyTorch {other:9.3g}   of the bound")
-    rounding = np.finfo(dtype).eps / 2 / (ULP32 if dtype == np.float32 else ULP64)  # of a bound
+    rounding = np.finfo(dtype).eps / 2 / (ULP32 if dtype == np.float32 else ULP64)  # in bounds
     for name, (own, other) in errors.items():
         assert own <= 1, name
         assert own <= other + (rounding if name in ("dgamma", "dbeta") else 0), name
@@ -149,7 +149,7 @@ def test_random_shapes(dtype, rng):
 @each_memory
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_far_from_zero(offset, memory, rng):
-    """float32 with a mean of many standard deviations, where a * x + b cancels."""
+    """For float32 with a mean of many standard deviations, a * x + b loses digits."""
     x = laid((rng.standard_normal((32, 16, 14, 14)) + offset).astype(np.float32), memory)
     state = {
         "gamma": np.ones(16, np.float32),

@@ -1,4 +1,4 @@
-"""Every small shape, the awkward ones, and one below, at and above each threshold."""
+"""Every small shape, unusual shapes, and shapes one below, at and above each threshold."""
 
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from levels import LEVELS
 import cybn
 from cybn import _runtime
 
-# As written in the sources of the kernels.
+# These constants equal those in the sources of the kernels.
 RUN_MIN, RUN_APPLY, RUN_TO_ROWS = 256, 96, 32
 PIECE, TILE, BROAD, LANES, FLUSH = 1024, 1024, 2048, 32, 32
 CHUNK, SERIAL, BLOCK, VECTOR, MOST_CHUNKS, GROUP = 65536, 32768, 32, 64, 64, 16384
@@ -33,7 +33,7 @@ def within(got, exact, bound):
 @pytest.mark.row(14)
 @every_dtype
 def test_every_small_shape(rng, dtype, level, figure):
-    """S in 1..70, C in 1..40, N in 1..5: channels do not touch, so one reference serves all C."""
+    """S in 1..70, C in 1..40, N in 1..5. Channels are independent: one reference serves all C."""
     ran, failures = 0, []
     for n in range(1, 6):
         for s in range(1, 71):
@@ -67,7 +67,7 @@ def test_every_small_shape(rng, dtype, level, figure):
 
 @lru_cache(maxsize=16)
 def case(shape, dtype):
-    """Return x, dy, gamma, beta, and what is to come out of them with the allowed errors."""
+    """Return x, dy, gamma, beta, the exact results and the allowed errors."""
     x, dy, gamma, beta = normal_case(np.random.default_rng(3), shape, dtype)
     exact, bound = backward_bound(dy, x, gamma, 1)
     y = forward_bound(x, gamma, beta, 1)
@@ -80,13 +80,13 @@ def case(shape, dtype):
 
 @pytest.fixture
 def bind():
-    """Return a function that switches the instruction level, until the test is over."""
+    """Return a function that switches the instruction level until the test ends."""
     yield levels.bind
     levels.bind(_runtime.level)
 
 
 def check(shape, dtype, axis, bind):
-    """Check all functions at all levels, and with more than one thread at the highest."""
+    """Check all functions at all levels, and at the highest level also with several threads."""
     (x, dy, gamma, beta), exact, bound = case(shape, dtype)
     x, dy = lay(x, axis), lay(dy, axis)
     for level, threads in [(level, 1) for level in LEVELS] + [(LEVELS[-1], 2), (LEVELS[-1], 3)]:
@@ -191,7 +191,7 @@ def test_around_each_threshold(name, dtype, axis, bind, figure):
     ids=str,
 )
 def test_most_chunks(shape):
-    """Exact data with dy = x - mean, so that dbeta is 0, dgamma is m2 * r, and dx is as below."""
+    """Exact data with dy = x - mean makes dbeta 0 and dgamma m2 * r, with dx as below."""
     eps = 1.0
     x, mean, m2 = exact_fill(shape, np.float32)
     m = cybn.moments(x)

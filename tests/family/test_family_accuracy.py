@@ -1,6 +1,6 @@
-"""The family against long double: random data, offsets, exact data, extremes, NaN and Inf.
+"""Errors of the other norms against long double: random and exact data, extremes, NaN and Inf.
 
-Levels are compared bit by bit in test_family_bits.py, so most tests here run one.
+Levels are compared bit by bit in test_family_bits.py, so most tests here run one level only.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ every_short = pytest.mark.parametrize("case", SHORT, ids=str)
 
 
 def ratios(case, rng, dtype, offset=0.0):
-    """Return the worst errors of y, dx, dgamma and dbeta, as fractions of their bounds."""
+    """Return the largest ratios of error to bound of y, dx, dgamma and dbeta."""
     x, dy, gamma, beta = case.data(rng, dtype, offset)
     got = case.everything(x, dy, gamma, beta)
     found = [worst(case.rows(got["y"]), *forward_bound(case, x, gamma, beta))]
@@ -56,7 +56,7 @@ def test_random_data(case, dtype, rng, figure):
 @every_short
 @pytest.mark.parametrize("power", range(7))
 def test_offset(case, dtype, power, rng, figure):
-    """Mean 10**power, std 1: forward and backward hold their bounds up to 10**6."""
+    """For mean 10**power and std 1, forward and backward meet their bounds up to 10**6."""
     found = ratios(case, rng, dtype, 10.0**power)
     figure(4, "largest error up to 1e6, of the bound", max(found))
     assert max(found) <= 1
@@ -90,7 +90,7 @@ def test_constant_rows_give_exactly_beta(case, dtype, rng):
 @every_dtype
 @every_short
 def test_exact_statistics(case, dtype, rng, figure):
-    """Pairs p * (1 + k / 16) and p * (1 - k / 16): exact in any order of summing."""
+    """Values are pairs p * (1 + k / 16) and p * (1 - k / 16), exact in any order of summation."""
     rows = case.rows(np.empty(case.shape))
     n, g, d = rows.shape
     k = np.zeros((n, g, d))
@@ -111,7 +111,7 @@ def test_exact_statistics(case, dtype, rng, figure):
 @every_dtype
 @pytest.mark.parametrize("case", [case for case in CASES if case.centred], ids=str)
 def test_exact_sums(case, dtype, rng, figure):
-    """dbeta is exact on small integers, in any order of summing."""
+    """dbeta of small integers is exact in any order of summation."""
     x, _, gamma, beta = case.data(rng, dtype)
     dy = rng.integers(-4, 5, case.shape).astype(dtype)
     dbeta = case.everything(x, dy, gamma, beta)["dbeta"]
@@ -149,7 +149,7 @@ def test_extreme_std(case, std, rng, level):
 
 @pytest.mark.row(6)
 def test_near_the_largest_float32(rng, level):
-    """Squares leave the range of float32; statistics and y do not."""
+    """Squares are too large for float32, but statistics and y are not."""
     for case in SHORT:
         x = np.where(rng.random(case.shape) < 0.5, -7e37, 7e37).astype(np.float32)
         case.put(x, np.s_[:, :, :2], [7e37, -7e37])
@@ -166,7 +166,7 @@ def test_near_the_largest_float32(rng, level):
 @every_dtype
 @every_case
 def test_poison_stays_in_its_row(case, dtype, rng):
-    """NaN or Inf: every other row, and every other group's gradients, are bit-identical."""
+    """With NaN or Inf in a row, other rows and the gradients of other groups keep their bits."""
     x, dy, gamma, beta = case.data(rng, dtype)
     clean = case.everything(x, dy, gamma, beta)
     n, g, d = case.rows(x).shape

@@ -1,4 +1,4 @@
-"""The family: the same bits for any number of threads, level, cache size, place and repeat."""
+"""Bits of the other norms do not depend on threads, level, cache sizes, address or repetition."""
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +30,7 @@ def differing(got, first):
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_threads_and_levels(case, dtype, rng, restore, figure):
     data = case.data(rng, dtype, offset=3.0)
-    case.put(data[0], (0, 0, case.sample()), 1e6)  # a row that may be summed again
+    case.put(data[0], (0, 0, case.sample()), 1e6)  # this row may be summed again
     bind(LEVELS[-1])
     first = case.everything(*data, num_threads=1)
     for level in LEVELS:
@@ -46,7 +46,7 @@ def test_threads_and_levels(case, dtype, rng, restore, figure):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @every_case
 def test_cache_sizes_and_alignment(case, dtype, rng):
-    """Streamed or not, in place or not, and wherever in memory the arrays lie."""
+    """Bits do not depend on streaming, on writing in place, or on the addresses of the arrays."""
     data = case.data(rng, np.float64 if dtype == "float64" else np.float32)
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     x, dy, gamma, beta = *(a.astype(dtype) for a in data[:2]), *data[2:]
@@ -75,13 +75,13 @@ def test_cache_sizes_and_alignment(case, dtype, rng):
                 assert dx is pair[given]
                 assert same_bits(dx, first["dx"])
     finally:
-        _runtime.kernels_at(_runtime.level, "layer_norm")  # sets the caches as the machine has them
+        _runtime.kernels_at(_runtime.level, "layer_norm")  # sets the caches of this machine
 
 
 @pytest.mark.row(25)
 @pytest.mark.parametrize("case", [layer(300, 1024), group(4, 3, 16, 64, 64)], ids=str)
 def test_repeats(case, rng, level):
-    """With more threads than cores, too."""
+    """The thread counts include more threads than cores."""
     data = case.data(rng, np.float32)
     first = case.everything(*data, num_threads=1)
     for repeat in range(30):
@@ -91,7 +91,7 @@ def test_repeats(case, rng, level):
 
 @every_dtype
 def test_a_sample_does_not_depend_on_the_batch(dtype, rng):
-    """y, dx and statistics of one sample alone are those it has in the batch."""
+    """y, dx and statistics of a sample alone equal those of the sample in a batch."""
     for case in CASES:
         x, dy, gamma, beta = case.data(rng, dtype)
         whole = case.everything(x, dy, gamma, beta)

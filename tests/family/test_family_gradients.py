@@ -1,4 +1,4 @@
-"""The family's gradients in float64, by central differences, through functions and layers."""
+"""Gradients of the other norms, by central differences in float64, of functions and layers."""
 
 import copy
 
@@ -34,7 +34,7 @@ LAYERS = [
 
 
 def differences(loss, array):
-    """Return the central differences of loss by each element of array."""
+    """Return the central differences of `loss` for each element of `array`."""
     found = np.empty_like(array)
     for i in np.ndindex(array.shape):
         kept = array[i]
@@ -99,7 +99,7 @@ def test_functions_by_central_differences(case, rng):
 @pytest.mark.row(12)
 @every_case
 def test_the_input_gradient_has_no_mean_and_hardly_any_xhat(case, rng):
-    """Equations (57) and (58): sums over each row."""
+    """The sums over each row are those of equations (57) and (58)."""
     x, dy, gamma, beta = case.data(rng, np.float64)
     got = case.everything(x, dy, gamma, beta)
     dx, dz = case.rows(got["dx"]), case.rows(dy) * case.along(gamma)
@@ -118,7 +118,7 @@ def test_the_input_gradient_has_no_mean_and_hardly_any_xhat(case, rng):
 
 @every_case
 def test_the_twin_agrees(case, rng):
-    """The reference and the kernels, both in float64."""
+    """The reference and the kernels agree in float64."""
     x, dy, gamma, beta = case.data(rng, np.float64)
     got, expected = (case.everything(x, dy, gamma, beta, module=m) for m in (cybn, reference))
     assert got.keys() == expected.keys()

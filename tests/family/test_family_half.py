@@ -1,4 +1,4 @@
-"""float16 and bfloat16 in the family: float32 arithmetic, rounded once at the end."""
+"""float16 and bfloat16 in the other norms: float32 arithmetic, rounded once at the end."""
 
 import numpy as np
 import pytest
@@ -28,13 +28,13 @@ LARGE += [group(4, 1, 64, 64, 96, axis=-1), instance(3, 100, 30, 32, axis=-1)]
 
 
 def data(case, rng, dtype, offset=1.0):
-    """Return random x and dy of a half type, gamma and beta of float32."""
+    """Return random x and dy of a half type, and gamma and beta of float32."""
     x, dy, gamma, beta = case.data(rng, np.float32, offset)
     return x.astype(dtype), dy.astype(dtype), gamma, beta
 
 
 def expected(case, x, dy, gamma, beta, **k):
-    """Return all results of float32, y and dx rounded."""
+    """Return all results of the float32 call, with y and dx rounded to the half type."""
     results = case.everything(x.astype(np.float32), dy.astype(np.float32), gamma, beta, **k)
     with np.errstate(over="ignore"):
         return results | {name: results[name].astype(x.dtype) for name in ("y", "dx")}
@@ -47,9 +47,9 @@ def differing(got, wanted):
 @every_half
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_equals_float32_rounded(case, dtype, rng):
-    """At every level, with any number of threads, streamed past the caches or not."""
+    """Results are equal at every level, for any number of threads, streamed or not."""
     arrays = data(case, rng, dtype)
-    case.put(arrays[0], (0, 0, case.sample()), 6e4)  # a row that may be summed again
+    case.put(arrays[0], (0, 0, case.sample()), 6e4)  # this row may be summed again
     wanted = expected(case, *arrays, num_threads=1)
     try:
         for level in LEVELS:
@@ -62,14 +62,14 @@ def test_equals_float32_rounded(case, dtype, rng):
                 assert got["dgamma"].dtype == np.float32
     finally:
         for level in LEVELS:
-            _runtime.kernels_at(level, "layer_norm")  # sets the caches as the machine has them
+            _runtime.kernels_at(level, "layer_norm")  # sets the caches of this machine
         bind(_runtime.level)
 
 
 @every_half
 @every_case
 def test_error_bound(case, dtype, rng):
-    """That of float32, and half a unit in the last place for the one rounding."""
+    """The bound is that of float32 plus half a unit in the last place, for one rounding."""
     x, _, gamma, beta = data(case, rng, dtype)
     y, _ = case.forward(x, gamma, beta)
     exact, bound = forward_bound(case, x.astype(np.float32), gamma, beta)
@@ -154,7 +154,7 @@ def test_empty(dtype):
 
 @every_half
 def test_layers(dtype, rng):
-    """Each is its float32 self, rounded; so are running statistics and gradients."""
+    """Outputs are those of a float32 layer, rounded once; statistics and gradients are equal."""
     x, dy = rng.standard_normal((2, 5, 6, 7)).astype(dtype)
     instance_norm = {"affine": True, "track_running_stats": True}
     for make in (

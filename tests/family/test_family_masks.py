@@ -1,4 +1,4 @@
-"""Group and instance normalization where a mask or lengths choose which positions count."""
+"""Group and instance normalization with a mask or lengths."""
 
 import ml_dtypes
 import numpy as np
@@ -44,8 +44,9 @@ def assert_near(ours, exact, tolerance):
 def bounds(member, x, dy, gamma, beta, options):
     """Return y, dx, dgamma and dbeta in long double, each with its bound, as in `family_cases`.
 
-    Where a value does not count, its dy does, with an xhat that may be large: so dx is far larger
-    than dy where few values of a row count. A half type is rounded once more.
+    With masked="normalize" the dy of masked values counts, with an xhat that may be large. So dx
+        may be far larger than dy if few values of a row are selected. A half type is rounded once
+        more.
     """
     axis, kind = options["axis"], x.dtype
     x, dy, gamma, beta = wide(x, dy, gamma, beta)
@@ -58,12 +59,12 @@ def bounds(member, x, dy, gamma, beta, options):
     split = (N, groups, C // groups, L) if axis == 1 else (N, L, groups, C // groups)
     rows = (2, 3) if axis == 1 else (1, 3)
 
-    def mean(values):  # of each row, beside x: their sum, divided by how many values count
+    def mean(values):  # the sum of each row divided by its selected values
         total = values.reshape(split).sum(rows, keepdims=True)
         number = (keep * np.ones_like(x)).reshape(split).sum(rows, keepdims=True)
         return np.broadcast_to(total / number, split).reshape(x.shape)
 
-    def sum_of(values):  # over samples and positions
+    def sum_of(values):  # the sum over samples and positions
         return values.sum((0, 3 - axis))
 
     centre = mean(x * keep)
@@ -132,7 +133,7 @@ def test_backward_is_the_derivative_of_forward(rng, member, masked):
 @each_member
 @each_axis
 def test_what_does_not_count_does_not_matter(rng, member, axis):
-    """A sample is normalized as it would be without its padding, and NaN there goes nowhere."""
+    """A sample gives the results that it has without its padding, in which NaN is ignored."""
     x, dy, gamma, beta = case(rng, np.float32, axis)
     lengths = np.array([5, 5, 5])
     cut = (slice(None), slice(None), slice(5)) if axis == 1 else (slice(None), slice(5))

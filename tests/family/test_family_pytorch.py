@@ -1,4 +1,4 @@
-"""The family against PyTorch: the same meaning, running statistics and shapes."""
+"""The other norms give PyTorch's results, running statistics and shapes."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ import cybn
 
 torch = pytest.importorskip("torch")
 
-SAME_MEANING = 2.0**10  # bounds within which PyTorch, less exact, still computes the same thing
+SAME_MEANING = 2.0**10  # largest error of PyTorch, in units of cybn's bound
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Keep the pools of two libraries from waiting for each other."""
+    """Use one thread, so that the thread pools of the two libraries do not wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with cybn.threads(1):
@@ -23,7 +23,7 @@ def one_thread():
 
 
 def by_torch(case, x, dy, gamma, beta):
-    """Return y, dx, dgamma and dbeta as PyTorch has them."""
+    """Return y, dx, dgamma and dbeta as computed by PyTorch."""
     functions = torch.nn.functional
     tensors = [torch.tensor(np.ascontiguousarray(a)) for a in (x, gamma, beta)]
     tx, tg, tb = (t.requires_grad_() for t in tensors)
@@ -84,7 +84,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("name", "arguments", "options", "shape"), PAIRS, ids=str)
 def test_layers(name, arguments, options, shape, rng):
-    """Some training steps, then eval: outputs, gradients and running statistics."""
+    """Outputs, gradients and running statistics agree in training steps and in eval mode."""
     ours = getattr(cybn, name)(*arguments, **options, dtype=np.float64)
     theirs = getattr(torch.nn, name)(*arguments, **options, dtype=torch.float64)
     weights = [theirs.weight, getattr(theirs, "bias", None)]

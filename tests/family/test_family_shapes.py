@@ -1,4 +1,4 @@
-"""The family on all kinds of shapes, layouts and bad arguments."""
+"""The other norms on all kinds of shapes and layouts, and with bad arguments."""
 
 from itertools import permutations
 
@@ -27,7 +27,7 @@ import cybn
 
 
 def check(case, rng, dtype=np.float32):
-    """All results within their bounds."""
+    """Check that all results are within their bounds."""
     x, dy, gamma, beta = case.data(rng, dtype)
     got = case.everything(x, dy, gamma, beta)
     assert worst(case.rows(got["y"]), *forward_bound(case, x, gamma, beta)) <= 1, str(case)
@@ -93,7 +93,7 @@ def test_around_each_threshold_of_positions_channels_last(channels, rng):
 @pytest.mark.row(16)
 @pytest.mark.parametrize(("s", "channels"), [(128, 1024), (1024, 128)])
 def test_around_each_cut_of_positions(s, channels, rng):
-    """From 128 positions, and 131072 values, on a sample has two cuts."""
+    """A sample of at least 128 positions and 131072 values is cut in two."""
     for off in (-1, 0, 1):
         check(group(4, 1, s + off, channels, axis=-1), rng)
 
@@ -167,7 +167,7 @@ def test_without_gamma_and_beta(case, dtype, rng):
 
 @every_case
 def test_parameters_of_the_other_type(case, rng):
-    """Gradients come in the type of gamma, everything else in that of x."""
+    """Gradients have the dtype of gamma, all other results that of x."""
     x, dy, gamma, beta = case.data(rng, np.float32)
     got = case.everything(x, dy, gamma.astype(np.float64), beta.astype(np.float64))
     first = case.everything(x, dy, gamma, beta)
@@ -236,7 +236,7 @@ def test_the_output_lies_as_the_input(case, rng):
     "case", [group(2, 5, 6, 4, 3), instance(5, 6, 4, 150), instance(2, 3, 4, 5, 6)], ids=str
 )
 def test_channels_last_memory_is_not_copied(case, dtype, rng, monkeypatch):
-    """Whatever the axis, and whatever the order of the positions: the same but for their order."""
+    """Samples are read without a copy for any order of positions; results agree in any layout."""
     data = case.data(rng, dtype)
     first, copy = case.everything(*data), np.ascontiguousarray
 
@@ -265,7 +265,7 @@ def test_channels_last_memory_is_not_copied(case, dtype, rng, monkeypatch):
 
 @pytest.mark.row(17)
 def test_channels_last_samples_with_gaps(rng):
-    """Batches sliced along N are read in place, those sliced along C copied, to the same bits."""
+    """Batches sliced along N are read in place and those sliced along C copied; bits are equal."""
     case = group(2, 3, 5, 7, 6, axis=-1)
     x, dy, *parameters = case.data(rng, np.float32)
     first = case.everything(x, dy, *parameters)
@@ -290,7 +290,7 @@ def test_dense_samples_in_any_order_are_not_copied(rng, monkeypatch):
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_samples_in_any_order(order, rng):
-    """Statistics are those of the samples in the order of the axes, however these lie in memory."""
+    """Statistics are in the order of the axes of the samples, whatever their order in memory."""
     x, dy = rng.standard_normal((2, 2, 3, 4, 20)).astype(np.float32)
     gamma = rng.standard_normal(20).astype(np.float32)
     y, m = cybn.layer_norm(x, gamma)

@@ -1,4 +1,4 @@
-"""Small forwards of the family: into new memory, a given array, and in place."""
+"""Small forwards of the other norms: into new memory, into a given array, and in place."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MEMBERS += [instance(1, 2, 200)]
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", MEMBERS, ids=str)
 def test_the_family_gives_the_same_bits(case, dtype, rng, level):
-    """With and without gamma and beta, into new memory, a given array, and in place."""
+    """With and without gamma and beta, new memory, a given array and in-place give equal bits."""
     x, _, gamma, beta = case.data(rng, dtype, offset=2.0)
     for vectors in ((gamma, beta), (None, None), (gamma, None)):
         y, statistics = case.forward(x, *vectors)

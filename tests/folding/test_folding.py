@@ -1,8 +1,8 @@
-"""Folds: right to a few roundings over random layers, in every layout, and loud where they cannot.
+"""Folds are right to a few roundings for random layers in every layout, or raise an error.
 
-What is compared with is batch normalization by its definition after a convolution in plain NumPy,
-both in a wider type; `test_folding_peers.py` holds that convolution against PyTorch's, and every
-layout against the library that it is named after.
+They are compared with a convolution in plain NumPy and batch normalization by its definition, both
+in a wider type. `test_folding_peers.py` compares that convolution with PyTorch's, and
+`test_folding_layouts.py` compares each layout with its library.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ def test_random_layers(dtype):
 
 @each_dtype
 def test_exact_powers_of_two(dtype):
-    """Scales that are powers of two fold without any rounding."""
+    """Scales that are powers of two are folded without any rounding."""
     bn = cybn.BatchNorm(4, eps=1.0, dtype=dtype)
     bn.running_var, bn.running_mean = [3.0, 15.0, 63.0, 0.0], [1.0, -2.0, 4.0, 8.0]
     bn.gamma[:], bn.beta[:] = [2.0, 1.0, -4.0, 1.0], [0.5, 0.25, 0.0, -1.0]
@@ -54,7 +54,7 @@ def test_transposed_groups_by_hand():
 
 
 def move(weight, layout, transposed=False):
-    """Return a weight without groups, in PyTorch's layout, in another one."""
+    """Return a weight without groups, given in PyTorch's layout, in another layout."""
     if layout in ("torch", "onnx"):
         return weight
     weight = weight.swapaxes(0, 1) if transposed else weight  # (out, in, *taps)
@@ -120,7 +120,7 @@ def test_into_the_next_linear_layer(layout, flatten, dtype, rng):
 
 
 def test_measure_finds_a_wrong_fold(rng):
-    """A wrong axis, a forgotten bias and float32's own rounding are orders of size apart."""
+    """Errors of a wrong axis or a forgotten bias are far larger than those of rounding."""
     bn = random_norm(rng, 4, np.float32)
     weight = rng.standard_normal((4, 2, 3), dtype=np.float32)
     scale, shift = bn.scale_shift()
@@ -330,7 +330,7 @@ def test_measure_checks_what_it_is_given():
 
 
 def test_a_layer_that_uses_the_batch_is_not_folded(rng):
-    """Neither by a fold nor measured: its inference has no fixed scale and shift."""
+    """Folding and measuring raise an error, because its inference has no fixed scale and shift."""
     bn = random_norm(rng, 4, np.float32)
     bn.use_batch_statistics = True
     for call in (folding.fold_conv, lambda *a: folding.measure(folding.fold_conv, *a)):
@@ -386,7 +386,7 @@ def test_half_types_are_rounded_once(name, rng):
 
 
 def test_double_rounding_is_avoided():
-    """A product just above the middle of two bfloat16 values, which float32 puts in the middle."""
+    """A product just above the middle of two bfloat16 values, to which float32 would round it."""
     dtype = half_type("bfloat16")
     scale = np.array([1 + 2.0**-8 + 2.0**-40])
     w, _ = folding.fold_linear(np.ones((1, 1), dtype), None, (scale, np.zeros(1)))
@@ -431,7 +431,7 @@ def test_the_next_convolution_must_not_pad(padding, rng):
 
 
 def test_padding_before_the_norm_is_the_way_out(rng):
-    """What the error advises: bn makes zeros of -shift / scale."""
+    """The solution that the error advises: bn turns padding of -shift / scale into zeros."""
     bn, weight = random_norm(rng, 3, np.float64).eval(), rng.standard_normal((2, 3, 3))
     scale, shift = bn.scale_shift()
     x = rng.standard_normal((2, 3, 5))

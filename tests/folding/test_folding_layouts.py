@@ -1,4 +1,4 @@
-"""Every weight layout against the library that it is named after: before and after the fold."""
+"""Every weight layout, before and after the fold, in the library that it is named after."""
 
 import os
 
@@ -14,16 +14,16 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 flax = pytest.importorskip("flax")
 
-# E402: these come after Keras' backend is chosen, or where the packages are there.
+# E402: these imports follow the choice of Keras' backend.
 import jax  # noqa: E402  (after importorskip)
 from flax import linen  # noqa: E402  (after importorskip)
 from onnx import helper  # noqa: E402  (after importorskip)
 from onnx.reference import ReferenceEvaluator  # noqa: E402  (after importorskip)
 
-# Keras' variables know only the old form of __array__.
+# Keras' variables only support the old form of __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-MOST = 2.0**-19  # of the largest output: what float32 sums of a few dozen terms may differ by
+MOST = 2.0**-19  # of the largest output: allowed for float32 sums of a few dozen terms
 
 
 def close(after, before):

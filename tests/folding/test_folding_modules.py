@@ -1,4 +1,4 @@
-"""What of PyTorch's modules is folded: a batch norm alone, whatever class it is of."""
+"""Which modules of PyTorch are folded: those that compute a batch norm and nothing more."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,18 @@ W = np.random.default_rng(0).standard_normal((4, 3, 3, 3), dtype=np.float32)
 
 
 class WithRelu(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d: a batch norm by its class and its state, and more in forward."""
+    """A batch norm by class and state whose forward does more, like timm's BatchNormAct2d."""
 
     def forward(self, x):
         return super().forward(x).relu()
 
 
 class Named(nn.BatchNorm2d):
-    """A class of its own that changes nothing of what is computed."""
+    """A subclass that computes the same."""
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's and detectron2's."""
+    """A frozen batch norm like those of torchvision and detectron2."""
 
     def __init__(self, channels):
         super().__init__()

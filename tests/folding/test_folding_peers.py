@@ -1,4 +1,4 @@
-"""Folds against PyTorch's convolutions: the oracle itself, and what PyTorch makes of the result."""
+"""Folds and the NumPy convolutions that test them, compared with PyTorch's convolutions."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def input_of(case, rng):
 
 
 def run(case, x, weight, bias):
-    """Return what PyTorch computes of the linear map of a case, in the dtype of its arguments."""
+    """Return PyTorch's result of the linear map of a case, in the dtype of its arguments."""
     tensors = [None if a is None else torch.from_numpy(a) for a in (x, weight, bias)]
     if case.kind == "linear":
         return torch.nn.functional.linear(*tensors).numpy()
@@ -38,7 +38,7 @@ def run(case, x, weight, bias):
 
 
 def oracle(case, x, weight):
-    """Return the same in plain NumPy, in the dtype of `x`, without the bias."""
+    """Return the result in plain NumPy, in the dtype of `x`, without the bias."""
     weight = weight.astype(x.dtype)
     if case.kind == "linear":
         return convolve(x, seen(weight, LINEAR, "torch", 1))
@@ -54,9 +54,9 @@ def column(v, ndim):
 
 @each_dtype
 def test_random_layers_as_pytorch_runs_them(dtype, rng):
-    """In float64, where for float32 the fold's own error is all there is; and in `dtype`.
+    """PyTorch runs the folded layers in float64, which shows the fold's own error, and in `dtype`.
 
-    In `dtype` PyTorch's summing comes on top: at most eps / 2 of the absolute terms for each.
+    In `dtype`, PyTorch's sums add an error of at most eps / 2 of the absolute terms for each term.
     """
     alone = run_in_dtype = of_bound = apart = 0.0
     eps = np.finfo(dtype).eps
@@ -88,13 +88,13 @@ def test_random_layers_as_pytorch_runs_them(dtype, rng):
 
 
 def worst(error, size, eps):
-    """Return the largest error in eps of its size, which is 0 where nothing but padding is seen."""
+    """Return the largest error in eps of `size`, which is 0 if an output only sees padding."""
     assert not error[size == 0].any()
     return float((error / np.where(size > 0, size, 1)).max()) / eps
 
 
 def exact_norm(bn):
-    """Return scale, beta and mean of a layer in long double, by their definitions."""
+    """Return scale, beta and mean of a layer in long double, computed from its attributes."""
     rstd = 1 / np.sqrt(np.longdouble(bn.running_var) + np.longdouble(bn.eps))
     if bn.gamma is None:
         return rstd, np.zeros_like(rstd), bn.running_mean
@@ -104,9 +104,9 @@ def exact_norm(bn):
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_every_grouped_transposed_convolution(dims, groups, rng):
-    """PyTorch's modules before and after, with output padding, for each split of 6 x 12 channels.
+    """PyTorch's modules agree before and after, for each split of 6 x 12 channels.
 
-    PyTorch's own fusion raises here or gives a weight of another shape, unless groups is 1.
+    Unless groups is 1, PyTorch's own fusion raises an error or gives a weight of another shape.
     """
     kind = getattr(torch.nn, f"ConvTranspose{dims}d")
     conv = kind(6, 12, 3, stride=2, padding=1, output_padding=1, groups=groups)
@@ -129,7 +129,7 @@ def test_every_grouped_transposed_convolution(dims, groups, rng):
 
 
 def test_tensors_of_pytorch_are_read(rng):
-    """With gradients as by their detach()."""
+    """Tensors that require gradients are read as if detached."""
     bn = random_norm(rng, 4, np.float32)
     weight, bias = (rng.standard_normal(s, dtype=np.float32) for s in ((4, 2, 3), 4))
     tensors = [torch.from_numpy(a).requires_grad_() for a in (weight, bias)]

@@ -1,4 +1,4 @@
-"""Moments: one immutable type for statistics, merged without another look at the data."""
+"""Moments: one immutable type for statistics, which is merged without reading the data again."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def test_var_of_a_channel_without_degrees_of_freedom():
 
 
 def test_many_merges_keep_the_last_bit():
-    """What rounding leaves of the mean goes along; lost, it would sum up to 20 units or so."""
+    """Merges keep the rounding error of the mean, without which it would be about 20 units off."""
     values = 1e6 + np.random.default_rng(0).standard_normal(5000)
     total = Moments.empty(1)
     for value in values:
@@ -137,7 +137,7 @@ def test_merge_by_hand():
     # 0, 2 and a sample of 6 about 5: the mean moves by 4 * 6 / 8, M2 grows by 16 * 2 * 6 / 8
     m = A.merge(B)
     assert m == Moments(8, [4.0, -1.0], [2 + 3 + 24.0, 8.0])
-    assert Moments(2, [1.0, -1.0], [2.0, 0.0]) == A  # neither is changed
+    assert Moments(2, [1.0, -1.0], [2.0, 0.0]) == A  # A is unchanged
     assert not m.mean.flags.writeable
 
 
@@ -203,7 +203,7 @@ def test_merging_one_value_into_very_many(big):
 
 
 def test_a_count_in_an_array_of_no_axes():
-    """As in a state dict: a float stays one."""
+    """A state dict has such counts; a float stays a float."""
     assert cybn.Moments(np.array(2.5), [1.0], [2.0]).count == 2.5
     assert cybn.Moments(np.array(3), [1.0], [2.0]).count == 3
 
@@ -247,7 +247,7 @@ def test_std(rng):
 
 
 class Store:
-    """An array that is read by slices, and notes what is read."""
+    """An array that is read by slices, and records what is read."""
 
     def __init__(self, array, chunks=None):
         self.array, self.shape, self.dtype, self.reads = array, array.shape, array.dtype, []
@@ -286,7 +286,7 @@ def test_arrays_that_are_read_by_slices(chunks, axis, rng, monkeypatch):
 @pytest.mark.parametrize("axis", [1, -1, 0])
 @pytest.mark.parametrize("form", ["whole", "less an axis", "the last axis", "one a sample"])
 def test_selections_that_are_read_by_slices(form, axis, rng, monkeypatch):
-    """A mask or weights of a file are walked with the data, of whatever shape they are."""
+    """A mask or weights in a file are read piece by piece with the data, in any allowed shape."""
     from cybn import _chunks
 
     monkeypatch.setattr(_chunks, "FEW", 200)

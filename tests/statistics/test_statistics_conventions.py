@@ -1,6 +1,6 @@
-"""`like` beside the libraries themselves: running statistics after a few batches.
+"""Layers of `BatchNorm.like` have the running statistics of that library after a few batches.
 
-Keras is in test_statistics_keras.py.
+Keras is tested in test_statistics_keras.py.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import cybn
 
 C = 4
-MOMENTUM = 0.7  # the default of none
+MOMENTUM = 0.7  # not the default of any library
 each_momentum = pytest.mark.parametrize("options", [{}, {"momentum": MOMENTUM}], ids=str)
 
 
@@ -25,7 +25,7 @@ def ours(library, batches, options):
 
 
 def check(got, want):
-    """Both round to float32 a few times on the way."""
+    """Compare within the few float32 roundings that both sides make."""
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
 
@@ -65,7 +65,7 @@ def test_onnx(options, batches):
 
 
 def test_paper(batches):
-    """Algorithm 2: the mean over the batches of their means and unbiased variances."""
+    """In Algorithm 2, batch means and unbiased batch variances are averaged over the batches."""
     _, mean, var = ours("paper", batches, {})
     np.testing.assert_allclose(mean, batches.mean(1).mean(0), rtol=2e-6)
     np.testing.assert_allclose(var, batches.var(1, ddof=1).mean(0), rtol=2e-6)

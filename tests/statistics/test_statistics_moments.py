@@ -1,4 +1,4 @@
-"""`Moments` as an accumulator: chunkings, selections, files larger than what may be copied."""
+"""`Moments` as an accumulator: pieces, selections, and files too large to be copied."""
 
 import pickle
 import tracemalloc
@@ -12,7 +12,7 @@ from cybn import Moments, _chunks
 
 C = 5
 STD = np.arange(1.0, C + 1)
-# (dtype, mean in standard deviations, what the relative error of the variance must stay below)
+# (dtype, mean in standard deviations, bound of the relative error of the variance)
 BARS = [
     (np.float32, 0.0, 1e-12),
     (np.float64, 0.0, 1e-12),
@@ -30,7 +30,7 @@ def collect(parts, channels=C, **options):
 
 
 def exact(x, axis=1):
-    """Mean and variance in long double, about the mean."""
+    """Return mean and variance in long double, the variance about the mean."""
     (x,) = wide(x)
     axis %= x.ndim
     others = tuple(i for i in range(x.ndim) if i != axis)
@@ -39,7 +39,7 @@ def exact(x, axis=1):
 
 
 def check(m, x, axis=1, var_bar=1e-12):
-    """Mean within 4 ulp of the larger of mean and standard deviation; variance relative."""
+    """Check that the mean is within 4 ulp of the larger of mean and std, and the variance."""
     mean, var = exact(x, axis)
     ulp = np.spacing(np.maximum(np.abs(mean), np.sqrt(var)).astype(float))
     assert (np.abs(m.mean - mean) <= 4 * ulp).all()
@@ -138,7 +138,7 @@ def test_pieces_cover_the_array_once(shape, axis, few, order, monkeypatch, rng):
 def test_a_memory_mapped_file_in_bounded_memory(turned, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(_chunks, "FEW", 1 << 12)
     monkeypatch.setattr(_chunks, "MOST", 1 << 14)
-    shape, count = (4000, 4, 100), 400_000  # 6 or 13 MB, in a walk of pieces of at most 128 KiB
+    shape, count = (4000, 4, 100), 400_000  # 6 or 13 MB, read in pieces of at most 128 KiB
     x = np.memmap(tmp_path / "x", dtype, "w+", shape=shape[::-1] if turned else shape)
     x = x.T if turned else x
     for i, part in enumerate(np.array_split(x, 10)):
@@ -180,7 +180,7 @@ each_axis = pytest.mark.parametrize("axis", [1, -1], ids=["channels-first", "cha
 
 
 def poisoned(rng, axis, dtype=np.float32):
-    """A batch (12, C, 7, 3) on `axis`, a mask of its positions, and NaN wherever that is False."""
+    """Return a batch with channels on `axis`, and its mask; x is NaN where the mask is False."""
     x = (rng.standard_normal((12, C, 7, 3)) * column(STD, 4, 1) + 3).astype(dtype)
     mask = rng.random((12, 1, 7, 3)) < 0.6
     x[np.broadcast_to(~mask, x.shape)] = np.nan
@@ -188,7 +188,7 @@ def poisoned(rng, axis, dtype=np.float32):
 
 
 def near(m, wanted):
-    """The same values in another order: the same but for the last bits."""
+    """Check that moments are equal except for the last bits, which the order of values changes."""
     assert m.count == wanted.count
     np.testing.assert_allclose(m.mean, wanted.mean, rtol=1e-14)
     np.testing.assert_allclose(m.m2, wanted.m2, rtol=1e-13)
@@ -217,7 +217,7 @@ def test_a_mask_that_differs_by_channel(rng):
     for c in (0, 1, 3, 4):
         alone = cybn.moments(x[mask[:, c], c][:, None])
         np.testing.assert_allclose((m.mean[c], m.m2[c]), (alone.mean[0], alone.m2[0]), rtol=1e-14)
-    twice = m.update(x)  # one count meets many
+    twice = m.update(x)  # merges one count with a count for each channel
     np.testing.assert_array_equal(twice.count, mask.sum(0) + 50)
     everything = [np.concatenate([x[mask[:, c], c], x[:, c]]) for c in range(C)]
     np.testing.assert_allclose(twice.var(1), [v.var(ddof=1) for v in everything], rtol=1e-13)
@@ -245,7 +245,7 @@ def test_pieces_of_a_selection(axis, monkeypatch, rng):
 def test_whole_weights_are_repetitions(by_channel, rng):
     x = rng.standard_normal((60, C)) + 3
     weights = rng.integers(0, 4, (60, C if by_channel else 1))
-    x[np.broadcast_to(weights == 0, x.shape)] = np.nan  # never looked at
+    x[np.broadcast_to(weights == 0, x.shape)] = np.nan  # never read
     m = Moments.empty(C).update(x, weights=weights)
     for c in range(C):
         times = weights[:, c if by_channel else 0]
@@ -286,7 +286,7 @@ def test_lengths(axis, rng):
 
 @pytest.mark.parametrize("axis", [1, 2, 0])
 def test_a_mask_with_fewer_axes_is_read_as_batch_norm_reads_it(axis, rng):
-    x = rng.standard_normal((5, 5, 5)) + 3  # of sizes that would fit in any place
+    x = rng.standard_normal((5, 5, 5)) + 3  # axes of equal sizes, so a mask would fit on any
     for shape in ((5, 5), (5,), (1, 5), (5, 1), ()):
         mask = rng.random(shape) < 0.7 if shape else np.array(True)
         for given in ({"mask": mask}, {"weights": mask * 2.5}):
@@ -302,7 +302,7 @@ def test_a_mask_with_fewer_axes_is_read_as_batch_norm_reads_it(axis, rng):
 
 def test_masks_with_fewer_axes_that_do_not_fit():
     x = np.ones((4, 5, 3))
-    for shape in ((5, 3), (4, 5), (5, 1)):  # as NumPy would have it, and as no one would
+    for shape in ((5, 3), (4, 5), (5, 1)):  # shapes that fit x from its last axis, or in no way
         for name, value in (("mask", np.ones(shape, bool)), ("weights", np.ones(shape))):
             match = (
                 rf"{name} has shape \(\d, \d\).*broadcastable to \(4, 3\), the shape of x without"
@@ -352,7 +352,7 @@ def test_weights_and_lengths_are_walked_in_bounded_memory(dtype, tmp_path):
     each = len(x) * len(range(0, 2000, 3))
     assert m.count.tolist() == [each] * C
     assert by_position.count == each
-    piece = 8 * _chunks.FEW  # in float64, of which a few are alive at once
+    piece = 8 * _chunks.FEW  # bytes of a piece in float64; a few exist at once
     assert peak < 12 * piece < x.size * 8 / 3
 
 
@@ -485,7 +485,7 @@ def test_bad_states():
 
 
 def test_weighted_squares_are_about_the_mean_itself(rng):
-    """Not about what rounding made of it: at an offset of 1e12 that is a hundredth of 1 off."""
+    """Squares are about the exact mean; its rounding at an offset of 1e12 is about 0.01."""
     x = 1e12 + rng.integers(-3, 4, (300, 2, 5))
     weights = rng.integers(1, 9, x.shape).astype(float)
     m = cybn.Moments.empty(2).update(x, weights=weights)

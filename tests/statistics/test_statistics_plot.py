@@ -1,4 +1,4 @@
-"""The picture of drift: what is drawn, and what is said where it cannot be."""
+"""The plot of drift: its dots and labels, and the error if matplotlib is missing."""
 
 import builtins
 import importlib
@@ -15,7 +15,7 @@ plot = importlib.import_module("cybn.plot")
 
 
 def dots(panel):
-    """The (channel, value) pairs of each row of dots."""
+    """Return the (channel, value) pairs of each row of dots."""
     return [line.get_xydata() for line in panel.lines if line.get_marker() == "."]
 
 

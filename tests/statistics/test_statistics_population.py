@@ -1,4 +1,4 @@
-"""Statistics of a whole dataset, recorded in the user's own forward function."""
+"""Statistics of a whole dataset, recorded while the user's own forward function runs."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def uneven(x, size=16):
 
 
 class Network:
-    """Two batch norms around something that is not linear, and one that is used twice."""
+    """Two batch norms around a nonlinear function, and one batch norm that is used twice."""
 
     def __init__(self):
         self.first, self.second = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm1d(C, dtype=float)
@@ -66,7 +66,7 @@ def test_a_network_by_the_batch(data):
 
 
 def test_a_network_by_the_running_statistics(data):
-    """Independent of the batches; first to last, all are right."""
+    """If layers are set from first to last, results are right and do not depend on the batches."""
     results = []
     for size in (16, 7, 50):
         net = Network()
@@ -96,7 +96,7 @@ def test_nothing_in_the_layers_changes(mode, upstream, data):
     with pytest.raises(ValueError, match="num_features"):
         population_statistics(net, spoilt(), upstream=upstream)
     assert [snapshot(layer) for layer in layers] == before
-    net.first.train().unfreeze()(data)  # and all is as usual again
+    net.first.train().unfreeze()(data)  # training works as before
     assert net.first.num_batches_tracked == 1
 
 
@@ -108,14 +108,14 @@ def test_a_frozen_network_still_records(data):
 @pytest.mark.parametrize("upstream", ["batch", "running"])
 @pytest.mark.parametrize("use", [True, False])
 def test_switches_hold(use, upstream, data):
-    """A layer that is told which statistics to use uses them, and is recorded all the same."""
+    """A layer with use_batch_statistics set still follows it, and is recorded."""
     first, second = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm(C, dtype=float)
     first.use_batch_statistics = use
     first.running_mean = [1.0, 2.0, 3.0]
     batches = uneven(data)
     result = population_statistics([first, np.abs, second], batches, upstream=upstream)
     check(result[first], data)
-    by_hand = first.train(mode=not use)  # the switch wins over the mode as well
+    by_hand = first.train(mode=not use)  # the switch overrides the mode
     by_hand.update_statistics = False
     check(result[second], np.concatenate([np.abs(by_hand(b)) for b in batches]))
 
@@ -168,7 +168,7 @@ def test_what_it_refuses(data):
 
 
 def test_a_preview_inside_is_not_recorded(data):
-    """Of trials in each other the innermost decides: a preview within a model is of its own."""
+    """The innermost of nested trials decides, so a preview within a model is separate."""
     bn, shown = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm(C, dtype=float)
 
     def model(x):
@@ -183,7 +183,7 @@ def test_a_preview_inside_is_not_recorded(data):
 
 
 def test_batches_with_labels(data):
-    """A layer or a list of them takes the first part; a function gets the batch as it is."""
+    """A layer or a list of layers gets the first part; a function gets the whole batch."""
     bn = cybn.BatchNorm(C)
     for kind in (tuple, list):
         batches = [kind((b, np.arange(len(b)))) for b in uneven(data)]
@@ -223,7 +223,7 @@ def network():
 
 
 def recorded(network, batches):
-    """Return the inputs of both batch norms by hand, each normalized by its batch."""
+    """Return the inputs of both batch norms, computed by hand with statistics of each batch."""
     torch = pytest.importorskip("torch")
     inputs = [[], []]
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_model_of_pytorch_by_running_statistics(network, data):
     x = torch.from_numpy(data.astype(np.float32))
     norm = network[0]
     moments = population_statistics(network, [x])[norm]
-    norm.running_mean.copy_(torch.tensor(moments.mean))  # as the docstring says
+    norm.running_mean.copy_(torch.tensor(moments.mean))  # as the docstring advises
     norm.running_var.copy_(torch.tensor(moments.var(ddof=1)))
     results = [
         population_statistics(network, torch.split(x, size), upstream="running")[network[3]]
