@@ -1,4 +1,4 @@
-"""A layer and a PyTorch module to convert, and a file to save to."""
+"""Fixtures: a layer and a PyTorch module to convert, and a file to save to."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What an error advises runs, and gives an array that will do."""
+"""Code that an error message advises runs and gives a valid array."""
 
 import re
 
@@ -20,7 +20,7 @@ def advised(call, name="x"):
 
 
 def follow(given, name="x"):
-    """Return what the advice for `given` makes of it."""
+    """Run the advice for `given`, check that batch_norm accepts the result, and return it."""
     code = advised(lambda: cybn.batch_norm(given), name)
     made = eval(code, {"np": np, "numpy": np, "x": given})
     cybn.batch_norm(made)
@@ -147,7 +147,7 @@ def test_records_and_what_is_no_array():
 
 
 def test_layers_that_are_saved(tmp_path):
-    """A list is no dict of layers, and a layer that is given alone has no name."""
+    """Errors say how to save a list of layers, and call a single layer "the layer"."""
     path, bn = tmp_path / "a.npz", cybn.BatchNorm(3)
     with pytest.raises(TypeError, match=r"type list; .* such as \{str\(i\): layer for i"):
         interop.save_layers(path, [bn])

@@ -1,4 +1,4 @@
-"""Files: what was saved comes back to the bit, and saving is whole or not at all."""
+"""Files: arrays come back bit for bit, and saving is all or nothing."""
 
 import io
 import re
@@ -125,7 +125,7 @@ def test_saving_touches_no_other_file(path):
 
 
 def test_a_link_stays_a_link_and_a_private_file_private(path):
-    """What is saved goes to the file that a link points to, with that file's permissions."""
+    """Arrays are saved to the file that a link points to, with that file's permissions."""
     real = path.with_name(f"real{path.suffix}")
     interop.save_arrays(real, {"old": np.ones(2)})
     real.chmod(0o600)
@@ -136,7 +136,7 @@ def test_a_link_stays_a_link_and_a_private_file_private(path):
     assert real.stat().st_mode & 0o777 == 0o600
     assert len(list(path.parent.iterdir())) == 2
     real.unlink()
-    interop.save_arrays(path, ARRAYS)  # to where the link points, also if nothing is there yet
+    interop.save_arrays(path, ARRAYS)  # creates the file that the link points to
     assert path.is_symlink()
     assert real.exists()
 
@@ -194,7 +194,7 @@ def test_arrays_are_no_layers(path):
 
 
 def test_what_is_set_later_comes_back(path):
-    """Instance norms take nan_policy as an attribute alone."""
+    """The constructor of an instance norm has no nan_policy, but it can be set as an attribute."""
     layers = {"one": cybn.InstanceNorm1d(3, track_running_stats=True), "two": cybn.BatchNorm(3)}
     for layer in layers.values():
         layer.nan_policy = "skip"

@@ -1,4 +1,4 @@
-"""Loading a file: a hostile one is a ValueError; modes, switches, paths and types come back."""
+"""Loading files: a hostile file gives a ValueError; modes, switches and types come back."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def test_no_file_of_the_kind(content, path):
 
 
 class Bomb:
-    """Unpickling it raises."""
+    """An object that raises an error when it is unpickled."""
 
     def __reduce__(self):
         return (eval, ("1/0",))
@@ -290,7 +290,7 @@ SWITCHES = ("training", "update_statistics", "use_batch_statistics", "train_affi
 
 
 def switched():
-    """Layers in every mode and with every switch, and the family."""
+    """Return layers in every mode and with every switch, of all kinds of norms."""
     limits = cybn.Renorm(2, 1)
     made = {
         "eval": cybn.BatchNorm(3).eval(),
@@ -334,7 +334,7 @@ def test_modes_switches_and_the_family_come_back(path):
     loaded = interop.load_layers(path)
     for name, layer in saved.items():
         same_family(loaded[name], layer)
-    assert loaded["one"].renorm is loaded["other"].renorm  # as before: one schedule for both
+    assert loaded["one"].renorm is loaded["other"].renorm  # both share one schedule, as before
     assert loaded["one"].renorm is not loaded["alone"].renorm
     for layer in saved.values():
         interop.save_layers(path, layer)
@@ -365,9 +365,9 @@ def test_what_could_not_be_loaded_is_not_saved(path, rng):
     with pytest.raises(ValueError, match=r"layer 'bad' could not be loaded again: running_mean is"):
         interop.save_layers(path, {"good": good, "bad": bad})
     assert path.read_bytes() == before
-    bad.reset_running_stats()  # the way out
+    bad.reset_running_stats()  # the solution
     interop.save_layers(path, {"good": good, "bad": bad})
-    bad.running_var[:] = -1  # in place, past all checks
+    bad.running_var[:] = -1  # in place, so it is not checked
     with pytest.raises(ValueError, match=r"'bad' could not be loaded again: running_var is -1"):
         interop.save_layers(path, {"good": good, "bad": bad})
     assert sorted(interop.load_layers(path)) == ["bad", "good"]
@@ -455,7 +455,7 @@ def test_bfloat16_and_float8(path):
     assert loaded["half"].dtype == np.float32
     np.testing.assert_array_equal(loaded["half"], arrays["half"].astype(np.float32))
     if path.suffix == ".npz":
-        np.savez(path, **arrays)  # which forgets the name of the type
+        np.savez(path, **arrays)  # NumPy does not save the name of the type
         np.testing.assert_array_equal(
             interop.load_arrays(path)["half"], arrays["half"].astype(np.float32)
         )

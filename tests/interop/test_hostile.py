@@ -1,7 +1,7 @@
-"""Files that are damaged or meant to harm: the right arrays, or an error; never more.
+"""Files that are damaged or malicious: loading gives the right arrays or an error.
 
-An error is a TypeError or a ValueError, and nothing has changed. No file makes a MemoryError by
-what it declares, and no code in one is ever run.
+The error is a TypeError or a ValueError, and nothing has changed. A size that a file declares never
+causes a MemoryError, and code in a file never runs.
 """
 
 import ast
@@ -26,11 +26,11 @@ from cybn import interop
 pytestmark = pytest.mark.row(35)
 
 PACKAGE = Path(cybn.__file__).parent
-MOST_MEMORY = 64 << 10  # KiB that reading hostile files of a few KiB may take
+MOST_MEMORY = 64 << 10  # KiB, for reading hostile files of a few KiB
 
 
 def random_header(dice):
-    """Return an npy header: mostly of the right form, with extreme values."""
+    """Return an npy header, usually well-formed, with extreme values."""
     number = dice.choice([0, 1, 3, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30])
     shape = dice.choice([(number,), (3, number), (number, 0), (), (3,), 3, "(3,)", (3.0,), None])
     descr = dice.choice(
@@ -52,7 +52,7 @@ def npy(text, data):
 
 
 def random_npz(dice):
-    """Return a zip archive whose members, or whose directory, say what is not so."""
+    """Return a zip archive whose members or directory make false claims."""
     buffer = io.BytesIO()
     method = dice.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     with zipfile.ZipFile(buffer, "w", method) as archive:
@@ -62,19 +62,19 @@ def random_npz(dice):
         name = dice.choice(["bad.npy", "../bad.npy", "/etc/bad.npy", "bad", "\u00e9.npy", ".npy"])
         archive.writestr(name, npy(random_header(dice), data))
     content = bytearray(buffer.getvalue())
-    if dice.random() < 0.5:  # sizes in the central directory
+    if dice.random() < 0.5:  # wrong sizes in the central directory
         at = content.rfind(b"PK\1\2")
         size = dice.choice([0, 1, 12, 2**31, 2**32 - 2, 2**32 - 1])
         where = at + dice.choice([20, 24, 42])
         content[where : where + 4] = struct.pack("<I", size)
-    if dice.random() < 0.1:  # said to be encrypted
+    if dice.random() < 0.1:  # falsely marked as encrypted
         at = content.rfind(b"PK\1\2")
         content[at + 8] |= 1
     return content
 
 
 def random_safetensors(dice):
-    """Return a header with extreme shapes, offsets and types, keys twice, or nested deep."""
+    """Return a header with extreme shapes, offsets and types, duplicate keys, or deep nesting."""
     number = dice.choice([0, 1, 3, -1, 4, 2**31, 2**62, 2**63, 2**64, 1.5, "3", None, True])
     shape = dice.choice([[3], [number], [3, number], [number, number], 3, "3", {}, [[3]]])
     offsets = dice.choice([[0, 12], [0, number], [number, 12], [12, 0], [4, 16], [0], [], "0,12"])
@@ -139,12 +139,12 @@ def path(request, tmp_path):
 
 
 def peak():
-    """Return the most memory that this process had, in KiB."""
+    """Return the peak memory of this process in KiB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[1])
 
 
 def restart_peak():
-    """Take the memory of now as the most so far, and return it."""
+    """Reset the recorded peak to the current memory, and return it."""
     Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return peak()
 
@@ -201,7 +201,7 @@ def test_hostile_settings(path, figure):
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    """60 KiB that would be 10 MiB a thousand times over: its members are all the same bytes."""
+    """A file of 60 KiB would unpack to 1000 times 10 MiB: its members are all the same bytes."""
     header = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (10485760,)}", b"")
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = packer.compress(header + b"\0" * (10 << 20)) + packer.flush()
@@ -236,9 +236,10 @@ RUNNERS = {"eval", "exec", "compile", "__import__"}
     "path", sorted(p for p in PACKAGE.rglob("*.py") if p.name != "mpi.py"), ids=lambda p: p.name
 )
 def test_nothing_in_the_package_unpickles_or_runs_text(path):
-    """By the syntax tree: no pickle by any name, no allow_pickle but False, no np.load.
+    """The syntax tree has no pickle module, no allow_pickle other than False, and no np.load.
 
-    Ranks of one program, which run the same code, send each other pickled values, as mpi4py does.
+        mpi.py is left out: ranks of one program run the same code and exchange pickled values, as
+        mpi4py does.
     """
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):

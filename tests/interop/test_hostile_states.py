@@ -1,6 +1,6 @@
-"""States that are damaged or meant to harm: the right state, or an error; never more.
+"""States that are damaged or malicious: loading gives the right state or an error.
 
-An error is a TypeError or a ValueError, and nothing has changed.
+The error is a TypeError or a ValueError, and nothing has changed.
 """
 
 import pickle
@@ -40,7 +40,7 @@ def make_layers():
 
 
 def odd_values(value, dice):
-    """Return something else in the place of a good array."""
+    """Return something odd to replace a good array."""
     value = np.asarray(value)
     flat = value.astype(float)
     endless = []
@@ -80,7 +80,7 @@ def odd_values(value, dice):
 
 
 def spoil(state, dice):
-    """Return a state with a few keys gone, new, renamed, or with other values."""
+    """Return a state in which keys were removed, added or renamed, or values were replaced."""
     good = state = dict(state)
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
         what, keys = dice.random(), list(state)
@@ -90,7 +90,7 @@ def spoil(state, dice):
         elif what < 0.14:
             key = dice.choice(["weight", "", 1, None, "gamma ", ("gamma",), "__class__"])
             state = state | {key: 1.0}
-        elif what < 0.2 and len(keys) > 1:  # the values change places
+        elif what < 0.2 and len(keys) > 1:  # swap two values
             one, other = dice.sample(keys, 2)
             state = state | {one: state[other], other: state[one]}
         elif what < 0.25:
@@ -103,7 +103,7 @@ def spoil(state, dice):
 
 
 def good_state(layer, rng):
-    """Return a state that the layer takes."""
+    """Return a state that the layer accepts."""
     state = layer.state_dict()
     for key, value in state.items():
         if value.dtype.kind == "f":
@@ -112,7 +112,7 @@ def good_state(layer, rng):
 
 
 def right(layer, state):
-    """Check that the layer holds what the state said."""
+    """Check that the layer has the values of the state."""
     for key, value in layer.state_dict().items():
         with np.errstate(over="ignore"):
             wanted = np.asarray(state[key]).astype(value.dtype).reshape(value.shape)
@@ -284,7 +284,7 @@ def test_broken_onnx_tensors(tmp_path, monkeypatch):
 
 
 def test_damaged_onnx_models(figure):
-    """Bytes of a model changed at random: what still parses is read, or refused."""
+    """Bytes of a model are changed at random; if it can still be parsed, it is read or refused."""
     onnx = pytest.importorskip("onnx")
     from google.protobuf.message import DecodeError
 

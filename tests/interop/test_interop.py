@@ -1,4 +1,4 @@
-"""State to and from the forms of other libraries, on plain arrays."""
+"""State to and from the forms of other libraries, with plain arrays only."""
 
 import copy
 import subprocess
@@ -61,7 +61,7 @@ def test_torch_keys_and_settings(bn):
     twin = interop.from_torch(state, "layer1.0.bn1", momentum=None, eps=0.5)
     assert (twin.momentum, twin.eps, twin.num_batches_tracked) == (None, 0.5, 7)
     assert interop.torch_options(twin)["momentum"] is None
-    del state["layer1.0.bn1.num_batches_tracked"]  # as before PyTorch 0.4.1
+    del state["layer1.0.bn1.num_batches_tracked"]  # absent before PyTorch 0.4.1
     assert interop.from_torch(state, "layer1.0.bn1").num_batches_tracked == 0
 
 
@@ -108,7 +108,7 @@ def test_the_mean_of_all_batches_stays_in_pytorch(bn):
 @pytest.mark.parametrize("name", ["keras", "flax", "nnx"])
 @pytest.mark.parametrize("left_out", ["gamma", "beta", "both"])
 def test_scale_or_center_left_out(left_out, name, bn):
-    """Keras and Flax may have one without the other; a layer has both or neither."""
+    """Keras and Flax may have only one of them; a layer has both or neither."""
     leaves = {"gamma": ("gamma", "scale"), "beta": ("beta", "bias")}
     gone = sum(leaves.values(), ()) if left_out == "both" else leaves[left_out]
     flat = interop.flatten(TO[name](bn))
@@ -134,7 +134,7 @@ def test_an_activation_is_not_dropped(name, bn):
     twin.activation = "relu"
     with pytest.raises(ValueError, match=r"activation 'relu'.*copy whose activation is None"):
         TO[name](twin)
-    twin = copy.copy(twin)  # the way out
+    twin = copy.copy(twin)  # the solution that the error names
     twin.activation = None
     same(FROM[name](TO[name](twin)), bn)
 
@@ -231,7 +231,7 @@ def test_variance_converted_and_back_within_one_ulp(name, count, dtype, rng):
 
 
 def test_what_a_converted_variance_means():
-    """The same batches seen by both conventions: converting one gives the other."""
+    """Two layers see the same batches with either convention; converting one gives the other."""
     rng = np.random.default_rng(0)
     unbiased, biased = (cybn.BatchNorm(C, running_ddof=d, dtype="f8") for d in (1, 0))
     for bn in (unbiased, biased):
@@ -301,7 +301,7 @@ def test_onnx_refuses(bn):
 
 
 class Capsule:
-    """An array that speaks DLPack and nothing else."""
+    """An array that only supports DLPack."""
 
     def __init__(self, array, device=None):
         self.array, self.place = array, device
@@ -314,7 +314,7 @@ class Capsule:
 
 
 class Listed:
-    """An array that speaks __array__ and nothing else."""
+    """An array that only supports __array__."""
 
     def __init__(self, array):
         self.array = array

@@ -1,4 +1,4 @@
-"""ONNX models as exporters write them, and the family, through the libraries themselves."""
+"""ONNX models as exporters write them, and the other norms, tested with the libraries."""
 
 import os
 
@@ -16,19 +16,19 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("flax")
 
-# E402: these come after Keras' backend is chosen, or where the packages are there.
+# E402: these imports follow the choice of Keras' backend.
 from flax import linen  # noqa: E402
 from onnx import helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-# Keras' variables know only the old form of __array__.
+# Keras' variables only support the old form of __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 # ---- ONNX models as exporters write them -------------------------------------------------------
 
 
 def rewired(rng, how):
-    """A model of one batch norm whose scale, B, mean and var come about in another way."""
+    """Return a batch norm, and its model in which other nodes produce the parameters."""
     bn = random_norm(rng, C, np.float32)
     node, tensors = interop.to_onnx(bn, "n").protos()
     make, before = helper.make_node, []
@@ -89,7 +89,7 @@ def test_parameters_behind_other_nodes(how, rng):
 def test_constants_without_end_and_too_large(rng):
     _, model = rewired(rng, "Identity")
     for node in model.graph.node[:-1]:
-        node.input[0] = node.output[0]  # of itself
+        node.input[0] = node.output[0]  # its own output
     with pytest.raises(ValueError, match="behind more than 50 nodes"):
         interop.onnx_layers(model)
     _, model = rewired(rng, "ConstantOfShape")
@@ -99,7 +99,7 @@ def test_constants_without_end_and_too_large(rng):
 
 
 def computed(rng, how):
-    """A model whose scale is computed from constants, and what it comes to."""
+    """Return a graph whose scale is computed from constants, and the value of the scale."""
     node, tensors = interop.to_onnx(random_norm(rng, C, np.float32), "n").protos()
     base = rng.standard_normal(C).astype(np.float32)
     rows = {
@@ -153,7 +153,7 @@ def test_what_cannot_be_computed(node, match, rng):
 
 
 def test_sums_of_sums_take_no_time_without_end(rng):
-    """Forty nodes, of which each adds the two before: two to the power of forty paths."""
+    """Each of forty nodes adds the two before it, so there are two to the power of forty paths."""
     graph, _ = computed(rng, "Add")
     last = graph.node.pop()
     for i in range(40):
@@ -295,7 +295,7 @@ def test_modules_that_pytorch_has_pruned_or_parametrized():
     prune.l1_unstructured(pruned, "weight", 1)
     with pytest.raises(ValueError, match=r"'weight_(orig|mask)' shows.*prune\.remove"):
         interop.from_torch(pruned.state_dict())
-    prune.remove(pruned, "weight")  # as the error says
+    prune.remove(pruned, "weight")  # as the error advises
     assert sorted(interop.from_torch(pruned.state_dict()).gamma) == [0, 1, 1, 1]
     assert interop.from_torch(plain.state_dict()).gamma.tolist() == [1] * 4  # no bias at all
     parametrize.register_parametrization(plain, "weight", torch.nn.Softplus())

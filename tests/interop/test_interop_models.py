@@ -1,4 +1,4 @@
-"""Whole models: their state to and from the forms of other libraries, on plain arrays."""
+"""Whole models: their state to and from the forms of other libraries, with plain arrays only."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from cybn import interop
 
 
 def model_state(rng, form="torch", keys=("stem.bn", "layer1.0.bn1", "layer1.0.bn2", "head")):
-    """A model's state with batch norms among convolutions, layer norms and other things."""
+    """Return the state of a model with batch norms among convolutions, layer norms and others."""
     state = {
         "stem.conv.weight": rng.standard_normal((C, 3, 3, 3), dtype=np.float32),
         "ln.weight": np.ones(C, np.float32),
@@ -164,7 +164,7 @@ def test_doubtful_groups_are_passed_over(form, state, why):
 
 
 def test_a_variance_that_is_unbiased_already():
-    """As TensorFlow's fused kernel leaves it in a Keras form: `state_ddof` says so."""
+    """TensorFlow's fused kernel leaves it so in a Keras form; `state_ddof` declares it."""
     state = {f"bn/{name}": V for name in ("gamma", "beta", "moving_mean", "moving_variance")}
     same = interop.convert(state, "keras", "torch", count=10, state_ddof=1).state
     np.testing.assert_array_equal(same["bn.running_var"], V)
@@ -177,7 +177,7 @@ def test_a_variance_that_is_unbiased_already():
 
 
 def test_states_that_are_none():
-    """A module, a checkpoint with the state inside, another layer's arrays, and None for absent."""
+    """A module, a checkpoint that contains a state, other layers' arrays, and None are refused."""
 
     class Module:
         def state_dict(self):
@@ -246,7 +246,7 @@ def test_integer_variances_are_not_truncated(bn):
         interop.convert(state, "torch", "keras", count=10)
     with pytest.raises(TypeError, match="running variance is int64"):
         interop.from_torch(state, "bn", running_ddof=0, count=10)
-    done = interop.convert(state, "torch", "keras")  # renamed only
+    done = interop.convert(state, "torch", "keras")  # only renames keys
     assert done.state["bn/moving_variance"] is state["bn.running_var"]
 
 
@@ -264,7 +264,7 @@ def test_flattening():
 
 
 def test_a_checkpoint_is_not_a_state(rng):
-    """What has its arrays in dicts has no batch norms: that is an error, not an empty answer."""
+    """A dict of dicts of arrays has no batch norms: an error is raised, not an empty result."""
     bn = random_norm(rng, 3, np.float32)
     checkpoint = {"state_dict": interop.to_torch(bn, "bn"), "epoch": 3}
     flax = interop.to_flax(bn, "bn")

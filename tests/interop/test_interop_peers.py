@@ -1,4 +1,4 @@
-"""State through the libraries themselves: PyTorch, Keras, Flax and ONNX, and back to the bit."""
+"""State goes through PyTorch, Keras, Flax and ONNX themselves, and comes back bit for bit."""
 
 import importlib.util
 import os
@@ -17,13 +17,13 @@ keras = pytest.importorskip("keras")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("flax")
 
-# E402: these come after Keras' backend is chosen, or where the packages are there.
+# E402: these imports follow the choice of Keras' backend.
 import jax  # noqa: E402
 from flax import linen, nnx  # noqa: E402
 from onnx import helper, version_converter  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-# Keras' variables know only the old form of __array__.
+# Keras' variables only support the old form of __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -60,10 +60,10 @@ def into_onnx(bn, opset=15, **options):
 
 
 def run_onnx(model, opset, x):
-    """Return what onnx's evaluator makes of a model, and onnxruntime where that is installed.
+    """Return the outputs of a model in onnx's evaluator, and in onnxruntime if it is installed.
 
-    Before opset 14 the evaluator takes every node for one in training, so the model is first
-    converted, by onnx itself.
+        Before opset 14 the evaluator takes every node to be in training mode, so onnx first
+        converts the model to a newer opset.
     """
     new = model if opset >= 14 else version_converter.convert_version(model, 15)
     outputs = {f"ONNX opset {opset}": ReferenceEvaluator(new).run(None, {"x": x})[0]}
@@ -75,16 +75,16 @@ def run_onnx(model, opset, x):
 
 @pytest.mark.parametrize("opset", [7, 9, 14, 15, 21])
 def test_pytorch_keras_onnx_and_back_to_the_bit(opset, module):
-    """Through real objects: a state dict, Keras's weights, a serialized ONNX model."""
+    """The objects are real: a state dict, Keras's weights, a serialized ONNX model."""
     options = {"eps": module.eps, "momentum": module.momentum}
     bn = interop.from_torch(module.state_dict(), **options)
     bn = out_of_keras(into_keras(bn))
     (bn,) = interop.onnx_layers(into_onnx(bn, opset)).values()
-    bn.num_batches_tracked = 3  # which neither of the two counts
+    bn.num_batches_tracked = 3  # Keras and ONNX have no such count
     back = into_torch(bn)
     same(module.state_dict(), back.state_dict())
     assert (back.eps, back.momentum) == (module.eps, module.momentum)
-    assert bn.running_ddof == 0  # the values are PyTorch's; what follows would be ONNX's
+    assert bn.running_ddof == 0  # the values are PyTorch's, later updates are as in ONNX
 
 
 @pytest.mark.parametrize("count", [2, 5, 100])
@@ -132,7 +132,7 @@ def test_all_libraries_give_the_same_inference(module, rng):
 
 
 def test_training_goes_on_as_in_the_other_library(rng):
-    """One more batch through a layer that came over: the statistics are the other library's."""
+    """A converted layer and the original train on one more batch; their statistics agree."""
     x = batch(rng)
     start = random_norm(rng, C, np.float32)
     start.eps = 1e-3
@@ -230,7 +230,7 @@ def test_a_whole_keras_model(rng, tmp_path):
         )
     done = interop.convert(flat, "keras-h5", "torch")
     assert list(done.taken) == ["layers/batch_normalization"]
-    assert list(done.passed_over) == ["layers/batch_normalization_1"]  # three arrays, no scale
+    assert list(done.passed_over) == ["layers/batch_normalization_1"]  # it has no scale
     np.testing.assert_array_equal(
         done.state["layers/batch_normalization.running_var"], weights[f"{first}/moving_variance"]
     )
@@ -270,7 +270,7 @@ def test_flax_nnx(rng):
 
 
 def test_a_whole_onnx_model(rng):
-    """Two nodes, one fed by Constant nodes, with names that say nothing."""
+    """The model has two nodes with the same name; Constant nodes feed one of them."""
     a, b = (random_norm(rng, C, np.float32) for _ in range(2))
     one, tensors = interop.to_onnx(a, "same", y="h").protos()
     two, constants = interop.to_onnx(b, "same", x="h", opset=15).protos()
@@ -282,13 +282,13 @@ def test_a_whole_onnx_model(rng):
     ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("x", "y")]
     graph = helper.make_graph([*constants, one, two], "two", ends[:1], ends[1:], tensors)
     layers = interop.onnx_layers(helper.make_model(graph))
-    assert list(layers) == ["h", "y"]  # both nodes are called the same
+    assert list(layers) == ["h", "y"]  # layers are named by their outputs
     for mine, original in zip(layers.values(), (a, b), strict=True):
         np.testing.assert_array_equal(mine.running_var, original.running_var)
         assert mine.eps == pytest.approx(original.eps, rel=1e-6)
     graph.node[-1].input[4] = "computed"
     layers = interop.onnx_layers(helper.make_model(graph))
-    assert list(layers) == ["h"]  # one that cannot be read does not lose the other
+    assert list(layers) == ["h"]  # one node that cannot be read does not hide the other
     assert "the input 'computed', input_var of the node" in layers.passed_over["y"]
     del graph.node[-2]
     with pytest.raises(ValueError, match=r"no node could be read.*the input 'computed', input_var"):

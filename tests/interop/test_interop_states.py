@@ -1,4 +1,4 @@
-"""What other programs leave in a state, the family, and ONNX nodes in other types."""
+"""States as other programs leave them, the other norms, and ONNX nodes in other types."""
 
 import copy
 import re
@@ -75,7 +75,7 @@ def test_parametrized_and_pruned_states_are_refused(bn):
         assert (
             "parametrized or pruned" in interop.convert(changed, "torch", "keras").passed_over["a"]
         )
-    other = state | {"conv.weight_orig": V}  # of another module
+    other = state | {"conv.weight_orig": V}  # a key of another module
     same(interop.from_torch(other, "a"), bn)
 
 
@@ -146,7 +146,7 @@ def test_a_variance_that_is_unbiased_already(bn):
 
 @pytest.mark.parametrize("name", TO)
 def test_switches_are_not_dropped(name, bn):
-    """Inference by the batch is refused; a frozen layer infers as any other."""
+    """A layer that infers by the batch is refused; a frozen layer is converted like any other."""
     bn.use_batch_statistics = True
     with pytest.raises(ValueError, match=r"use_batch_statistics is True.*copy whose"):
         TO[name](bn)
@@ -306,7 +306,7 @@ def test_the_momentum_of_inference_plays_no_part(momentum, bn):
 
 
 def test_eps_0_and_variances_slightly_below_0(bn):
-    """As the functions take both: a state of an average, or of a model without an epsilon."""
+    """The functions accept both: from averaged weights, or from a model without an epsilon."""
     bn.eps = 0
     x = np.linspace(-2, 2, 4 * C, dtype=np.float32).reshape(4, C)
     y = bn.eval()(x)

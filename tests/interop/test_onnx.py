@@ -1,8 +1,8 @@
-"""The ONNX backend test cases whose graph has a normalization node: outputs as the standard's.
+"""The ONNX backend tests whose graph has a normalization node: cybn gives the standard's outputs.
 
-`onnx` generates them. "Expanded" cases, which spell an operator out in primitive ones, have no
-such node, and are not about it. To generate the cases of all operators takes a quarter of a
-minute, so here only those of modules with "norm" in their names are; a slow test looks at all.
+`onnx` generates the test cases. "Expanded" cases express an operator by primitive ones and have no
+such node, so they are left out. Generating the cases of all operators takes a quarter of a minute.
+So only modules with "norm" in their names are used here; a slow test checks that this is enough.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from onnx.backend.test.loader import load_model_tests  # noqa: E402
 
 
 def batch_normalization(x, scale, bias, mean, var, *, epsilon=1e-5, momentum=0.9, **attributes):
-    """Momentum weighs the old value, and the running variance is the biased one."""
+    """The momentum is the weight of the old value, and the running variance is the biased one."""
     if not attributes.get("training_mode", 0):
         return [cybn.batch_norm_inference(x, mean, var, scale, bias, eps=epsilon)]
     layer = cybn.BatchNorm(
@@ -94,8 +94,8 @@ def import_norms(package):
 
 
 def load():
-    """Yield kind and case of all that have one of the operators."""
-    with warnings.catch_warnings(action="ignore"):  # of onnx's own arithmetic
+    """Yield the kind and the case for each case that has one of the operators."""
+    with warnings.catch_warnings(action="ignore"):  # warnings of onnx's own arithmetic
         for kind in KINDS:
             for case in load_model_tests(kind=kind):
                 if OPERATORS.keys() & {node.op_type for node in model_of(case).graph.node}:

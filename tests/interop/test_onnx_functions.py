@@ -1,4 +1,4 @@
-"""ONNX models with functions of their own, called with parameters, and with sparse initializers."""
+"""ONNX models with functions and sparse initializers: each call of a function is a layer."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def model(nodes, initializers=(), functions=(), sparse=()):
 
 
 def norm_function(name, inner):
-    """Return a function of one node, whose epsilon is the function's own attribute eps."""
+    """Return a function of one node; its epsilon is the function's attribute eps."""
     node = helper.make_node(inner, ["x", "s", "b", "m", "v"], ["z"], domain="")
     attribute = node.attribute.add()
     attribute.name, attribute.ref_attr_name = "epsilon", "eps"
@@ -81,7 +81,7 @@ def test_an_attribute_that_the_call_leaves_out_is_the_default():
 
 
 def test_names_of_the_caller_are_not_seen_inside():
-    """A function sees its inputs alone, whatever the graph around it has of the same name."""
+    """A function only sees its inputs, even if the graph around it has equal names."""
     function = norm_function("Block", "BatchNormalization")
     del function.input[-1]
     built = model([call("Block", "x", "y")], tensors(*NAMES), [function])
@@ -120,7 +120,7 @@ def test_broken_sparse_initializers(places, dims, message):
 
 
 def test_functions_that_call_each_other_for_ever():
-    """Without end, or doubled forty times: an error, and soon."""
+    """Endless recursion, or doubling forty times, raises an error quickly."""
 
     def twice(name, inner):
         nodes = [

@@ -1,4 +1,4 @@
-"""What is assigned to a layer is converted and checked, or refused; copies share nothing."""
+"""Values assigned to a layer are converted and checked, or refused; copies share no memory."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ def test_arrays_are_copied_into(name, rng):
         setattr(layer, array, given)
         assert getattr(layer, array) is own
         np.testing.assert_array_equal(own, given.astype(np.float32))
-        setattr(layer, array, own[::-1])  # of its own memory
+        setattr(layer, array, own[::-1])  # a view of the layer's own memory
         np.testing.assert_array_equal(own, given[::-1].astype(np.float32))
         before = snapshot(layer)
         for bad, text in [
@@ -175,7 +175,7 @@ def test_backward_sees_what_has_changed(name, rng):
             layer.backward(dy)
         assert snapshot(layer) == before
         array[...] = kept
-        layer.backward(dy)  # what was there is there again
+        layer.backward(dy)  # the old values are back
 
 
 def test_both_are_named(rng):
@@ -206,7 +206,7 @@ def test_a_large_input_and_a_residual(rng):
             bn.backward(x)
     bn.activation = None
     bn(x, residual=r)
-    r *= 2  # which nothing depends on
+    r *= 2  # the gradients do not depend on it
     bn.beta += 1
     bn.backward(x)
 
@@ -279,7 +279,7 @@ def test_repr_shows_the_switches():
 
 
 def test_eps_of_0_and_a_variance_just_below_0(rng):
-    """As other libraries leave them, inference takes both."""
+    """Other libraries may produce such values; inference accepts both."""
     x = rng.standard_normal((6, 3))
     bn = cybn.BatchNorm(3, eps=0, dtype=float).eval()
     bn.running_var = [1.0, 2.0, 3.0]

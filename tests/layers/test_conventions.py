@@ -1,4 +1,4 @@
-"""The conventions of other libraries, and a layer that explains its own."""
+"""The conventions of other libraries, and `explain`, which prints the formulas of a layer."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_explain(capsys, rng):
 
 
 def test_explain_says_what_happens(capsys, rng):
-    """Each line that a layer's settings call for, and only then."""
+    """Each setting of a layer adds its line to the explanation, and only this line."""
     lines = {
         "all three are not changed, and it raises": {"nan_policy": "raise"},
         "cut into virtual batches of 2 samples": {"virtual_batch_size": 2},
@@ -99,7 +99,7 @@ def test_explain_says_what_happens(capsys, rng):
 
 
 def test_explain_is_what_is_computed(capsys, rng):
-    """The printed right-hand sides, evaluated, are what the layer computes."""
+    """Evaluating the printed right-hand sides gives the results of the layer."""
     x = batch(rng, dtype=np.float64)
     for options in ({}, {"renorm": cybn.Renorm(1.5, 0.2)}, {"momentum": None, "running_ddof": 0}):
         bn = trained(rng, dtype=np.float64, **options)
@@ -118,7 +118,7 @@ def test_explain_is_what_is_computed(capsys, rng):
 
 
 def test_layer_norm_over_one_axis_that_is_not_the_last(rng):
-    """What the docstring of `layer_norm` gives for Keras' ``axis=1``."""
+    """The code that the docstring of `layer_norm` gives for Keras' ``axis=1`` is right."""
     x = rng.standard_normal((2, 5, 3))
     y = np.moveaxis(cybn.layer_norm(np.moveaxis(x, 1, -1))[0], -1, 1)
     want = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)

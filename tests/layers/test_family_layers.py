@@ -1,4 +1,4 @@
-"""Layers of the family: construction, modes, state, running statistics, errors, pickle."""
+"""Layers of the other norms: construction, modes, state, running statistics, errors, pickle."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def case(name, rng):
 
 
 def snapshot(norm):
-    """Return all that a layer remembers, to the bit."""
+    """Return the complete state of a layer, for comparing bits."""
     arrays = norm.parameters() + norm.gradients() + list(norm.state_dict().values())
     return repr(norm), norm.training, [(a.dtype.str, a.shape, a.tobytes()) for a in arrays]
 
@@ -42,7 +42,7 @@ def snapshot(norm):
 
 
 def expected(norm, x, dy):
-    """Return y and gradients by the functions."""
+    """Return y and the gradients as computed by the functions."""
     if isinstance(norm, cybn.LayerNorm | cybn.RMSNorm):
         k = {"axis": -len(norm.normalized_shape), "eps": norm.eps}
         names = ["layer_norm" if isinstance(norm, cybn.LayerNorm) else "rms_norm"]
@@ -263,7 +263,7 @@ def test_errors(make, error, text):
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("axis", [1, -1])
 def test_running_statistics(momentum, ddof, axis, rng):
-    """They move towards the mean over the samples of the means and variances of each."""
+    """They move towards the averages over the samples of each sample's mean and variance."""
     norm = cybn.InstanceNorm1d(
         3,
         axis=axis,
@@ -324,7 +324,7 @@ def test_no_samples_do_not_move_running_statistics():
 
 @pytest.mark.row(27)
 def test_threads_share_a_layer(rng):
-    """Running updates are serialized: none is lost."""
+    """Updates of running statistics are serialized, so none is lost."""
     norm = cybn.InstanceNorm1d(3, track_running_stats=True, momentum=None)
     x = rng.standard_normal((2, 3, 40)).astype(np.float32)
     workers = [

@@ -1,4 +1,4 @@
-"""Random layers of every kind, in random steps: each equal to the functions, and to its copies."""
+"""Random layers of every kind in random steps: each agrees with the functions and its copies."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ KINDS = (*RANKS, "LayerNorm", "RMSNorm", "GroupNorm")
 
 
 class Walk:
-    """One layer, the shape of its input, and what it is expected to compute."""
+    """One layer, the shape of its input, and the results that are expected of it."""
 
     def __init__(self, kind, dice):
         self.dice, self.kind = dice, kind
@@ -93,7 +93,7 @@ class Walk:
         return np.asfortranarray(array) if self.dice.random() < 0.3 else array
 
     def keywords(self):
-        """Return what forward is given beside x."""
+        """Return the keywords of forward."""
         k = {"num_threads": self.dice.choice((1, 2, 3))}
         if self.kind.startswith("BatchNorm") and self.dice.random() < 0.4:
             k["residual"] = self.array()
@@ -108,7 +108,7 @@ class Walk:
         return k
 
     def step(self, layers):
-        """Take the layer and its copies through a step; all must agree, and with the functions."""
+        """Run a step of the layer and its copies; all must agree, also with the functions."""
         training = self.dice.random() < 0.6
         x, k = self.array(), self.keywords()
         results = [self.run(layer, training, x, dict(k)) for layer in layers]
@@ -166,7 +166,7 @@ class Walk:
         return [y, dx, *dresidual, *((dgamma, dbeta) if o["affine"] else ())]
 
     def check_running(self, m, var=None):
-        """The update in float64, rounded once."""
+        """Check that running statistics were updated in float64 and rounded once."""
         layer, o = self.layer, self.options
         weight = o["momentum"]
         count = int(layer.num_batches_tracked)
@@ -230,14 +230,14 @@ def twins(layer, make):
     loaded.load_state_dict(layer.state_dict())
     loaded.train(layer.training)
     for mine, other in zip(loaded.gradients(), layer.gradients(), strict=True):
-        mine[...] = other  # the one thing of a snapshot that a state dict does not hold
+        mine[...] = other  # a state dict has no gradients, a snapshot does
     protocols = range(2, pickle.HIGHEST_PROTOCOL + 1)
     made = [loaded, copy.deepcopy(layer)]
     return made + [pickle.loads(pickle.dumps(layer, p)) for p in protocols]
 
 
 def refuse(walk, layer, dice):
-    """A call that raises has changed nothing, a saved forward among it."""
+    """Check that a call that raises an error changes nothing, including the stored forward."""
     x, training = walk.array(), layer.training
     gradients = [g.copy() for g in layer.gradients()]
     y = layer.eval()(x)
@@ -258,7 +258,7 @@ def refuse(walk, layer, dice):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         bad()
     assert snapshot(layer) == before
-    layer.backward(y)  # of the forward before
+    layer.backward(y)  # for the forward before the error
     layer.train(training)
     for mine, kept in zip(layer.gradients(), gradients, strict=True):
         mine[...] = kept

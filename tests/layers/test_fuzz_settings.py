@@ -1,7 +1,7 @@
-"""Random sequences over every attribute and option of every layer, beside a model in NumPy.
+"""Random sequences over every attribute and option of every layer, compared with a NumPy model.
 
-A step assigns, freezes, saves, loads, copies, folds, converts or passes forward or backward; the
-layer then is what the model is, and what is refused has changed nothing.
+A step assigns, freezes, saves, loads, copies, folds, converts, or calls forward or backward. After
+each step the layer and the model must agree, and a step that was refused must not change anything.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Walk:
         return self.rng.uniform(-2, 2, C)
 
     def refuses(self, action, errors=REFUSED):
-        """The action raises, and leaves all as it is."""
+        """Check that the action raises an error and changes nothing."""
         before = snapshot(self.layer)
         with pytest.raises(errors):
             action()
@@ -87,7 +87,7 @@ class Walk:
             return
         self.refuses(lambda: setattr(self.layer, name, value))
         name = self.dice.choice(list(_ELSEWHERE))
-        if not hasattr(self.layer, name):  # other layers or libraries have it
+        if not hasattr(self.layer, name):  # a name of other layers or libraries
             self.refuses(lambda: setattr(self.layer, name, self.vector()), AttributeError)
 
     def assign_array(self):
@@ -103,12 +103,12 @@ class Walk:
         changes = getattr(self.layer, name).tobytes() != rounded.tobytes()
         setattr(self.layer, name, given)
         setattr(self.model, name, value.copy())
-        value[:] = 99  # a copy was taken
+        value[:] = 99  # the layer must have copied it
         if changes and self.layer._saved is not None and name in ("gamma", "beta"):
             self.changed(name)
 
     def changed(self, name):
-        """A forward has gone before: its backward sees the change where it matters."""
+        """Check that backward raises an error if its result depends on the changed parameter."""
         if name == "gamma" or self.layer._saved.marks[2] is not None:
             dy = np.ones_like(self.layer._saved.x)
             self.refuses(lambda: self.layer.backward(dy), RuntimeError)
@@ -152,7 +152,7 @@ class Walk:
         return getattr(self.layer, "axis", 0)
 
     def options(self, x):
-        """Return what selects positions, and a residual."""
+        """Return a random selection of positions, and a residual."""
         k, axis, rest = {}, self.axis % x.ndim, list(x.shape)
         if self.kind in ("LayerNorm", "RMSNorm"):
             return k
@@ -171,7 +171,7 @@ class Walk:
         return k
 
     def impossible(self, x, k, training, preview=False):
-        """Whether a forward has to be refused."""
+        """Return whether forward must raise an error."""
         model, chosen = self.model, {n: k[n] for n in ("mask", "weights", "lengths") if n in k}
         learns = model.tracked and training and model.track_running_stats
         learns, by_batch = learns and model.update_statistics, model.by_batch(training)
@@ -226,7 +226,7 @@ class Walk:
         self.model.saved, self.x, self.lost = back, x, out is x and not self.inverts(k)
 
     def inverts(self, k):
-        """Whether backward can work from y."""
+        """Return whether backward can recover x from y."""
         m = self.model
         leaky = m.kind.startswith("BatchNorm") and m.activation == "leaky_relu" and m.slope > 0
         by_batch = m.kind.startswith("BatchNorm") or (m.tracked and not m.by_batch(m.training))
@@ -274,14 +274,14 @@ class Walk:
         for array in old.parameters() + old.gradients():
             array[...] = 99
         if self.model.tracked:
-            self.model.renorm = self.layer.renorm  # a copy has limits of its own
+            self.model.renorm = self.layer.renorm  # a copy has its own limits
             old.freeze()
             if old.track_running_stats:
                 old.running_mean[:] = 5
         self.model.saved = None
 
     def file(self):
-        """Save and load; what could not be loaded again is not saved."""
+        """Save and load the layer; a layer that could not be loaded again is not saved."""
         file, kind = io.BytesIO(), self.dice.choice(("npz", "safetensors"))
         m = self.model
         lost = m.tracked and m.track_running_stats and not m.finite()
@@ -298,7 +298,7 @@ class Walk:
         assert snapshot(self.layer) == snapshot(old)
         if m.tracked:
             m.renorm = self.layer.renorm
-            if not m.track_running_stats:  # then a file has none
+            if not m.track_running_stats:  # running statistics are then not in the file
                 m.mean, m.var, m.batches = np.zeros(C), np.ones(C), 0
         m.saved = None
 
@@ -314,7 +314,7 @@ class Walk:
         given = state if strict else state | {"more": 1}
         keys = self.layer.load_state_dict(given, strict=strict)
         assert keys == ([], [] if strict else ["more"])
-        if self.model.saved is not None:  # gamma is what it was: so is the forward
+        if self.model.saved is not None:  # gamma is restored, so backward is still possible
             self.backward()
 
     def back_and_forth(self):
@@ -379,7 +379,7 @@ class Walk:
         np.testing.assert_allclose(folded[0] @ x + folded[1], want.ravel(), **self.close)
 
     def convert(self):
-        """To another library and back: inference is the same, or it was refused."""
+        """Convert to another library and back: inference is equal, or conversion is refused."""
         layer, m, library = self.layer, self.model, self.dice.choice(LIBRARIES)
         to, back = getattr(interop, f"to_{library}"), getattr(interop, f"from_{library}")
         tracks = m.tracked and bool(m.track_running_stats)
@@ -466,7 +466,7 @@ def test_2000_sequences(figure):
 
 
 def test_every_attribute_and_option_of_every_layer_has_a_step():
-    """What a class has or takes is in a table, or a step names it."""
+    """Every attribute and option is in a table, or a step mentions it."""
     kinds = [k for n in cybn.__all__ if inspect.isclass(k := getattr(cybn, n))]
     kinds = {k.__name__: k for k in kinds if issubclass(k, cybn.Layer) and k is not cybn.Layer}
     assert set(SHAPES) == set(kinds)

@@ -1,4 +1,4 @@
-"""Interrupts and errors anywhere in a call: a layer is as it was before, or as it is after."""
+"""Interrupts and errors anywhere in a call leave a layer in its old or in its new state."""
 
 import contextlib
 import contextvars
@@ -21,7 +21,7 @@ from cybn import _dispatch, _memory, _runtime, _trials
 pytestmark = pytest.mark.row(31)
 
 every_kind = pytest.mark.parametrize("name", KINDS)
-FEW = ("BatchNorm2d", "residual", "InstanceNorm2d", "LayerNorm")  # the others are slow together
+FEW = ("BatchNorm2d", "residual", "InstanceNorm2d", "LayerNorm")  # all others together are slow
 few_at_first = pytest.mark.parametrize(
     "name", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in KINDS]
 )
@@ -31,7 +31,7 @@ WATCHED = (LAYERS, MODULES, _trials.__file__)
 
 
 def steps_of(kind, rng):
-    """Return the steps that change a layer, by name."""
+    """Return the calls that change a layer, by name."""
     x, dy = kind.data(rng, 2)
     donor = trained(kind, rng)
     steps = {
@@ -47,16 +47,16 @@ def steps_of(kind, rng):
 
 # ---- interrupts --------------------------------------------------------------------------
 
-# CPython looks for signals at the start of a function, after a call, and where a loop goes back.
+# CPython checks for signals at the start of a function, after a call, and when a loop jumps back.
 LOOKS = ("CALL", "JUMP_BACKWARD")
 
 
 class Disturber:
-    """A trace function that interrupts at the n-th place where CPython looks for signals.
+    """A trace function that interrupts at the n-th place where CPython checks for signals.
 
-    Those in the layers count: what they call does not know them. A call of a function in Python
-    counts, too, though CPython then looks only inside.
-    """
+        Only places in layers are counted, because the code that layers call does not know them. A
+        call of a Python function is also counted, although CPython only checks inside the function.
+        """
 
     def __init__(self, at):
         self.at, self.places, self.looked = at, 0, {}
@@ -79,7 +79,7 @@ class Disturber:
 @contextlib.contextmanager
 def interrupted(at):
     before, disturber = sys.gettrace(), Disturber(at)
-    sys._getframe().f_trace_opcodes = True  # CPython 3.12 asks for these when tracing begins
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12 needs this when tracing begins
     sys.settrace(disturber)
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -125,7 +125,7 @@ class Torn(LayerNorm):
 
 
 def test_the_test_above_can_fail():
-    """It sees what is half done in a layer that makes a call between its two writes."""
+    """It detects a layer with a call between its two writes, which can be interrupted halfway."""
     namespace = {}
     exec(compile(TORN, f"{LAYERS}/torn.py", "exec"), namespace)
     seen = set()
@@ -160,7 +160,7 @@ def test_no_interrupt_leaves_a_thread_in_a_preview(figure):
 
 
 def test_previews_are_forgotten(rng):
-    """What is over keeps no layer alive, and no list of it grows."""
+    """A preview that has ended keeps no layer alive, and the list of previews does not grow."""
     bn, x = cybn.BatchNorm1d(3), np.ones((4, 3), np.float32)
 
     def work():
@@ -184,7 +184,7 @@ def test_previews_are_forgotten(rng):
 
 @pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm"])
 def test_an_alarm_in_a_long_call(name, rng, figure):
-    """A signal's handler runs when the kernel is done; the layer then is as before or after."""
+    """A signal's handler runs after the kernel; the layer then has its old or its new state."""
     make = {
         "BatchNorm2d": lambda: cybn.BatchNorm2d(6),
         "InstanceNorm2d": lambda: cybn.InstanceNorm2d(6, affine=True, track_running_stats=True),
@@ -194,7 +194,7 @@ def test_an_alarm_in_a_long_call(name, rng, figure):
     x = rng.standard_normal((16, 6, 120, 120), dtype=np.float32)
     layer(x)
     times = []
-    for _ in range(5):  # the least of a few, as something else may run meanwhile
+    for _ in range(5):  # the minimum, because other processes may run
         whole = twin(layer)
         start = time.perf_counter()
         whole(x)
@@ -224,7 +224,7 @@ def test_an_alarm_in_a_long_call(name, rng, figure):
 
 
 def test_a_handler_anywhere_in_the_memory_of_results():
-    """Neither waits for the call that it interrupted, nor takes its memory."""
+    """A handler that allocates, too, neither waits for the interrupted call nor takes its block."""
     like, handled = np.empty(1 << 18, np.float32), []
 
     def trace(frame, event, _):
@@ -257,7 +257,7 @@ def test_a_handler_anywhere_in_the_memory_of_results():
 
 
 def failing(function, after):
-    """Return `function` made to run out of memory, before it does its work or after."""
+    """Return a function that raises MemoryError before or after it calls `function`."""
 
     def call(*arguments, **keywords):
         if after:
@@ -310,7 +310,7 @@ def test_a_failure_of_each_kernel_and_allocation(name, after, rng, monkeypatch, 
 
 @every_kind
 def test_gradients_that_overflow_the_layer_are_infinite_and_whole(name, rng):
-    """float64 data may have gradients beyond float32; warnings as errors must not come between."""
+    """float64 data may have gradients too large for float32; no warning interrupts the update."""
     kind = KINDS[name]
     layer = kind.make()
     x, dy = kind.data(rng, 2).astype(np.float64)
@@ -356,7 +356,7 @@ def test_pytorch_modules(momentum, rng, figure):
 
 
 def test_no_one_is_left_holding_the_lock():
-    """The tests above interrupted its holders."""
+    """The lock is free, although the tests above interrupted calls that held it."""
     from threading import Thread
 
     got = []

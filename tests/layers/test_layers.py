@@ -1,4 +1,4 @@
-"""The layers: modes, gradients, parameters, copies, and what they hold on to."""
+"""The layers: modes, gradients, parameters, copies, and references that they keep."""
 
 import copy
 import pickle
@@ -29,13 +29,13 @@ each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 def normal(rng, shape, dtype=np.float32, axis=1):
-    """A batch with C channels of different mean and spread, on `axis`."""
+    """Return a batch whose C channels differ in mean and spread, with channels on `axis`."""
     x = rng.standard_normal((*shape[:1], *shape[2:], C)) * np.arange(1, C + 1) + np.arange(C)
     return np.ascontiguousarray(np.moveaxis(x.astype(dtype), -1, axis))
 
 
 def trained(make, rng, dtype=np.float32, **options):
-    """A layer whose parameters and running statistics are not those of a new one."""
+    """Return a layer whose parameters and running statistics are not those of a new one."""
     bn = make(C, dtype=dtype, **options)
     if bn.affine:
         bn.gamma[:] = rng.uniform(-2, 2, C)
@@ -133,7 +133,7 @@ def test_without_parameters(training, rng):
 def test_without_running_statistics(training, rng):
     x, dy = normal(rng, (9, C)), normal(rng, (9, C))
     bn = trained(cybn.BatchNorm, rng, track_running_stats=False).train(training)
-    assert worst(bn(x), *forward_bound(x, bn.gamma, bn.beta, 1)) <= 1  # eval too
+    assert worst(bn(x), *forward_bound(x, bn.gamma, bn.beta, 1)) <= 1  # also in eval mode
     check_backward(bn, x, dy)
     assert bn.running_mean is bn.running_var is bn.num_batches_tracked is None
     assert set(bn.state_dict()) == {"gamma", "beta"}
@@ -278,7 +278,7 @@ def test_setting_running_statistics(dtype):
     np.testing.assert_array_equal(bn.running_var, var.astype(dtype))
     assert bn.running_mean.dtype == bn.running_var.dtype == dtype
     assert bn.num_batches_tracked == 4
-    mean[:] = 9  # a copy was taken
+    mean[:] = 9  # the layer must have copied it
     assert not np.any(bn.running_mean == 9)
     before = snapshot(bn)
     for name, bad in [
@@ -359,7 +359,7 @@ def test_input_is_held_by_reference_until_backward(mode, rng):
     x, bn = normal(rng, (9, C)), getattr(cybn.BatchNorm(C), mode)()
     y, held = bn(x), weakref.ref(x)
     del x
-    assert held() is not None  # the object itself, so no copy
+    assert held() is not None  # the layer keeps the object itself, not a copy
     bn.backward(y)
     assert held() is None
 
@@ -405,7 +405,7 @@ def test_a_forward_that_raises_changes_nothing(mode, rng):
             bn(bad, **options)
     assert snapshot(bn) == before
     assert not read_only.any()
-    dx = bn.backward(dy)  # still that of the forward that succeeded
+    dx = bn.backward(dy)  # still for the forward that succeeded
     fixed = {} if bn.training else {"mean": bn.running_mean, "var": bn.running_var}
     exact, bounds = gradient_bounds(dy, x, bn.gamma, **fixed)
     assert worst(dx, exact[0], bounds[0]) <= 1
@@ -430,12 +430,12 @@ def test_a_backward_that_raises_changes_nothing(mode, rng):
         with pytest.raises((TypeError, ValueError)):
             bn.backward(bad, **options)
     assert snapshot(bn) == before
-    bn.backward(dy)  # the input is still there
+    bn.backward(dy)  # the input is still stored
 
 
 @pytest.mark.parametrize("what", ["y", "beta", "gamma", "next layer"])
 def test_in_place_and_changed_since(rng, what):
-    """x is worked out from y, gamma and beta: a backward says so where they are others now."""
+    """backward recovers x from y, gamma and beta, so it raises an error if one of them changed."""
     x, dy = rng.standard_normal((2, 5, 3, 7))
     bn, after = cybn.BatchNorm(3, dtype="f8"), cybn.BatchNorm(3, dtype="f8")
     after.beta[...] = 1

@@ -1,4 +1,4 @@
-"""GroupNorm and InstanceNorm where a mask or lengths choose which positions count."""
+"""GroupNorm and InstanceNorm with a mask or lengths."""
 
 import numpy as np
 import pytest
@@ -86,5 +86,5 @@ def test_a_mask_of_another_shape_changes_nothing(rng, make):
         norm(x, lengths=[1, 2])
     with pytest.raises(ValueError, match="masked"):
         norm(x, lengths=LENGTHS, masked="nothing")
-    assert norm.backward(dy).shape == x.shape  # of the forward before
+    assert norm.backward(dy).shape == x.shape  # for the forward before the error
     np.testing.assert_array_equal(norm(x), expected)

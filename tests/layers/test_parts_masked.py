@@ -1,4 +1,4 @@
-"""Ghost batches and renormalization where a mask, weights or lengths choose what counts."""
+"""Ghost batches and renormalization with a mask, weights or lengths."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def layer(rng, **options):
 
 
 def shares_of(chosen):
-    """Return how often each position counts."""
+    """Return the weight of each position."""
     shares = np.broadcast_to(np.asarray(chosen.get("weights", 1.0)), (6, 4)) * np.ones((6, 4))
     shares = shares * chosen.get("mask", True)
     if "lengths" in chosen:
@@ -41,7 +41,7 @@ def shares_of(chosen):
 
 
 def parts_of(shares, size):
-    """Return the samples of each part, in the words of the documentation."""
+    """Return the samples of each part, by the rule in the documentation."""
     parts, part = [], []
     for i in range(0, 6, size):
         part += range(i, min(i + size, 6))
@@ -61,7 +61,7 @@ def test_each_part_is_a_masked_batch(chosen, size, masked, data, rng):
     bn = layer(rng, virtual_batch_size=size)
     shares = shares_of(chosen)
     start = bn.snapshot()
-    # a gradient of 0 where nothing counts, whatever the layer gives back there
+    # dy is 0 at masked positions, where dx of the layer and of the function may differ
     dy = dy * (shares != 0)[:, None]
     y, dx = bn(x, masked=masked, **chosen), bn.backward(dy)
     wanted_gamma, wanted_beta = 0, 0

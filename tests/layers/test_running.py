@@ -1,4 +1,4 @@
-"""Running statistics against their closed forms, in float64, after 1 to 1000 updates."""
+"""Running statistics agree with their closed forms in float64, after 1 to 1000 updates."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import cybn
 from cybn import reference
 
 C = 4
-BATCHES = 16  # different ones, taken in turn
+BATCHES = 16  # different batches, used in turn
 BATCH_EPS = 2  # a batch's own mean and variance are right to this many eps of its dtype
 
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -21,7 +21,7 @@ def batches(rng):
 
 
 def statistics(batches, dtype, ddof, updates):
-    """Mean and variance of each update's batch: two arrays (updates, C)."""
+    """Return the mean and variance of the batch of each update: two arrays (updates, C)."""
     all_moments = [reference.moments(x.astype(dtype)) for x in batches]
     turns = np.arange(updates) % BATCHES
     return (
@@ -31,7 +31,7 @@ def statistics(batches, dtype, ddof, updates):
 
 
 def closed_form(start, values, momentum, tracked=0):
-    """The running value after `values`, from `start`, which stood for `tracked` batches."""
+    """Return the running value after `values`, from `start`, which counts as `tracked` batches."""
     n = len(values)
     if momentum is None:
         return (start * tracked + values.sum(axis=0)) / (tracked + n)
@@ -42,9 +42,9 @@ def closed_form(start, values, momentum, tracked=0):
 def check(bn, start, stats, momentum, figure, tracked=0):
     """Compare a layer's running statistics with the closed form.
 
-    Each update rounds once, to half an eps of the layer's dtype. A rounding fades with the
-    updates after it, so min(updates, 1 / momentum) of them count; with momentum None each fades
-    as slowly as the mean moves, and all count.
+    Each update rounds once, by at most half an eps of the layer's dtype. Later updates reduce a
+        rounding error, so about min(updates, 1 / momentum) of them add up. With momentum None they
+        are reduced as slowly as the mean moves, and all of them add up.
     """
     n = len(stats[0])
     memory = n if momentum is None else min(n, 1 / momentum) if momentum else 0
@@ -77,7 +77,7 @@ def test_closed_form(updates, momentum, dtype, ddof, batches, figure):
 @each_dtype
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 def test_a_step_rounds_once(momentum, dtype, ddof, batches):
-    """To the bit: float64 throughout, from the running values and the batch's own."""
+    """Updates are computed in float64 from the running values and the batch's, and rounded once."""
     bn = cybn.BatchNorm(C, momentum=momentum, running_ddof=ddof, dtype=dtype)
     for i, x in enumerate(batches, 1):
         mean, var = bn.running_mean.astype(float), bn.running_var.astype(float)
@@ -195,7 +195,7 @@ def unaligned(array):
 
 
 class Mapped(np.ndarray):
-    """As `numpy.memmap`, which is a subclass too."""
+    """A subclass of ndarray, like `numpy.memmap`."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Settings of a layer that are assigned after it was made: checked as when it is made."""
+"""Settings that are assigned to an existing layer are checked as in the constructor."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def test_a_bad_setting_changes_nothing(name, value, error, message, bn):
     [("activation", "relu"), ("virtual_batch_size", 2), ("renorm", cybn.Renorm())],
 )
 def test_an_instance_norm_has_none_of_these(name, value, rng):
-    """They would make a batch norm of it."""
+    """Only a batch norm has these settings."""
     x = rng.standard_normal((6, 3, 5))
     norm = cybn.InstanceNorm1d(3, track_running_stats=True, dtype=float)
     want = norm(x)

@@ -1,4 +1,4 @@
-"""What would be taken without a word and have no effect, or a wrong one, is an error."""
+"""Values that would silently have no effect, or a wrong one, raise an error."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ OTHERS = ("momentum", "activation", "renorm", "use_batch_statistics", "running_m
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_names_that_a_layer_has_not(kind):
-    """Those of other libraries, and those of other kinds of layers."""
+    """Names of other libraries and of other kinds of layers cannot be assigned."""
     layer = LAYERS[kind]()
     for name in (*FOREIGN, *(n for n in OTHERS if kind in ("layer", "rms") and n != "eps")):
         with pytest.raises(AttributeError, match=f"{type(layer).__name__} has no {name}; "):
@@ -62,7 +62,7 @@ def test_what_float32_cannot_hold_does_not_become_infinite():
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_one_sample_that_changed_is_seen(kind, order, rng):
-    """Some values of each of up to 64 samples are remembered."""
+    """Some values of each of up to 64 samples are stored for the comparison."""
     shape = (48, 96, 4) if kind in ("layer", "rms") else (48, 4, 96)
     for sample in (0, 1, 17, 30, 47):
         layer = LAYERS[kind]()
@@ -75,7 +75,7 @@ def test_one_sample_that_changed_is_seen(kind, order, rng):
 
 @pytest.mark.parametrize("shape", [(64, 4, 1000), (32, 4, 784), (16, 4, 64, 64), (48, 4, 96)])
 def test_one_channel_that_changed_is_seen(shape, rng):
-    """Remembered values lie in all channels, also where a sample is a round part of the batch."""
+    """The stored values are in all channels, even if samples have a round number of values."""
     for channel in range(4):
         layer = cybn.BatchNorm(4)
         x = rng.standard_normal(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Running statistics taken back, set, and watched: snapshots, set_statistics and drift."""
+"""Running statistics are restored, set and monitored: snapshots, set_statistics and drift."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_restore_goes_back_to_the_bit(options, rng):
         with pytest.raises(RuntimeError, match="call forward before backward"):
             bn.backward(x)
     bn.running_mean[:] = 5
-    twin = cybn.BatchNorm(C, **options).restore(taken)  # the snapshot is not the layer's
+    twin = cybn.BatchNorm(C, **options).restore(taken)  # any similar layer takes the snapshot
     assert snapshot(twin)[2] == before[2]
 
 
@@ -47,7 +47,7 @@ def test_restore_of_nan(rng):
 
 
 def test_a_snapshot_holds_copies(rng):
-    """Also of what drift compares with."""
+    """A snapshot also copies the statistics that drift compares."""
     bn = trained(rng)
     before = bn.running_mean
     bn(batch(rng))
@@ -131,7 +131,7 @@ def test_drift(ddof, rng):
     np.testing.assert_allclose(last.shift, (m.mean - mean) / np.sqrt(var), rtol=1e-12)
     ratio = (m.var(ddof) + bn.eps) / var
     np.testing.assert_allclose(last.log_variance_ratio, np.log(ratio), rtol=1e-12)
-    now = bn.drift(x)  # the running statistics have come closer
+    now = bn.drift(x)  # the running statistics moved towards x
     assert (np.abs(now.shift) < np.abs(last.shift)).all()
     for again in (bn.drift(m), bn.drift(x)):
         np.testing.assert_array_equal(now, again)

@@ -1,4 +1,4 @@
-"""State dicts: a round trip to the bit, and bad states that change nothing."""
+"""State dicts: a bitwise round trip, and bad states that change nothing."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Instance norm: running statistics are averages over samples, and all measure the same."""
+"""Instance norm: running statistics, population statistics and drift are averages over samples."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ C = 3
 
 @pytest.fixture
 def data(rng):
-    """Samples whose means lie far apart, which no variance here may see."""
+    """Return samples whose means are far apart, which must not affect within-sample variances."""
     x = rng.standard_normal((12, C, 50)) * np.arange(1, C + 1)[:, None]
     return x + 20 * rng.standard_normal((12, C, 1))
 
@@ -44,7 +44,7 @@ def test_population_statistics_are_averages_over_the_samples(parts, ddof, data):
     np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-12)
     np.testing.assert_allclose(norm.running_var, var, rtol=1e-12)
     trained = layer(running_ddof=ddof)
-    trained(data)  # the same, as one batch with momentum 1
+    trained(data)  # momentum 1 takes the statistics of the batch
     np.testing.assert_allclose(trained.running_var, norm.running_var, rtol=1e-12)
 
 
@@ -79,7 +79,7 @@ def test_drift_is_nothing_where_nothing_drifts(ddof, data):
         np.testing.assert_allclose(again.shift, mean / np.sqrt(1 + norm.eps), rtol=1e-12)
         want = np.log((var + norm.eps) / (1 + norm.eps))
         np.testing.assert_allclose(again.log_variance_ratio, want, rtol=1e-12)
-    one = norm.drift(data[0])  # one sample without its axis
+    one = norm.drift(data[0])  # one sample, without the axis of samples
     np.testing.assert_array_equal(one, norm.drift(data[:1]))
     m = cybn.population_statistics(norm, [data])[norm]
     np.testing.assert_allclose(norm.drift(m), 0, atol=1e-12)
@@ -114,7 +114,7 @@ def test_what_was_measured_is_kept_and_merged(data):
 
 
 def test_begun_with_nothing(data):
-    """`empty` and the constructor work, `update` says what does."""
+    """`empty` and the constructor work; the error of `update` names an alternative."""
     norm, start = layer(), SampleMoments.empty(C)
     assert (len(start), start.count, start.samples) == (C, 0, 0)
     assert SampleMoments.from_state_dict(start.state_dict()) == start
@@ -151,7 +151,7 @@ def test_samples_that_the_count_does_not_hold(count, samples, error, message):
 
 
 def test_no_statistics_of_a_batch_norm(data):
-    """Their variance leaves out how the samples differ, and nothing would show it."""
+    """Their variance leaves out differences between samples, which a batch norm needs."""
     norm, bn = layer(), cybn.BatchNorm1d(C, dtype=float)
     within_samples = cybn.population_statistics(norm, [data])[norm]
     before = bn.state_dict()

@@ -1,4 +1,4 @@
-"""What a layer lets one freeze, refuse and try: switches, NaN, preview."""
+"""Freezing, NaN policies and previews of a layer."""
 
 import copy
 import itertools
@@ -54,7 +54,7 @@ def test_switches_are_independent(update, use, train, training, rng):
 
 
 def test_frozen_running_statistics_and_a_moving_input(rng):
-    # out is x, and the batch's own moments are still those of the input
+    # x is overwritten by y, but the layer learns from the moments of the input
     x = batch(rng)
     bn = trained(rng)
     bn.use_batch_statistics = False
@@ -93,7 +93,7 @@ def test_freeze_and_unfreeze(rng):
     )
     for name, value in bn.state_dict().items():
         assert same_bits(value, state[name])
-    assert not bn.grad_gamma.any()  # whoever holds the array sees no gradient
+    assert not bn.grad_gamma.any()  # the array of the gradient is cleared
     assert bn.unfreeze() is bn
     bn(x)
     assert bn.num_batches_tracked == 5
@@ -149,7 +149,7 @@ def test_skip(bad, options, rng):
     y = bn(dirty)
     assert snapshot(bn) == before
     np.testing.assert_array_equal(np.isfinite(y).all(0), [True, False, True, True])
-    bn.backward(dirty)  # belongs to the skipped batch
+    bn.backward(dirty)  # for the skipped batch
     bn(x)
     assert bn.num_batches_tracked == 5
 
@@ -165,7 +165,7 @@ def test_raise(out, bad, options, rng):
     want(x)
     bn.restore(snap := bn.snapshot())
     bn.update_statistics = False
-    bn(x)  # the forward that the backward below belongs to
+    bn(x)  # the backward below is for this forward
     bn.update_statistics = True
     before = snapshot(bn)
     dirty[2, 1] = bad
@@ -179,14 +179,14 @@ def test_raise(out, bad, options, rng):
     assert np.isfinite(bn.backward(dy)).all()
     bn.restore(snap)
     if target is not None:
-        bn(x, out=np.empty_like(x))  # a good batch passes
+        bn(x, out=np.empty_like(x))  # a finite batch is accepted
         assert bn.num_batches_tracked == 5
 
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 def test_an_overflow_of_the_running_variance(policy):
     bn = cybn.BatchNorm(1, nan_policy=policy, momentum=1)
-    x = np.array([[1e300], [-1e300]]) * 1e-150  # a variance beyond float32
+    x = np.array([[1e300], [-1e300]]) * 1e-150  # the variance is too large for float32
     before = snapshot(bn)
     if policy == "raise":
         with pytest.raises(FloatingPointError, match="variance inf"):
@@ -214,7 +214,7 @@ def test_momentum_0_and_1_do_not_look_at_what_weighs_nothing(rng):
     bn = trained(rng, momentum=1)
     bn(dirty)
     assert np.isfinite(bn.running_mean).tolist() == [True, False, False, True]
-    bn(x)  # what was there before counts for nothing
+    bn(x)  # the old statistics have weight 0
     fresh = cybn.BatchNorm(C, momentum=1)
     fresh(x)
     assert same_bits(bn.running_mean, fresh.running_mean)
@@ -259,7 +259,7 @@ def test_preview_leaves_no_trace(options, training, rng):
             bn.backward(dy)
     assert snapshot(bn) == before
     assert bn.training is training
-    assert same_bits(bn.backward(dy), twin.backward(dy))  # still that of the real forward
+    assert same_bits(bn.backward(dy), twin.backward(dy))  # still for the forward before the preview
     if not training and not options:
         assert same_bits(got, want)
     del twin_y
@@ -275,7 +275,7 @@ def test_preview_ends_with_an_error_too(rng):
 
 
 def test_switches_hold_in_a_preview(rng):
-    """A preview is what training would do; a frozen layer would use its running statistics."""
+    """A preview does what training would do; a frozen layer uses its running statistics."""
     x = batch(rng)
     for bn in (trained(rng).freeze(), trained(rng)):
         for use in (False, True, None):
@@ -287,7 +287,7 @@ def test_switches_hold_in_a_preview(rng):
 
 
 def test_gradients_of_what_is_not_trained_are_zero(rng):
-    """Not those of an earlier step, which an optimizer that holds the arrays would go on with."""
+    """They are not those of an earlier step, which an optimizer with these arrays would use."""
     bn, x = trained(rng), batch(rng)
     bn(x)
     bn.backward(np.ones_like(x))

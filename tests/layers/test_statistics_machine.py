@@ -1,4 +1,4 @@
-"""A layer taken through random sequences of steps, beside a plain NumPy model of the same rules."""
+"""Random sequences of steps of a layer, compared with a plain NumPy model of the same rules."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ import cybn
 pytestmark = [pytest.mark.row(10), pytest.mark.row(31), pytest.mark.row(35)]
 
 C = 3
-REMEMBERED = (  # by a snapshot
+REMEMBERED = (  # attributes in a snapshot
     *("gamma", "beta", "mean", "var", "batches", "seen", "training", "update", "use", "affine"),
 )
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -38,7 +38,7 @@ FORWARD = {
 
 
 class Model:
-    """What the layer should remember and compute: formulas of docs/math.md, no care for speed."""
+    """The expected state and results of a layer, by the formulas of docs/math.md."""
 
     def __init__(self):
         self.gamma, self.beta = np.ones(C), np.zeros(C)
@@ -47,13 +47,13 @@ class Model:
         self.momentum, self.ddof, self.eps = 0.1, 1, 1e-5
         self.policy, self.ghost, self.renorm = "propagate", None, None
         self.saved = None  # (x, parts) or (x, (mean, var)) of the last forward
-        self.seen = None  # (mean, var) of the last batch learnt from, and of before
+        self.seen = None  # (mean, var) of the last batch learnt from, and before it
 
     def by_batch(self, training):
         return training if self.use is None else self.use
 
     def parts(self, x, training):
-        """Return the slices that are normalized by themselves."""
+        """Return the slices of samples that are normalized separately."""
         size = self.ghost
         if not training or size is None or size >= len(x):
             return [slice(0, len(x))]
@@ -64,7 +64,7 @@ class Model:
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(x)], strict=True)]
 
     def forward(self, x, training):
-        """Return y and what backward needs, from the state as it is."""
+        """Return y and what backward needs, computed from the current state."""
         y, kept = np.empty_like(x), []
         if not self.by_batch(training):
             std = np.sqrt(self.var + self.eps)
@@ -87,7 +87,7 @@ class Model:
         return xhat * row(self.gamma) + row(self.beta)
 
     def learn(self, x):
-        """Return whether the policy lets the batch through; move the statistics if it does."""
+        """Move the statistics and return "learnt", or return the policy if it refuses the batch."""
         mean, var = x.mean((0, 2)), x.var((0, 2), ddof=self.ddof)
         weight = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         after = [
@@ -122,13 +122,13 @@ def row(vector):
 
 
 def same(got, want):
-    """Assert that two arrays agree, NaN and infinity where the other has them, or NaN for both."""
+    """Assert that two arrays agree; NaN and infinities count as equal to each other."""
     got, want = (np.where(np.isfinite(v), v, np.nan) for v in (got, want))
     np.testing.assert_allclose(got, want, **CLOSE)
 
 
 class Machine(stateful.RuleBasedStateMachine):
-    """Each rule does one thing to the layer and to the model; the invariant compares them."""
+    """Each rule does one step of the layer and of the model; the invariant compares them."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +191,7 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.rule(seed=st.integers(0, 999), bad=st.booleans())
     def train(self, seed, bad):
-        """What happens most: a forward and its backward in training mode."""
+        """The most common step: a forward and its backward in training mode."""
         self.mode(training=True)
         bad = np.nan if bad else None
         self.step(seed=seed, samples=4, length=3, bad=bad, out=None, preview=False)
@@ -256,14 +256,14 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @stateful.rule()
     def scribble(self):
-        """What the layer hands out in place may be written to, and changes nothing taken before."""
+        """Writing to the layer's own arrays must not change any snapshot taken before."""
         self.bn.running_mean[:] = 0.5
         self.model.mean = np.full(C, 0.5)
-        if self.bn._saved is None:  # or else backward needs gamma
+        if self.bn._saved is None:  # otherwise backward needs gamma
             self.bn.gamma *= -1
             self.model.gamma = -self.model.gamma
         if self.model.saved is not None and len(self.model.saved) == 3:
-            self.model.saved = None  # the running statistics of that forward are no more
+            self.model.saved = None  # the running statistics of that forward have changed
             self.bn.backward(np.ones_like(self.bn._saved.x))
 
     @stateful.rule(how=st.sampled_from(["state_dict", "pickle", "deepcopy"]))

@@ -1,4 +1,4 @@
-"""Ghost batches and batch renormalization: the exact cases, then the reference, then Keras."""
+"""Ghost batches and batch renormalization: exact cases, and comparison with the reference."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ each_affine = pytest.mark.parametrize("affine", [True, False])
 
 
 def trained(rng, **options):
-    """A layer whose parameters and running statistics are not those of a new one."""
+    """Return a layer whose parameters and running statistics are not those of a new one."""
     bn = cybn.BatchNorm(C, **options)
     if bn.affine:
         bn.gamma[:], bn.beta[:] = rng.uniform(-2, 2, C), rng.standard_normal(C)
@@ -32,14 +32,14 @@ def trained(rng, **options):
 
 
 def batch(rng, shape, dtype, axis=1):
-    """x and dy of this channels-first shape, laid out for `axis`."""
+    """Return x and dy of this channels-first shape, laid out with channels on `axis`."""
     both = rng.standard_normal((2, *shape)).astype(dtype)
     both[0] = both[0] * column(np.arange(1, C + 1), len(shape), 1) + 2
     return [np.ascontiguousarray(np.moveaxis(a, 1, axis)) for a in both]
 
 
 def step(bn, x, dy):
-    """All that one training step of a layer gives or changes."""
+    """Return all results and changed values of one training step of a layer."""
     y = bn(x).copy()
     dx = bn.backward(dy)
     return [y, dx, *bn.gradients(), bn.running_mean, bn.running_var]
@@ -100,7 +100,7 @@ def test_both_together_are_plain_at_scale(offset, rng):
     [
         ((12, C), 1, 4, [4, 4, 4]),
         ((11, C), 1, 4, [4, 4, 3]),
-        ((13, C), 1, 4, [4, 4, 5]),  # one value a channel joins the part before
+        ((13, C), 1, 4, [4, 4, 5]),  # the last sample joins the part before
         ((13, C, 2), 1, 4, [4, 4, 4, 1]),
         ((3, C, 2), 1, 1, [1, 1, 1]),
         ((3, C), 1, 2, [3]),
@@ -134,7 +134,7 @@ def test_ghost_is_each_part_by_itself(shape, size, axis, dtype, rng):
     assert worst(bn.grad_gamma, dgamma, bounds[0]) <= 1
     assert worst(bn.grad_beta, dbeta, bounds[1]) <= 1
     assert y.strides == dx.strides == x.strides
-    # the running statistics follow the whole batch
+    # the running statistics are updated from the whole batch
     whole.virtual_batch_size = size
     whole(x)
     plain(x)
@@ -159,13 +159,13 @@ def test_ghost_in_place_and_with_out(rng):
     assert same_bits(dy, dwant)
     assert bn(x, out=x) is x
     assert same_bits(x, want)
-    np.testing.assert_allclose(bn.backward(again), dwant, rtol=1e-4, atol=1e-4)  # from y
+    np.testing.assert_allclose(bn.backward(again), dwant, rtol=1e-4, atol=1e-4)  # x comes from y
 
 
 @pytest.mark.parametrize("options", [{"virtual_batch_size": 3}, {"renorm": cybn.Renorm(1.5, 0.5)}])
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
 def test_parts_with_activation_and_residual(rng, options, activation):
-    """As the same layer without them, followed and preceded by them."""
+    """Results equal those of the plain layer with separate steps for residual and activation."""
     x, dy = batch(rng, (7, C, 40), np.float64)
     r, _ = batch(rng, (7, C, 40), np.float64)
     plain = trained(rng, dtype=np.float64, **options)
@@ -233,7 +233,7 @@ def test_bad_virtual_batch_size(value, error):
 
 
 def renormalize(x, bn, limits):
-    """The paper's Algorithm 1 in long double: y, r and d."""
+    """Return y, r and d of the paper's Algorithm 1 in long double."""
     wx, gamma, beta, mean, var = wide(x, bn.gamma, bn.beta, bn.running_mean, bn.running_var)
     axis = bn.axis % x.ndim
     others = tuple(i for i in range(x.ndim) if i != axis)
@@ -329,7 +329,7 @@ def test_renorm_object():
 
 
 def test_reference_agrees_with_itself(rng):
-    # the formula of this file, without room, is the reference
+    # the formula of this file with r = 1 and d = 0 equals the reference
     x, _ = batch(rng, (6, C, 4), np.float64)
     bn = trained(rng, dtype=np.float64)
     y, _, _ = renormalize(x, bn, cybn.Renorm(1, 0))
@@ -340,11 +340,11 @@ def test_reference_agrees_with_itself(rng):
 @pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}, {"renorm": cybn.Renorm()}])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_overflow_is_silent_and_visible(dtype, options):
-    """Warnings are errors here: what is beyond the type becomes infinite, as in the kernels."""
+    """Values too large for the type become infinite, as in the kernels, without a warning."""
     large = np.finfo(dtype).max / 4
     x = np.array([[1.0], [-1.0], [1.0], [-1.0]], dtype) * large
     bn = cybn.BatchNorm(1, momentum=1, dtype=dtype, **options)
-    for _ in range(2):  # the second time, towards infinite running statistics
+    for _ in range(2):  # the second time, running statistics are infinite
         bn(x)
         bn.backward(np.full_like(x, large * 3))
         assert not np.isfinite(bn.running_var).any()
