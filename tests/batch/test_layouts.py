@@ -160,8 +160,8 @@ def test_every_order_of_axes_is_read_and_written_in_place(rng, order):
 def test_gaps_between_channels_last_rows(rng, channels, dtype, level):
     """Memory between two rows, of the last or of any outer axis, is not read.
 
-        The gap contains NaN or 1000. A sum with a NaN is computed again, rightly, so only 1000
-        would show in the results.
+    The gap contains NaN or 1000. A sum with a NaN is computed again, rightly, so only 1000
+    would show in the results.
     """
     room = np.empty((2, 5, 6, 7, channels + 1), dtype)
     parts = np.s_[..., :-1], np.s_[:, :, :-1, :], np.s_[1:-1, :, :, 1:], np.s_[::2, 1:]

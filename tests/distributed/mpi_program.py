@@ -1,4 +1,4 @@
-"""What the ranks of `test_mpi.py` run: one process of ``mpiexec``; see tests/helpers/ranks.py."""
+"""The program that the ranks of `test_mpi.py` run under ``mpiexec``; see tests/helpers/ranks.py."""
 
 import copy
 import itertools
@@ -18,14 +18,14 @@ import cybn
 from cybn.mpi import Ranks, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d
 
 COMM = MPI.COMM_WORLD
-CUTS = {  # where the samples of each rank begin and end: uneven, with one sample and with none
+CUTS = {  # borders of the samples of each rank; some ranks have one sample or none
     1: [0, 13],
     2: [0, 1, 13],
     3: [0, 1, 1, 13],
     4: [0, 1, 1, 6, 13],
     7: [0, 1, 1, 3, 5, 9, 10, 13],
 }
-LIMIT = 3.0  # seconds that a rank waits where another one is missing
+LIMIT = 3.0  # seconds that a rank waits for a missing one
 
 
 def mine(array):
@@ -35,7 +35,7 @@ def mine(array):
 
 
 def same_everywhere(*arrays):
-    """Whether arrays are the same bits on every rank."""
+    """Return whether arrays are bitwise equal on every rank."""
     bits = [np.asarray(a).tobytes() for a in arrays]
     return len(set(map(tuple, COMM.allgather(bits)))) == 1
 
@@ -48,7 +48,7 @@ def batch(rng, dtype, axis, C=6):
 
 
 def layers(C, axis, dtype, gamma, beta, **options):
-    """Return a layer for all ranks, and one for one process."""
+    """Return a layer for all ranks together, and an equal one for a single process."""
     kind = np.float64 if dtype == np.float64 else np.float32
     both = (
         SyncBatchNorm(C, axis=axis, dtype=kind, timeout=120, **options),
@@ -60,7 +60,7 @@ def layers(C, axis, dtype, gamma, beta, **options):
 
 
 def equal():
-    """The plain layer, within the bound of docs/math.md of long double; fractions of the bound."""
+    """Compare the plain layer with long double; return the largest ratio of error to bound."""
     fractions = []
     for dtype, axis in itertools.product((np.float32, np.float64), (1, -1)):
         x, dy, _, gamma, beta = batch(np.random.default_rng(1), dtype, axis)
@@ -85,7 +85,7 @@ def equal():
 
 
 def options():
-    """Residuals, activations, masks and weights: as one process, within a few roundings."""
+    """Compare residuals, activations, masks and weights with those in one process."""
     rng = np.random.default_rng(2)
     choices = itertools.product(
         (np.float32, np.float64, np.float16),
@@ -126,7 +126,7 @@ def options():
 
 
 def huge():
-    """Values whose variance, or its products, are beyond their type: as in one process."""
+    """Compare results for values whose variance or products overflow with those in one process."""
     rng = np.random.default_rng(9)
     choices = itertools.product(
         ((np.float32, 1e13), (np.float32, 1e30), (np.float64, 1e125), (np.float64, 1e200)),
@@ -169,7 +169,7 @@ def huge():
 
 
 def repeats():
-    """The same bits in every repeat, whichever rank comes late."""
+    """Count different results of repeats in which other ranks are late."""
     x, dy, _, gamma, beta = batch(np.random.default_rng(3), np.float32, 1)
     seen = set()
     for turn in range(6):
@@ -184,13 +184,13 @@ def repeats():
 
 
 def state(bn):
-    """Return the bits of all that a layer holds."""
+    """Return the bits of the complete state of a layer."""
     kept = [*bn.state_dict().values(), *bn.gradients()]
     return [bn._saved is None, *(np.asarray(v).tobytes().hex() for v in kept)]
 
 
 def bad_input():
-    """One rank's arguments will not do: all raise, and nothing has changed."""
+    """Give one rank bad arguments: all ranks raise an error, and nothing changes."""
     last, first = COMM.rank == COMM.size - 1, COMM.rank == 0
     x, dy, *_ = batch(np.random.default_rng(4), np.float32, 1)
     x, dy = mine(x), mine(dy)
@@ -220,7 +220,7 @@ def bad_input():
     out = np.full_like(dy, 7)
     tried("dy, out", lambda: bn.backward(dy[:, :2] if last else dy, out=out))
     assert (out == 7).all(), "out was written to"
-    bn.backward(dy)  # and the ranks are in step
+    bn.backward(dy)  # the ranks are still in step
     bn.nan_policy = "raise"
     out = np.full_like(x, 7)
     tried("nan", lambda: bn(np.full_like(x, np.nan) if first else x, out=out))
@@ -234,7 +234,7 @@ def bad_input():
 
 
 def out_of_step():
-    """A rank in another pass, or with another number of channels."""
+    """Let ranks call different passes, or use different numbers of channels."""
     x = np.random.default_rng(5).standard_normal((4, 6))
     found = {}
     bn = SyncBatchNorm1d(6, timeout=LIMIT)
@@ -251,8 +251,8 @@ def out_of_step():
 
 
 def killed(where):
-    """A rank is killed: the others raise within the limit, and nothing has changed."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by which mpiexec tells of a rank that died
+    """Kill a rank: the others raise an error within the limit, and nothing changes."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # mpiexec's signal that a rank was killed
     x = np.random.default_rng(6).standard_normal((4, 6))
     bn = SyncBatchNorm(6, timeout=LIMIT)
     bn.backward(bn(x))
@@ -270,7 +270,7 @@ def killed(where):
 
 
 def modes():
-    """Eval, freezing, previews, copies, pickles, state dicts: as in BatchNorm."""
+    """Compare eval, freezing, previews, copies, pickles and state dicts with those of BatchNorm."""
     x, dy, _, gamma, beta = batch(np.random.default_rng(7), np.float64, 1)
     bn, one = layers(6, 1, np.float64, gamma, beta)
     for layer, data in ((bn, mine(x)), (one, x)):
@@ -285,7 +285,7 @@ def modes():
         alike(bn.backward(mine(dy)), one.backward(dy))
     for layer in (bn, one):
         layer.train()
-        layer.use_batch_statistics = False  # but they learn
+        layer.use_batch_statistics = False  # running statistics still learn
     alike(bn(mine(x)), one(x))
     np.testing.assert_allclose(bn.running_mean, one.running_mean, rtol=1e-14)
     np.testing.assert_allclose(bn.running_var, one.running_var, rtol=1e-13)
@@ -310,7 +310,7 @@ def modes():
 
 
 def statistics():
-    """`Moments.allreduce`, and statistics of a dataset that is spread over the ranks."""
+    """Test `Moments.allreduce`, and statistics of a dataset that is spread over the ranks."""
     x, *_ = batch(np.random.default_rng(8), np.float64, 1)
     whole = cybn.Moments.empty(6).update(x)
     for comm in (COMM, Ranks(COMM, 60)):
@@ -350,14 +350,14 @@ def _network(rng, norm, dtype):
         Dense(rng, 256, 10, 0.06),
     )
     for layer in network.layers:
-        if isinstance(layer, Conv3x3 | Dense):  # their weights are float32
+        if isinstance(layer, Conv3x3 | Dense):  # their weights are float32 by default
             arrays = {k: v for k, v in vars(layer).items() if isinstance(v, np.ndarray)}
             vars(layer).update({name: array.astype(dtype) for name, array in arrays.items()})
     return network
 
 
 def digits(activation, dtype, networks):
-    """Two hundred steps of digits networks, with the batch on all ranks, and in one process."""
+    """Train digits networks for 200 steps, with the batch on all ranks and in one process."""
     from cybn.demo.data import batches, load_digits
     from cybn.demo.network import softmax_cross_entropy
 
@@ -417,6 +417,6 @@ CASES = {
 
 if __name__ == "__main__":
     _, number = report(CASES, COMM.rank)
-    if sys.argv[1] in ("killed", "out_of_step"):  # MPI cannot be left in order any more
+    if sys.argv[1] in ("killed", "out_of_step"):  # MPI can no longer be finalized
         linger(sys.argv[2], number - (sys.argv[1] == "killed"), 60)
         os._exit(0)

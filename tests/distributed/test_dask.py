@@ -1,4 +1,4 @@
-"""Moments of dask arrays: any chunking, any scheduler, the same bits."""
+"""Moments of dask arrays: bits do not depend on the scheduler, nor results on the chunks."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def random_chunks(rng, shape):
 
 
 def chunkings(rng, number):
-    """Return how far off the worst of so many random chunkings is: of the mean, in ulp, and var."""
+    """Return the largest errors over random chunkings: of the mean in ulp, of var relative."""
     ulps = variance = 0.0
     shape = (60, 7, 11)
     x = (rng.standard_normal(shape) * 3 + rng.uniform(-50, 50, 7)[:, np.newaxis]).astype("f4")
@@ -87,7 +87,7 @@ def test_masks_and_weights_are_those_of_update(rng, form, name):
 
 
 def test_masks_of_chunks_of_one_channel(rng):
-    """Such a chunk has one count, and the next one has another."""
+    """The chunk of each channel has a single count, which differs between channels."""
     x, mask = rng.standard_normal((12, 5, 9)), rng.random((12, 5, 9)) < 0.5
     found = moments(da.from_array(x, chunks=(5, 1, 4)), mask=mask).compute()
     np.testing.assert_array_equal(found.count, mask.sum((0, 2)))
@@ -96,7 +96,7 @@ def test_masks_of_chunks_of_one_channel(rng):
 def test_unknown_chunks_and_empty_ones(rng):
     values = rng.standard_normal((50, 3))
     x = da.from_array(values, chunks=(7, 3))
-    kept = x[x[:, 0] > 1.2]  # some of its chunks have no rows, and their sizes are not known
+    kept = x[x[:, 0] > 1.2]  # some chunks have no rows, and all sizes are unknown
     found = moments(kept).compute()
     wanted = cybn.Moments.empty(3).update(values[values[:, 0] > 1.2])
     assert found.count == wanted.count
@@ -152,7 +152,7 @@ def test_bad_arguments():
 
 
 def test_on_a_local_cluster(rng):
-    """Two worker processes, which get the chunks and send moments back."""
+    """Two worker processes get the chunks and return moments."""
     distributed = pytest.importorskip("distributed", reason="needs the extra dask")
     x = da.from_array(rng.standard_normal((40, 6, 30)).astype("f4"), chunks=(7, 6, 30))
     wanted = bits(moments(x).compute(scheduler="synchronous"))

@@ -1,4 +1,4 @@
-"""Batch normalization over MPI, with real ranks; what each runs is in `mpi_program.py`."""
+"""Batch normalization over MPI, with real ranks, which run the cases of `mpi_program.py`."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from ranks import every, launchers_of_mpi, start
 
 pytest.importorskip("mpi4py", reason="needs the extra mpi: pip install 'cybn[mpi]'")
-BESIDE = Path(sys.executable).with_name("mpiexec")  # the one of the mpich wheel
+BESIDE = Path(sys.executable).with_name("mpiexec")  # of the mpich wheel
 MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
 if MPIEXEC is None:
     pytest.skip("needs mpiexec, which is in the extra mpi", allow_module_level=True)
@@ -25,21 +25,21 @@ def run(folder, case, *arguments, ranks, within=240):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_results_are_within_the_bound_of_one_process(tmp_path, ranks):
-    """In long double on the whole batch; one rank has one sample, and one none."""
+    """The whole batch in long double is the exact result; one rank has one sample, another none."""
     worst = max(report["worst"] for report in run(tmp_path, "equal", ranks=ranks))
     assert worst < 1
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(7, marks=pytest.mark.slow)])  # 7: 30 s
 def test_options_are_those_of_one_process(tmp_path, ranks):
-    """192 sets: types, axes, activations, residuals, masks and weights."""
+    """There are 192 sets of types, axes, activations, residuals, masks and weights."""
     for report in run(tmp_path, "options", ranks=ranks):
         assert report["cases"] == 192
         assert max(report["worst"].values()) < 64, report
 
 
 def test_values_beyond_the_range_of_the_kernels(tmp_path):
-    """In roundings of the largest value of a channel; sums cancel, and need some more."""
+    """Errors are in roundings of the largest value of a channel; cancelling sums need more."""
     for report in run(tmp_path, "huge", ranks=3):
         assert report["off"] < 2000, report
 
@@ -94,9 +94,9 @@ def test_ranks_out_of_step_raise(tmp_path, ranks):
 @pytest.mark.row(39)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
-    """mpiexec would end the others at once; here they go on, and have to find out."""
+    """mpiexec would end the other ranks at once; an option lets them continue and detect it."""
     launchers = launchers_of_mpi(MPIEXEC, 3, "-disable-auto-cleanup")
-    for _ in range(6):  # mpiexec may end all of them in spite of its option: then try anew
+    for _ in range(6):  # mpiexec may still end all ranks; then try again
         reports, codes, output = start(launchers, tmp_path, PROGRAM, "killed", where, ranks=3)
         if any(reports):
             break
@@ -104,7 +104,7 @@ def test_a_killed_rank_is_an_error_within_the_time_limit(tmp_path, where):
     for report in (reports[0], reports[2]):
         raised, text = report["first"]
         assert raised == "TimeoutError", text
-        assert report["seconds"] < 30  # they wait for 3, and a machine may be busy
+        assert report["seconds"] < 30  # ranks wait 3 s, but the machine may be busy
         assert report["second"][0] == "RuntimeError"
         assert "Abort" in report["second"][1]
 
@@ -133,9 +133,9 @@ def test_statistics_of_all_ranks(tmp_path):
 
 
 def losses_of_pytorch(activation, dtype, threads, seed=0, parts=1):
-    """Return the losses of 200 steps of PyTorch: the network and the batches of `digits`.
+    """Return the losses of 200 steps of PyTorch, with the network and the batches of `digits`.
 
-    Of a batch in parts all layers but the batch norms see one part at a time.
+    If the batch is in parts, all layers except the batch norms get one part at a time.
     """
     torch = pytest.importorskip("torch", reason="needs the extra torch: pip install 'cybn[torch]'")
     from cybn.demo.data import batches, load_digits
@@ -204,7 +204,7 @@ def of_digits(folder, activation, dtype, networks):
 @pytest.mark.slow  # a quarter of a minute each: 200 steps on four ranks, on two cores
 @pytest.mark.parametrize(("activation", "dtype"), [("silu", "float32"), ("relu", "float64")])
 def test_training_follows_one_process(tmp_path, activation, dtype):
-    """The losses of four ranks and of one process are as close as those of PyTorch's threads."""
+    """The losses of four ranks are as close to one process as those of PyTorch's threads."""
     (together,), (alone,), (turned,) = of_digits(tmp_path, activation, dtype, 1)
     of_threads = apart(*(losses_of_pytorch(activation, dtype, n) for n in (1, 2)))
     print(f"{activation}, {dtype}: {apart(together, alone):.2g} apart, PyTorch {of_threads:.2g}")
@@ -215,10 +215,10 @@ def test_training_follows_one_process(tmp_path, activation, dtype):
 
 @pytest.mark.slow  # ten seconds a network
 def test_training_follows_one_process_at_the_kink_of_relu(tmp_path):
-    """In float32 rounding may move a value across zero: then losses differ, PyTorch's too.
+    """In float32, rounding may move a value across zero. Then losses differ, also in PyTorch.
 
-    It is a matter of chance in which networks that happens, so the largest distances of several
-    are compared.
+    In which networks this happens is a matter of chance, so the test compares the largest
+    differences over several networks.
     """
     networks = range(int(os.environ.get("CYBN_NETWORKS", "4")))
     together, alone, turned = of_digits(tmp_path, "relu", "float32", len(networks))

@@ -1,4 +1,4 @@
-"""Statistics over processes, with a stand-in for the communicator; real ones are in test_mpi.py."""
+"""Statistics over processes with a fake communicator; test_mpi.py uses a real one."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import cybn
 
 
 class Others:
-    """A communicator of which the other ranks' values are known beforehand."""
+    """A communicator that returns given values for the other ranks."""
 
     def __init__(self, *before):
         self.before = before

@@ -1,4 +1,4 @@
-"""Synchronized batch norms of PyTorch, in real processes of gloo; see `torch_program.py`."""
+"""Synchronized batch norms of PyTorch in real gloo processes, which run `torch_program.py`."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def run(folder, case, *arguments, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_resnet_under_ddp_is_that_of_one_process(tmp_path, ranks, channels_last):
-    """Float64, three steps; one process has one image, and one of three has none."""
+    """Three steps run in float64; one process has one image, and one of three has none."""
     for report in run(tmp_path, "ddp", channels_last, ranks=ranks):
         assert max(report.values()) < 1e-10, report
 
@@ -36,7 +36,7 @@ def test_a_module_alone(tmp_path):
 def test_bad_input_in_one_process_raises_in_all(tmp_path):
     reports = run(tmp_path, "bad_input", ranks=2)
     kinds = {"channels": "ValueError", "rank": "ValueError", "dtype": "TypeError"}
-    kinds["changed"] = "RuntimeError"  # by autograd, which sees the assignment
+    kinds["changed"] = "RuntimeError"  # raised by autograd, which detects the change
     for name, kind in kinds.items():
         assert reports[1][name][0] == kind, reports[1][name]
         assert reports[0][name][0] == "RuntimeError"
@@ -44,7 +44,7 @@ def test_bad_input_in_one_process_raises_in_all(tmp_path):
     for report in reports:
         assert report["few"][0] == "ValueError"
         assert "outside torch.jit" in report["trace"][1]
-        assert report["one graph"][0] == "Unsupported"  # where it may not be broken
+        assert report["one graph"][0] == "Unsupported"  # fullgraph=True allows no graph break
         assert report["number"][0] == "ValueError"
         assert "channels" in report["number"][1]
 
@@ -55,7 +55,7 @@ def test_a_killed_process_is_an_error_in_the_others(tmp_path):
     assert codes[1] == -9
     for report in (reports[0], reports[2]):
         assert report["raised"][0] != "nothing"
-        assert report["seconds"] < 70  # the group waits for 60
+        assert report["seconds"] < 70  # the group waits 60 s
 
 
 def test_the_contract_is_that_of_pytorch(tmp_path):

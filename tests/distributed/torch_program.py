@@ -1,4 +1,4 @@
-"""What the processes of `test_torch_sync.py` run; see tests/helpers/ranks.py."""
+"""The program that the processes of `test_torch_sync.py` run; see tests/helpers/ranks.py."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cybn.torch import SyncBatchNorm
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-CUTS = {2: [0, 1, 11], 3: [0, 1, 1, 11]}[SIZE]  # one sample, none, and the rest
+CUTS = {2: [0, 1, 11], 3: [0, 1, 1, 11]}[SIZE]  # one sample, possibly none, and the rest
 LIMIT = 60.0  # seconds that the group waits; a machine may be busy
 
 
@@ -55,7 +55,7 @@ def mine(t):
 
 
 def same_everywhere(*tensors):
-    """Whether tensors are the same bits in every process."""
+    """Return whether tensors are bitwise equal in every process."""
     bits = b"".join(t.detach().numpy().tobytes() for t in tensors)
     found = [None] * SIZE
     dist.all_gather_object(found, bits)
@@ -67,7 +67,7 @@ def distance(a, b):
 
 
 def ddp(channels_last):
-    """Three steps of a ResNet under DDP, and of the whole batch in one process."""
+    """Compare three steps of a ResNet under DDP with the whole batch in one process."""
     rng = torch.Generator().manual_seed(1)
     form = torch.channels_last if channels_last == "True" else torch.contiguous_format
     one = resnet().to(memory_format=form)
@@ -83,7 +83,7 @@ def ddp(channels_last):
         whole = nn.functional.cross_entropy(one(x), t, reduction="sum") / 11
         part = nn.functional.cross_entropy(model(mine(x)), mine(t), reduction="sum") / 11
         whole.backward()
-        (part * SIZE).backward()  # as DDP takes the mean over the processes
+        (part * SIZE).backward()  # because DDP averages over the processes
         total = part.detach().clone()
         dist.all_reduce(total)
         pairs = list(zip(one.parameters(), model.module.parameters(), strict=True))
@@ -104,7 +104,7 @@ def ddp(channels_last):
 
 
 def module():
-    """One module without DDP: y, dx and the sums of the others' gradients; float32 and half."""
+    """Compare one module without DDP, in float32 and bfloat16: y, dx and sums of gradients."""
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(11, 6, 5, generator=rng) * 3 + 20
     dy = torch.randn(11, 6, 5, generator=rng)
@@ -132,7 +132,7 @@ def state(bn):
 
 
 def bad_input():
-    """One process's arguments will not do: all raise, and nothing has changed."""
+    """Give one process bad arguments: all raise an error, and nothing changes."""
     last = RANK == SIZE - 1
     bn = SyncBatchNorm(6)
     x = torch.randn(4, 6)
@@ -153,7 +153,7 @@ def bad_input():
     if last:
         h.mul_(2)
     tried("changed", lambda: y.sum().backward())
-    bn(x)  # and the processes are in step
+    bn(x)  # the processes are still in step
     tried("trace", lambda: torch.jit.trace(bn, x))
     whole = torch.compile(bn, backend="eager", fullgraph=True)
     tried("one graph", lambda: whole(x))
@@ -167,7 +167,7 @@ def bad_input():
 
 
 def killed():
-    """A process is killed: the others raise within the limit of the group."""
+    """Kill a process: the others raise an error within the time limit of the group."""
     bn = SyncBatchNorm(6)
     x = torch.randn(4, 6)
     bn(x)
@@ -181,7 +181,7 @@ def killed():
 
 
 def contract():
-    """The constructor, the state dict and the conversion of torch.nn.SyncBatchNorm."""
+    """Compare constructor, state dict and conversion with torch.nn.SyncBatchNorm."""
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(resnet())
     ours = SyncBatchNorm.convert_sync_batchnorm(resnet())
     kinds = [[type(m) for m in model.modules()] for model in (stock, ours)]

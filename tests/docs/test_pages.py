@@ -1,4 +1,4 @@
-"""The code of the documentation's pages runs as it stands."""
+"""The code blocks of the documentation's pages run as they are."""
 
 import os
 import re
@@ -15,8 +15,8 @@ DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the pages are not beside the tests")
 
 
-# Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. A block that
-# cannot be run is marked: ```python fragment.
+# Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. Blocks that
+# cannot be run are marked: ```python fragment.
 RUN = {"README.md", "index.md", "fifteen-minutes.md", "training-loop.md", "speed.md", "interop.md"}
 RUN |= {"inference.md", "which-norm.md", "statistics.md", "padded-sequences.md"}
 
@@ -124,7 +124,7 @@ def test_which_norm_script(monkeypatch, capsys, tmp_path):
         assert re.search(rf"^\| +{kind} \| +0\.(0025|01|04) \|$", rates, re.M)
         row = re.search(rf"^\| +{kind} \|( +{cell}){{4}}$", contrasts, re.M)
         assert row
-        if kind not in ("batch", "none"):  # contrast is what they take out
+        if kind not in ("batch", "none"):  # these norms remove contrast
             first, *fainter = re.findall(r"(\S+) \(", row[0])
             assert all(abs(float(other) - float(first)) <= 1 for other in fainter)
     assert picture.stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md, CHANGELOG.md and CITATION.cff: they come along, and name what there is."""
+"""CONTRIBUTING.md, CHANGELOG.md and CITATION.cff are in an sdist, and name existing things."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_links_lead_somewhere(name):
 
 
 def anchors(page):
-    """Headings of a page, as links name them."""
+    """Return the headings of a page in the form that links use."""
     heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -53,7 +53,7 @@ def test_links_between_pages_lead_to_a_heading(page):
 
 
 def test_sources_that_are_named_are_there():
-    """Those that CONTRIBUTING.md names without their folder."""
+    """CONTRIBUTING.md names these sources without their folder."""
     names = set(re.findall(r"`(\w+\.(?:py|pyx|pxd))`", text_of("CONTRIBUTING.md")))
     assert names
     for name in names:
@@ -80,7 +80,7 @@ def test_the_version_is_the_package_s():
 
 
 def test_the_changelog_has_the_form():
-    """Keep a Changelog: dated versions, and known kinds of changes that are not empty."""
+    """The form is that of Keep a Changelog: dated versions and known kinds of changes."""
     text = text_of("CHANGELOG.md")
     for version in re.findall(r"^## (.*)$", text, re.MULTILINE)[1:]:
         assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version)
@@ -98,7 +98,7 @@ def test_the_set_up_takes_what_there_is():
 
 
 def metadata(folder, home):
-    """What a package index gets to see, where the tree is at an address, or nowhere."""
+    """Return the metadata for a package index, if the repository has the address `home` or none."""
     pytest.importorskip("Cython")
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
@@ -120,4 +120,4 @@ def test_an_index_page_without_an_address_has_no_links_into_nothing(tmp_path):
     text = metadata(tmp_path, "")
     assert not re.findall(r"\]\((?!https?://)", text)
     assert "Project-URL" not in text
-    assert "All figures" in text  # the words of links are there
+    assert "All figures" in text  # the text of links is kept

@@ -14,7 +14,7 @@ GALLERY = sorted(ROOT.glob("docs/gallery/*.py"))
 SOURCES = sorted(
     path for path in ROOT.glob("cybn/**/*.p[yx]*") if path.suffix in (".py", ".pyx", ".pxd")
 )
-# Reference: tables of records, which are looked up and not read.
+# Pages of tables, in which readers look things up.
 REFERENCE = {"reference.md", "performance-tables.md", "reliability-table.md"}
 MOST_WORDS = 25_000
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "docs").exists(), reason="the pages are not beside the tests"
 )
 
-# Expressions that only their writer understands, and what to say instead.
+# Expressions that only their writer understands, and what to write instead.
 PRIVATE = {
     r"\b(is|are) law\b": "state the rule",
     r"\bat the door\b|\bthe door (opens|refuses|checks)": "on entry; the function, the dispatch",
@@ -79,7 +79,7 @@ def test_no_private_expressions(path):
 
 
 def words(page):
-    """Count the words of a page: with two letters at least, code and formulas left out."""
+    """Count the words of a page with at least two letters, without code and formulas."""
     return len(re.findall(r"[A-Za-z][A-Za-z'-]*[A-Za-z]", prose_of(page)))
 
 
@@ -105,7 +105,7 @@ def test_spelling():
 
 
 def test_usage():
-    """Proselint, without its rules on quotes, on headings that repeat a title, and on "very"."""
+    """Run proselint, without its rules on quotes, on repeated titles, and on "very"."""
     pytest.importorskip("proselint")
     from proselint.checks import __register__
     from proselint.config import DEFAULT

@@ -1,4 +1,4 @@
-"""docs/reference.md has every public name, and their docstrings say what a reader looks for."""
+"""docs/reference.md lists every public name, and all docstrings are complete."""
 
 import ast
 import doctest
@@ -35,7 +35,7 @@ def listed():
 
 
 def public(module):
-    """Return the names of a module's __all__, from its source: it may need a package to import."""
+    """Return the names in a module's __all__, read from its source without importing the module."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(path.read_text("utf-8")).body:
@@ -55,7 +55,7 @@ def test_no_other_module_is_listed():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "cybn.reference"])
 def test_docstrings_have_all_their_parameters(module):
-    """By numpydoc's own rules: a docstring, all parameters, and what is returned."""
+    """Check numpydoc's rules: there is a docstring, with all parameters and the return value."""
     validate = pytest.importorskip("numpydoc.validate").validate
     if module in NEEDS:
         pytest.importorskip(NEEDS[module])
@@ -71,7 +71,7 @@ def test_docstrings_have_all_their_parameters(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "cybn.reference"])
 def test_every_public_name_has_an_example_that_runs(module):
-    """The functions of `cybn.reference` are those of `cybn`, whose docstrings have examples."""
+    """Names of `cybn.reference` are left out: those of `cybn` have the examples."""
     if module in NEEDS:
         pytest.importorskip(NEEDS[module])
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(verbose=False)

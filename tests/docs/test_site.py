@@ -3,7 +3,7 @@
     CYBN_GALLERY_SEEDS=1 sphinx-build -W docs site
     CYBN_SITE=site pytest -m slow tests/docs/test_site.py
 
-With CYBN_SCREENSHOTS a folder, a picture of each page that is walked through is left there.
+If CYBN_SCREENSHOTS is a folder, a picture of each page of the walk is saved there.
 """
 
 import os
@@ -41,7 +41,7 @@ pytestmark = [
 
 
 class Anchors(HTMLParser):
-    """What a page names, and where it leads."""
+    """The anchors that a page defines, and the targets of its links."""
 
     def __init__(self, page):
         super().__init__()
@@ -80,7 +80,7 @@ def test_links_lead_to_a_page_and_a_heading(pages):
 
 
 def test_nothing_is_loaded_from_elsewhere(pages):
-    """The site works without a network."""
+    """The site works without a network connection."""
     for page in pages:
         text = page.read_text("utf-8")
         assert 'src="http' not in text, page
@@ -114,13 +114,13 @@ def browser():
 
 
 def left(request):
-    """Whether the walk went on to the next page before this one had all it asked for."""
+    """Return whether a request was aborted because the walk went on to the next page."""
     return "ERR_ABORTED" in (request.failure or "")
 
 
 @pytest.fixture
 def opened(browser, address):
-    """Return a function that opens a page of the site, and fail on what it complained of."""
+    """Return a function that opens a page of the site; fail if the browser reported problems."""
     complaints, contexts = [], []
 
     def show(path, size="wide", scheme="light"):
@@ -149,7 +149,7 @@ WIDER = """() => [...document.querySelectorAll('.bd-article *')].filter(e =>
 
 
 def assert_it_fits(page):
-    """No table, picture or line is wider than the window; wide tables scroll in their own box."""
+    """Check that nothing is wider than the window, except wide tables, which can scroll."""
     inner, outer = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert inner <= outer, page.evaluate(WIDER)
     for box in page.locator(".bd-article table").all():

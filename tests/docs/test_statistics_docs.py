@@ -1,4 +1,4 @@
-"""The examples of the pages on statistics and padding, and the scripts that they quote."""
+"""The examples on the pages about statistics and padding, and the script that they quote."""
 
 import doctest
 import os

@@ -238,8 +238,8 @@ RUNNERS = {"eval", "exec", "compile", "__import__"}
 def test_nothing_in_the_package_unpickles_or_runs_text(path):
     """The syntax tree has no pickle module, no allow_pickle other than False, and no np.load.
 
-        mpi.py is left out: ranks of one program run the same code and exchange pickled values, as
-        mpi4py does.
+    mpi.py is left out: ranks of one program run the same code and exchange pickled values, as
+    mpi4py does.
     """
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):

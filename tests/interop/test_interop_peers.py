@@ -62,8 +62,8 @@ def into_onnx(bn, opset=15, **options):
 def run_onnx(model, opset, x):
     """Return the outputs of a model in onnx's evaluator, and in onnxruntime if it is installed.
 
-        Before opset 14 the evaluator takes every node to be in training mode, so onnx first
-        converts the model to a newer opset.
+    Before opset 14 the evaluator takes every node to be in training mode, so onnx first
+    converts the model to a newer opset.
     """
     new = model if opset >= 14 else version_converter.convert_version(model, 15)
     outputs = {f"ONNX opset {opset}": ReferenceEvaluator(new).run(None, {"x": x})[0]}

@@ -54,9 +54,9 @@ LOOKS = ("CALL", "JUMP_BACKWARD")
 class Disturber:
     """A trace function that interrupts at the n-th place where CPython checks for signals.
 
-        Only places in layers are counted, because the code that layers call does not know them. A
-        call of a Python function is also counted, although CPython only checks inside the function.
-        """
+    Only places in layers are counted, because the code that layers call does not know them. A
+    call of a Python function is also counted, although CPython only checks inside the function.
+    """
 
     def __init__(self, at):
         self.at, self.places, self.looked = at, 0, {}

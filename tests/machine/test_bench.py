@@ -1,4 +1,4 @@
-"""`cybn bench`: what it says, what it refuses, and that it takes no longer than it says."""
+"""`cybn bench`: its output, its errors, and the limit of its time."""
 
 import json
 import re
@@ -17,7 +17,7 @@ NUMBER = r" +[\d.]+"
 
 @pytest.fixture
 def short(monkeypatch):
-    """Let a run take no time: one small batch, no PyTorch."""
+    """Make a run take no time: one small batch, no PyTorch."""
     monkeypatch.setattr(_bench, "SHAPES", (SHAPE,))
     monkeypatch.setattr(_bench, "LIMIT", 0.0)
     monkeypatch.setattr(_bench, "_torch", lambda threads: None)
@@ -27,7 +27,7 @@ def test_a_run(short, capsys, tmp_path):
     file = tmp_path / "figures.json"
     assert main(["bench", "--threads", "1", "--json", str(file)]) == 0
     out, err = capsys.readouterr()
-    assert err == ""  # no terminal, no progress
+    assert err == ""  # no progress bar, as this is not a terminal
     assert "1 threads; NumPy" in out
     assert "PyTorch is not installed" in out
     assert re.search(r"Takes about \d+ seconds", out)
@@ -72,7 +72,7 @@ def test_a_path_is_refused_before_anything_is_measured(name, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == before
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder in which nobody can write")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, in which nobody can write")
 def test_a_folder_in_which_not_even_root_can_write(short, capsys):
     assert main(["bench", "--json", "/proc/cybn.json"]) == 1
     out, err = capsys.readouterr()
@@ -107,7 +107,7 @@ def test_turns_and_their_limit():
     order = []
     calls = {name: lambda name=name: order.append(name) or time.sleep(0.021) for name in "ab"}
     seconds = _bench.race(calls, limit=0.0)
-    assert order == list("aabb" + "ab" * _bench.ROUNDS[0])  # each warmed once, then in turn
+    assert order == list("aabb" + "ab" * _bench.ROUNDS[0])  # a warm-up each, then alternating
     assert all(0.02 < s < 0.2 for s in seconds.values())
 
 

@@ -1,4 +1,4 @@
-"""The developers' bench: wrong results are not timed, turns alternate, pages are filled."""
+"""The developers' bench: wrong results are not timed, contestants alternate, pages are filled."""
 
 import json
 import os
@@ -11,23 +11,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="bench/ is not beside")
+pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="needs bench/")
 pytest.importorskip("pytest_benchmark")
 
 
-FIND = f"import sys; sys.path.append({str(ROOT)!r})\n"  # behind the cybn that is under test
+FIND = f"import sys; sys.path.append({str(ROOT)!r})\n"  # after the path of the tested cybn
 REPORT = FIND + "from bench.report import main; main()"
 
 
 def run(*arguments):
-    """Run Python in the tree's folder, with nothing of it in front of what is installed."""
+    """Run Python in the source tree, but import the installed packages first."""
     command = [sys.executable, "-P", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """Run two cases, and return the words and the JSON."""
+    """Run two cases, and return the output and the JSON file."""
     file = tmp_path_factory.mktemp("bench") / "figures.json"
     cases = "tiny-inference-32x16 or calls-forward-masked-32x16"
     words = ["-m", "pytest", "bench", "--quick", "-q", "-k", cases, "-p", "no:cacheprovider"]
@@ -48,7 +48,7 @@ def test_a_run_says_who_took_part_and_what_became_of_the_bars(figures):
     peers = {one["extra_info"]["peer"] for one in stored["benchmarks"]}
     assert peers == {"cybn", "floor", "NumPy"}
     rounds = {one["stats"]["rounds"] for one in stored["benchmarks"] if "tiny" in one["group"]}
-    assert len(rounds) == 1  # all of a case took as many turns
+    assert len(rounds) == 1  # every contestant of the case took the same number of turns
 
 
 def test_pages_are_filled_all_or_none(figures, tmp_path):

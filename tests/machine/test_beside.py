@@ -1,4 +1,4 @@
-"""In one process with other users of threads: joblib, executors, PyTorch, scikit-learn, numba."""
+"""cybn in one process with joblib, executors, PyTorch, scikit-learn or numba."""
 
 import importlib.util
 import os
@@ -97,7 +97,7 @@ print("done")
 @pytest.mark.parametrize("mine_first", [True, False], ids=["cybn first", "cybn last"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_beside_another_library(name, mine_first, figure):
-    """In either import order, in turn and at once: nobody hangs, and all results stay the same."""
+    """In either import order, alternating and at once, no call hangs and no result changes."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"no {name} here")
     code = f"MINE_FIRST = {mine_first}\n{HEAD}{OTHERS[name]}{TAIL}"
@@ -108,7 +108,7 @@ def test_beside_another_library(name, mine_first, figure):
 
 
 def test_in_an_executor_in_threads_of_threads(rng, figure):
-    """Nested: each of eight Python threads asks for several of OpenMP's, and starts executors."""
+    """Eight Python threads start executors, and each call in them uses several OpenMP threads."""
     x = rng.standard_normal((16, 16, 28, 28), dtype=np.float32)
     want, moments = cybn.batch_norm(x, num_threads=1)
 
@@ -127,7 +127,7 @@ def test_in_an_executor_in_threads_of_threads(rng, figure):
 
 
 def test_python_threads_leave_no_threads_behind(rng):
-    """The team of a Python thread ends with it."""
+    """The OpenMP threads of a Python thread end with it."""
     tasks = "/proc/self/task"
     if not os.path.isdir(tasks):
         pytest.skip("no /proc/self/task")
@@ -142,7 +142,7 @@ def test_python_threads_leave_no_threads_behind(rng):
     before = len(os.listdir(tasks))
     for _ in range(50):
         run()
-    assert len(os.listdir(tasks)) <= before + 6  # of which some are just ending
+    assert len(os.listdir(tasks)) <= before + 6  # some may just be ending
 
 
 def test_nested_in_joblib(rng):

@@ -1,4 +1,4 @@
-"""The command line: help, what is refused before any work, and what is printed where."""
+"""The command line: help, arguments that are refused before any work, and output."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_as_a_module():
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """The demo, without its packages and its training: a list of what it would train on."""
+    """Replace the demo's packages and its training; return a list of calls of the training."""
     began = []
 
     def module(name, **names):
@@ -72,7 +72,7 @@ def untrained(monkeypatch):
 
 def test_the_folder_is_made_and_the_files_are_written(untrained, tmp_path, capsys):
     folder = tmp_path / "a" / "b"
-    for _ in range(2):  # the second time over the files of the first
+    for _ in range(2):  # the second time, the files are overwritten
         assert main(["demo", "--output", str(folder)]) == 0
     assert sorted(file.name for file in folder.iterdir()) == ["cybn-demo.md", "cybn-demo.png"]
     first, *_, last = capsys.readouterr().out.splitlines()
@@ -99,7 +99,7 @@ def without_permission(tmp_path):
 
 
 def read_only(tmp_path):
-    return "/proc/self"  # of root's too
+    return "/proc/self"  # not even root can write here
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The same bits from every compiler and processor: digests of the results of some hundred calls.
+"""Every compiler and processor gives the same bits: digests of the results of some hundred calls.
 
-Every build is held against one file, digests.json. A change of a kernel that changes results on
-purpose writes it again: `python tests/tools/digests.py --write`.
+The results of every build are compared with one file, digests.json. If a change of a kernel changes
+results on purpose, write the file again: `python tests/tools/digests.py --write`.
 """
 
 import re
@@ -18,7 +18,7 @@ import cybn
 
 @pytest.fixture(params=["1 thread", "3 threads and small caches"])
 def machine(request, level):
-    """Run serial; then with other blocks of work, and with results that go past the caches."""
+    """Run serially, then with other blocks of work and with results that bypass the caches."""
     sizes = (1 << 14, 1 << 16) if "small" in request.param else None
     with cybn.threads(int(request.param[0])), caches(level, sizes):
         yield
@@ -53,7 +53,7 @@ def test_a_digest_sees_each_bit():
 
 
 def test_no_loop_of_half_types_is_compiled_for_float64():
-    """A choice by `way` alone would make a copy for float64, which has no half types."""
+    """A choice by `way` alone would compile a copy for float64, which has no half types."""
     sources = sorted((Path(__file__).parents[2] / "cybn" / "_kernels").glob("*.p*"))
     if not sources:
         pytest.skip("needs the sources of the kernels")

@@ -1,4 +1,4 @@
-"""What the environment says about threads and levels, and the threads that are really used."""
+"""Environment variables for threads and levels, and the number of threads that really run."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ import pytest
 import cybn
 from cybn import _runtime
 
-LIMIT = 300  # seconds; a hang is one without end, a busy machine only slow
+LIMIT = 300  # seconds until a call counts as hanging, even on a busy machine
 
 WORK = """
 import hashlib, os, sys
@@ -71,7 +71,7 @@ def finished():
 def report(finished):
     """Return a function from environment variables to (level, threads, digest).
 
-    The threads are those that cybn says it will use; what it used must be the same.
+    The number of threads is what cybn reports; the number that really ran must be equal.
     """
 
     def run(**environment):
@@ -120,7 +120,7 @@ USED = [
     ({"OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "2"}, 2),
     ({"OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "1"}, 1),
 ]
-OFTEN = ("1", "0", "garbage", "1000000")  # the others take long together
+OFTEN = ("1", "0", "garbage", "1000000")  # the others take long, so they are slow tests
 
 
 @pytest.mark.row(29)
@@ -148,7 +148,7 @@ def test_threads_used(environment, threads, report, figure):
 @pytest.mark.slow
 @pytest.mark.row(29)
 def test_a_dynamic_number_of_threads(finished, report):
-    """With OMP_DYNAMIC the load of the machine decides, from call to call."""
+    """With OMP_DYNAMIC the load of the machine decides on the number of threads in each call."""
     code, words, err = finished(OMP_NUM_THREADS="4", OMP_DYNAMIC="true")
     assert code == 0, err
     assert 1 <= int(words[2]) <= 4

@@ -1,6 +1,6 @@
-"""Row 30: the floating-point environment is the caller's, before and after every call.
+"""Row 30: no call changes the floating-point environment of the caller.
 
-Row 9, for what has no test of its own: subnormals go in and come out of every function.
+It also has tests of row 9, for functions that lack their own: subnormals are kept everywhere.
 """
 
 import ctypes
@@ -24,21 +24,21 @@ X86 = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 needs_x86 = pytest.mark.skipif(not X86, reason="MXCSR is a register of x86-64, read on Linux")
 
 FLUSH_TO_ZERO, DENORMALS_ARE_ZERO, ROUND_DOWN = 1 << 15, 1 << 6, 1 << 13
-CONTROL = 0xFFC0  # the low six bits say what has happened since they were last cleared
+CONTROL = 0xFFC0  # the low six bits are flags of past exceptions
 
 
 def machine_code(code):
-    """Return a function of an address, from x86-64 code that finds it in rdi."""
+    """Return a function that passes an address in rdi to x86-64 machine code."""
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(bytes.fromhex(code))
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     call = function(ctypes.addressof(ctypes.c_char.from_buffer(page)))
-    call.page = page  # as long as the function lives
+    call.page = page  # keeps the code alive as long as the function
     return call
 
 
 class Registers:
-    """MXCSR and the x87 control word of this thread."""
+    """Access to MXCSR and the x87 control word of this thread."""
 
     def __init__(self):
         self._store, self._load = machine_code("0fae1f c3"), machine_code("0fae17 c3")
@@ -97,7 +97,7 @@ def test_what_the_caller_has_set_stays_set(registers, bits):
 @needs_x86
 @pytest.mark.row(30)
 def test_import(figure):
-    """A fresh process, where nothing but NumPy was loaded before."""
+    """Importing cybn in a new process, which loaded only NumPy before, changes no register."""
     source = Path(__file__).read_text("utf-8")
     start, end = source.index("FLUSH_TO_ZERO,"), source.index("@pytest.fixture")
     code = (
@@ -117,7 +117,7 @@ def test_import(figure):
 
 @pytest.mark.row(30)
 def test_no_module_of_ours_sets_the_environment():
-    """gcc's crtfastmath, which -ffast-math links in, and the C functions that set it."""
+    """They contain neither gcc's crtfastmath, from -ffast-math, nor C functions that change it."""
     modules = list(Path(_kernels.__path__[0]).glob("*.so"))
     assert modules
     for module in modules:
@@ -149,7 +149,7 @@ def test_errno_is_left_alone(rng):
 
 @pytest.mark.row(30)
 def test_numpy_error_state_stays_and_has_no_say(level):
-    """Overflow to infinity in a kernel is a result; it raises nothing, now or in the next ufunc."""
+    """A result may overflow to infinity, but raises nothing, in the call or in the next ufunc."""
     usual = [type(error_of(call)) for call in BAD]
     for mode in ("raise", "ignore"):
         with np.errstate(all=mode, call=print):
@@ -171,7 +171,7 @@ def subnormals(rng, shape, dtype):
 
 
 def apart(got, want):
-    """Return the largest difference in smallest subnormals."""
+    """Return the largest difference, in units of the smallest subnormal."""
     smallest = np.finfo(got.dtype).smallest_subnormal
     return float(np.abs((got.astype(np.longdouble) - want) / np.longdouble(smallest)).max())
 
@@ -180,7 +180,7 @@ def apart(got, want):
 @each_dtype
 @pytest.mark.parametrize("shape", FAMILIES[:5], ids=str)
 def test_gradients_of_subnormals(rng, shape, dtype, level, figure):
-    """All of dx is linear in dy: its coefficients are rounded to a subnormal, times |xhat|."""
+    """dx is linear in dy, so its error is a few subnormals, from rounding coefficients."""
     x, dy = rng.standard_normal(shape).astype(dtype), subnormals(rng, shape, dtype)
     _, m = cybn.batch_norm(x)
     dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m)
@@ -196,7 +196,7 @@ def test_gradients_of_subnormals(rng, shape, dtype, level, figure):
 @pytest.mark.row(9)
 @each_dtype
 def test_the_family_on_subnormals(rng, dtype, level, figure):
-    """With eps = 1, y is x - mean, and dx is dy - mean of dy, to a few roundings."""
+    """With eps = 1, y is x - mean and dx is dy minus its mean, within a few roundings."""
     cases = [layer(9, 33), layer(2, 70001), rms(9, 33), group(2, 3, 4, 9), group(2, 2, 4, 515)]
     for case in [*cases, instance(3, 5, 11), instance(2, 3, 600)]:
         x, dy = subnormals(rng, (2, *case.shape), dtype)

@@ -1,7 +1,7 @@
-"""Every kernel on arrays that end, or start, at a page that may not be touched.
+"""Every kernel runs on arrays that end, or start, at a page that must not be touched.
 
-A read or write past either end of any array, inputs, outputs or scratch, kills the process. Sizes
-leave every tail there is: of lanes, of pieces, of tiles, of whole cache lines.
+An access past either end of an array kills the process, whether it is an input, an output or
+scratch memory. The sizes give every tail: of lanes, of pieces, of tiles, of whole cache lines.
 """
 
 import signal
@@ -22,7 +22,7 @@ from cybn import _runtime
 pytestmark = pytest.mark.row(32)
 
 LEVELS = _runtime.usable_levels()
-TURNS = 16  # by default each size has one variant of each dtype and level, another for each
+TURNS = 16  # each variant runs on every 16th size; dtypes and levels start at other sizes
 DTYPES = ["f4", "f8", "f2", "bfloat16"]
 
 SIZES = {  # (N, C, S)
@@ -59,7 +59,7 @@ def dtype_of(name):
 
 
 def batch_norm(values, nsc, axis, apart, options, num_threads=None):
-    """Return what the five operations make of values; all arrays are made here."""
+    """Return the results of the five operations on `values`; all arrays are allocated here."""
     n, c, s = nsc
     given = dict(options)
 
@@ -87,7 +87,7 @@ def batch_norm(values, nsc, axis, apart, options, num_threads=None):
     masked, inverse = {"masked": given.get("masked", "normalize")}, "from_output" in given
 
     def go(function, first, *arguments, **more):
-        """Call it; where it is to write over its first array, on a copy of that."""
+        """Call a function; if it overwrites its first array, give it a copy of that array."""
         out = None
         if "in_place" in given:
             first = out = rows_apart(first) if apart else first.copy()
@@ -106,7 +106,7 @@ def batch_norm(values, nsc, axis, apart, options, num_threads=None):
 
 
 def check(run):
-    """Run on both sides of the fence: it comes back from each, and with the same bits."""
+    """Run with both kinds of fences: the process survives and the bits are equal."""
     results = []
     for side in SIDES:
         with fenced(side), np.errstate(all="ignore"):
@@ -116,7 +116,7 @@ def check(run):
 
 
 def each_variant(values, sizes, turn, turns, num_threads=None):
-    """Check the variants on every size: each variant on each `turns`-th size. Return how many."""
+    """Check each variant of the options on every `turns`-th size; return the number of runs."""
     runs = 0
     for i, nsc in enumerate(sizes):
         for j, options in enumerate(BATCH_NORM.values()):
@@ -134,7 +134,7 @@ def values():
 
 @pytest.fixture
 def tiny_caches(level):
-    """Let the kernels think that caches are tiny: all outputs are streamed past them."""
+    """Make the kernels assume tiny caches, so that all outputs are streamed past them."""
     modules = [_runtime.kernels_at(level, kernel) for kernel in ("batch_norm", "layer_norm")]
     for module in modules:
         module.set_caches(4096, 4096)

@@ -1,4 +1,4 @@
-"""Memory of large results: used again, never given twice, bounded, and given back."""
+"""Memory of large results: it is reused, never given twice, bounded, and freed."""
 
 import threading
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Return the only blocks there are, empty."""
+    """Replace the memory blocks by an empty set of blocks, and return it."""
     fresh = Blocks()
     monkeypatch.setattr(_memory, "blocks", fresh)
     return fresh
@@ -79,7 +79,7 @@ def test_never_more_than_the_limit(rng):
 
 def test_the_block_used_last_goes_last():
     blocks = Blocks(limit=10 * MIB)
-    for mib in (1, 2, 3, 4, 2):  # the 1 goes for the second 2
+    for mib in (1, 2, 3, 4, 2):  # the block of 1 is dropped for the second 2
         array(blocks, mib)
     assert sorted(block.size // MIB for block in blocks._blocks) == [2, 3, 4]
 
@@ -93,7 +93,7 @@ def test_sizes_waste_an_eighth_at_most(size):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_no_memory(blocks, failures, monkeypatch):
-    """Free blocks are given up before the error is."""
+    """Free blocks are released before a MemoryError is raised."""
     alive, spare = array(blocks, 2), array(blocks, 3)
     del spare
     empty, left = np.empty, [failures]

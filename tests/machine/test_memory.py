@@ -1,4 +1,4 @@
-"""Row 34: call after call, errors among them, and nothing is left behind."""
+"""Row 34: after many calls, including calls that raise errors, memory has not grown."""
 
 import ast
 import ctypes
@@ -19,19 +19,19 @@ from cybn import _runtime
 pytestmark = pytest.mark.row(34)
 in_release = pytest.mark.skipif(
     "sanitize" in _runtime.host.build(),
-    reason="a sanitizer keeps what is freed, and makes stacks larger",
+    reason="a sanitizer keeps freed memory, and makes stacks larger",
 )
 
 STATM = Path("/proc/self/statm")
 PACKAGE = Path(cybn.__file__).parent
-# Not for NumPy users, or raised at import, as other tests have it.
+# Code that the calls here do not reach: it is no part of the NumPy interface, or has other tests.
 ELSEWHERE = {"reference.py", "plot.py", "__main__.py", "_bench.py", "_foreign.py"}
 ELSEWHERE |= {"population.py", "__init__.py", "_ranks.py", "dask.py", "mpi.py"}
 AT_IMPORT = 2
 LIMIT = 1 << 20
-FEW = 20  # objects that a test itself may hold on to
+FEW = 20  # objects that a test itself may keep
 
-trim = getattr(ctypes.CDLL(None), "malloc_trim", int)  # glibc has it, others need it less
+trim = getattr(ctypes.CDLL(None), "malloc_trim", int)  # only glibc has it
 
 
 def test_what_is_good_and_what_is_bad():
@@ -42,7 +42,7 @@ def test_what_is_good_and_what_is_bad():
 
 
 def test_every_raise_is_reached():
-    """The list of bad calls is complete: no `raise` in functions is left out."""
+    """The list of bad calls is complete: they reach every `raise` in functions of the package."""
     reached = set()
     for call in BAD:
         frames = traceback.extract_tb(error_of(call).__traceback__)
@@ -67,7 +67,7 @@ def call_all():
 
 
 def resident():
-    """Return the bytes of memory this process has, without what its allocator could give back."""
+    """Return the resident memory of this process in bytes, after freeing what can be freed."""
     gc.collect()
     trim(0)
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if STATM.exists() else 0
@@ -111,7 +111,7 @@ def test_nothing_is_left_behind_in_100_000_calls(figure):
 @in_release
 @pytest.mark.skipif(not STATM.exists(), reason="memory is read in Linux's /proc")
 def test_a_leak_would_be_seen():
-    """What is measured above does see one array, one reference, one object a call."""
+    """The checks above detect one array, one reference or one object that leaks in each call."""
     kept = []
     before, count, objects = resident(), references()["X"], tracked()
     for _ in range(300):
@@ -140,7 +140,7 @@ thread.join()
 
 @in_release
 def test_a_small_stack_is_enough():
-    """256 KiB do, for the calling thread with all of Python, and for those of OpenMP."""
+    """256 KiB are enough, for the calling thread with all of Python and for those of OpenMP."""
     size = 256 << 10
     code = STACK.format(tests=str(Path(__file__).parents[1] / "helpers"), size=size)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The package: installed, complete, and with imports that run one way."""
+"""The package: it is installed and complete, and its modules import in one direction only."""
 
 import ast
 import doctest
@@ -16,7 +16,7 @@ import pytest
 import cybn
 from cybn import _runtime, family, functional, reference
 
-HERE = Path(__file__).resolve().parents[2]  # the clone, if these tests lie in one
+HERE = Path(__file__).resolve().parents[2]  # the source tree, if the tests are in one
 PACKAGE = Path(cybn.__file__).resolve().parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -32,7 +32,7 @@ PUBLIC = {
     *("get_num_threads", "set_num_threads", "show_config", "threads"),
 }
 
-# Which rooms of the package a room may import from. Room "" is cybn/__init__.py.
+# The modules and subpackages that each one may import. The name "" means cybn/__init__.py.
 DOORS = {
     "_version": set(),
     "_words": set(),
@@ -65,7 +65,7 @@ DOORS = {
     "population": {"layers", "_moments", "_measuring", "_foreign", "_trials"},
     "": {
         *("layers", "family", "functional", "_moments", "population"),
-        *("folding", "interop"),  # on first use
+        *("folding", "interop"),  # imported on first use
         *("_memory", "_runtime", "_version"),
     },
     "plot": {""},
@@ -77,18 +77,18 @@ DOORS = {
     "_bench": {"functional", "_runtime", "_version"},
     "__main__": {"", "demo", "_bench", "_runtime", "_version"},
 }
-VISITORS = {  # may import optional packages; no other room imports them
+VISITORS = {  # only these may import optional packages
     *("dask", "demo", "_bench", "interop", "mpi", "plot", "torch", "__main__"),
 }
 
 
 def room(module):
-    """Return the room of a module by its full name: "layers" for cybn.layers._state."""
+    """Return the top-level part of a full module name: "layers" for cybn.layers._state."""
     return (module.split(".") + [""])[1]
 
 
 def imported(path):
-    """Yield the full names that a source file imports, wherever in the file."""
+    """Yield the full names of all modules that a source file imports, also within functions."""
     parts = ["cybn", *path.relative_to(PACKAGE).with_suffix("").parts]
     package = parts[:-1]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -97,7 +97,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             base = [*base, *(node.module.split(".") if node.module else [])]
-            if base == ["cybn"]:  # a module, as in from . import _layout, or a public name
+            if base == ["cybn"]:  # from . import _layout, or a public name
                 modules = {p.stem for p in PACKAGE.iterdir()} - PUBLIC
                 for alias in node.names:
                     yield f"cybn.{alias.name}" if alias.name in modules else "cybn"
@@ -111,7 +111,7 @@ def room_of(path):
 
 
 def test_the_installed_package_is_under_test():
-    """What pip installed: a copy of the package, or this tree itself where that was asked for."""
+    """Tests use the installed package, or this tree if it was installed as editable."""
     try:
         origin = importlib.metadata.distribution("cybn").read_text("direct_url.json") or "{}"
     except importlib.metadata.PackageNotFoundError:
@@ -170,7 +170,7 @@ def test_signatures_are_the_promised_ones():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_imports_run_downwards(path):
     here = room_of(path)
-    assert here in DOORS, f"say in DOORS what {here} may import"
+    assert here in DOORS, f"list in DOORS what {here} may import"
     for name in imported(path):
         if name.split(".")[0] == "cybn":
             there = room(name)

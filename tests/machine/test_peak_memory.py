@@ -1,10 +1,11 @@
-"""The memory that a training forward with ``out=`` takes beside its arguments, at its peak.
+"""The peak memory that a training forward with ``out=`` needs in addition to its arguments.
 
-`tracemalloc` sees what Python and NumPy allocate; page faults and the high-water mark of resident
-memory see the rest, such as stacks. A process of its own is measured, in which the C library takes
-every block from the system, so that none is used again unseen; code is loaded by a small batch.
-Allowed are 64 KiB a thread, and 144 float64 values a channel, however large N and S are: 129 of
-those are partial sums, the others moments and vectors.
+`tracemalloc` counts allocations of Python and NumPy. Page faults and the high-water mark of
+resident memory count all others, such as stacks. They are measured in a separate process, in which
+the C library requests every block from the system, so that reused blocks do not hide anything. A
+small batch first loads the code. The limit is 64 KiB for each thread and 144 float64 values for
+each channel, however large N and S are: 129 of these are partial sums, the others moments and
+vectors.
 """
 
 import json
@@ -53,8 +54,8 @@ print(json.dumps([tracemalloc.get_traced_memory()[1] - before, touched]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark")
-@pytest.mark.skipif("sanitize" in _runtime.host.build(), reason="a sanitizer takes its own")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the high-water mark")
+@pytest.mark.skipif("sanitize" in _runtime.host.build(), reason="a sanitizer needs memory itself")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("axis", [1, 3], ids=["channels-first", "channels-last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

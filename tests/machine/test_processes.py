@@ -1,4 +1,4 @@
-"""Other processes: forked, spawned, and forked while other threads are at work."""
+"""Other processes: forked, spawned, and forked while other threads are running."""
 
 import functools
 import multiprocessing
@@ -17,16 +17,16 @@ from layer_cases import KINDS, LEARNING
 import cybn
 from cybn import _runtime
 
-LIMIT = 60  # seconds until a child that hangs has failed
+LIMIT = 60  # seconds until a child counts as hanging
 
-# Python 3.12 and later warn of a fork in a process with threads. That is what is tested here.
+# Python 3.12 and later warn of a fork in a process with threads, which is what these tests do.
 may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork")
 
 
 @pytest.fixture
 def batch(rng):
-    """A batch large enough for several threads, and what a parallel call makes of it."""
+    """Return a batch large enough for several threads, and the result of a parallel call."""
     x = rng.standard_normal((32, 16, 28, 28), dtype=np.float32)
     return x, cybn.batch_norm(x, num_threads=4)
 
@@ -41,7 +41,7 @@ def check(results, want):
 
 
 class Child:
-    """A forked child that does some work; it is killed if that takes longer than LIMIT."""
+    """A forked child that runs `work`; it is killed if that takes longer than LIMIT."""
 
     def __init__(self, work):
         self.start = time.perf_counter()
@@ -52,7 +52,7 @@ class Child:
             return
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT)
-        try:  # nothing may get out of here, not even an exception
+        try:  # no exception may leave the child
             work()
             os.write(writer, b"done")
         except BaseException:
@@ -61,7 +61,7 @@ class Child:
             os._exit(0)
 
     def finish(self, figure):
-        """Wait for the child; note its time; raise if it failed or hung."""
+        """Wait for the child and record its time; raise an error if it failed or hung."""
         with open(self.reader, "rb") as pipe:
             said = pipe.read().decode()
         hung = os.waitpid(self.pid, 0)[1] == signal.SIGALRM
@@ -72,7 +72,7 @@ class Child:
 
 
 def compute(x, want):
-    """Make parallel calls of all kinds, as far as the process may."""
+    """Make parallel calls of all kinds, with as many threads as the process may use."""
     check([cybn.batch_norm(x, num_threads=4)], want)
     y, m = want
     cybn.batch_norm_backward(y, x, m, num_threads=4)
@@ -89,7 +89,7 @@ def compute(x, want):
 @needs_fork
 @may_fork
 def test_forks_after_parallel_calls(batch, figure):
-    """Children of a parallel parent, and their children, compute the same bits, serially."""
+    """Children of a process that ran threads, and their children, compute equal bits serially."""
     x, want = batch
 
     def work():
@@ -102,14 +102,14 @@ def test_forks_after_parallel_calls(batch, figure):
         children = [Child(work) for _ in range(4)]
         for child in children:
             child.finish(figure)
-    compute(x, want)  # the parent is as it was
+    compute(x, want)  # the parent still works
 
 
 @pytest.mark.row(26)
 @needs_fork
 @may_fork
 def test_forks_while_other_threads_compute_and_train(batch, figure):
-    """The children use the very layers that other threads of the parent are training."""
+    """The children use the same layers that other threads of the parent are training."""
     x, want = batch
     layers = {name: KINDS[name].make() for name in LEARNING}
     data = {name: KINDS[name].data(np.random.default_rng(1))[0] for name in layers}
@@ -148,7 +148,7 @@ def test_forks_while_other_threads_compute_and_train(batch, figure):
 @needs_fork
 @may_fork
 def test_a_fork_while_a_lock_is_held(figure):
-    """A child does not wait for a thread of its parent that was just moving statistics."""
+    """The child does not wait for the lock of running statistics, which a parent's thread holds."""
     held, over = threading.Event(), threading.Event()
 
     def hold():
@@ -173,7 +173,7 @@ def test_a_fork_while_a_lock_is_held(figure):
 @needs_fork
 @may_fork
 def test_a_preforked_server(batch, figure):
-    """The parent computes, forks four workers, and they answer requests side by side."""
+    """The parent computes, forks four workers, and these answer requests at the same time."""
     x, want = batch
     requests, answers = os.pipe(), os.pipe()  # each message is short enough to be atomic
 
@@ -190,7 +190,7 @@ def test_a_preforked_server(batch, figure):
     while len(got) < 40:
         assert select.select([answers[0]], [], [], LIMIT)[0], f"{len(got)} of 40 answers"
         got.update(os.read(answers[0], 40))
-        compute(x, want)  # the parent works on
+        compute(x, want)  # the parent continues to work
     for worker in workers:
         worker.finish(figure)
     for end in (requests[0], *answers):
@@ -202,7 +202,7 @@ def test_a_preforked_server(batch, figure):
 @needs_fork
 @may_fork
 def test_150_forks_more(batch, figure):
-    """With those above, more than 200."""
+    """With the tests above, these are more than 200 forks."""
     x, want = batch
     for i in range(150):
         cybn.batch_norm(x, num_threads=1 + i % 16)
@@ -226,7 +226,7 @@ def test_multiprocessing(method, batch, figure):
         check(pool.map_async(call, [x, x, x]).get(LIMIT), want)
         threads = pool.apply_async(cybn.get_num_threads).get(LIMIT)
     figure(26, f"{method} pool, s", time.perf_counter() - start)
-    # Children of the server that "forkserver" starts are forked before they import cybn.
+    # The server of "forkserver" forks its children before they import cybn.
     assert threads == (1 if method == "fork" else cybn.get_num_threads())
 
 
@@ -244,7 +244,7 @@ def test_joblib(backend, batch, figure):
 
 
 def test_arrays_from_another_process(rng):
-    """Unpickled arrays have dtype objects of their own, equal to the usual ones."""
+    """Unpickled arrays have new dtype objects, which are equal to the usual ones."""
     x, gamma, beta = rng.standard_normal((6, 5)), rng.standard_normal(5), rng.standard_normal(5)
     y, moments = cybn.batch_norm(x, gamma, beta)
     gradients = cybn.batch_norm_backward(y, x, moments, gamma)

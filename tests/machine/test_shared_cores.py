@@ -1,7 +1,7 @@
-"""Calls on two threads where other processes keep the cores busy: no slower than on one thread.
+"""Two threads are not slower than one while other processes keep the cores busy.
 
-libgomp's threads spin while they wait, so a thread that another process keeps from its core holds
-up all of a region: a call then took 100 times as long as on one thread.
+libgomp's threads spin while they wait. If another process keeps one of them from its core, the
+others spin until it has finished. A call then took 100 times as long as on one thread.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.row(38)]
 
-SECONDS = 0.6  # of calls on one thread, and as long on two
+SECONDS = 0.6  # time of calls on one thread, and again on two
 CODE = """
 import sys, time
 import numpy as np
@@ -50,7 +50,7 @@ else:
 
 
 def started(role, name):
-    """Start a process of one role; return it when it is at work."""
+    """Start a process with one role; return it when it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, role, name, str(SECONDS)],
         stdin=subprocess.PIPE,
@@ -63,7 +63,7 @@ def started(role, name):
 
 
 def medians(name, others):
-    """Return the seconds of a call on one thread and on two, beside other processes."""
+    """Return the median seconds of a call on one thread and on two, beside other processes."""
     processes = [started(role, name) for role in others]
     measured = started("measure", name)
     try:
@@ -79,7 +79,7 @@ def medians(name, others):
 @pytest.mark.parametrize("name", ["batch", "last", "group", "layer"])
 @pytest.mark.parametrize("others", [["call"], ["burn"], ["burn"] * 2, ["burn"] * 4], ids=" ".join)
 def test_two_threads_beside_busy_ones(name, others, figure):
-    """Medians of the quietest of three tries: an unlucky one says nothing of the others."""
+    """The smallest ratio of three tries counts, because a single try may be disturbed."""
     many = "a call" if others == ["call"] else f"{len(others)} busy threads"
     ratio = min(two / one for one, two in (medians(name, others) for _ in range(3)))
     figure(38, f"two threads / one, beside {many}", ratio)

@@ -1,4 +1,4 @@
-"""What cybn is built from: few things, with bounds."""
+"""The dependencies of cybn are few, and their versions are bounded."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""How many threads a call uses, and several Python threads on one layer."""
+"""The number of threads of a call, and several Python threads that use one layer."""
 
 import contextvars
 import sys
@@ -17,7 +17,7 @@ PYTHON_THREADS = 8
 
 @pytest.fixture(autouse=True)
 def default():
-    """Each test starts from the default number of threads."""
+    """Start each test with the default number of threads."""
     cybn.set_num_threads(None)
     yield cybn.get_num_threads()
     cybn.set_num_threads(None)
@@ -25,7 +25,7 @@ def default():
 
 @pytest.fixture
 def eager_switching():
-    """Let Python threads take turns as often as they can."""
+    """Make Python switch between threads as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -78,7 +78,7 @@ def test_scope_is_of_this_thread_alone(default):
             seen.append(cybn.get_num_threads())
         asked.set()
 
-    # an empty context, as some Pythons hand a new thread the context of the one that starts it
+    # some Pythons give a new thread the context of its parent, so give it an empty one
     thread = threading.Thread(target=contextvars.Context().run, args=(other,))
     thread.start()
     with cybn.threads(default + 1):
@@ -137,7 +137,7 @@ def test_one_layer_in_eval(eager_switching, rng):
 
 @pytest.mark.row(27)
 def test_one_layer_in_training(eager_switching, rng):
-    """With the mean of all batches as momentum, any serial order gives the same statistics."""
+    """With momentum None, updates in any order give the same statistics."""
     steps = 100
     batches = rng.standard_normal((PYTHON_THREADS, 12, 5)) + np.arange(5)
     layer = cybn.BatchNorm(5, momentum=None, dtype=np.float64)
@@ -180,7 +180,7 @@ def test_functions_in_many_threads(eager_switching, rng):
 @pytest.mark.row(27)
 @pytest.mark.parametrize("name", KINDS)
 def test_inference_takes_no_lock(name, rng):
-    """It goes on while another thread is moving running statistics."""
+    """Inference continues while another thread holds the lock of running statistics."""
     kind = KINDS[name]
     layer, x = kind.make().eval(), kind.data(rng)[0]
     want, done, held = kind.forward(layer, x), threading.Event(), threading.Event()
@@ -206,11 +206,11 @@ def test_inference_takes_no_lock(name, rng):
 
 
 def train_together(name, updates, rng, figure):
-    """Train one layer of a kind in all threads, and count what was lost.
+    """Train one layer of a kind in all threads, and count lost updates.
 
-    Mean, variance and count of a layer are replaced together, each from those before: where the
-    count is right, so is the chain of all updates. The mean of all batches, which does not depend
-    on their order, is compared as well.
+    Mean, variance and count of a layer are replaced together, from the previous ones. So if the
+    count is right, no update was lost. The mean of all batches, which does not depend on their
+    order, is also compared.
     """
     kind = KINDS[name]
     each = updates // PYTHON_THREADS
@@ -225,7 +225,7 @@ def train_together(name, updates, rng, figure):
         alone.momentum = 1.0
         wants.append(kind.forward(alone, x))
         means.append(alone.running_mean)
-    exact = kind.make().renorm is None  # which normalizes with what the others have learnt
+    exact = kind.make().renorm is None  # renorm depends on what other threads have learnt
 
     def train(i):
         wrong = 0
@@ -260,7 +260,7 @@ def test_no_update_of_100_000_is_lost(name, eager_switching, rng, figure):
 
 @pytest.mark.row(27)
 def test_setting_statistics_while_others_train(eager_switching, rng):
-    """A setter replaces its own part, and no update of the others is lost."""
+    """Setting one statistic keeps the other, and no update of other threads is lost."""
     layer, x = cybn.BatchNorm1d(6), rng.standard_normal((4, 6, 5), dtype=np.float32)
 
     def work(i):

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """List the kernel calls of eager modules: which pass, and of which norm."""
+    """Return a list of the kernel calls of eager modules, as (pass, norm)."""
     from cybn.torch import _autograd
 
     calls = []
@@ -22,12 +22,12 @@ def kernel_calls(monkeypatch):
 
 @pytest.fixture
 def borders():
-    """Leave small calls to PyTorch, as `convert` does."""
+    """Let PyTorch compute small calls, as `convert` does by default."""
 
 
 @pytest.fixture(autouse=True)
 def all_calls(request, monkeypatch):
-    """Let cybn compute calls of any size, where a test does not take the fixture `borders`."""
+    """Let cybn compute calls of any size, unless a test uses the fixture `borders`."""
     if "borders" not in request.fixturenames:
         from cybn.torch import _convert
 

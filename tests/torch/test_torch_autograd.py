@@ -1,4 +1,4 @@
-"""cybn.torch in PyTorch's autograd: what is saved, what is wanted, what is refused."""
+"""cybn.torch in PyTorch's autograd: saved tensors, requested gradients, and errors."""
 
 import pytest
 
@@ -148,7 +148,7 @@ def test_second_derivatives(leaf, training):
 
 
 def test_gradient_penalty_beside_another_path():
-    """A penalty does not lose the part that goes through the batch norm."""
+    """A penalty includes the part of its gradient that goes through the batch norm."""
     stock = nn.BatchNorm2d(5, dtype=torch.float64)
     grads = []
     for bn in (stock, twin(stock)):
@@ -205,7 +205,7 @@ def test_create_graph_alone_works():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("norms", [1, 2, 3])
 def test_checkpoint(norms, reentrant):
-    """Gradients, statistics and counters are PyTorch's, where a second forward stops early too."""
+    """Gradients, statistics and counters are PyTorch's, also if recomputation stops early."""
     layers = [nn.Conv2d(5, 5, 3), nn.Tanh()]
     for _ in range(norms):
         layers += [nn.BatchNorm2d(5), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""cybn.torch.convert and revert: what is swapped, what stays, and what `report` says."""
+"""cybn.torch.convert and revert: which modules are replaced, and the result of `report`."""
 
 import copy
 import io
@@ -27,21 +27,21 @@ def sequential():
 
 
 class Mine(nn.BatchNorm2d):
-    """Inherits forward."""
+    """A subclass that inherits forward."""
 
     def extra_repr(self):
         return "mine, " + super().extra_repr()
 
 
 class Doubles(nn.BatchNorm2d):
-    """Calls the forward that it inherits."""
+    """A subclass whose forward calls the inherited one."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Own(nn.Module):
-    """Normalizes by a function of PyTorch."""
+    """A module that normalizes by a function of PyTorch."""
 
     def __init__(self, channels):
         super().__init__()
@@ -55,7 +55,7 @@ class Own(nn.Module):
 
 
 class ByHand(nn.BatchNorm2d):
-    """Normalizes by formulas of its own."""
+    """A subclass that normalizes by its own formulas."""
 
     def forward(self, x):
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -63,7 +63,7 @@ class ByHand(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As detectron2, torchvision and DETR write it."""
+    """A frozen batch norm as in detectron2, torchvision and DETR."""
 
     def __init__(self, channels, eps=1e-5):
         super().__init__()
@@ -86,7 +86,7 @@ class FrozenBatchNormOtherwise(FrozenBatchNorm2d):
 
 
 def same(model, x, kernel_calls=None):
-    """Hold a converted copy against the model, in both modes; return it."""
+    """Compare a converted copy with the model in both modes, and return the copy."""
     ours = twin(model)
     for training in (True, False):
         grads = []
@@ -132,7 +132,7 @@ def test_kinds_of_modules(make, kernel_calls):
     assert isinstance(ours[0], type(module)) or parametrize.is_parametrized(ours[0])
     for how in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         if how is not copy.deepcopy and parametrize.is_parametrized(module):
-            continue  # PyTorch refuses
+            continue  # PyTorch cannot pickle these
         other = how(ours)
         torch.testing.assert_close(other.eval()(image()), ours.eval()(image()))
         assert type(other[0]) is type(ours[0])

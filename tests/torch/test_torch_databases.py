@@ -1,7 +1,8 @@
-"""PyTorch's own samples of every norm, with cybn's modules and functions in place of PyTorch's.
+"""PyTorch's own test samples of every norm, run with cybn's modules and functions, too.
 
-`module_db` makes modules and inputs, `op_db` arguments of functions. Each sample runs twice:
-results, gradients and buffers must agree. What PyTorch refuses must be refused with the same words.
+`module_db` makes modules and inputs, `op_db` makes arguments of functions. Each sample runs with
+both libraries, and results, gradients and buffers must agree. If PyTorch raises an error, cybn must
+raise the same one.
 """
 
 import copy
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def outcome(call, arguments, keywords):
-    """Return what a call returns and the gradients of all its tensors, or the error it raises."""
+    """Return the result of a call and the gradients of its tensors, or the error that it raises."""
     tensors = [t for t in (*arguments, *keywords.values()) if isinstance(t, torch.Tensor)]
     leaves = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors}
     arguments = [leaves.get(id(a), a) for a in arguments]
@@ -113,7 +114,7 @@ def test_functions(info, dtype, kernel_calls):
 
 
 def test_every_norm_is_listed():
-    """Norms of either database that are not run are not applicable, for a reason."""
+    """All norms of the databases are run, or listed as not applicable with a reason."""
     names = {info.module_cls.__name__ for info in module_db}
     norms = {name for name in names if "Norm" in name or "LRN" in name}
     run = {info.module_cls.__name__ for info in MODULES}

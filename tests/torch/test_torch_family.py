@@ -13,7 +13,7 @@ from torch_cases import step, twin  # noqa: E402
 from cybn import reference  # noqa: E402
 
 CONFIGURATIONS = 200
-# Four times the bound of docs/math.md for the family's results, whose terms are named below.
+# Four times the bound of docs/math.md for these norms, relative to the sizes in the test below.
 ULPS = {torch.float32: 2.0**-19, torch.float64: 2.0**-46}
 KINDS = ["layer", "rms", "group", "instance"]
 
@@ -54,7 +54,7 @@ def random_case(kind, rng, dtype):
 
 
 def exact(kind, module, x, dy):
-    """Return y, dx, dgamma and dbeta of a slow twin in float64, and the sizes of their terms."""
+    """Return y, dx, dgamma and dbeta by name, as computed by the reference in float64."""
     wide = [t.detach().double().numpy() for t in (x, dy)]
     parameters = dict(module.named_parameters())
     gamma, beta = (

@@ -1,4 +1,4 @@
-"""Faults that were found in use: each is PyTorch's answer now, or an error that says what to do."""
+"""Faults that users met: cybn now gives PyTorch's result, or an error that names a solution."""
 
 import copy
 import os
@@ -140,7 +140,7 @@ def test_4_revert_gives_back_the_class(how):
 
 
 def test_5_statistics_that_require_a_gradient():
-    """It is the gradient that PyTorch gives, or its error."""
+    """The gradient is the one that PyTorch gives, or the error is equal."""
     found = []
     for bn in (nn.BatchNorm2d(5), bn2d()):
         bn.eval()
@@ -169,7 +169,7 @@ def test_6_counters_under_checkpoints(fuse, fuse_all):
     assert torch.allclose(torch.tensor(counters[3]), torch.tensor(counters[1]), atol=1e-5)
 
 
-# 7: surgery on fused models: test_torch_fuse.py.
+# Fault 7, changes of fused models, is tested in test_torch_fuse.py.
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
@@ -206,4 +206,4 @@ def test_8_a_legacy_script_module():
     assert Legacy(cybn.torch.revert(bn2d()))(image()).shape == image().shape
 
 
-# 9: torch.save of a whole model: test_torch_convert.py.
+# Fault 9, torch.save of a whole model, is tested in test_torch_convert.py.

@@ -1,4 +1,4 @@
-"""cybn.torch.convert(fuse=True): batch norms computed together with what follows them."""
+"""cybn.torch.convert(fuse=True): batch norms are fused with the operations after them."""
 
 import copy
 import io
@@ -65,7 +65,7 @@ def image(*shape, dtype=torch.float64, last=False):
 
 
 class Follows(nn.Module):
-    """A batch norm, and a function of what it returns and of the input."""
+    """A batch norm, and a function of the module and the input that uses it."""
 
     def __init__(self, function):
         super().__init__()
@@ -80,7 +80,7 @@ def follows(function):
 
 
 def stack(activation, **options):
-    """Return two batch norms, each with an activation, with parameters that reach every branch."""
+    """Return two batch norms and activations, with parameters that reach every branch."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation(**options)]
     layers += [nn.BatchNorm2d(4), nn.Identity(), activation(**options)]
@@ -91,7 +91,7 @@ def stack(activation, **options):
 
 
 def fused(model, x=None):
-    """Return a fused copy that has learned what follows."""
+    """Return a fused copy that has already learned which operations follow, if x is given."""
     ours = cybn.torch.convert(copy.deepcopy(model), fuse=True)
     if x is not None:
         state = copy.deepcopy(ours.state_dict())
@@ -101,7 +101,7 @@ def fused(model, x=None):
 
 
 def results(model, x):
-    """Return the output, the gradients and the buffers of a step."""
+    """Return the output, the gradients and the buffers of a training step."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     y = model(x)
@@ -153,7 +153,7 @@ def test_gradcheck(activation, training):
 @each_activation
 @pytest.mark.parametrize("value", [0.0, 6.0, -3.0, 3.0])
 def test_at_the_borders(value, activation):
-    """At the kinks, where the derivative is a convention, it is PyTorch's."""
+    """At the kinks, where the derivative is a convention, it follows PyTorch."""
     model = nn.Sequential(nn.BatchNorm1d(2), activation()).double()
     with torch.no_grad():
         model[0].weight.zero_()
@@ -323,7 +323,7 @@ SURGERY = {
 @pytest.mark.parametrize("name", SURGERY)
 @each_mode
 def test_surgery(name, training):
-    """A fused model that was changed computes what a stock model changed alike does."""
+    """If a fused model and a stock model are changed in the same way, their results are equal."""
     model = stack(nn.ReLU).train(training)
     other = fused(model, image())
     first = (
@@ -381,7 +381,7 @@ def test_an_input_that_changes_in_between_raises():
 
 
 def test_what_goes_past_torchs_functions_raises():
-    """A function of autograd takes tensors as they are; it must not lose the gradient."""
+    """An autograd function takes the tensor itself, so an error prevents a lost gradient."""
 
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -453,7 +453,7 @@ def test_a_compiled_activation():
     ours = fused(model, image())
     for i in (2, 5):
         ours[i].compile(backend="eager")
-    with torch.no_grad():  # dynamo warns of tensors that are no leaves
+    with torch.no_grad():  # dynamo warns of tensors that are not leaves
         torch.testing.assert_close(ours(image()), model(image()))
 
 

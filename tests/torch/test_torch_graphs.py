@@ -84,7 +84,7 @@ def test_compile_of_sizes_that_change():
 @each_mode
 @pytest.mark.parametrize("last", [False, True])
 def test_inductor(name, training, last):
-    """The default backend, with memory formats and neighbours that it rearranges."""
+    """Test the default backend, which rearranges memory formats and neighbouring modules."""
     torch._dynamo.reset()
     stock, _, x = pair(name, training)
     layers = nn.Conv2d(3, 4, 1, dtype=torch.float64), nn.SiLU()
@@ -129,7 +129,7 @@ def test_jit_trace(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @each_norm
 def test_jit_script(name):
-    """Compiled programs hold PyTorch's own, so that they load without cybn."""
+    """Scripted programs contain PyTorch's own norms, so they can be loaded without cybn."""
     stock, ours, x = pair(name, training=False)
 
     class Derived(type(ours)):
@@ -145,7 +145,7 @@ def test_jit_script(name):
 
 @each_norm
 def test_operators_are_whole(name, monkeypatch):
-    """PyTorch's own checks of an operator: schema, fake results, autograd, compilation."""
+    """Operators pass PyTorch's own checks: schema, fake results, autograd, compilation."""
     _, ours, x = pair(name)
     seen = []
     from cybn.torch import _autograd
@@ -227,7 +227,7 @@ def test_modes_of_dispatch_see_one_operator():
 
 
 def test_fused_models_in_graphs():
-    """A graph has the steps one by one; its compiler puts pointwise ones together itself."""
+    """A graph contains separate steps; its compiler fuses pointwise ones itself."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     ours = cybn.torch.convert(copy.deepcopy(model), fuse=True)

@@ -1,4 +1,4 @@
-"""cybn.torch's memory: storages of gradients are used again, and none is marked."""
+"""cybn.torch's memory: storages of gradients are reused, and stay resizable."""
 
 import gc
 
@@ -15,7 +15,7 @@ from cybn.torch import _memory  # noqa: E402
 
 @pytest.fixture
 def storages(monkeypatch):
-    """Return the only storages there are, empty."""
+    """Replace the storages by an empty set of storages, and return it."""
     fresh = _memory.Storages()
     monkeypatch.setattr(_memory, "storages", fresh)
     return fresh
@@ -92,7 +92,7 @@ def test_small_gradients_are_pytorchs_own(storages):
 
 @pytest.mark.parametrize("shape", [(4, 5, 6, 7), (8, 5, 90, 90)], ids=["small", "large"])
 def test_storages_stay_resizable(shape):
-    """Of what goes in and of what comes out: inputs, parameters, statistics, results, gradients."""
+    """These are inputs, parameters, statistics, results and gradients."""
     bn = bn2d(5)
     x = torch.randn(shape, requires_grad=True)
     y = bn(x)

@@ -1,4 +1,4 @@
-"""cybn.torch: the modules compute what PyTorch's own do, and behave as they do."""
+"""cybn.torch: modules give the results of PyTorch's modules, and behave like them."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ from cybn import _dispatch  # noqa: E402
 from cybn.torch import _arrays, modules  # noqa: E402
 
 CONFIGURATIONS = 100
-SAME_MEANING = 2.0**10  # bounds within which PyTorch, less exact, still computes the same thing
+SAME_MEANING = 2.0**10  # largest error of PyTorch, in units of cybn's bound
 
 
 # ---- the same numbers --------------------------------------------------------------------
@@ -44,7 +44,7 @@ SAME_MEANING = 2.0**10  # bounds within which PyTorch, less exact, still compute
 @pytest.mark.row(15)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_random_configurations(dtype, rng, kernel_calls):
-    """Outputs, gradients and buffers of two steps, against exact values, beside PyTorch."""
+    """Outputs, gradients and buffers of two steps are within bounds and agree with PyTorch's."""
     most = {}
     for i in range(CONFIGURATIONS // 2):
         rank = 2 + i % 4
@@ -97,7 +97,7 @@ def test_gradcheck(rank, last, affine, training):
 @each_memory
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_far_from_zero(offset, last, rng):
-    """The error of y stays in its bound where the mean is far larger than the deviation."""
+    """The error of y is within its bound even if the mean is far larger than the deviation."""
     x = torch.from_numpy((rng.standard_normal((16, 16, 28, 28)) + offset).astype(np.float32))
     if last:
         x = x.to(memory_format=torch.channels_last)
@@ -110,9 +110,9 @@ def test_far_from_zero(offset, last, rng):
 
 
 def test_channels_last_where_torch_is_wrong_by_more_than_one():
-    """Half a million values a channel at offset 1e4: PyTorch's float32 sums have lost the variance.
+    """With half a million values in a channel at offset 1e4, float32 sums lose the variance.
 
-    Its error is printed, not asserted: a later version may well do better.
+    PyTorch's error is printed, not asserted, because a later version may be better.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 512, 512, generator=generator).add_(1e4)
@@ -127,7 +127,7 @@ def test_channels_last_where_torch_is_wrong_by_more_than_one():
 
 
 def test_loss_curve():
-    """Thirty steps of a small network stay as near to a float64 run as PyTorch's own do."""
+    """Over thirty steps of a small network, losses are about as close to float64 as PyTorch's."""
     torch.manual_seed(0)
     layers = []
     for c in (3, 8, 16):
@@ -180,7 +180,7 @@ def test_broadcast_statistics_are_left_to_torch(training, kernel_calls):
             results.append(bn(x).detach())
         except RuntimeError as error:
             results.append(str(error))
-    # Where they move, PyTorch's answer: its threads race for the one number.
+    # In training PyTorch computes them, because its threads race for the single number.
     assert bool(kernel_calls) is not training
     if isinstance(results[0], str):
         assert results[0] == results[1]
@@ -230,7 +230,7 @@ def test_views_share_memory(rank, last, kernel_calls):
         x = x.to(memory_format=FORMATS[rank])
     view = _arrays.array(x)
     assert view.ctypes.data == x.data_ptr()
-    assert _dispatch.layout(view, 1)[3]  # read in place
+    assert _dispatch.layout(view, 1)[3]  # read without a copy
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6, 7), (16, 32, 40, 40)], ids=["small", "large"])
@@ -344,7 +344,7 @@ def test_a_step_that_raises_changes_nothing():
     for wrong in (image(4, 5, 6), image(4, 6, 6, 7), image(1, 5, 1, 1), image().long()):
         with pytest.raises((ValueError, RuntimeError)):
             bn(wrong)
-    del before["num_batches_tracked"]  # PyTorch counts before it refuses
+    del before["num_batches_tracked"]  # PyTorch counts before it raises the error
     assert all(torch.equal(value, bn.state_dict()[name]) for name, value in before.items())
 
 

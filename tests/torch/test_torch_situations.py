@@ -1,6 +1,6 @@
-"""Some forty situations: computed by cybn, or by PyTorch with the reason in `report`.
+"""Some forty situations, in which cybn computes, or PyTorch does with the reason in `report`.
 
-The table of docs/pytorch.md has a row for each.
+The table of docs/pytorch.md has a row for each situation.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def image(**options):
 
 
 class Situation:
-    """A module, an input, what is done around the call, and who computes it."""
+    """A module, an input, the context and the form of the call, and why PyTorch computes it."""
 
     def __init__(
         self, x=image, make=BATCH, why="", around=contextlib.nullcontext, change=None, call=None
@@ -61,7 +61,7 @@ def with_one_number(module):
 
 
 def as_convert_leaves_it(module):
-    vars(module)["_cybn_borders"] = borders_of(module)  # which PyTorch's own does not look at
+    vars(module)["_cybn_borders"] = borders_of(module)  # ignored by PyTorch's own modules
     return module
 
 

@@ -1,4 +1,4 @@
-"""Small calls of converted modules, which PyTorch computes: bit for bit, and `report` says so."""
+"""Small calls of converted modules: PyTorch computes them, bit for bit, and `report` shows it."""
 
 import copy
 
@@ -31,7 +31,7 @@ def both(module, **options):
 
 
 def step(module, x, dy):
-    """Return all that a forward and a backward make."""
+    """Return all results of a forward and a backward."""
     x = x.clone().requires_grad_()
     module.zero_grad()
     y = module(x)
@@ -79,7 +79,7 @@ def test_an_instance_norm_without_a_batch_axis(kernel_calls):
 
 @each_norm
 def test_the_border(make, kernel_calls):
-    """A call of as many values as the border is computed by cybn, one of fewer is not."""
+    """cybn computes a call with as many values as the border, and PyTorch one with fewer."""
     module = cybn.torch.convert(make()).eval()
     border = borders_of(module)[0]
     sizes = -(-border // 144), border // 144 - 1
@@ -142,7 +142,7 @@ def test_a_copy_and_a_pickle_hand_over_too(kernel_calls, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch deprecates its own trace
 def test_graphs_hold_the_kernels(kernel_calls):
-    """Also those of small calls: their size may be another one when the graph runs."""
+    """Small calls are included, because the size may be different when the graph runs."""
     module = cybn.torch.convert(nn.BatchNorm2d(4)).eval()
     x = torch.randn(3, 4, 6, 6)
     torch._dynamo.reset()
@@ -160,7 +160,7 @@ def test_a_small_call_leaves_what_fusing_has_learned():
 
 
 class Scaled(nn.BatchNorm2d):
-    """A subclass whose forward normalizes in another method."""
+    """A subclass whose forward calls another method that normalizes."""
 
     def normalized(self, x):
         return nn.functional.batch_norm(

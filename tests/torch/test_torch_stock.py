@@ -1,4 +1,4 @@
-"""cybn.torch: what is left to PyTorch's own batch norm, and PyTorch's other machinery."""
+"""cybn.torch: calls that PyTorch's own batch norm computes, and other features of PyTorch."""
 
 import copy
 
@@ -25,7 +25,7 @@ HALF = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALF)
 @each_mode
 def test_half_precision(dtype, parameters, training, kernel_calls):
-    """Types are PyTorch's, and the errors no larger: y is the exact value, rounded once."""
+    """Types are PyTorch's, and errors are at most those of rounding the exact value once."""
     stock = nn.BatchNorm2d(5).train(training)
     stock = stock.to(dtype) if parameters == "half" else stock
     nn.init.uniform_(stock.weight, 0.5, 2)

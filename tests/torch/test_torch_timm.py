@@ -1,4 +1,4 @@
-"""Thirty models of timm, by name: how many norms are converted and fused, and the same numbers."""
+"""Thirty models of timm: results are equal, and most norms are converted and fused."""
 
 import copy
 
@@ -21,7 +21,7 @@ def make(name):
     side = options.pop("side", options.get("img_size", 64))
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, **options).double()
-    for module in model.modules():  # dropped paths and units draw numbers
+    for module in model.modules():  # dropped paths and units are random
         for rate in ("p", "drop_prob", "drop_rate"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
@@ -39,7 +39,7 @@ def step(model, x):
 
 
 def followed(model, x):
-    """Return how many batch norms an activation follows, or a sum and an activation, by report."""
+    """Return how many batch norms have a following activation, or sum and activation, by report."""
     rows = cybn.torch.report(model).rows
     never = ("takes what it returns", "not called")
     return sum(row.fused_with != "" or not any(text in row.why for text in never) for row in rows)
@@ -68,7 +68,7 @@ def test_model(name):
 
 
 def test_shares():
-    """At least 95 % of all norms are converted, and 80 % of those that something follows fused."""
+    """At least 95 % of all norms are converted, and 80 % of those that can be fused are fused."""
     assert set(SHARES) == set(MODELS), "run the whole file"
     norms, by_cybn, fused, can = (sum(counts) for counts in zip(*SHARES.values(), strict=True))
     print(f"{norms} norms: {by_cybn / norms:.1%} by cybn; {fused} of {can} fused")

@@ -1,8 +1,8 @@
-"""The types of the pages' examples: ``python tests/typing/check_pages.py`` runs mypy and pyright.
+"""Check the types of the pages' examples: ``python tests/typing/check_pages.py``.
 
-Each page's Python blocks become one module, as the tests run them; those of README.md and
-docs/*.md that need no other framework. Both checkers are strict about what cybn gives and takes: a
-function of a reader's own need not be annotated.
+It runs mypy and pyright on README.md and those pages of docs/ that need no other framework. The
+Python blocks of each page become one module, as in the tests. Both checkers are strict about types
+that cybn takes and returns, but a reader's own functions need no annotations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MYPY += ("--allow-untyped-defs", "--allow-untyped-calls")
 
 
 def main() -> int:
-    """Write the modules, run both checkers on them, and return 1 where one finds an error."""
+    """Write the modules, run both checkers on them, and return 1 if one of them finds an error."""
     with tempfile.TemporaryDirectory() as folder:
         written = []
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

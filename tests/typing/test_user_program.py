@@ -1,4 +1,4 @@
-"""The program whose types the gate checks: it runs, and it names every public class."""
+"""The program whose types mypy and pyright check runs, and uses every public class."""
 
 import inspect
 import runpy

@@ -1,4 +1,4 @@
-"""A program like those of users, which mypy --strict and pyright must accept as it stands."""
+"""A program like those of users, which mypy --strict and pyright must accept without errors."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ import cybn
 rng = np.random.default_rng(0)
 x = rng.standard_normal((8, 4, 6, 6), dtype=np.float32)
 
-# A network is a list of layers, which are callable whatever their kind.
+# A network is a list of layers; layers of every kind can be called.
 network: list[cybn.Layer] = [
     cybn.BatchNorm(4, momentum=None, nan_policy="skip"),
     cybn.BatchNorm2d(4, activation="relu", virtual_batch_size=4),
@@ -26,7 +26,7 @@ for layer in reversed(network):
     for p, g in zip(layer.parameters(), layer.gradients(), strict=True):
         p -= 0.1 * g
 
-# Ten lines with gamma and the statistics: nothing to assert, nothing to cast.
+# Operations on gamma and the statistics need no assertions and no casts.
 bn = cybn.BatchNorm2d(4, renorm=cybn.Renorm(r_max=1, d_max=0))
 bn.gamma *= 0.5
 bn.gamma[0] = 1
