@@ -1,6 +1,7 @@
 """Exchanging layer state with PyTorch, Keras, Flax, ONNX and files.
 
-By key mapping over plain dicts of arrays; nothing here needs those libraries.
+The functions map keys between plain dicts of arrays. They do not need those libraries, except that
+ONNX's protocol buffers need the package onnx.
 
 >>> import cybn
 >>> from cybn import interop
@@ -12,29 +13,29 @@ By key mapping over plain dicts of arrays; nothing here needs those libraries.
 >>> interop.from_torch(interop.to_torch(bn))
 BatchNorm(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
 
-Values are copied unchanged, so inference gives the same. Two conventions differ:
+Values are copied unchanged, so inference gives the same results. Two conventions differ:
 
-- *Momentum* weighs the new value in cybn and PyTorch, the old one in Keras, Flax and ONNX. The
-  functions here take and give it in the sense of the library that they are named after.
-- *The running variance* is the unbiased one in PyTorch, the biased one in Keras, Flax and ONNX. A
-  layer made from one of these has `running_ddof` 1 or 0 accordingly, so that its own updates go on
-  as they began. Given `count`, the values of a channel in a training batch, the variance itself is
-  converted, times n / (n - 1) or back.
+- *Momentum* is the weight of the new value in cybn and PyTorch, and the weight of the old value in
+  Keras, Flax and ONNX. Each function uses the convention of the library in its name.
+- *The running variance* is unbiased in PyTorch, and biased in Keras, Flax and ONNX. A new layer has
+  `running_ddof` 1 or 0 accordingly, so that its updates continue with the same kind of variance.
+  Converting the variance to the other kind multiplies it by n / (n - 1), or by the inverse. This
+  needs `count`, the number n of values per channel in a training batch.
 
 ===============  ===================================================================================
-_arrays.py       arrays of other libraries, in place where they allow it
+_arrays.py       arrays of other libraries as NumPy arrays, without a copy if possible
 _forms.py        what each library calls the arrays, and what they mean
-_narrow.py       types narrower than NumPy's, from their bits
+_narrow.py       bfloat16 and float8, converted from their bits to float32
 _layers.py       a layer from a group of arrays, and back
 _torch.py        PyTorch
 _keras.py        Keras
 _flax.py         Flax, both linen and nnx
-_onnx.py         ONNX: one node
+_onnx.py         ONNX: a single node
 _onnx_graph.py   ONNX: all nodes of a model
 _convert.py      a whole model's state at once
 _files.py        arrays and layers in files
 _saved.py        a layer as plain data for a file, and back
-_npz.py          npz files, read without trust
+_npz.py          npz files, read as untrusted input
 _safetensors.py  safetensors files
 ===============  ===================================================================================
 """

@@ -1,4 +1,4 @@
-"""Arrays of other libraries, in place where they allow it."""
+"""Arrays of other libraries as NumPy arrays, without a copy if possible."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from numpy.typing import NDArray
 
 from .. import _arguments, _foreign
 
-_HOST = (1, 3)  # DLPack's device types whose memory the CPU reads: CPU, and pinned for CUDA
+_HOST = (1, 3)  # DLPack's device types that the CPU can read: CPU, and CUDA's pinned memory
 
 
 def as_array(value: Any, name: str = "x") -> NDArray[Any]:
-    """Return an array of another library as a NumPy array, without a copy where possible.
+    """Return an array of another library as a NumPy array, without a copy if possible.
 
-    DLPack is tried first, then ``__array__``. PyTorch tensors, JAX and CuPy-like arrays on the CPU
-    share their memory with the result; the library decides whether it is writable.
+    DLPack is tried first, then ``__array__``. PyTorch tensors, JAX arrays and other arrays with
+    DLPack share their memory with the result if they are on the CPU. Their library decides whether
+    the result is writable.
 
     Parameters
     ----------
     value : array_like
         An array of NumPy, PyTorch, JAX, TensorFlow, Keras or any library that supports DLPack or
-        ``__array__``; or a number, or nested sequences of them. A tensor that requires gradients is
-        read without them, as by its ``detach()``. bfloat16 and float8 tensors of PyTorch become
-        float32, which holds their values exactly; bfloat16 arrays of JAX and of the package
-        ml_dtypes stay bfloat16.
+        ``__array__``; or a number, or nested sequences of numbers. A tensor that requires gradients
+        is detached first. bfloat16 and float8 tensors of PyTorch become float32, which represents
+        their values exactly. bfloat16 arrays of JAX and of the package ml_dtypes stay bfloat16.
     name : str, default "x"
         The name of the argument in error messages.
 
@@ -39,7 +39,7 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
     ValueError
         If `value` is on a device whose memory the CPU cannot read.
     TypeError
-        If it is masked, sparse, of a type that NumPy does not have, or not an array.
+        If `value` is masked, sparse, of a type that NumPy does not have, or not an array.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def as_array(value: Any, name: str = "x") -> NDArray[Any]:
 
 
 def as_floats(value: Any, name: str) -> NDArray[Any]:
-    """Return an array as by `as_array`, bfloat16 as float32: an array that NumPy computes with."""
+    """Return the result of `as_array`, converted to float32 if it is bfloat16."""
     array = as_array(value, name)
     return array.astype(np.float32) if _arguments.is_bfloat16(array.dtype) else array
 
@@ -82,11 +82,11 @@ def _check_device(value: Any, name: str) -> None:
     try:
         kind = int(value.__dlpack_device__()[0])
     except (AttributeError, BufferError, TypeError, ValueError):
-        kind = 0  # not one that DLPack knows
+        kind = 0  # DLPack does not know the device
     if kind not in _HOST:
         device = getattr(value, "device", f"of DLPack type {kind}")
         raise ValueError(
-            f"{name} lies on the device {device}; copy it to the CPU first, such as by {name}.cpu()"
+            f"{name} lies on the device {device}; copy it to the CPU first, as {name}.cpu() does"
         )
 
 

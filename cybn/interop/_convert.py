@@ -1,4 +1,4 @@
-"""A whole model's state at once: the keys of batch norms renamed, all others left as they are."""
+"""Converting a whole model's state: the keys of batch norms are renamed, others do not change."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class Converted(NamedTuple):
         For each batch norm, by its prefix in the old state, the new key of each old key; None if
         the new form has no such key.
     passed_over : dict of str to str
-        The reason, by prefix, why a group of keys with a running mean or variance was not
-        converted.
+        By prefix, the reason why keys that include a running mean or variance were not converted.
 
     Examples
     --------
@@ -55,7 +54,7 @@ def find(
     Parameters
     ----------
     state : mapping of str to array_like
-        Flat.
+        A flat dict.
     form : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
         The library whose names to look for.
     only : iterable of str, optional
@@ -117,9 +116,9 @@ def convert(
     Parameters
     ----------
     state : mapping of str to array_like
-        Flat. Read only.
+        A flat dict, which is not changed.
     source, target : {"torch", "keras", "keras-h5", "flax", "nnx", "onnx", "mxnet", "cybn"}
-        The form of `state`, and that of the result.
+        The forms of `state` and of the result.
     only, skip
         As in `find`.
     rename : callable, optional
@@ -128,10 +127,10 @@ def convert(
         The number of values per channel in a training batch, N * S, for all batch norms or by old
         prefix. If it is given and the two forms store different variances, the running variance is
         converted. Otherwise it is copied unchanged, and inference gives the same results. The form
-        "cybn" accepts both.
+        "cybn" can store either variance.
     state_ddof : {None, 0, 1}
         The kind of variance in `state`. None means the usual one of its form. Pass 1 for a Keras
-        state of TensorFlow's fused kernel, as in `from_keras`.
+        state from layers that used TensorFlow's fused kernel, as in `from_keras`.
 
     Returns
     -------
@@ -162,7 +161,7 @@ def convert(
     check_not_nested(state, found)
     counts = count if isinstance(count, Mapping) else dict.fromkeys(found.taken, count)
     if unknown := sorted(set(counts) - set(found.taken)):
-        raise ValueError(f"count is given for {unknown}, where no batch norm was taken")
+        raise ValueError(f"count is given for {unknown}, where no batch norm was found")
     gone = {key for keys in found.taken.values() for key in keys.values()}
     result = {key: value for key, value in state.items() if key not in gone}
     taken: dict[str, dict[str, str | None]] = {}
@@ -174,7 +173,9 @@ def convert(
         name = prefix if rename is None else rename(prefix)
         written = write(group, target, name)
         if both := sorted(set(written) & set(result)):
-            raise ValueError(f"the new key {both[0]!r} is in the state already; rename= moves it")
+            raise ValueError(
+                f"the new key {both[0]!r} is in the state already; change it by rename="
+            )
         result |= written
         taken[prefix] = {
             key: new.key(name, role) if role in new.roles else None for role, key in keys.items()

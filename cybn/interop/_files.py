@@ -1,4 +1,4 @@
-"""Arrays and layers in files: npz or safetensors, by the ending of the name."""
+"""Arrays and layers in npz or safetensors files. The ending of the name decides which."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from ._saved import LAYERS, called, layer_from, settings_of
 _File = str | os.PathLike[str] | IO[bytes]
 
 FORMATS = ("npz", "safetensors")
-SETTINGS = "__cybn__"  # the member of an npz file that holds the settings of layers
-METADATA = "__metadata__"  # what a safetensors file keeps beside the arrays
+SETTINGS = "__cybn__"  # the name of the settings of layers in an npz file
+METADATA = "__metadata__"  # the name of the metadata in the header of a safetensors file
 VERSION = 1
 MOST_BYTES = 1 << 32
-MOST_NAME = 65000  # bytes of a name; a zip archive has room for 65535, ending and all
+MOST_NAME = 65000  # bytes of a name; a zip archive allows 65535, with the ending
 
 
 def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = None) -> None:
     """Write a dict of arrays to a file.
 
     The file is written beside `path` and then moved there, so `path` never has an incomplete file.
-    Where `path` is a symbolic link, that is done to the file it points to.
+    If `path` is a symbolic link, the file that it points to is replaced.
 
     Parameters
     ----------
     path : path or binary file
-        A path ends in ".npz" or ".safetensors", which needs the package of that name. An open file,
-        such as an `io.BytesIO`, is written in one call of its ``write``.
+        A path must end in ".npz" or ".safetensors", unless `format` is given. An open file, such as
+        an `io.BytesIO`, is written by one call of its ``write``.
     arrays : mapping of str to array_like
         Arrays of bool, int, float or complex, if the format has the type. bfloat16 is stored as
         bfloat16 in a safetensors file and as float32 in an npz file.
     format : {"npz", "safetensors"}, optional
-        None means that the ending of the path decides, and npz for an open file.
+        None means the format of the path's ending, or npz for an open file.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def save_arrays(path: _File, arrays: Mapping[str, Any], *, format: str | None = 
     OSError
         If the file cannot be written.
     ImportError
-        If safetensors is not installed.
+        If the format is safetensors and that package is not installed.
 
     Examples
     --------
@@ -80,7 +80,8 @@ def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
     Parameters
     ----------
     path : path or binary file
-        A path ends in ".npz" or ".safetensors"; an open file is read from its position to its end.
+        A path must end in ".npz" or ".safetensors". An open file is read from its position to its
+        end.
     most_bytes : int, default 4 GiB
         The largest size of an unpacked npz file. Uncompressed files have no limit.
 
@@ -97,7 +98,7 @@ def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
     OSError
         If it cannot be opened.
     ImportError
-        If safetensors is not installed.
+        If the format is safetensors and that package is not installed.
 
     Examples
     --------
@@ -114,7 +115,7 @@ def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
 
 
 def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
-    """Write a layer, or layers by name, with all their settings, mode and switches to a file.
+    """Write a layer, or a dict of layers, to a file, with all settings, modes and switches.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
     Raises
     ------
     TypeError
-        If `layers` has an object of another class.
+        If `layers` is or has an object of another class.
     ValueError
         If a name is empty, two names make the same key, or a layer could not be loaded again, such
         as one with NaN in its running statistics; and as in `save_arrays`.
@@ -152,7 +153,7 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
         )
     arrays: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    limits: dict[int, int] = {}  # a number for each Renorm, which layers may share
+    limits: dict[int, int] = {}  # a number for each Renorm, because layers may share one
     for name, layer in named.items():
         if LAYERS.get(type(layer).__name__) is not type(layer):
             raise TypeError(
@@ -174,7 +175,7 @@ def save_layers(path: _File, layers: Any, *, format: str | None = None) -> None:
 
 
 def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Refuse a layer that `load_layers` would refuse, and with it all others of the file."""
+    """Raise ValueError for a layer with which `load_layers` could not load the file."""
     try:
         layer_from(name, json.loads(json.dumps(settings)), dict(state), {})
     except (TypeError, ValueError) as error:
@@ -185,7 +186,7 @@ def _check_loadable(name: str, settings: dict[str, Any], state: Mapping[str, Any
 
 
 def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
-    """Return the layer, or the layers by name, of a file of `save_layers`.
+    """Return the layer, or the dict of layers, in a file that `save_layers` wrote.
 
     Parameters
     ----------
@@ -195,14 +196,14 @@ def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
     Returns
     -------
     layer or dict of str to layers
-        New layers with the kinds, modes and switches that were saved; in training mode if the file
-        has no mode.
+        New layers with the classes, modes and switches that were saved. They are in training mode
+        if the file has no mode.
 
     Raises
     ------
     ValueError
-        As in `load_arrays`, and if the file has no settings of layers, settings and arrays do not
-        fit together, or a layer refuses them.
+        As in `load_arrays`, and if the file has no settings of layers, the settings and arrays do
+        not fit together, or a layer rejects them.
     OSError, ImportError
         As in `load_arrays`.
 
@@ -239,7 +240,7 @@ def load_layers(path: _File, *, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def _named_layer(name: str, settings: Any, arrays: dict[str, Any], limits: Any) -> Any:
-    """Return a layer as `_layer` does; errors name it, and how to get at the arrays."""
+    """Return a layer as `layer_from` does. Errors name it, and say how to load the arrays."""
     try:
         return layer_from(name, settings, arrays, limits)
     except ValueError as error:
@@ -247,7 +248,7 @@ def _named_layer(name: str, settings: Any, arrays: dict[str, Any], limits: Any) 
 
 
 def _is_open(place: Any, method: str) -> bool:
-    """Whether this is an open file; TypeError where it is neither that nor a path."""
+    """Return whether this is an open file. Raise TypeError if it is not a path either."""
     if isinstance(place, str | os.PathLike):
         return False
     if isinstance(place, io.TextIOBase) or not hasattr(place, method):
@@ -259,7 +260,7 @@ def _is_open(place: Any, method: str) -> bool:
 
 
 def _format(place: _File, format: str | None) -> str:
-    """Return which of the formats is meant; by the ending of a path where `format` is None."""
+    """Return `format`. If it is None, return that of a path's ending, or npz for a file."""
     if format is not None:
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
@@ -274,7 +275,7 @@ def _format(place: _File, format: str | None) -> str:
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise errors of the system with the path as the caller wrote it."""
+    """Raise an OSError with the path that the caller gave, not with that of another file."""
     try:
         yield
     except OSError as error:
@@ -286,7 +287,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def _save(
     place: _File, arrays: Mapping[str, Any], settings: dict[str, Any], format: str | None = None
 ) -> None:
-    """Write arrays and settings to an open file, or to one of another name that is then moved."""
+    """Write arrays and settings to an open file, or to a new file that is moved to a path."""
     to_open, kind = _is_open(place, "write"), _format(place, format)
     if not isinstance(arrays, Mapping) or not all(isinstance(name, str) for name in arrays):
         raise TypeError("arrays must be a dict of str to arrays")
@@ -296,7 +297,7 @@ def _save(
     plain = {name: read(array, name) for name, array in arrays.items()}
     for name, array in plain.items():
         if array.dtype.kind not in _npz.KINDS and array.dtype.name != "bfloat16":
-            raise TypeError(f"{name} is {array.dtype}; it must be of numbers")
+            raise TypeError(f"{name} is {array.dtype}; it must consist of numbers")
     text = json.dumps(settings) if settings else ""
     note = {SETTINGS: np.frombuffer(text.encode(), np.uint8)} if text else {}
     metadata = {"cybn": text} if text else {}
@@ -307,15 +308,17 @@ def _save(
         else:
             buffer.write(_safetensors.packed(plain, metadata))
         written = cast("IO[bytes]", place).write(buffer.getvalue())
-        if isinstance(written, int) and written < buffer.tell():  # as files without a buffer may
+        # A file without a buffer may write less than it was given.
+        if isinstance(written, int) and written < buffer.tell():
             raise OSError(
-                f"the file took {written} of {buffer.tell()} bytes; give one with a buffer"
+                f"the file took {written} of {buffer.tell()} bytes; open it with a buffer"
             )
         return
     path = cast("str | os.PathLike[str]", place)
-    target = os.path.realpath(path) if os.path.islink(path) else path  # a link stays one
-    # A name that nobody else has. Permissions are those of the file that is replaced, or of any
-    # new file, also where safetensors puts a private file of its own in its place.
+    target = os.path.realpath(path) if os.path.islink(path) else path  # a link stays a link
+    # A random name, which no other process uses. The file gets the permissions of the file that it
+    # replaces, or else of any new file. They are set last, because safetensors replaces `partial`
+    # by a file that only its owner can read.
     partial = Path(target).with_name(f".{secrets.token_hex(8)}.partial")
     with _naming(path):
         partial.touch(exist_ok=False)
@@ -333,7 +336,7 @@ def _save(
 
 
 def _check_name(name: str) -> None:
-    """Refuse what a file could not give back."""
+    """Raise ValueError for a name that could not be loaded again."""
     if name in (SETTINGS, METADATA):
         raise ValueError(f"the name {name!r} is taken, by cybn or by safetensors; choose another")
     try:
@@ -347,7 +350,7 @@ def _check_name(name: str) -> None:
 
 
 def _load(place: _File, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:
-    """Return arrays and the text of the settings of layers, empty where there are none."""
+    """Return the arrays, and the text of the layers' settings, which may be empty."""
     if _is_open(place, "read"):
         data = cast("IO[bytes]", place).read()
         if not data:
@@ -359,7 +362,7 @@ def _load(place: _File, most_bytes: int) -> tuple[dict[str, NDArray[Any]], str]:
         return _untied(_npz.read(io.BytesIO(data), most_bytes))
     path = cast("str | os.PathLike[str]", place)
     kind = _format(path, None)
-    with open(path, "rb") as file:  # OSError where it cannot be opened
+    with open(path, "rb") as file:  # raises OSError if it cannot be opened
         try:
             if kind == "npz":
                 return _untied(_npz.read(file, most_bytes))

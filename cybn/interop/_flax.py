@@ -12,7 +12,7 @@ from ._layers import FAMILY, INSTANCE, arrays_of, build, check_norm, needs_eps, 
 
 Api = Literal["linen", "nnx"]
 
-_DEEPEST = 100  # dicts in dicts; a model has a dozen
+_DEEPEST = 100  # levels of nested dicts; models have about a dozen
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -23,7 +23,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     nested : mapping
         Dicts in dicts, such as Flax's variables.
     prefix : str, optional
-        Put before each key.
+        A text that is put before each key.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     ------
     ValueError
         If two leaves have the same path, as in ``{"a/b": 1, "a": {"b": 2}}``, or the dicts are
-        nested without end.
+        nested more than 100 deep.
 
     Examples
     --------
@@ -128,13 +128,14 @@ def from_flax(
     Parameters
     ----------
     variables : mapping
-        linen: ``{"params": ..., "batch_stats": ...}``, nested or flat with "/" between the keys;
-        nnx: a pure dict of the module's state. Read only.
+        In linen ``{"params": ..., "batch_stats": ...}``, nested, or flat with "/" between the keys.
+        In nnx a pure dict of the module's state. `variables` is not changed.
     prefix : str, default ""
-        Where in `variables` the module is, such as "Block_0/BatchNorm_0"; without the collection.
+        The path of the module in `variables`, such as "Block_0/BatchNorm_0", without the
+        collection.
     epsilon, momentum, axis
-        The settings of the module, with Flax's meaning: `momentum` weighs the old value. An epsilon
-        of None is Flax's default, 1e-5 for a batch norm and 1e-6 for all others.
+        The settings of the module, with Flax's meaning: `momentum` is the weight of the old value.
+        An epsilon of None is Flax's default, 1e-5 for a batch norm and 1e-6 for all others.
     api : {"linen", "nnx"}
         The API of Flax that the module belongs to.
     layer, running_ddof, count, state_ddof, num_groups
@@ -176,15 +177,15 @@ def to_flax(
     bn, count
         As in `to_keras`.
     prefix : str, default ""
-        Where in the dict the module is, with "/" between the parts.
+        The path of the module in the dict, with "/" between the parts.
     api : {"linen", "nnx"}
-        linen: ``{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}``, `prefix` below
-        the collections; nnx: all four side by side.
+        "linen" gives ``{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}``, with
+        `prefix` below the collections. "nnx" gives all four in one dict.
 
     Returns
     -------
     dict
-        Of copies.
+        Nested dicts with copies of the arrays.
 
     Raises
     ------
@@ -218,8 +219,8 @@ def flax_options(bn: Any) -> dict[str, Any]:
     Raises
     ------
     TypeError, ValueError
-        As in `torch_options`, and if the momentum or eps is None: Flax has neither the mean of all
-        batches nor an epsilon of the input's type.
+        As in `torch_options`, and if the momentum or eps is None, because Flax supports neither the
+        mean of all batches nor an epsilon that depends on the input's dtype.
 
     Examples
     --------

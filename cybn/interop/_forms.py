@@ -1,4 +1,4 @@
-"""The forms of a batch norm's state: what each library calls its arrays, and what they mean.
+"""The forms of a batch norm's state: how each library names its arrays, and its kind of variance.
 
 ===========  ========================================================================  ==========
 form         keys of a batch norm with the prefix p                                    variance
@@ -13,8 +13,9 @@ onnx         p.scale  p.B     p.input_mean    p.input_var; read as p.mean, p.var
 mxnet        p_gamma  p_beta  p_moving_mean   p_moving_var; read as p_running_... too  biased
 ===========  ========================================================================  ==========
 
-A *group* is what one batch norm has, by the names of cybn's own state. The tails that are read are
-those of TensorFlow: ``:0``, ``/ExponentialMovingAverage``, ``/.ATTRIBUTES/VARIABLE_VALUE``.
+A *role* is the name of an array in cybn's own state, and a *group* is a dict of the arrays of one
+batch norm by role. Keys of Keras may have one of TensorFlow's tails when they are read: ``:0``,
+``/ExponentialMovingAverage`` or ``/.ATTRIBUTES/VARIABLE_VALUE``.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ Group = dict[str, Any]
 class Form:
     """How one library names the arrays of a batch norm."""
 
-    leaves: dict[str, str]  # last part of a key -> role; the first of a role is the one written
+    leaves: dict[str, str]  # last part of a key -> role; the first one of a role is written
     separator: str
-    ddof: int | None  # of the running variance; None: that of the layer
-    tails: tuple[str, ...] = ()  # that a key may have when read
-    heads: tuple[str, ...] = ()  # likewise
+    ddof: int | None  # of the running variance; None means that of the layer
+    tails: tuple[str, ...] = ()  # ends of a key that are ignored
+    heads: tuple[str, ...] = ()  # beginnings of a key that are ignored
     collections: dict[str, str] | None = None  # first part of the key, by role
     tracked: bool = True  # whether it always has running statistics
     affine: bool = False  # whether it always has gamma and beta
-    lone: bool = False  # whether gamma or beta may stand alone where it is written
-    hint: str = ""  # what a prefix must have in it, where the keys do not say enough
-    sure: bool = True  # whether mean and variance alone show that it is a batch norm
+    lone: bool = False  # whether it may be written with only one of gamma and beta
+    hint: str = ""  # text that a prefix must contain, if the keys are ambiguous
+    sure: bool = True  # whether mean and variance are enough to recognize a batch norm
 
     def parse(self, key: str) -> tuple[str, str] | None:
-        """Return the prefix and the role of a key; None where it has no part in a batch norm."""
+        """Return the prefix and the role of a key, or None if it is not from a batch norm."""
         if not isinstance(key, str):
             return None
         for head in self.heads:
@@ -86,7 +87,7 @@ class Form:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles that it has keys for, in the order in which they are written."""
+        """The roles that the form has keys for, in the order in which they are written."""
         return tuple(dict.fromkeys(self.leaves.values()))
 
 
@@ -167,35 +168,35 @@ FORMS = {
     ),
 }
 
-# Of PyTorch, at a prefix: what is there instead of a weight or bias that is computed from others.
+# PyTorch's keys at a prefix if weight or bias is computed from other arrays.
 _COMPUTED = re.compile(
     r"(?:(.*)\.)?(?:parametrizations\.(?:weight|bias)\..*|(?:weight|bias)_(?:orig|mask|g|v|u))"
 )
 
 
 def computed(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return a sentence for each prefix at which PyTorch has parametrized or pruned a module."""
+    """Return an explanation for each prefix at which PyTorch parametrized or pruned a module."""
     found = {}
     for key in state:
         if isinstance(key, str) and (match := _COMPUTED.fullmatch(key)):
             found[match[1] or ""] = (
-                f"{key!r} shows that the module is parametrized or pruned, so the state has what "
-                "its arrays are computed from. Before state_dict(), call torch.nn.utils.parametrize"
-                ".remove_parametrizations(module, name), or torch.nn.utils.prune.remove(module, "
-                "name)"
+                f"{key!r} shows that the module is parametrized or pruned, so the state has "
+                "only the arrays that weight or bias is computed from. Before state_dict(), call "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, name), or "
+                "torch.nn.utils.prune.remove(module, name)"
             )
     return found
 
 
 def form(name: str) -> Form:
-    """Return a form by name; ValueError if that name is unknown."""
+    """Return the form with this name. Raise ValueError if the name is unknown."""
     if name not in FORMS:
         raise ValueError(f"the form is {name!r}; it must be one of {', '.join(FORMS)}")
     return FORMS[name]
 
 
 class Found(NamedTuple):
-    """Which keys of a state belong to batch norms."""
+    """The keys of a state that belong to batch norms, and why others were passed over."""
 
     taken: dict[str, dict[str, str]]  # prefix -> role -> key
     passed_over: dict[str, str]  # prefix -> why it was not taken
@@ -244,11 +245,9 @@ def _check_flat(state: Any) -> None:
         return
     text = f"the state is of type {type(state).__name__}; it must be a flat dict"
     if callable(getattr(state, "state_dict", None)):
-        text += ". Give its state_dict(); a module's own eps and momentum go with eps=, momentum="
+        text += ". Give its state_dict(). from_torch also needs eps= and momentum= of the module"
     elif callable(getattr(state, "get_weights", None)):
-        text += (
-            '. Make one of its weights: {w.path: w.numpy() for w in layer.weights}, form "keras"'
-        )
+        text += '. Give {w.path: w.numpy() for w in layer.weights}, which has the form "keras"'
     raise TypeError(text)
 
 
@@ -267,7 +266,7 @@ def check_not_nested(state: Mapping[str, Any], found: Found) -> None:
 def _doubts(
     state: Mapping[str, Any], known: Form, prefix: str, keys: dict[str, str], sure: bool
 ) -> Iterator[str]:
-    """Yield the reasons why a group is not a batch norm. `sure`: the caller says that it is."""
+    """Yield reasons why a group is not a batch norm. `sure` means that the caller named it."""
     tracks = {MEAN, VAR} & set(keys)
     if len(tracks) == 1:
         yield "it has a mean or a variance, but not both"
@@ -284,15 +283,16 @@ def _doubts(
 
 
 def read(state: Mapping[str, Any], name: str, prefix: str, tracks: bool = True) -> Group:
-    """Return the group at a prefix, as NumPy arrays; with running statistics if a form has them.
+    """Return the group at a prefix, as NumPy arrays.
 
-    `tracks` is False for layers that have none.
+    Raise ValueError if the form always has running statistics and the group has none, unless
+    `tracks` is False, as for layers that never have them.
     """
     _check_flat(state)
     known = form(name)
     group: Group = {}
     for key, value in state.items():
-        if value is None:  # what PyTorch's attributes are where a module has none
+        if value is None:  # the attribute of a PyTorch module that lacks the array
             continue
         if (parsed := known.parse(key)) is not None and parsed[0] == prefix:
             if parsed[1] in group:
@@ -310,13 +310,13 @@ def read(state: Mapping[str, Any], name: str, prefix: str, tracks: bool = True) 
         group[BATCHES] = counter(group[BATCHES])
     if known.tracked and tracks and MEAN not in group:
         raise ValueError(
-            f"there is no {known.key(prefix, MEAN)!r}: at prefix {prefix!r} is no batch norm"
+            f"there is no {known.key(prefix, MEAN)!r}, so no batch norm is at prefix {prefix!r}"
         )
     return group
 
 
 def _nothing_there(state: Mapping[str, Any], name: str, prefix: str) -> str:
-    """Return that there is no batch norm at a prefix, where there are, or of which form."""
+    """Return an error message that says where, or in which form, batch norms were found."""
     others = ", ".join(map(repr, search(state, name, None, ()).taken)) or "none"
     text = f"no batch norm of the form {name!r} at prefix {prefix!r}; there are: {others}"
     for form_name in FORMS if others == "none" else ():
@@ -333,7 +333,7 @@ def _nothing_there(state: Mapping[str, Any], name: str, prefix: str) -> str:
 
 
 def counter(value: Any) -> NDArray[Any]:
-    """Return a number of batches as an integer; averages of checkpoints make floats of it."""
+    """Return a number of batches as an integer. In averaged checkpoints it is a float."""
     count = as_floats(value, "num_batches_tracked")
     if count.size != 1 or count.dtype.kind != "f" or not abs(count.item()) < 2**63:
         return count
@@ -343,8 +343,8 @@ def counter(value: Any) -> NDArray[Any]:
 def write(group: Group, name: str, prefix: str, whole: bool = True) -> dict[str, Any]:
     """Return a group under the keys of a form.
 
-    Scale and shift of a batch norm without them are 1 and 0 where the form always has them, unless
-    `whole` is False.
+    A missing scale or shift becomes 1 or 0 if the form always has both, or cannot have only one of
+    them, unless `whole` is False.
     """
     known = form(name)
     group = {role: value for role, value in group.items() if role in known.roles}
@@ -361,9 +361,9 @@ def write(group: Group, name: str, prefix: str, whole: bool = True) -> dict[str,
 
 
 def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
-    """Return a running variance of one convention in the other: times n / (n - 1), or back.
+    """Return a running variance with another ddof: times n / (n - 1), or times the inverse.
 
-    Computed in long double and rounded once.
+    The result is computed in long double and rounded once.
     """
     array = as_floats(var, "running_var")
     if ddof == to:
@@ -377,7 +377,7 @@ def variance(var: Any, ddof: int, to: int, count: Any) -> NDArray[Any]:
     if n.shape not in ((), array.shape) or not (np.isfinite(n) & (n > 1)).all():
         raise ValueError(
             f"count is {count!r}; it must be the number of values of a channel in a training "
-            f"batch, N * S: above 1, one number or one a channel"
+            f"batch, N * S: above 1, one number or one per channel"
         )
     above, below = (n - 1, n) if ddof == 1 else (n, n - 1)
     return np.asarray((array.astype(np.longdouble) * above / below).astype(array.dtype))

@@ -29,23 +29,23 @@ def from_keras(
     Parameters
     ----------
     weights : mapping of str to array_like
-        By their paths, as from ``{w.path: w for w in model.weights}``. Read only.
+        The weights by path, as in ``{w.path: w for w in model.weights}``. They are not changed.
     prefix : str, default ""
-        Where in `weights` the layer is, such as "sequential/batch_normalization".
+        The path of the layer in `weights`, such as "sequential/batch_normalization".
     epsilon, momentum, axis
-        The settings of the Keras layer, with Keras's meaning: `momentum` weighs the old value. An
-        epsilon of None is Keras's default, 1e-3, and 1e-6 for an RMSNorm.
+        The settings of the Keras layer, with Keras's meaning: `momentum` is the weight of the old
+        value. An epsilon of None is Keras's default, 1e-6 for an RMSNorm and 1e-3 for all others.
     layer : type, default BatchNorm
         As in `from_torch`.
     running_ddof : {None, 0, 1}
-        None: the layer continues with the kind of variance in the weights, which is biased in
-        Keras. 1: the layer uses the unbiased variance from now on, and running_var is converted.
+        With None the layer continues with the kind of variance in the weights, which is biased in
+        Keras. With 1 it uses the unbiased variance from now on, and running_var is converted.
     count : int or array_like, optional
         The number of values per channel in a training batch, N * S; needed if the variance is
         converted.
     state_ddof : {None, 0, 1}
-        The kind of variance in the weights. None means biased. Pass 1 for weights of TensorFlow's
-        fused kernel, which Keras 2 and TF1 use for inputs of 4 axes.
+        The kind of variance in the weights. None means biased. Pass 1 for weights from TensorFlow's
+        fused kernel, which Keras 2 and TF1 use for inputs with 4 axes.
     num_groups : int, optional
         The number of groups of a GroupNorm, ``groups`` in Keras.
 
@@ -53,8 +53,8 @@ def from_keras(
     -------
     layer
         A new layer in training mode with copies of the arrays. Its `momentum` is 1 - `momentum`,
-        computed in decimal. A missing scale or center is 1 or 0. `num_batches_tracked` is 0,
-        because Keras does not count batches.
+        computed in decimal. If only one of gamma and beta is there, the other becomes 1 or 0.
+        `num_batches_tracked` is 0, because Keras does not count batches.
 
     Raises
     ------
@@ -120,8 +120,8 @@ def to_keras(
 def keras_options(bn: Any) -> dict[str, Any]:
     """Return the settings for the corresponding layer of ``keras.layers``.
 
-    That is a BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization; the
-    last for an instance norm, too. A batch norm after `freeze` has ``trainable=False``.
+    That is a BatchNormalization, LayerNormalization, RMSNormalization or GroupNormalization. An
+    instance norm is a GroupNormalization, too. A batch norm after `freeze` has ``trainable=False``.
 
     Parameters
     ----------
@@ -136,8 +136,8 @@ def keras_options(bn: Any) -> dict[str, Any]:
     Raises
     ------
     TypeError, ValueError
-        As in `torch_options`, and if the momentum or eps is None: Keras has neither the mean of all
-        batches nor an epsilon of the input's type.
+        As in `torch_options`, and if the momentum or eps is None, because Keras supports neither
+        the mean of all batches nor an epsilon that depends on the input's dtype.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from ..layers import (
 from ._arrays import as_floats
 from ._forms import BATCHES, BETA, GAMMA, MEAN, VAR, Group, form, read, variance, write
 
-# Layers by the names of the other libraries; those of each kind, in the order of this tuple.
+# The kinds of layers. INSTANCE is in the order of the number of spatial axes.
 BATCH = BatchNorm
 INSTANCE = (InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
 FAMILY = (LayerNorm, RMSNorm, GroupNorm)  # without running statistics
@@ -64,10 +64,10 @@ def build(
 
 
 def _vectors(group: Group) -> tuple[dict[str, NDArray[Any]], type[np.floating[Any]]]:
-    """Return the arrays of a group, of one shape, and the type that holds all of them."""
+    """Return the arrays of a group, which must have one shape, and the widest of their types."""
     vectors = {role: as_floats(value, role) for role, value in group.items() if role != BATCHES}
     shape = next(iter(vectors.values())).shape
-    for role, array in vectors.items():  # before room is made for them
+    for role, array in vectors.items():  # before memory is allocated for a layer
         if array.shape != shape:
             raise ValueError(f"{role} has shape {array.shape}; it must have shape {shape}")
     wide = any(array.dtype == np.float64 for array in vectors.values())
@@ -79,15 +79,15 @@ def layer_of(group: Group, layer: type[Any], **options: Any) -> Any:
     for role, value in group.items():
         if role != BATCHES and np.ndim(value) != 1:
             raise ValueError(
-                f"{role} has shape {np.shape(value)}; it must have shape (C,). At this prefix may "
-                "be a layer of another kind"
+                f"{role} has shape {np.shape(value)}; it must have shape (C,). There may be a "
+                "layer of another kind at this prefix"
             )
     vectors, dtype = _vectors(group)
     first = next(iter(vectors.values()))
     affine, track = bool({GAMMA, BETA} & set(vectors)), VAR in vectors
     bn = layer(first.size, affine=affine, track_running_stats=track, dtype=dtype, **options)
     counted = {BATCHES: group[BATCHES]} if BATCHES in group else {}
-    # A lone gamma or beta joins the layer's own.
+    # If only one of gamma and beta is given, the other keeps its initial value.
     bn.load_state_dict(bn.state_dict() | vectors | counted)
     return bn
 
@@ -117,17 +117,17 @@ def check_norm(bn: Any) -> None:
     """Raise an error for anything but a layer, and for options that other libraries lack."""
     known: tuple[Any, ...] = NORMS
     if not isinstance(bn, known):
-        raise TypeError(f"bn is of type {type(bn).__name__}; it must be a layer, as cybn.BatchNorm")
+        raise TypeError(f"bn is of type {type(bn).__name__}; it must be a layer of cybn")
     if getattr(bn, "activation", None) is not None:
         raise ValueError(
-            f"bn has the activation {bn.activation!r}, which the other library has as a layer of "
-            "its own: convert a copy whose activation is None (twin = copy.copy(bn); "
+            f"bn has the activation {bn.activation!r}, which is a layer of its own in the other "
+            "library: convert a copy whose activation is None (twin = copy.copy(bn); "
             "twin.activation = None), and put the activation after it there"
         )
     if getattr(bn, "use_batch_statistics", None) is True and bn.track_running_stats:
         raise ValueError(
             "use_batch_statistics is True: bn normalizes with the statistics of each batch in "
-            "inference too, and a layer with its running statistics there would not. Convert a "
+            "inference too, but the converted layer would use its running statistics. Convert a "
             "copy whose use_batch_statistics is None"
         )
 
@@ -153,7 +153,7 @@ def arrays_of(bn: Any, name: str, prefix: str, count: Any) -> dict[str, Any]:
 
 
 def needs_eps(bn: Any) -> float:
-    """Return the eps of a layer; ValueError where it depends on the input's type."""
+    """Return the eps of a layer. Raise ValueError if it depends on the input's dtype."""
     if bn.eps is None:
         raise ValueError(
             "eps is None, the machine epsilon of the input's dtype, which only PyTorch has as "
@@ -163,10 +163,10 @@ def needs_eps(bn: Any) -> float:
 
 
 def other_momentum(momentum: float | None) -> float:
-    """Return the weight of the old value from that of the new one, or back.
+    """Return 1 - momentum, which converts between the weights of the old and the new value.
 
-    In decimal, so that 0.1 becomes 0.9, and 0.1 again. What is out of range is refused here, where
-    the error can still show the value that was given.
+    It is computed in decimal, so that 0.1 becomes exactly 0.9, and 0.9 becomes 0.1 again. A value
+    out of range is rejected here, so that the error shows the momentum that was given.
     """
     if momentum is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Types narrower than NumPy's, from their bits: all become float32, which holds them exactly."""
+"""bfloat16 and float8, converted from their bits to float32, which represents them exactly."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ Float = NDArray[np.float32]
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> Float:
-    """Return bfloat16, which is the upper half of float32."""
+    """Return bfloat16 values, whose bits are the upper half of those of float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def from_float8_e5m2(bits: NDArray[np.uint8]) -> Float:
-    """Return float8 with 5 bits of exponent, which is the upper half of float16."""
+    """Return float8 values with 5 exponent bits: their bits are the upper half of float16's."""
     return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
 
 
 def from_float8_e4m3(bits: NDArray[np.uint8]) -> Float:
-    """Return float8 with 4 bits of exponent: bias 7, no infinity, NaN where all bits are 1."""
+    """Return float8 values with 4 exponent bits and bias 7.
+
+    There is no infinity. A value is NaN if all bits except the sign are 1.
+    """
     exponent, fraction = (bits.astype(np.int32) >> 3) & 15, bits.astype(np.int32) & 7
     size = np.where(exponent > 0, fraction + 8, fraction)
     value = np.ldexp(size.astype(np.float32), np.maximum(exponent, 1) - 10)
@@ -31,13 +34,13 @@ def from_float8_e4m3(bits: NDArray[np.uint8]) -> Float:
 
 
 class Narrow(NamedTuple):
-    """How one type is read."""
+    """The integer type with the bits of a narrow type, and the function that converts it."""
 
     bits: type[np.unsignedinteger[Any]]
     read: Callable[[Any], Float]
 
 
-# By the names that safetensors files give them.
+# The keys are the names of the types in safetensors files.
 NARROW = {
     "BF16": Narrow(np.uint16, from_bfloat16),
     "F8_E4M3": Narrow(np.uint8, from_float8_e4m3),

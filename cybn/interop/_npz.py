@@ -1,7 +1,7 @@
-"""npz files, read without trust: nothing is unpickled, nothing larger than said is allocated.
+"""npz files, read as untrusted input: nothing is unpickled, and the memory is limited.
 
-An npz file is a zip archive of npy files. NumPy's own reader would allocate what a header asks for
-before it looks whether the file has as much, and inflates whatever is packed.
+An npz file is a zip archive of npy files. NumPy's own reader allocates as many bytes as a header
+asks for before it checks that the file has them, and it decompresses any amount of data.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ._narrow import from_bfloat16
 
 KINDS = "biufc"
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_BROKEN = (  # all that zipfile and NumPy raise on damaged files; zipfile, on unknown compression,
-    # NotImplementedError
+_BROKEN = (  # the errors that zipfile and NumPy raise for damaged files; zipfile raises
+    # NotImplementedError for an unknown compression
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError),
     *(KeyError, IndexError, OverflowError, RecursionError, MemoryError, RuntimeError),
     *(SyntaxError, tokenize.TokenError, TypeError, ValueError),
@@ -34,13 +34,13 @@ def write(file: IO[bytes], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to an open file; the same arrays give the same bytes."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
-            info = zipfile.ZipInfo(f"{name}.npy")  # of 1980, not of today
+            info = zipfile.ZipInfo(f"{name}.npy")  # with a date in 1980, not today's
             with archive.open(info, "w", force_zip64=True) as member:
                 npy.write_array(member, array, allow_pickle=False)
 
 
 def read(file: IO[bytes], most_bytes: int) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an open file; ValueError where it is anything but plain arrays."""
+    """Return the arrays of an open file. Raise ValueError if it has anything else."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -52,7 +52,7 @@ def read(file: IO[bytes], most_bytes: int) -> dict[str, NDArray[Any]]:
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or name in arrays:
-                    raise ValueError(f"{member.filename!r} is not an npy file, or there are two")
+                    raise ValueError(f"{member.filename!r} is not an npy file, or occurs twice")
                 arrays[name] = _member(archive, member)
             return arrays
     except _BROKEN as error:
@@ -60,7 +60,7 @@ def read(file: IO[bytes], most_bytes: int) -> dict[str, NDArray[Any]]:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
-    """Return one array, of no more bytes than the archive says."""
+    """Return one array, with no more bytes than the archive states."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename!r} is packed by method {member.compress_type}")
     with archive.open(member) as stream:
@@ -68,12 +68,12 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
         if version not in _HEADERS:
             raise ValueError(f"{member.filename!r} has npy version {version}")
         shape, fortran, dtype = _HEADERS[version](stream)
-        half = dtype == np.dtype("V2")  # what is left of bfloat16, for which npy has no name
+        half = dtype == np.dtype("V2")  # how NumPy saves bfloat16, for which npy has no name
         if dtype.kind not in KINDS and not half:
             raise ValueError(f"{member.filename!r} is {dtype}, not numbers")
         need = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or need != member.file_size - stream.tell():
-            raise ValueError(f"{member.filename!r} of shape {shape} has another number of bytes")
+            raise ValueError(f"the size of {member.filename!r} does not fit its shape {shape}")
         data = bytearray(stream.read())
     if half:
         flat = from_bfloat16(np.frombuffer(data, np.uint16))

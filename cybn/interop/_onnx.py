@@ -1,19 +1,20 @@
 """ONNX: nodes of normalization, as plain data or protocol buffers.
 
-======================  =====  =======================  ============================================
-node                    from   inputs after x           attributes
-======================  =====  =======================  ============================================
-BatchNormalization      7      scale, B, mean, var      epsilon, momentum
-BatchNormalization      14     ..., input_mean, ..._var epsilon, momentum, training_mode
-InstanceNormalization   1      scale, B                 epsilon
-LayerNormalization      17     scale, B, or scale       epsilon, axis
-GroupNormalization      21     scale, bias              epsilon, num_groups
-RMSNormalization        23     scale                    epsilon, axis
-======================  =====  =======================  ============================================
+======================  =====  ===============================  ====================================
+node                    opset  inputs after x                   attributes
+======================  =====  ===============================  ====================================
+BatchNormalization      7      scale, B, mean, var              epsilon, momentum
+BatchNormalization      14     scale, B, input_mean, input_var  epsilon, momentum, training_mode
+InstanceNormalization   1      scale, B                         epsilon
+LayerNormalization      17     scale, and optionally B          epsilon, axis
+GroupNormalization      21     scale, bias                      epsilon, num_groups
+RMSNormalization        23     scale                            epsilon, axis
+======================  =====  ===============================  ====================================
 
-Opset 14 says that the variance is the biased one; before, the standard does not say, and it is
-taken to be so. In training a BatchNormalization also gives its running statistics, before opset 14
-its batch's too. Nodes of opset 1 to 6 are read, not written.
+The column "opset" has the first opset in which a node has this form. From opset 14 the standard
+says that the variance is biased. It does not say so before, but the functions here assume it. In
+training a BatchNormalization also returns new running statistics, and before opset 14 also those of
+the batch. Nodes of opsets 1 to 6 can be read, but not written.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ _BATCH = "BatchNormalization"
 
 
 class Operator(NamedTuple):
-    """A node of the family: its first opset, and what its inputs after x are called."""
+    """A node other than BatchNormalization: its first opset and the inputs after x."""
 
     opset: int
     inputs: tuple[str, ...]
-    needs: int  # of the inputs
+    needs: int  # how many of the inputs are required
     layer: type[Any]
 
 
@@ -72,7 +73,7 @@ class OnnxNode(NamedTuple):
     name : str
     opset : int
     inputs, outputs : tuple of str
-        Their names; the first input is x, the first output y.
+        Their names. The first input is x, and the first output is y.
     attributes : dict of str to float or int
     initializers : dict of str to ndarray
         The other inputs, by name.
@@ -94,7 +95,7 @@ class OnnxNode(NamedTuple):
     op_type: str = _BATCH
 
     def protos(self) -> tuple[Any, list[Any]]:
-        """Return it as a ``NodeProto`` and a list of ``TensorProto``, with the package onnx.
+        """Return a ``NodeProto`` and a list of ``TensorProto``, made by the package onnx.
 
         Raises
         ------
@@ -126,7 +127,8 @@ def to_onnx(
 ) -> OnnxNode:
     """Return a layer as a node of normalization.
 
-    Except for layer and RMS norms, the node normalizes axis 1, for any axis of the layer.
+    The node of a batch, instance or group norm has its channels on axis 1, whatever the layer's
+    `axis` is.
 
     Parameters
     ----------
@@ -137,15 +139,16 @@ def to_onnx(
     x, y : str
         Names of the input and of the output.
     opset : int, optional
-        The version of the node. None means 15 for a batch norm, and the first that has the node for
-        the others.
+        The opset of the node. None means 15 for a batch norm, and for other layers the first opset
+        that has the node.
     training : bool, default False
-        Whether the node of a batch norm normalizes with the batch and gives new running statistics.
+        Whether the node of a batch norm normalizes with the statistics of the batch and returns new
+        running statistics.
     count : int or array_like, optional
         As in `to_keras`: ONNX uses the biased variance.
     dtype : dtype, optional
-        The type of the initializers: float32, float64, float16 or bfloat16; by default that of the
-        layer. Before opset 15 it must be that of x. Each value is rounded once.
+        The type of the initializers: float32, float64, float16 or bfloat16. None means the type of
+        the layer. In opsets before 15 it must be the type of x. Each value is rounded once.
 
     Returns
     -------
@@ -157,9 +160,9 @@ def to_onnx(
     ------
     TypeError, ValueError
         As in `to_keras`, and ValueError if `opset` is below the first that has the node, or a value
-        does not fit `dtype`. With ``training=True`` also if the momentum is None,
-        `use_batch_statistics` or `update_statistics` is False, or the layer has ghost batches or
-        renormalization.
+        does not fit `dtype`. With ``training=True`` ValueError is also raised if the momentum is
+        None, `use_batch_statistics` or `update_statistics` is False, or the layer has ghost batches
+        or renormalization.
 
     Examples
     --------
@@ -216,7 +219,7 @@ def _family_node(bn: Any, name: str, x: str, y: str, opset: int | None) -> OnnxN
     )
     first = FAMILY[kind].opset
     opset = first if opset is None else integer_from("opset", opset, first)
-    arrays_of(bn, "keras", "", None)  # refuses what has statistics
+    arrays_of(bn, "keras", "", None)  # raises an error for a layer with running statistics
     attributes: dict[str, float | int] = {"epsilon": needs_eps(bn)}
     if isinstance(bn, GroupNorm):
         attributes["num_groups"] = bn.num_groups
@@ -266,7 +269,7 @@ def from_onnx(
     ----------
     node : OnnxNode or onnx.NodeProto
         A BatchNormalization of any opset, or an InstanceNormalization, LayerNormalization,
-        GroupNormalization (of opset 21, with a scale for each channel) or RMSNormalization.
+        GroupNormalization (from opset 21, with a scale for each channel) or RMSNormalization.
     initializers : mapping of str to array_like or onnx.TensorProto, optional
         The arrays of the node's inputs by name. None means those of an `OnnxNode`.
     axis : int, default 1
@@ -318,7 +321,7 @@ def from_onnx(
     roles = _ROLES if node.op_type == _BATCH else FAMILY[node.op_type].inputs
     state = {}
     for key, role in zip(inputs[1:], roles, strict=False):
-        if not key and role == "B":  # left out
+        if not key and role == "B":  # an optional input that is left out
             continue
         if key not in known:
             raise ValueError(f"the input {key!r}, {role} of the node, is not in initializers")
@@ -340,7 +343,7 @@ def from_onnx(
 def _from_family(
     kind: str, attributes: dict[str, Any], state: dict[str, Any], axis: int, layer: Any
 ) -> Any:
-    """Return a layer of the family with the arrays of a node."""
+    """Return a layer other than a batch norm with the arrays of a node."""
     operator, eps = FAMILY[kind], attributes.get("epsilon", 1e-5)
     if missing := [role for role in operator.inputs[: operator.needs] if role not in state]:
         raise ValueError(f"the {kind} has no input {missing[0]}; the model is broken")
@@ -363,6 +366,6 @@ def _from_family(
 
 
 def _old_name(key: str) -> str:
-    """Return what an initializer of opset 14 is called in the older form."""
+    """Return the name that an initializer of opset 14 has in earlier opsets."""
     head, dot, leaf = key.rpartition(".")
     return head + dot + leaf.removeprefix("input_")

@@ -1,9 +1,9 @@
-"""The layers of an ONNX model: its nodes, wherever they are, and where their parameters come from.
+"""The normalization layers of an ONNX model, wherever their nodes and parameters are.
 
-Exporters put parameters among the initializers, or behind nodes that compute the same every time:
-Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze and Unsqueeze are followed, and so is
-arithmetic with constants, as where a scale is written as 1 + weight. They may also put modules into
-functions of the model: each call of one is looked into, with what it was given.
+Exporters store parameters as initializers, or as results of nodes that always compute the same:
+Constant, ConstantOfShape, Identity, Cast, Reshape, Squeeze, Unsqueeze, and arithmetic with
+constants, such as 1 + weight for a scale. These nodes are computed here. Exporters may also put
+modules into functions of the model. Each call of a function is searched, with its own inputs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ._layers import INSTANCE
 from ._onnx import OPERATORS, from_onnx
 from ._onnx_values import package, tensor_array
 
-_DEEPEST = 50  # nodes behind each other, or graphs in each other
-_MOST = 1 << 24  # values of a ConstantOfShape or a sparse tensor, and that may be computed
-_LEAST = 1 << 10  # values that a node counts as, at least
-_MOST_CALLS = 10_000  # of functions that are walked
+_DEEPEST = 50  # nodes in a chain, or graphs nested in each other
+_MOST = 1 << 24  # values of a ConstantOfShape or a sparse tensor, and of all computed nodes
+_LEAST = 1 << 10  # each computed node counts as at least this many values
+_MOST_CALLS = 10_000  # calls of functions that are searched
 _LISTS = ("value_float", "value_floats", "value_int", "value_ints")
 
 
 class OnnxLayers(dict[str, Any]):
-    """Layers by name, and why some nodes could not be read.
+    """Layers by name, with the reasons why some nodes could not be read.
 
     Attributes
     ----------
@@ -51,10 +51,10 @@ class OnnxLayers(dict[str, Any]):
 
 
 class _Constants(Mapping[str, Any]):
-    """What is known of the values in a graph, and in those around it; or in a function.
+    """The constant values in a graph and in the graphs around it, or in a function.
 
-    `given` are the inputs of a function, by the names that they have in `outer`, where it is
-    called: nothing else of that is seen in it.
+    `given` maps the names of a function's inputs to names in `outer`, the graph that calls it. The
+    function can use no other values of `outer`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class _Constants(Mapping[str, Any]):
         self._nodes = {output: node for node in graph.node for output in node.output if output}
         self._outer, self._given = outer, given
         self._depth = 0
-        self._spent = 0  # values that have been computed
+        self._spent = 0  # values computed so far
 
     def __getitem__(self, name: str) -> Any:
         if name in self._tensors:
@@ -99,7 +99,7 @@ class _Constants(Mapping[str, Any]):
         return len(self._tensors)
 
     def _compute(self, node: Any, name: str) -> Any:
-        """Return the output of a node; KeyError where it is not always the same."""
+        """Return the output of a node. Raise KeyError if it is not always the same."""
         given = {a.name: a for a in node.attribute}
         if node.op_type == "Constant":
             if "value" in given:
@@ -130,10 +130,10 @@ class _Constants(Mapping[str, Any]):
             return array
         if node.op_type == "Reshape":
             return array.reshape([int(n) for n in tensor_array(self[node.input[1]], name).ravel()])
-        return array.ravel()  # Squeeze, Unsqueeze: of a vector
+        return array.ravel()  # Squeeze or Unsqueeze of a vector
 
     def _evaluate(self, node: Any, name: str) -> Any:
-        """Return the output of a node, as the reference of the package onnx computes it."""
+        """Return the output of a node, computed by the reference evaluator of the package onnx."""
         inputs = {n: np.asarray(tensor_array(self[n], n)) for n in dict.fromkeys(node.input) if n}
         evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator
         try:
@@ -144,15 +144,15 @@ class _Constants(Mapping[str, Any]):
                 size = prod(np.broadcast_shapes(*(array.shape for array in inputs.values())))
             self._spent += max(size, _LEAST)
             if self._spent > _MOST:
-                raise ValueError("more than parameters need would be computed")
+                raise ValueError("it would compute more values than parameters need")
             with np.errstate(all="ignore"):
                 return evaluator(node).run([name], inputs)[0]
-        except Exception as error:  # of many kinds, where a node is broken
+        except Exception as error:  # a broken node raises errors of many kinds
             raise ValueError(f"{name} cannot be computed by its {node.op_type}: {error}") from error
 
 
 def _dense(tensor: Any, name: str) -> Any:
-    """Return a sparse tensor as an array; its places are counted through, or one for each axis."""
+    """Return a sparse tensor as an array. Its indices are flat, or have a column per axis."""
     shape = [int(size) for size in tensor.dims]
     values = np.asarray(tensor_array(tensor.values, name))
     places = np.asarray(tensor_array(tensor.indices, name))
@@ -177,7 +177,7 @@ _FOLLOWED = ("ConstantOfShape", "Cast", "Identity", "Reshape", "Squeeze", "Unsqu
 
 
 class _Found(NamedTuple):
-    """A node, what is known in its graph, and where that lies in the model."""
+    """A node of normalization, and the constants, path, ranks and opset of its graph."""
 
     node: Any
     constants: _Constants
@@ -189,13 +189,13 @@ class _Found(NamedTuple):
 def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     """Return a layer for each node of normalization in an ONNX model.
 
-    It searches the main graph, the graphs within it, such as the branches of an If, and the model's
+    The main graph is searched, the graphs within it, such as the branches of an If, and the model's
     own functions, once for each call.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        The inputs of the nodes must be initializers or constant nodes of it.
+        The parameters of the nodes must be initializers or come from constant nodes.
     **options
         As in `from_onnx`; `layer`, `running_ddof`, `state_ddof` and `count` apply to batch norms
         only.
@@ -210,8 +210,8 @@ def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     Raises
     ------
     ValueError
-        If there are nodes and none can be read, as in `from_onnx`; if two nodes have the same
-        output, or one has none.
+        If `from_onnx` can read none of the nodes of normalization, two nodes have the same output,
+        or a node has no output.
     TypeError
         If `model` is of another type, or an option is unknown.
 
@@ -256,7 +256,7 @@ def _layer(found: _Found, options: dict[str, Any]) -> Any:
     if kind == "GroupNormalization" and found.opset < 21:
         raise ValueError(
             f"a GroupNormalization of opset {found.opset} has a scale for each group, not for each "
-            "channel; onnx.version_converter.convert_version(model, 21) makes the other of it"
+            "channel; onnx.version_converter.convert_version(model, 21) converts it"
         )
     given = {"axis": options["axis"]} if "axis" in options else {}
     if kind == "InstanceNormalization":
@@ -334,7 +334,7 @@ class _Walk:
 
 
 def _ranks(graph: Any) -> dict[str, int]:
-    """Return how many axes the values of a graph have, as far as it says."""
+    """Return the number of axes of each value in a graph, if the graph states its type."""
     values = [v for v in (*graph.input, *graph.value_info, *graph.output) if not isinstance(v, str)]
     return {
         v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.HasField("tensor_type")
@@ -342,7 +342,7 @@ def _ranks(graph: Any) -> dict[str, int]:
 
 
 def _distinct(names: list[str], outputs: list[str]) -> list[str]:
-    """Return a name of its own for each node: its name, or that of its output."""
+    """Return a unique name for each node: its own name, or that of its output."""
     if len(set(outputs)) < len(outputs):
         raise ValueError("two BatchNormalization nodes have the same output; the model is broken")
     often = Counter(names)

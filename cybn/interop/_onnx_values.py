@@ -1,4 +1,4 @@
-"""Protocol buffers of ONNX as values: tensors as arrays, attributes as numbers."""
+"""Values in ONNX's protocol buffers: tensors become arrays, attributes become numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["number", "package", "tensor_array"]
 
-_FLOAT, _INT = 1, 2  # of onnx.AttributeProto
+_FLOAT, _INT = 1, 2  # the types of onnx.AttributeProto
 
 
 def package() -> Any:
@@ -22,7 +22,7 @@ def package() -> Any:
 
 
 def tensor_array(value: Any, name: str) -> Any:
-    """Return an initializer; a TensorProto as an array. No file is opened for it."""
+    """Return an initializer, as an array if it is a TensorProto. No file is opened."""
     if not (hasattr(value, "data_type") and hasattr(value, "raw_data")):
         return value
     if value.data_location:
@@ -39,12 +39,12 @@ def tensor_array(value: Any, name: str) -> Any:
 
 
 def number(attribute: Any) -> float | int:
-    """Return the value of an attribute; ValueError unless it is a number."""
+    """Return the value of an attribute. Raise ValueError if it is not a number."""
     if attribute.type not in (_FLOAT, _INT):
         raise ValueError(f"the attribute {attribute.name!r} of the node is not a number")
     return _shortest(attribute.f) if attribute.type == _FLOAT else int(attribute.i)
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest decimal that is this float32."""
+    """Return the shortest decimal that rounds to this float32."""
     return float(str(np.float32(value)))

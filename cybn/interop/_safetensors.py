@@ -15,7 +15,7 @@ from ._narrow import NARROW
 
 Arrays = dict[str, NDArray[Any]]
 
-# What the format calls the types that NumPy has.
+# NumPy's types by the names that the format gives them.
 _KINDS: dict[str, Any] = {f"{k.upper()}{8 * n}": f"<{k}{n}" for k in "iu" for n in (1, 2, 4, 8)}
 _KINDS |= {f"F{8 * n}": f"<f{n}" for n in (2, 4, 8)} | {"BOOL": np.bool_, "C64": "<c8"}
 
@@ -33,12 +33,12 @@ def _package() -> Any:
 def write(
     path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]
 ) -> None:
-    """Write arrays and metadata to a file; TypeError for a dtype that the format does not have."""
+    """Write arrays and metadata to a file. Raise TypeError if the format lacks a dtype."""
     _run(_package().numpy.save_file, arrays, path, metadata or None)
 
 
 def packed(arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
-    """Return the bytes of such a file."""
+    """Return the bytes of the file that `write` writes."""
     data: bytes = _run(_package().numpy.save, arrays, metadata or None)
     return data
 
@@ -77,7 +77,7 @@ def _decoded(name: str, entry: Mapping[str, Any], data: bytes) -> NDArray[Any]:
 def _tensor(file: Any, name: str, path: str | os.PathLike[str]) -> NDArray[Any]:
     kind = file.get_slice(name).get_dtype()
     _check_kind(kind, name)
-    if kind in NARROW:  # which the package does not read into NumPy's arrays
+    if kind in NARROW:  # the package cannot read these types as NumPy arrays
         with open(path, "rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             entry = json.loads(raw.read(size))[name]
@@ -89,7 +89,7 @@ def _tensor(file: Any, name: str, path: str | os.PathLike[str]) -> NDArray[Any]:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
-    """Return arrays and metadata; ValueError where the file is broken or has other types."""
+    """Return arrays and metadata. Raise ValueError if the file is broken or has other types."""
     package = _package()
     try:
         with package.safe_open(path, framework="numpy") as file:
@@ -100,10 +100,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
 
 
 def unpacked(data: bytes) -> tuple[Arrays, dict[str, str]]:
-    """Return arrays and metadata of the bytes of a file; ValueError as in `read`."""
+    """Return arrays and metadata from the bytes of a file. Raise the errors of `read`."""
     package = _package()
     try:
-        entries = package.deserialize(data)  # refuses all that is not well formed
+        entries = package.deserialize(data)  # raises an error if the data is malformed
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         arrays = {name: _decoded(name, entry, entry["data"]) for name, entry in entries}
         return arrays, dict(header.get("__metadata__") or {})

@@ -23,12 +23,12 @@ LAYERS: dict[str, Any] = {
     )
 }
 SWITCHES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
-MODES = (*SWITCHES, "nan_policy")  # what is set after a layer was made; of batch norms, before
-MOST_STATELESS = 1 << 24  # channels of a layer without arrays, whose number no array confirms
+MODES = (*SWITCHES, "nan_policy")  # set after a layer is made, if its class does not take them
+MOST_STATELESS = 1 << 24  # values of a layer without arrays; nothing confirms its shape
 
 
 def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
-    """Return what the layer was made with, and its mode and switches."""
+    """Return the arguments that make such a layer, and its mode and switches."""
     own = {"bias": layer.beta is not None, "dtype": str(layer.dtype)}
     names = inspect.signature(type(layer)).parameters
     values: dict[str, Any] = {
@@ -44,14 +44,14 @@ def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:
 
 
 def called(name: str) -> str:
-    """Return what a layer is called in an error; one that was given alone has no name."""
+    """Return how an error refers to a layer, which has no name if it was saved alone."""
     return f"layer {name!r}" if name else "the layer"
 
 
 def layer_from(
     name: str, settings: dict[str, Any], arrays: dict[str, Any], limits: dict[Any, Renorm]
 ) -> Any:
-    """Return a new layer with its arrays, which are taken out of `arrays`."""
+    """Return a new layer with its arrays, which are removed from `arrays`."""
     settings = dict(settings)
     kind, modes = LAYERS[settings.pop("class")], settings.pop("modes", {})
     channels = [settings[k] for k in ("num_features", "num_channels") if k in settings]
@@ -70,6 +70,6 @@ def layer_from(
     layer.load_state_dict(state)
     for mode, value in modes.items():
         if mode not in MODES or (mode in SWITCHES and not isinstance(value, bool | None)):
-            raise ValueError(f"it has the mode {mode!r}, and that is {value!r}")
+            raise ValueError(f"it has the mode {mode!r} = {value!r}, which is not valid")
         setattr(layer, mode, value)
     return layer

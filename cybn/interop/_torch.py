@@ -31,24 +31,24 @@ def from_torch(
     state : mapping of str to array_like
         A state dict of the module or of a whole model, with tensors or arrays. It is not changed.
     prefix : str, default ""
-        Where in `state` the module is, such as "layer1.0.bn1".
+        The path of the module in `state`, such as "layer1.0.bn1".
     eps, momentum : float
-        The settings of the module, which a state dict does not have. An eps of None is the default,
-        1e-5, and for an RMSNorm None itself.
+        The settings of the module, which a state dict does not have. An eps of None means PyTorch's
+        default: 1e-5, or for an RMSNorm the machine epsilon of the input's dtype.
     axis : int, default 1
         The channel axis of the new layer's input; 1 in PyTorch.
     layer : type, default BatchNorm
         The class of the result: `BatchNorm` or `BatchNorm1d` to `3d`; or `InstanceNorm1d` to `3d`,
-        `LayerNorm`, `RMSNorm` or `GroupNorm`, if the state is that of one.
+        `LayerNorm`, `RMSNorm` or `GroupNorm`, if the state is that of such a layer.
     running_ddof : {None, 1, 0}
-        None: the layer continues with the kind of variance in the state, which is unbiased in
-        PyTorch. 0: the layer uses the biased variance from now on, and running_var is converted.
+        With None the layer continues with the kind of variance in the state, which is unbiased in
+        PyTorch. With 0 it uses the biased variance from now on, and running_var is converted.
     count : int or array_like, optional
         The number of values per channel in a training batch, N * S; needed if the variance is
         converted.
     state_ddof : {None, 0, 1}
-        The kind of variance in the state: 0 for biased, 1 for unbiased. None means that of the
-        library.
+        The kind of variance in the state: 0 for biased, 1 for unbiased. None means unbiased, as in
+        PyTorch.
     num_groups : int, optional
         The number of groups of a GroupNorm, which a state dict does not have either.
 
@@ -56,9 +56,9 @@ def from_torch(
     -------
     layer
         A new layer in training mode with copies of the arrays, in float64 if one of them is, else
-        in float32. It has running statistics if `state` has them. A missing weight or bias becomes
-        1 or 0 if only one of them is there. Numbers of batches that are floats, as in averaged
-        checkpoints, are rounded.
+        in float32. It has running statistics if `state` has them. If only one of weight and bias is
+        there, the other becomes 1 or 0. A `num_batches_tracked` that is a float, as in averaged
+        checkpoints, is rounded.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def from_torch(
         If `state` is not a mapping, or NumPy cannot read the type or the device of an array.
     ValueError
         If there is no such layer at `prefix`, it is parametrized or pruned, or `load_state_dict`
-        refuses its arrays.
+        rejects its arrays.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def to_torch(
     Returns
     -------
     dict of str to ndarray
-        Copies. ``{k: torch.from_numpy(v) for k, v in ...items()}`` makes a state dict of it.
+        Copies. ``{k: torch.from_numpy(v) for k, v in ...items()}`` makes a state dict of them.
 
     Raises
     ------

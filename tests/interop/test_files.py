@@ -83,7 +83,7 @@ def test_saving_is_whole_or_not_at_all(path, rng):
     before = path.read_bytes()
     with pytest.raises(TypeError, match="bad is object"):
         interop.save_arrays(path, {"good": np.ones(3), "bad": np.array([None])})
-    with pytest.raises(TypeError, match="bad is <U1; it must be of numbers"):
+    with pytest.raises(TypeError, match="bad is <U1; it must consist of numbers"):
         interop.save_arrays(path, {"bad": np.array(["a"])})
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -118,7 +118,7 @@ def test_hostile_archives(tmp_path):
         file.writestr("a.npy", member)
         with pytest.warns(UserWarning, match="Duplicate"):
             file.writestr("a.npy", member)
-    with pytest.raises(ValueError, match="or there are two"):
+    with pytest.raises(ValueError, match="or occurs twice"):
         interop.load_arrays(tmp_path / "two.npz")
 
 

@@ -136,8 +136,8 @@ def test_parameters_that_are_computed_from_constants(how, rng):
 @pytest.mark.parametrize(
     ("node", "match"),
     [
-        (("Expand", ["one", "huge"]), "more than parameters need"),
-        (("Add", ["wide", "high"]), "more than parameters need"),
+        (("Expand", ["one", "huge"]), "more values than parameters need"),
+        (("Add", ["wide", "high"]), "more values than parameters need"),
         (("Add", ["base", "two_of"]), "cannot be computed by its Add"),
         (("Add", ["base", "x"]), "is not in initializers"),
     ],
@@ -161,7 +161,7 @@ def test_sums_of_sums_take_no_time_without_end(rng):
                                            [f"t{i + 1}"]))  # fmt: skip
     last.input[1] = "t40"
     graph.node.append(last)
-    with pytest.raises(ValueError, match="more than parameters need"):
+    with pytest.raises(ValueError, match="more values than parameters need"):
         interop.onnx_layers(helper.make_model(graph))
 
 

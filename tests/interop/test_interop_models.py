@@ -214,7 +214,7 @@ def test_conversion_refuses(rng):
         interop.find(state, "tf")
     with pytest.raises(TypeError, match="type list; it must be a flat dict"):
         interop.find([], "torch")
-    with pytest.raises(ValueError, match=r"'head/gamma' is in the state already; rename= moves it"):
+    with pytest.raises(ValueError, match=r"'head/gamma' is in the state already; change it by"):
         interop.convert(state | {"head/gamma": V}, "torch", "keras")
 
 
@@ -228,7 +228,7 @@ def test_reading_one_layer_refuses(bn):
         interop.from_torch([("weight", V)])
     with pytest.raises(ValueError, match=r"'running_mean' is there, but not 'running_var'"):
         interop.from_torch({"weight": V, "bias": V, "running_mean": V})
-    with pytest.raises(ValueError, match=r"no 'ln/moving_mean': at prefix 'ln' is no batch norm"):
+    with pytest.raises(ValueError, match=r"no 'ln/moving_mean', so no batch norm is at prefix"):
         interop.from_keras({"ln/gamma": V, "ln/beta": V}, "ln")
     with pytest.raises(ValueError, match=r"running_var is -1.0 in channel 0"):
         interop.from_torch({"running_mean": V, "running_var": -V})
