@@ -1,7 +1,7 @@
-"""Folding: batch normalization with fixed statistics into the layer beside it.
+"""Folding batch normalization with fixed statistics into the layer before or after it.
 
-In eval mode batch normalization is ``y = x * scale + shift``, channel by channel, and a linear map
-before or after it can take both over. Plain arrays in, plain arrays out:
+In eval mode batch normalization computes ``y = x * scale + shift`` for each channel, and a linear
+map before or after it can include both. The functions take and return plain arrays:
 
 >>> import numpy as np
 >>> from cybn import BatchNorm2d, folding
@@ -13,15 +13,15 @@ before or after it can take both over. Plain arrays in, plain arrays out:
 True
 
 ================  ==================================================================================
-_layouts.py       the weight layouts by name, and the one form they are all seen in
-_norms.py         what is folded, as one scale and shift
+_layouts.py       the weight layouts by name, and their views in one common layout
+_norms.py         the scale and shift of a layer, a module or a pair of arrays
 _folds.py         the five folds
 _convolution.py   convolution in plain NumPy, which the measurement runs
 _measure.py       the error of a fold, measured on random input
 ================  ==================================================================================
 
-Into a *following* convolution, `fold_into_next_conv` folds where that does not pad: zero padding
-comes after the shift, so at the border the folded layer would differ.
+`fold_into_next_conv` folds into the convolution *after* a batch norm, if the convolution does not
+pad. The zeros of padding come after the shift, so the folded layer would differ at the border.
 """
 
 from ._folds import (

@@ -1,7 +1,7 @@
-"""Convolution in plain NumPy: slow, short, and of the input's own precision.
+"""Convolution in plain NumPy: slow and short, in the precision of the input.
 
-x is (N, G * I, *lengths), a kernel (G, I, O, *taps), the result (N, G * O, *lengths). Without taps
-this is a linear layer.
+For G groups, each with I inputs and O outputs, x has shape (N, G * I, *lengths), a kernel has shape
+(G, I, O, *taps), and the result has shape (N, G * O, *lengths). Without taps it is a linear layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 def convolve(
     x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> Array:
-    """Return the convolution as neural networks have it: without turning the kernel about."""
+    """Return the convolution as in neural networks, without flipping the kernel."""
     g, i, o, *taps = kernel.shape
     axes = tuple(range(2, 2 + len(taps)))
     x = np.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * len(taps))
@@ -31,7 +31,7 @@ def convolve(
     windows = windows[:, :, *steps, *holes]
     n, _, *rest = windows.shape
     m = rest[: len(taps)]
-    # (N, G, I, *m, *taps) -> (G, N * m, I * taps), and so the kernel
+    # (N, G, I, *m, *taps) -> (G, N * m, I * taps), and the kernel likewise
     windows = windows.reshape(n, g, i, prod(m), prod(taps)).transpose(1, 0, 3, 2, 4)
     columns = kernel.reshape(g, i, o, prod(taps)).swapaxes(2, 3).reshape(g, -1, o)
     y = windows.reshape(g, n * prod(m), -1) @ columns
@@ -41,7 +41,7 @@ def convolve(
 def convolve_transposed(
     x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> Array:
-    """Return the transposed convolution: each input spreads the kernel over the output."""
+    """Return the transposed convolution: each input adds its multiple of the kernel to y."""
     taps = kernel.shape[3:]
     axes = tuple(range(2, 2 + len(taps)))
     apart = np.zeros((*x.shape[:2], *((size - 1) * stride + 1 for size in x.shape[2:])), x.dtype)

@@ -17,12 +17,12 @@ Flatten = Literal["channels-first", "channels-last"]
 
 
 def weight_of(weight: ArrayLike) -> Array:
-    """Return `weight` as an array of a float type, in place where possible."""
+    """Return `weight` as an array of a float type, without a copy if possible."""
     return tensor("weight", as_array(weight, "weight"))
 
 
 def bias_of(bias: ArrayLike | None, channels: int) -> Array:
-    """Return `bias`, zeros where it is None, in float64."""
+    """Return `bias` in float64, or zeros if it is None."""
     if bias is None:
         return np.zeros(channels)
     (array,), _ = parameters(channels, bias=vector(bias, "bias"))
@@ -30,7 +30,7 @@ def bias_of(bias: ArrayLike | None, channels: int) -> Array:
 
 
 def _rounded(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
-    """Return `wide` as `dtype`; ValueError where a value is not finite or does not fit."""
+    """Return `wide` as `dtype`. Raise ValueError if a value is not finite or does not fit."""
     with np.errstate(all="ignore"):
         array = (_to_odd(wide) if is_bfloat16(dtype) else wide).astype(dtype)
     if not np.isfinite(array.astype(np.float64)).all():
@@ -42,9 +42,10 @@ def _rounded(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _to_odd(wide: Array) -> Array:
-    """Return float32 from which rounding to a narrower type gives what one rounding would give.
+    """Return `wide` as float32, such that rounding it again gives the same as a single rounding.
 
-    Where it is not exact it is cut off, and its last bit set (Boldo and Melquiond, 2008).
+    A value that float32 does not represent exactly is truncated, and the last bit is set to 1
+    ("rounding to odd", Boldo and Melquiond, 2008).
     """
     near = wide.astype(np.float32)
     cut = np.where(abs(near) > abs(wide), np.nextafter(near, np.float32(0)), near)
@@ -88,8 +89,8 @@ def fold_conv(
     ----------
     weight : array_like of float32, float64, float16 or bfloat16
         The weight of a convolution over any number of axes, in `layout`. Arrays of other libraries
-        are read by `cybn.interop.as_array`, here and below. It ignores the gradients of tensors,
-        and bfloat16 tensors of PyTorch become float32.
+        are read by `cybn.interop.as_array`, here and below. `as_array` ignores the gradients of
+        tensors, and converts bfloat16 tensors of PyTorch to float32.
     bias : array_like, shape (C,), or None
         None if the convolution has no bias.
     bn : BatchNorm, module of PyTorch, or tuple of (scale, shift)
@@ -104,7 +105,7 @@ def fold_conv(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the shape and dtype of `weight`, and (C,) of that dtype.
+        New arrays of the shape of `weight` and of shape (C,), with the dtype of `weight`.
 
     Raises
     ------
@@ -137,8 +138,8 @@ def fold_conv_transpose(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the transposed convolution before it.
 
-    With groups of O output channels, channel g * O + o is in column o of the weight, for the inputs
-    of group g. The same column has other output channels for the inputs of other groups.
+    If a group has O output channels, channel g * O + o is in column o of the weight, in the rows of
+    the inputs of group g. In the rows of other groups, the same column has other output channels.
 
     Parameters
     ----------
@@ -180,7 +181,7 @@ def fold_linear(
     Parameters
     ----------
     weight, bias, bn
-        As in `fold_conv`, `weight` with two axes.
+        As in `fold_conv`. `weight` has two axes.
     layout : {"torch", "onnx", "onnx-matmul", "keras", "flax"}
         torch, and onnx for a Gemm with transB=1: (out, in). keras, flax, and onnx-matmul for a
         MatMul or a Gemm with transB=0: (in, out).
@@ -208,14 +209,14 @@ def fold_linear(
 
 
 def positions(inputs: int, channels: int, flatten: Flatten | None) -> tuple[int, bool]:
-    """Return how many inputs of a linear layer each channel feeds, and whether channels vary fast.
+    """Return S, and whether the inputs of a linear layer are a flattened (S, C), not (C, S).
 
-    Of inputs that are a flattened (C, S) or (S, C).
+    S is the number of inputs for each channel.
     """
     if inputs % channels:
         raise ValueError(
             f"bn has {channels} channels; the weight has {inputs} inputs, "
-            "which must be as many, or a multiple of it after a flattening"
+            f"which must be {channels}, or a multiple of it after a flattening"
         )
     if flatten not in (None, "channels-first", "channels-last"):
         raise ValueError(
@@ -223,8 +224,8 @@ def positions(inputs: int, channels: int, flatten: Flatten | None) -> tuple[int,
         )
     if inputs != channels and flatten is None:
         raise ValueError(
-            f"the weight has {inputs} inputs for {channels} channels: say with flatten= whether "
-            "'channels-first' (C, S) or 'channels-last' (S, C) was flattened"
+            f"the weight has {inputs} inputs for {channels} channels: set flatten= to the order "
+            "that was flattened, 'channels-first' (C, S) or 'channels-last' (S, C)"
         )
     return inputs // channels, flatten == "channels-last"
 
@@ -259,7 +260,7 @@ def fold_into_next_linear(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the shape and dtype of `weight`, and (outputs,) of that dtype.
+        New arrays of the shape of `weight` and of shape (outputs,), with the dtype of `weight`.
 
     Raises
     ------
@@ -297,13 +298,13 @@ def fold_into_next_conv(
 ) -> tuple[Array, Array]:
     """Fold batch normalization into the convolution after it.
 
-    This is exact only if nothing is between the two, and the convolution does not pad. Its zeros
-    are added after the shift, and a folded convolution would shift them, too.
+    This is exact only if nothing is between the two, and the convolution does not pad. The zeros of
+    padding are added after the shift, and a folded convolution would shift them, too.
 
     Parameters
     ----------
     weight, layout, groups
-        As in `fold_conv`, of the convolution after `bn`, which has C inputs.
+        As in `fold_conv`, for the convolution after `bn`. It has C input channels.
     bias : array_like, shape (outputs,), or None
         None if the convolution has no bias.
     bn
@@ -315,7 +316,7 @@ def fold_into_next_conv(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the shape and dtype of `weight`, and (outputs,) of that dtype.
+        New arrays of the shape of `weight` and of shape (outputs,), with the dtype of `weight`.
 
     Raises
     ------

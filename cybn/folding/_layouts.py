@@ -1,7 +1,7 @@
-"""The weight layouts by name, and the one form they are all seen in: (G, I, O, *taps).
+"""The weight layouts by name, and their views in one common layout: (G, I, O, *taps).
 
-G = groups, I = inputs of a group, O = outputs of a group; output channel g * O + o and input
-channel g * I + i. A linear layer is a convolution without taps.
+There are G groups, each with I inputs and O outputs. Output o of group g is output channel
+g * O + o, and its input i is input channel g * I + i. A linear layer is a convolution without taps.
 
 ===================  ==========================  =======================  ======================
 layout               convolution                 transposed convolution   linear
@@ -14,7 +14,7 @@ keras-depthwise      (*taps, in, multiplier)
 flax                 (*taps, in / groups, out)   (*taps, in, out)         (in, out)
 ===================  ==========================  =======================  ======================
 
-Every function here returns a view, so that what is written to it is written to the weight.
+Every function here returns a view, so writing to it changes the weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Grouped = Callable[[Array, int], Array]
 
 
 def _split(weight: Array, axis: int, groups: int) -> Array:
-    """Return `weight` with one axis as two: (groups, the rest of it)."""
+    """Return `weight` with one axis split into two: groups, and channels of a group."""
     axis %= weight.ndim
     size = weight.shape[axis]
     if size % groups:
@@ -41,7 +41,7 @@ def _split(weight: Array, axis: int, groups: int) -> Array:
             f"which groups={groups} does not divide"
         )
     before, after = weight.shape[:axis], weight.shape[axis + 1 :]
-    return weight.reshape(*before, groups, size // groups, *after)  # a view: no axes are joined
+    return weight.reshape(*before, groups, size // groups, *after)  # a view, as no axes are merged
 
 
 def _out_in_taps(weight: Array, groups: int) -> Array:
@@ -61,13 +61,13 @@ def _taps_in_multiplier(weight: Array, groups: int) -> Array:
     if groups not in (1, channels):
         raise ValueError(
             f"groups is {groups}; a depthwise weight of shape {weight.shape} has "
-            f"{channels} groups, one a channel: leave groups out"
+            f"{channels} groups, one per channel: leave groups out"
         )
     return np.moveaxis(weight[..., np.newaxis, :], (-3, -2, -1), (0, 1, 2))
 
 
 def _one_group(seen: Grouped) -> Grouped:
-    """Return `seen` for a layout that has no groups."""
+    """Return a function like `seen` for a layout without groups: `groups` must be 1."""
 
     def alone(weight: Array, groups: int) -> Array:
         if groups != 1:

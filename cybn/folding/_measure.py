@@ -1,8 +1,8 @@
 """The error of a fold, measured on random input.
 
-Both sides are computed in a wider type than the weights have, float64 for float32 and
-`np.longdouble` for float64, so that what is measured is the fold itself: the rounding of the arrays
-that it returns.
+The outputs before and after folding are computed in a wider type than that of the weights:
+`np.longdouble` for float64, and float64 for all others. So the difference between them comes from
+the fold alone, which rounds the arrays that it returns.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ class Report(NamedTuple):
     Attributes
     ----------
     dtype : dtype
-        Of the weight.
+        The dtype of the weight.
     outputs : int
         The number of outputs that were compared.
     largest : float
         The largest absolute output before folding.
     error : float
-        The largest absolute difference of an output before and after.
+        The largest absolute difference between an output before and after folding.
     worst : float
-        The largest difference as a fraction of eps of `dtype` times the sum of the absolute values
-        of all terms of that output: inputs times weights, bias, mean and beta.
+        The largest quotient of such a difference and eps * a, where eps is that of `dtype`, and a
+        is the sum of the absolute values of all terms of the output: inputs times weights, bias,
+        mean and beta.
 
     Examples
     --------
@@ -84,7 +85,7 @@ Step = Callable[[_Sum], _Sum]
 
 
 def _normalize(bn: Norm, wide: np.dtype[Any]) -> Step:
-    """Return normalization by its definition, not by its affine form, over (N, C, ...)."""
+    """Return a step that normalizes (N, C, ...) by the definition, not by the affine form."""
     bn = fixed(bn)
     if not isinstance(bn, tuple):
         mean, var = bn.running_mean, bn.running_var
@@ -104,7 +105,7 @@ def _normalize(bn: Norm, wide: np.dtype[Any]) -> Step:
 
 
 def _linear(run: Callable[[Array, Array], Array], kernel: Array, bias: Array) -> Step:
-    """Return the linear map of a kernel (G, I, O, *taps), and the adding of its bias."""
+    """Return a step that applies a kernel (G, I, O, *taps) and adds a bias."""
 
     def step(x: _Sum) -> _Sum:
         y, size = run(x.value, kernel), run(x.size, abs(kernel))
@@ -115,7 +116,7 @@ def _linear(run: Callable[[Array, Array], Array], kernel: Array, bias: Array) ->
 
 
 def _flatten(channels_last: bool) -> Step:
-    """Return the flattening of (N, C, S), or of the same as (N, S, C)."""
+    """Return a step that flattens (N, C, S), in the order of (N, S, C) if channels are last."""
 
     def flat(x: Array) -> Array:
         return (x.swapaxes(1, 2) if channels_last else x).reshape(len(x), -1)
@@ -157,7 +158,7 @@ def measure(
     fold : function
         One of the five functions of this package.
     weight, bias, bn
-        As given to that function.
+        The arguments of that function.
     folded : tuple of (weight, bias), optional
         The arrays to measure, such as those of another program. None means the result of `fold`.
     stride, padding, dilation : int
@@ -172,13 +173,13 @@ def measure(
     -------
     Report
         Its `worst` is below 1 for a correct result in float32 and half types, and below 4 in
-        float64. Its `str` is a sentence.
+        float64. Its `str` is a short text.
 
     Raises
     ------
     TypeError, ValueError
-        As in `fold`, and if `folded` has other shapes than its result, `stride` or `dilation` is
-        not an int of at least 1, or `padding` is not an int of at least 0.
+        As in `fold`, and if `folded` has other shapes than the result of `fold`, `stride` or
+        `dilation` is not an int of at least 1, or `padding` is not an int of at least 0.
 
     Examples
     --------
@@ -221,7 +222,7 @@ def measure(
 
     (before, kernel), (after, _) = linear(weight, bias), linear(*(folded or own))
     inputs, norm = kernel.shape[0] * kernel.shape[1], _normalize(bn, wide)
-    # Long enough for more than one output; a transposed convolution takes the padding off.
+    # Long enough for several outputs, even after a transposed convolution removes the padding.
     lengths = [(k - 1) * dilation + 1 + stride + 2 * padding for k in kernel.shape[3:]]
     chains = [before, norm], [after]
     if fold is fold_into_next_conv:

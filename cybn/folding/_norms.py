@@ -1,4 +1,4 @@
-"""What is folded: a layer, a module of PyTorch or a pair of arrays, as one scale and shift."""
+"""The scale and shift of a layer, a module of PyTorch or a pair of arrays."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..layers import BatchNorm
 
 Array = NDArray[Any]
 Norm = Any  # a layer, a module of PyTorch, or a tuple (scale, shift)
-_PLAIN = ("FrozenBatchNorm2d",)  # of torchvision and detectron2: batch norms in inference
+_PLAIN = ("FrozenBatchNorm2d",)  # of torchvision and detectron2: its statistics are fixed
 _MODULE = ("running_mean", "running_var", "weight", "bias", "eps")  # as PyTorch names them
 
 
 def fixed(bn: Norm) -> Any:
-    """Return a layer or a pair (scale, shift) that does in inference what `bn` does.
+    """Return a layer or a pair (scale, shift) that computes what `bn` does in inference.
 
-    Raises where no fixed scale and shift can, or not alone.
+    Raise an error if a fixed scale and shift cannot compute it, or not all of it.
     """
     if isinstance(bn, tuple) and len(bn) == 2:
         return bn
@@ -69,13 +69,13 @@ def _of_module(module: Any) -> BatchNorm:
 
 
 def vector(values: ArrayLike, name: str) -> Array:
-    """Return an array of floats; half types as float32, which holds them exactly."""
+    """Return an array of floats. Half types become float32, which represents them exactly."""
     array = as_floats(values, name)
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 class Affine(NamedTuple):
-    """y = x * scale + shift, channel by channel, in float64."""
+    """The map y = x * scale + shift for each channel, in float64."""
 
     scale: Array  # (C,)
     shift: Array  # (C,)

@@ -286,7 +286,7 @@ def test_layouts_that_have_no_groups():
 
 def test_next_linear_refuses_what_is_not_exact():
     weight = np.ones((5, 12), np.float32)
-    with pytest.raises(ValueError, match="say with flatten= whether"):
+    with pytest.raises(ValueError, match="set flatten= to the order"):
         folding.fold_into_next_linear(weight, None, BN)
     with pytest.raises(ValueError, match="flatten is 'rows'"):
         folding.fold_into_next_linear(weight, None, BN, flatten="rows")
