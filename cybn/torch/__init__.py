@@ -1,4 +1,4 @@
-"""The norms of PyTorch, computed by cybn: the same modules, numbers and state dicts.
+"""PyTorch's normalization modules, computed by cybn, with the same interface and state dicts.
 
 >>> import torch, cybn.torch
 >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -6,9 +6,9 @@
 >>> type(model[1]).__mro__[0].__name__, model(torch.randn(2, 3, 8, 8)).shape
 ('BatchNorm2d', torch.Size([2, 8, 6, 6]))
 
-Tensors on the CPU, float32, float64 and half types, in either memory format, go to cybn's kernels
-by their addresses. What the kernels do not take goes to PyTorch; `report` says what, and why. In
-graphs (`torch.compile`, `torch.export`) the kernels are operators, ``torch.ops.cybn``.
+cybn's kernels compute tensors on the CPU in float32, float64 and half types and in both memory
+formats, without copying them. PyTorch computes all other calls; `report` shows which, and why. In
+graphs (`torch.compile`, `torch.export`) the kernels are operators in ``torch.ops.cybn``.
 """
 
 try:

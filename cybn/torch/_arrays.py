@@ -1,8 +1,8 @@
-"""Tensors as arrays over their addresses.
+"""NumPy arrays at the addresses of tensors.
 
-A NumPy view of a tensor marks its storage as one that can never be resized, which breaks `resize_`,
-`out=` and sharded training. Arrays made here have an address and nothing else: code that makes one
-holds the tensor for as long as the array is used, and the storage never hears of it.
+``tensor.numpy()`` marks the storage of the tensor as one that can never be resized, which breaks
+`resize_`, `out=` and sharded training. Arrays made here only have the address, so the storage is
+not marked. Code that makes such an array must keep the tensor as long as it uses the array.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "array", "vector"]
 
-# NumPy's type of each type of tensor that the kernels read.
+# NumPy's type for each type of tensor that the kernels read.
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -25,28 +25,28 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 }
 try:
     import ml_dtypes
-except ImportError:  # bfloat16 is PyTorch's then
+except ImportError:  # PyTorch computes bfloat16 then
     pass
 else:
     DTYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
 _START = 64
-_SPACE = (ctypes.c_char * (2**62)).from_address(_START)  # every address; nothing is read here
+_SPACE = (ctypes.c_char * (2**62)).from_address(_START)  # all addresses; nothing is read here
 
 
 def array(t: Tensor) -> NDArray[Any]:
-    """Return the memory of a strided tensor on the CPU that holds at least one value."""
+    """Return an array at the address of a strided CPU tensor with at least one value."""
     dtype = DTYPES[t.dtype]
     strides = None
     if not t.is_contiguous():
         size = dtype.itemsize
         strides = tuple([step * size for step in t.stride()])
-    # NumPy takes any buffer; its stub does not know those of ctypes.
+    # NumPy accepts any buffer, but its type stub does not know those of ctypes.
     return np.ndarray(t.shape, dtype, _SPACE, t.data_ptr() - _START, strides)  # type: ignore[arg-type]
 
 
 def vector(t: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Return parameters or statistics in a type that the kernels take, and what holds them."""
+    """Return parameters or statistics as an array for the kernels, and the tensor under it."""
     if t is None:
         return None, None
     if t.dtype is not torch.float32 and t.dtype is not torch.float64:

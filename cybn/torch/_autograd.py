@@ -14,18 +14,19 @@ __all__ = ["Running", "needs_grad", "normalize"]
 
 
 class Running(NamedTuple):
-    """Running statistics that a forward moves, and how far."""
+    """The running statistics that a forward updates, and their momentum."""
 
     mean: Tensor
     var: Tensor
     momentum: float | None
-    counter: Tensor | None = None  # of batches; where momentum is None, each weighs the same
+    counter: Tensor | None = None  # of batches; if momentum is None, all have the same weight
 
 
 def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Tensor:
     """Normalize with the mean and variance given, or with those of the batch or the rows.
 
-    Tensors are of types that the kernels know, on the CPU, and strided. `running` moves.
+    Tensors must be strided, on the CPU, and of types that the kernels support. `running` is updated
+    in place.
     """
     if torch.is_grad_enabled() and needs_grad(inputs):
         return _Normalize.apply(*inputs, norm, running)
@@ -36,7 +37,11 @@ def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Ten
 
 
 class _Normalize(torch.autograd.Function):
-    """Statistics move before tensors are saved, as PyTorch's do: a checkpoint may stop there."""
+    """The kernels with their gradients.
+
+    Running statistics are updated before tensors are saved, as in PyTorch, because
+    `torch.utils.checkpoint` may stop a forward when it saves tensors.
+    """
 
     @staticmethod
     def forward(
@@ -50,7 +55,7 @@ class _Normalize(torch.autograd.Function):
             absorb(norm, inputs.x, ctx.statistics, *running)
         ctx.norm = norm
         if inputs.mean is not None and inputs.var is not None:
-            # Training the same module before backward moves its statistics: these must not follow.
+            # Backward needs these values, also if the module's statistics are updated before it.
             inputs = inputs._replace(mean=inputs.mean.clone(), var=inputs.var.clone())
         ctx.save_for_backward(*inputs)
         return y
@@ -67,12 +72,12 @@ class _Normalize(torch.autograd.Function):
 
 
 def needs_grad(inputs: Inputs) -> bool:
-    """Whether a gradient of the result can be asked for."""
+    """Return whether x, weight, bias or the residual requires a gradient."""
     return any(t is not None and t.requires_grad for t in inputs[:4])
 
 
 def _is_foreign(dy: Tensor) -> bool:
-    """Whether this is not a plain tensor in memory, such as one of torch.vmap's."""
+    """Return whether this is not a plain tensor in memory, but for example one of torch.vmap."""
     return (
         type(dy) is not Tensor
         or torch._C._are_functorch_transforms_active()
@@ -86,7 +91,7 @@ def _is_foreign(dy: Tensor) -> bool:
 def _typed(
     found: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients in the types of their inputs: those of half parameters are float32."""
+    """Return gradients converted to the types of their inputs, such as from float32 to half."""
     return tuple(
         g if g is None or t is None or g.dtype is t.dtype else g.to(t.dtype)
         for g, t in zip(found, inputs, strict=False)

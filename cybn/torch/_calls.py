@@ -1,7 +1,7 @@
-"""Kernel calls on tensors: no autograd, no checks that the dispatch does not make itself.
+"""Kernel calls on tensors, without autograd and without checks except those of `_dispatch`.
 
-One `Norm` says which normalization is meant, for forward, backward, the custom operators and the
-formulas of PyTorch alike.
+A `Norm` describes the normalization for forward, backward, the custom operators and the formulas of
+PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call; with a mean and a variance where those are given."""
+    """The tensors of a call. `mean` and `var` are None if the call computes them."""
 
     x: Tensor
     weight: Tensor | None
@@ -34,11 +34,11 @@ class Inputs(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Which normalization, and with what; all that does not change from call to call."""
+    """A kind of normalization and its settings, which do not change from call to call."""
 
     kind: str  # "batch", "layer", "rms", "group" or "instance"
     eps: float
-    dims: int = 0  # last axes that are normalized, for layer and rms
+    dims: int = 0  # the number of last axes that are normalized, for layer and rms
     groups: int = 0  # for group
     activation: str | None = None
     slope: float = 0.01
@@ -65,7 +65,7 @@ def format_of(norm: Norm, x: Tensor) -> torch.memory_format:
 
 
 def _steps_as_last(x: Tensor) -> bool:
-    """Whether the steps of `x` rise as those of a channels-last tensor do, gaps and all."""
+    """Return whether the strides of `x` have the order of channels last; gaps are allowed."""
     steps, shape = x.stride(), x.shape
     if steps[1] == 0:
         return False
@@ -73,19 +73,19 @@ def _steps_as_last(x: Tensor) -> bool:
     for axis in (1, *range(x.dim() - 1, 1, -1), 0):
         if shape[axis] == 0 or steps[axis] < least:
             return False
-        if axis == 0 and least == steps[1]:  # all but the channels are 1 wide
+        if axis == 0 and least == steps[1]:  # all axes but the channels have size 1
             return False
         least = steps[axis] * max(shape[axis], 1)
     return True
 
 
 def _threads(x: Tensor) -> int:
-    """Return the threads for a call; small ones take one anyway, and are quicker to say so."""
+    """Return the number of threads for a call. Small calls use one, without asking PyTorch."""
     return torch.get_num_threads() if x.numel() >= _dispatch.SMALL else 1
 
 
 def forward(norm: Norm, inputs: Inputs) -> tuple[Tensor, Moments | None]:
-    """Return y, and the statistics of the batch or the rows where no others are given."""
+    """Return y, and the statistics of the batch or the rows, or None if they are given."""
     x, weight, bias, residual, mean, var = inputs
     y = empty(x, format_of(norm, x), brief=False)
     (gamma, _w), (beta, _b) = vector(weight), vector(bias)
@@ -150,14 +150,14 @@ def absorb(
     momentum: float | None,
     counter: Tensor | None = None,
 ) -> None:
-    """Move running statistics and the counter of batches, in place: they may be shared.
+    """Update running statistics and the counter of batches in place, because they may be shared.
 
-    One thread at a time, and all in one call, so that they move together or not at all. Where
-    momentum is None, each batch that was counted weighs the same.
+    Only one thread does this at a time, and a single call writes all values, so that all of them
+    change or none. If momentum is None, all batches that were counted have the same weight.
     """
     mean, m2 = moments.mean, moments.m2
     count = x.numel() // x.shape[1]
-    if norm.kind == "instance":  # the mean over the samples, as PyTorch takes it
+    if norm.kind == "instance":  # the mean over the samples, as in PyTorch
         samples = x.shape[0]
         mean, m2 = (v.reshape(samples, -1).mean(0) for v in (mean, m2))
         count //= samples

@@ -1,8 +1,8 @@
-"""Which class of cybn's stands for a class of PyTorch's, of timm's, or of a user's.
+"""The class of cybn that replaces a class of PyTorch, of timm or of a user.
 
-A class is converted by what its methods do, not by its name: where they call the normalizations of
-`torch.nn.functional`, a subclass runs the same code with cybn's functions. Frozen batch norms
-call none; they are known by what they hold, and by what they compute for a few values.
+Classes are recognized by what they do, not by name: if the methods of a class call normalizations
+of `torch.nn.functional`, a subclass runs the same code with cybn's functions. Frozen batch norms
+call none of them. They are recognized by their buffers, and by what they compute for a few values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _frozen: dict[type, type] = {}
 
 
 def class_for(module: nn.Module) -> type | None:
-    """Return the class that is to compute `module`, or None where it stays what it is."""
+    """Return the class that `module` is to get, or None if it keeps its own."""
     cls = type(module)
     if isinstance(module, Converted):
         return None
@@ -69,7 +69,7 @@ def _subclass(cls: type, bases: tuple[type, ...], methods: dict[str, Any]) -> ty
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Whether this is the class that `torch.nn.utils.parametrize` made of its base."""
+    """Return whether `torch.nn.utils.parametrize` made this class from its base."""
     return cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}" and any(
         isinstance(value, property) for value in cls.__dict__.values()
     )
@@ -79,7 +79,7 @@ def _is_parametrized(cls: type) -> bool:
 
 
 def _looks_frozen(module: nn.Module) -> bool:
-    """Whether a module holds what a frozen batch norm does."""
+    """Return whether a module has the name, the buffers and the eps of a frozen batch norm."""
     buffers = {name for name, value in module._buffers.items() if value is not None}
     return (
         "Frozen" in type(module).__name__
@@ -90,7 +90,7 @@ def _looks_frozen(module: nn.Module) -> bool:
 
 
 def _computes_frozen(module: nn.Module) -> bool:
-    """Whether it computes what the replacement does, for a few values."""
+    """Return whether a module computes what its replacement does, for a few values."""
     try:
         twin = copy.deepcopy(module).double().cpu()
         generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def _computes_frozen(module: nn.Module) -> bool:
         x = torch.randn(2, len(twin.weight), 3, 2, generator=generator, dtype=torch.float64)
         expected = twin(x)
         return torch.allclose(_frozen_forward(twin, x), expected, rtol=1e-9, atol=1e-9)
-    except Exception:  # a class of a user's may do anything
+    except Exception:  # a user's class may raise anything
         return False
 
 
@@ -116,19 +116,19 @@ def _frozen_forward(self: Any, x: Tensor) -> Tensor:
 
 def _frozen_class(cls: type) -> type:
     if cls not in _frozen:
-        # `cls` is any class of modules: checkers know of no forward.
+        # `cls` is any class of modules, so type checkers know no forward.
         methods = {"forward": forward_of(cls.forward, _frozen_forward)}  # type: ignore[attr-defined]
         _frozen[cls] = _subclass(cls, (Converted, cls), methods)
     return _frozen[cls]
 
 
-# ---- what is left ------------------------------------------------------------------------
+# ---- modules that are not converted ------------------------------------------------------
 
 _KNOWN = (nn.modules.batchnorm._NormBase, *NORMS)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalization, judged by its class."""
+    """Return whether this is a normalization, judging by its class and parameters."""
     return isinstance(module, _KNOWN) or (
         "norm" in type(module).__name__.lower()
         and not any(is_norm(child) for child in module.children())
@@ -137,7 +137,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str:
-    """Return why a normalization is left as it is."""
+    """Return why a normalization is not converted."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has seen no data yet: call the model once, and convert it again"
     if isinstance(module, nn.SyncBatchNorm):
@@ -147,5 +147,5 @@ def why_not(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         return "its class is one that cybn.torch does not convert"
     if _looks_frozen(module):
-        return "it computes something else than a frozen batch norm"
+        return "it does not compute the same as a frozen batch norm"
     return "its forward does not call PyTorch's functions that normalize"

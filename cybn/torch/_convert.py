@@ -1,4 +1,4 @@
-"""Swapping the norms of a model for those of cybn, in place, and back."""
+"""Converting the norms of a model to those of cybn in place, and back."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def convert(
         norms with an activation inside, and frozen batch norms.
     fuse : bool, default False
         Compute an activation, or the sum with a residual and an activation, together with the batch
-        norm before it. The first call of each mode shows which operation follows. If another one
-        follows later, it gets correct values, and fusing is turned off for that module. False
-        undoes an earlier True.
+        norm before it. The first call of each mode shows which operation follows. If another
+        operation follows later, it gets correct values, and fusing is turned off for that module.
+        False undoes an earlier True.
     memory_format : torch.memory_format, optional
         The memory format for the weights of convolutions, such as `torch.channels_last`. Convert
         the inputs, too: ``x = x.to(memory_format=torch.channels_last)``.
     sync : bool, default False
         Compute the statistics of batch norms over all processes of `torch.distributed`.
     process_group : ProcessGroup, optional
-        The processes. None means all.
+        The processes for `sync`. None means all.
     small_calls : bool, default False
         Compute small calls by cybn, too. By default PyTorch computes calls that are so small that
-        it is faster; the results are its own. docs/pytorch.md lists the borders.
+        PyTorch is faster, so their results are those of PyTorch. docs/pytorch.md lists the limits.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def convert(
     Raises
     ------
     TypeError
-        If `model` is not a module, or `memory_format` not a memory format.
+        If `model` is not a module, or `memory_format` is not a memory format.
 
     Warns
     -----
@@ -126,7 +126,7 @@ def convert(
 
 
 def _synchronize(module: nn.Module, process_group: Any) -> bool:
-    """Let a batch norm take its statistics over all processes; return whether it does."""
+    """Make a module synchronized if it is a batch norm, and return whether it is one."""
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     stock = stock_class(type(module))

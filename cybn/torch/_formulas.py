@@ -1,6 +1,6 @@
-"""The normalizations as PyTorch's own formulas, which it differentiates as often as one likes.
+"""The normalizations as PyTorch's own operations, which it can differentiate any number of times.
 
-They stand in where the kernels do not go: second derivatives and batched gradients.
+They replace the kernels for second derivatives and batched gradients.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def formula(norm: Norm, inputs: Inputs) -> Tensor:
 def gradients(
     norm: Norm, dy: Tensor, inputs: Inputs, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return the wanted gradients of x, weight, bias and residual, differentiable in turn.
+    """Return the wanted gradients of x, weight, bias and residual.
 
-    They are functions of `dy` and of the inputs, through the history that those have.
+    They can be differentiated again, with respect to `dy` and the inputs.
     """
     again = torch.is_grad_enabled()
     leaves: list[Any] = [*inputs[:4]]
     with torch.enable_grad():
-        # As views, so that the gradient of an input that is there twice is of one place each.
+        # Views, so that an input that is given twice gets a gradient for each argument.
         for i, t in enumerate(leaves):
             if t is not None:
                 leaves[i] = t.view_as(t) if again else t.detach().requires_grad_(wanted[i])

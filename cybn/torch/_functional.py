@@ -1,6 +1,6 @@
 """The normalizations of `torch.nn.functional`, with the same signatures, computed by cybn.
 
-What the kernels do not take goes to PyTorch, with the reason kept for `cybn.torch.report`.
+PyTorch computes the calls that the kernels cannot, and `cybn.torch.report` shows the reasons.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _EPS = {torch.float64: torch.finfo(torch.float64).eps}
 
 
 class _Current(threading.local):
-    """The module whose forward is running: where reasons are kept, and what is fused."""
+    """The module whose forward is running in this thread, if one is."""
 
     module: nn.Module | None = None
-    small = False  # the call is PyTorch's
+    small = False  # whether PyTorch is to compute the call
 
 
 current = _Current()
 
 
-# ---- what the kernels take ---------------------------------------------------------------
+# ---- which calls the kernels compute -----------------------------------------------------
 
 
 def _refusal(
     x: Tensor, eps: float, shape: Sequence[int], vectors: tuple[Tensor | None, ...]
 ) -> str | None:
-    """Return why the kernels do not take a call, or None where they do.
+    """Return why the kernels cannot compute a call, or None if they can.
 
-    `vectors` are weight, bias, mean and variance, each of which must be of `shape`.
+    `vectors` are weight, bias, mean and variance. Each is None or must have the shape `shape`.
     """
     eager = not torch.compiler.is_compiling()
     if eager and (why := _unusual(x)) is not None:
@@ -78,7 +78,7 @@ def _refusal(
 
 
 def _unusual(x: Tensor) -> str | None:
-    """Return what is unusual about a tensor or about the call, outside graphs."""
+    """Return what the kernels cannot handle in a tensor or a call outside graphs, or None."""
     if type(x) not in _PLAIN and not _is_traced(x):
         return f"the input is a {type(x).__name__}"
     if x.layout is not torch.strided or x.is_neg():
@@ -91,7 +91,7 @@ def _unusual(x: Tensor) -> str | None:
 
 
 def _checked(check: Callable[..., str | None], *arguments: Any) -> str | None:
-    """Return what a check returns; sizes are numbers in it, in a call that torch.jit traces too."""
+    """Return what a check returns. torch.jit does not trace it, so sizes are numbers."""
     if torch.compiler.is_compiling():
         return check(*arguments)
     if current.small:
@@ -111,7 +111,7 @@ def _is_traced(x: Any) -> bool:
 
 
 def _traced() -> bool:
-    """Whether operations are recorded, or done by someone else, and must be operators."""
+    """Return whether operations are traced or intercepted, so that operators are needed."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -120,7 +120,7 @@ def _traced() -> bool:
 
 
 def _explain(why: str | None) -> None:
-    """Keep the reason why the last call of the module went to PyTorch; None where it did not."""
+    """Store the reason why PyTorch computed the last call of the module, or None."""
     if not torch.compiler.is_compiling():
         module = current.module
         if module is not None:
@@ -171,7 +171,7 @@ def counting_batch_norm(
     eps: float,
     counter: Tensor | None,
 ) -> Tensor:
-    """Do the same, and count the batch in the step in which the running statistics move."""
+    """Do what `batch_norm` does, and count the batch together with the statistics' update."""
     if type(x) is _fuse.Pending:
         x = x.plain()
     why = _checked(_batch_why, x, running_mean, running_var, weight, bias, training, eps)
@@ -202,7 +202,7 @@ def _batch_why(
     eps: float,
     positions: bool = False,
 ) -> str | None:
-    """Return why PyTorch is to normalize a batch; with `positions`, each sample of it."""
+    """Return why the kernels cannot compute a batch norm, or an instance norm if `positions`."""
     if x.dim() < 2 + positions:
         return f"the input has {x.dim()} axes"
     if (mean is None) != (var is None):

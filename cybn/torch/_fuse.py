@@ -1,11 +1,11 @@
-"""A batch norm together with what follows it: an activation, or a sum with a residual and one.
+"""Fusing a batch norm with the activation after it, or with adding a residual and activating.
 
-What follows is not guessed from the code. The first call in each mode returns an ordinary result
-that notes which operation takes it (`Watched`). From then on a call returns a result that is
-not computed yet (`Pending`), which the operation that was expected computes in one pass with
-itself. Whatever else comes first computes the plain result, which is then what it was without
-fusing, and turns fusing off for that module: replaced activations, slices of models and features
-taken in between get the right values.
+What follows is not guessed from the code. The first call in each mode returns an ordinary tensor
+that notes the first operation that uses it (`Watched`). Later calls return a tensor that is not
+computed yet (`Pending`). If the expected operation uses it, one pass computes both. If another
+operation uses it first, the batch norm is computed as without fusing, and fusing is turned off for
+that module. So the results are right even if an activation is replaced, only a part of a model is
+called, or features are taken from between the two.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from ._calls import Inputs, Norm, format_of
 
 __all__ = ["Fusing", "Pending", "normalize"]
 
-LEAST = 1 << 14  # values; below, two calls are as quick as one with its bookkeeping
+LEAST = 1 << 14  # values of x; with fewer, fusing costs as much time as it saves
 
 Activation = tuple[str, float]
 
 
 class Fusing:
-    """What was learned about one module, in training and in evaluation."""
+    """What follows one module in training and in evaluation, as far as it is known."""
 
     def __init__(self) -> None:
-        self.expects: dict[bool, tuple[Activation, bool] | None] = {}  # by mode; bool: a residual
-        self.why: dict[bool, str] = {}  # not, by mode
-        self.follower: Any = None  # a weak reference to the activation's module, if it is one
+        # By mode: the activation, and whether a residual is added before it; None to fuse nothing.
+        self.expects: dict[bool, tuple[Activation, bool] | None] = {}
+        self.why: dict[bool, str] = {}  # why nothing is fused, by mode
+        self.follower: Any = None  # a weak reference to the activation's module, if it has one
 
-    def __reduce__(self) -> Any:  # a copy learns for itself
+    def __reduce__(self) -> Any:  # a copy starts without knowledge
         return Fusing, ()
 
     def describe(self) -> tuple[str, str]:
-        """Return what is computed together with the module, and why not more."""
+        """Return what is fused with the module, and if that is nothing, the reason."""
         found = [expected for expected in self.expects.values() if expected is not None]
         if found:
             (name, _), added = found[0]
@@ -53,13 +54,13 @@ class Fusing:
         return "", "not called yet: the first call in each mode shows what follows"
 
     def learn(self, mode: bool, activation: Activation, added: bool) -> None:
-        """Note what followed."""
+        """Store which operation followed."""
         follower = _caller()
         self.follower = None if follower is None else weakref.ref(follower)
         self.expects[mode] = activation, added
 
     def refuse(self, mode: bool, why: str) -> None:
-        """Note that nothing is to be computed together from now on."""
+        """Turn fusing off in a mode, and store the reason."""
         self.expects[mode] = None
         self.why[mode] = why
 
@@ -85,7 +86,7 @@ def normalize(
     inputs: Inputs,
     running: Running | None,
 ) -> Tensor:
-    """Return the result, watched or pending where that can gain something."""
+    """Return the result, which is watched or pending if fusing can save time."""
     mode = module.training
     if norm.kind != "batch" and mode not in fusing.expects:
         fusing.refuse(mode, "only batch norms are computed together with what follows")
@@ -110,7 +111,7 @@ def normalize(
 
 
 def _is_looked_at(module: nn.Module) -> bool:
-    """Whether hooks see what lies in between, or compiled code that knows no pending results."""
+    """Return whether hooks would see a pending result, or compiled code would get it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -182,7 +183,7 @@ def _activation(func: Any, args: Any, kwargs: Any) -> tuple[Activation | None, b
 
 
 def _other(func: Any, args: Any, kwargs: Any, one: Tensor) -> Any:
-    """Return what a call adds to `one`, if it adds a tensor to it that is as large."""
+    """Return the tensor of the same shape that a call adds to `one`, or None."""
     if func not in _ADDITIONS or kwargs or len(args) != 2 or args[0] is args[1]:
         return None
     other = args[1] if args[0] is one else args[0]
@@ -202,7 +203,7 @@ def _other(func: Any, args: Any, kwargs: Any, one: Tensor) -> Any:
 
 
 class Watched(Tensor):
-    """An ordinary tensor that notes the first operation that takes it, once."""
+    """An ordinary tensor that notes the first operation that uses it."""
 
     _cybn: tuple[Fusing, bool, bool]
 
@@ -217,7 +218,7 @@ class Watched(Tensor):
         tree_map_only(Watched, watched.append, (args, kwargs))
         notes = []
         for t in watched:
-            if t.__class__ is Watched:  # it may be there twice
+            if t.__class__ is Watched:  # a tensor may be given twice
                 t.__class__ = Tensor
                 notes.append((t, *t.__dict__.pop("_cybn")))
         sums = None
@@ -228,7 +229,7 @@ class Watched(Tensor):
             elif not added and sums is None and _other(func, args, kwargs, t) is not None:
                 sums = fusing, mode, True
             else:
-                fusing.refuse(mode, f"{_name(func)} takes what it returns")
+                fusing.refuse(mode, f"{_name(func)} uses its output")
         y = func(*args, **kwargs)
         if sums is not None and type(y) is Tensor:
             y.__class__ = Watched
@@ -246,7 +247,7 @@ def _name(func: Any) -> str:
 
 
 class Pending(Tensor):
-    """A result that is computed by the first operation that takes it; it has no memory."""
+    """A result without memory, which is computed when the first operation uses it."""
 
     value: Tensor | None
     residual: Tensor | None
@@ -259,7 +260,7 @@ class Pending(Tensor):
         inputs: Inputs,
         moves: list[Running],
     ) -> Pending:
-        """Return the pending result of a call of `normalize_now`; statistics in `moves` move."""
+        """Return a pending result. Its computation updates the statistics in `moves`."""
         x, grad = inputs.x, torch.is_grad_enabled()
         with torch._C.DisableTorchFunctionSubclass():
             self = Tensor._make_wrapper_subclass(
@@ -276,9 +277,9 @@ class Pending(Tensor):
         return self
 
     def plain(self) -> Tensor:
-        """Return what the call returns without fusing, and fuse no more."""
+        """Return the result without what follows, and turn fusing off."""
         if self.value is None:
-            why = "another operation than before took what it returns"
+            why = "another operation than before used its output"
             for mode, expected in self.fusing.expects.items():
                 if expected is not None:
                     self.fusing.refuse(mode, why)
@@ -302,7 +303,7 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute what was expected in one pass, and everything else with the plain result."""
+        """Compute the expected operation in one pass, and others from the plain result."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _GETTERS:
@@ -323,7 +324,7 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse: whatever comes here went past PyTorch's Python functions."""
+        """Raise an error, because the call did not go through PyTorch's Python functions."""
         raise RuntimeError(
             f"{func} reached the pending result of a fused batch norm from outside Python's torch "
             "functions; convert the model without fuse=True"
@@ -331,7 +332,7 @@ class Pending(Tensor):
 
 
 def _sum(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Return a pending sum where a residual is added to a pending result that expects one."""
+    """Return a pending sum if a residual is added to a pending result that expects one."""
     for one in args[:2] if func in _ADDITIONS else ():
         if type(one) is Pending and one.value is None and one.residual is None and one.expected[1]:
             other = _other(func, args, kwargs, one)
@@ -347,7 +348,7 @@ def _sum(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _version(x: Tensor | None) -> int | None:
-    """Return how often a tensor was written to; None where nobody counts."""
+    """Return how often a tensor was written to, or None if PyTorch does not count that."""
     return None if x is None or x.is_inference() else x._version
 
 
@@ -360,6 +361,6 @@ def _strides(norm: Norm, x: Tensor) -> tuple[int, ...] | None:
 
 def _lost(gradient: Tensor) -> None:
     raise RuntimeError(
-        "a gradient reached the pending result of a fused batch norm, which something else than "
-        "one of PyTorch's Python functions has used; convert the model without fuse=True"
+        "a gradient reached the pending result of a fused batch norm, because something other "
+        "than PyTorch's Python functions used it; convert the model without fuse=True"
     )

@@ -1,10 +1,10 @@
-"""Memory for large results: page faults cost more than the normalization itself.
+"""Memory for large results, because page faults can cost more than the normalization itself.
 
-What forward returns lives until backward, and is PyTorch's own memory, for which huge pages are
-asked for where the system gives them on request: a two hundredth of the page faults.
+The result of forward is needed until backward. PyTorch allocates it, and this module requests huge
+pages for it, if the system supports such requests. They cause 200 times fewer page faults.
 
-What backward returns dies at once. Large gradients go to storages that are kept here and used
-again. A storage that no tensor refers to any longer is free, however the last one died.
+The gradients that backward returns are freed soon. Large gradients get storages that are kept here
+and reused. A storage is free as soon as no tensor refers to it any longer.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .._memory import blocks as _arrays
 
 __all__ = ["empty", "empty_cache"]
 
-_HUGE = 4 << 20  # bytes from which huge pages are asked for
+_HUGE = 4 << 20  # bytes of the smallest results with huge pages
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 class Storages:
-    """Storages under gradients; one that nothing but this list refers to is free."""
+    """Storages for gradients. A storage is free if nothing but this list refers to it."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Start with an empty list; tensors that exist keep their storages."""
-        self._kept: list[tuple[int, torch.UntypedStorage]] = []  # those used last at the end
+        """Start with an empty list. Existing tensors keep their storages."""
+        self._kept: list[tuple[int, torch.UntypedStorage]] = []  # the last used at the end
         self._lock = Lock()
 
     def clear(self) -> None:
-        """Give the free storages back to the system; the others go back as their tensors die."""
+        """Release the free storages. The others are released when their tensors are freed."""
         with self._lock:
             self._kept = []
 
@@ -49,7 +49,7 @@ class Storages:
             return sum(size for size, _ in self._kept) - free, free
 
     def take(self, nbytes: int) -> torch.UntypedStorage:
-        """Return a storage of about so many bytes, one used before if there is one."""
+        """Return a storage of at least `nbytes` bytes. If a kept one fits and is free, reuse it."""
         size = rounded(nbytes)
         with self._lock:
             found = None
@@ -70,7 +70,7 @@ class Storages:
         return sum(size for size, _ in self._kept)
 
     def _make_room(self, most: int) -> None:
-        """Drop free storages, the one not used for longest first, until all take `most` bytes."""
+        """Drop the least recently used free storages until at most `most` bytes are kept."""
         over, kept = self._total() - most, []
         for size, storage in self._kept:
             if over > 0 and _is_free(storage):
@@ -105,7 +105,10 @@ def empty_cache() -> None:
 
 
 def empty(like: Tensor, memory_format: torch.memory_format, *, brief: bool) -> Tensor:
-    """Return an uninitialized tensor of the shape and type of another; `brief` if it dies soon."""
+    """Return an uninitialized tensor of the shape and type of another.
+
+    `brief` means that the tensor will be freed soon. Then its memory is kept for reuse.
+    """
     nbytes = like.numel() * like.element_size()
     if not brief or nbytes < LEAST or nbytes > _arrays.limit:
         new = torch.empty_like(like, memory_format=memory_format, requires_grad=False)
@@ -118,7 +121,7 @@ def empty(like: Tensor, memory_format: torch.memory_format, *, brief: bool) -> T
 
 
 def _ask_for_huge_pages(address: int, nbytes: int) -> None:
-    """Say that memory will be used as a whole. It is advice: nothing is checked."""
+    """Advise the system to use huge pages for some memory. It may ignore the advice."""
     if _madvise is not None:
         start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE

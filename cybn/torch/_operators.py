@@ -1,9 +1,9 @@
 """The kernels as operators of PyTorch, for graphs: torch.compile, torch.export, torch.jit.trace.
 
-``torch.ops.cybn.normalize`` and ``torch.ops.cybn.normalize_backward`` know what their results look
-like without computing them (fake tensors), their derivatives, and batches of calls (torch.vmap).
-Eager modules call the same kernels without this detour. A saved program that holds the operators
-needs ``import cybn.torch`` before it is loaded.
+``torch.ops.cybn.normalize`` and ``torch.ops.cybn.normalize_backward`` have rules for the shapes of
+their results (fake tensors), for their derivatives, and for batches of calls (torch.vmap). Eager
+modules call the same kernels without operators. A saved program that contains the operators needs
+``import cybn.torch`` before it is loaded.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def normalize(norm: Norm, inputs: Inputs, running: Running | None = None) -> Ten
     return y
 
 
-# ---- computed ----------------------------------------------------------------------------
+# ---- computation -------------------------------------------------------------------------
 
 
 def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ _library.impl("normalize", _on_cpu, "CPU")
 _library.impl("normalize_backward", _backward_on_cpu, "CPU")
 
 
-# ---- what results look like --------------------------------------------------------------
+# ---- shapes and types of results ---------------------------------------------------------
 
 
 @torch.library.register_fake("cybn::normalize", lib=_library)
@@ -112,7 +112,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _rows(norm: Norm, x: Tensor) -> Any:
-    """Return how many means there are."""
+    """Return the number of means of a call."""
     if norm.kind == "batch":
         return x.shape[1]
     if norm.kind == "group":
@@ -150,7 +150,7 @@ def _setup_again(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate_again(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives, by PyTorch's own formulas."""
+    """Return second derivatives, computed by PyTorch's own operations."""
     dy, *inputs = ctx.saved_tensors
     again = torch.is_grad_enabled()
     leaves: list[Any] = []

@@ -1,8 +1,8 @@
-"""The forward of a module, with other functions in the place of those that normalize.
+"""Copies of functions that call cybn's normalizations instead of PyTorch's.
 
-A forward of PyTorch, of timm, or of a user's, ends in `F.batch_norm`, `F.layer_norm` or another
-normalization. The same code runs here with names that lead to cybn's functions, so whatever else
-it does, such as counting batches or activating, stays what it was.
+The forward of a module of PyTorch, of timm or of a user calls `F.batch_norm`, `F.layer_norm` or
+another normalization. A copy runs the same code, but its global names refer to cybn's functions. So
+everything else that it does stays the same, such as counting batches or an activation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _REPLACED: dict[Any, Any] = {
     getattr(home, name): ours
     for name, ours in FUNCTIONS.items()
     for home in (functional, torch)
-    if home is functional or name == "rms_norm"  # torch's others differ in their arguments
+    if home is functional or name == "rms_norm"  # the others in torch have other arguments
 }
-_DEPTH = 2  # calls of functions that call functions
+_DEPTH = 2  # levels of called functions that are copied, too
 
 
 class _Namespace(types.SimpleNamespace):
-    """A module with some of its names leading elsewhere."""
+    """A module in which some names refer to other objects."""
 
     def __init__(self, module: types.ModuleType, **names: Any) -> None:
         super().__init__(**names)
@@ -45,9 +45,9 @@ _SPACES: dict[Any, _Namespace] = {functional: _FUNCTIONAL, torch.nn: _NN, torch:
 
 
 def rebound(function: Any, depth: int = _DEPTH) -> Callable[..., Any] | None:
-    """Return a function that does what `function` does with cybn's normalizations.
+    """Return a copy of `function` that calls cybn's normalizations.
 
-    None if it is not a Python function, or does not seem to normalize by PyTorch's functions.
+    Return None if it is not a Python function, or does not seem to call PyTorch's normalizations.
     """
     if not isinstance(function, types.FunctionType):
         return None
@@ -71,7 +71,7 @@ def rebound(function: Any, depth: int = _DEPTH) -> Callable[..., Any] | None:
 
 
 def _replacement(value: Any, names: set[str], depth: int) -> Any:
-    """Return what a global name is to lead to, or None for what it leads to now."""
+    """Return the object that a global name is to refer to, or None if that does not change."""
     if isinstance(value, types.ModuleType):
         used = names & FUNCTIONS.keys()
         if value is functional:

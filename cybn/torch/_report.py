@@ -1,4 +1,4 @@
-"""What computes each norm of a model."""
+"""A report on which library computes each norm of a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Row(NamedTuple):
     """One module of a report."""
 
     module: str  # its name in the model
-    type: str  # of its class
+    type: str  # the name of its class
     computed_by: str  # "cybn" or "PyTorch"
-    fused_with: str  # such as "relu" or "add, relu"; empty where it is computed alone
-    why: str  # it is not computed by cybn, or not fused
+    fused_with: str  # such as "relu" or "add, relu"; empty if it is not fused
+    why: str  # the reason why PyTorch computes it, or why it is not fused
 
 
 class Report:
@@ -30,6 +30,7 @@ class Report:
     Attributes
     ----------
     rows : list of Row
+        One row per norm.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -63,7 +64,7 @@ def report(model: nn.Module) -> Report:
     Parameters
     ----------
     model : torch.nn.Module
-        Converted or not.
+        The model, converted or not.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""Small calls, for which PyTorch is faster: modules that `convert` has changed hand them over.
+"""Small calls, for which PyTorch is faster, so that converted modules leave them to PyTorch.
 
-A call of cybn costs more than one of PyTorch's own, however little there is to normalize, and what
-it gains grows with the input. The borders between are measured (``pytest bench -k small``) and
-constant: what computes a call depends on its size and mode, never on the time.
+A call has a higher fixed cost in cybn than in PyTorch, but cybn saves more time the larger the
+input is. The borders in between were measured (``pytest bench -k small``) and are constants: which
+library computes a call depends on the call's size and mode, but never on measured times.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["SMALL", "borders_of", "is_small", "quick"]
 
 SMALL = "the call is small: PyTorch is faster"
 
-# Values of the input below which PyTorch computes a call: in evaluation without gradients and with
-# them, in training without and with.
+# PyTorch computes calls with fewer values than these: in evaluation without and with gradients, and
+# in training without and with gradients.
 Borders = tuple[int, int, int, int]
 _BATCH: Borders = (1 << 20, 1 << 20, 1 << 19, 1 << 19)
 _BORDERS: dict[type, Borders] = {
@@ -33,11 +33,11 @@ _BORDERS: dict[type, Borders] = {
 def borders_of(module: nn.Module) -> Borders:
     """Return the borders for the calls of a module."""
     kinds = (found for kind, found in _BORDERS.items() if isinstance(module, kind))
-    return next(kinds, _BATCH)  # others are mostly subclasses of timm's and users' own
+    return next(kinds, _BATCH)  # others are mostly classes of timm and of users
 
 
 def is_small(module: nn.Module, x: Any) -> bool:
-    """Whether PyTorch is to compute a call of a module, outside graphs; noted for `report`."""
+    """Return whether PyTorch is to compute a call outside graphs, and note that for `report`."""
     known = module.__dict__
     borders = known.get("_cybn_borders")
     if (
@@ -54,7 +54,7 @@ def is_small(module: nn.Module, x: Any) -> bool:
     return True
 
 
-# ---- PyTorch's forwards, without what is settled by then; None where one may be an error -------
+# ---- PyTorch's forwards without needless steps; None if PyTorch's own might raise an error -----
 
 
 def _batch_norm(self: Any, input: Tensor) -> Tensor | None:
@@ -115,5 +115,5 @@ _QUICK: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 
 
 def quick(original: Callable[..., Any]) -> Callable[..., Tensor | None] | None:
-    """Return a forward that does for small calls what one of PyTorch's does, if it is known."""
+    """Return a quick forward for small calls that does what `original` does, or None."""
     return _QUICK.get(original)

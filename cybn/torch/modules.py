@@ -27,15 +27,15 @@ __all__ = [
     "RMSNorm",
 ]
 
-# What cybn keeps in the dictionary of a module.
+# Attributes that cybn adds to a module.
 KEPT = ("_cybn_borders", "_cybn_fusing", "_cybn_reason")
 
 
 class Converted(nn.Module):
-    """What stands before a class of PyTorch, or of a user's, in the order of bases."""
+    """The first base of a converted class, before the class of PyTorch or of a user."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles, and puts in this one's place: PyTorch's own."""
+        """Return PyTorch's own module, which `torch.jit.script` compiles instead of this one."""
         stock = stock_class(type(self))
         twin: nn.Module = object.__new__(stock)
         twin.__dict__ = {k: v for k, v in self.__dict__.items() if k not in KEPT}
@@ -43,7 +43,7 @@ class Converted(nn.Module):
 
     @property
     def __jit_unused_properties__(self) -> list[str]:
-        """Say what to do where torch.jit compiles this one itself, past the method above."""
+        """Raise an error if torch.jit compiles this module without calling the method above."""
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.jit"):
             raise RuntimeError(
                 "torch.jit cannot compile a module of cybn.torch inside a torch.jit.ScriptModule; "
@@ -52,14 +52,14 @@ class Converted(nn.Module):
         return []
 
     def extra_repr(self) -> str:
-        """Return the stock representation, with the activation where one is computed here."""
+        """Return PyTorch's representation, with the activation if one is fused."""
         text = super().extra_repr()
         fusing = self.__dict__.get("_cybn_fusing")
         also = fusing.describe()[0] if fusing is not None else ""
         return f"{text}, then {also}" if also else text
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle modules whose class was made here by the class that it was made of."""
+        """Pickle a module. If its class was made here, refer to the class that it was made from."""
         cls = type(self)
         if "_cybn_stock" in cls.__dict__ and cls not in STOCK:
             state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
@@ -69,7 +69,7 @@ class Converted(nn.Module):
 
 def _empty(stock: type) -> nn.Module:
     """Return a converted module without state, for `pickle` and `copy`."""
-    from ._classes import converted_class  # which imports this module
+    from ._classes import converted_class  # here, because it imports this module
 
     cls = converted_class(stock)
     if cls is None:
@@ -80,10 +80,10 @@ def _empty(stock: type) -> nn.Module:
 def forward_of(
     original: Callable[..., Any], computed: Callable[..., Any], alone: bool = True
 ) -> Callable[..., Any]:
-    """Return a forward that runs `computed`, and stands in graphs as one module.
+    """Return a forward that runs `computed`, and is a single module in traced graphs.
 
-    Small calls are PyTorch's: of `original` where that is `alone`, which means that it calls no
-    methods that lead to cybn; else `computed` passes them on.
+    PyTorch computes small calls. If `original` is `alone`, which means that it calls no other
+    methods that were converted, it does so. Otherwise the functions in `computed` call PyTorch.
     """
     of_pytorch = quick(original) or (original if alone else None)
 
@@ -107,15 +107,15 @@ def forward_of(
             current.module, current.small = before
 
     forward.__doc__ = original.__doc__ or "Normalize, as the class of the same name does."
-    # Checkers do not know that inspect looks for this attribute of a function.
+    # Type checkers do not know that inspect looks for this attribute of a function.
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
 
 
 def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
-    """Return the methods of a class that normalize, with cybn's functions, and its forward.
+    """Return a class's methods that normalize, with cybn's functions, and its forward.
 
-    Empty where there are none.
+    If no method normalizes, the result is empty.
     """
     found: dict[str, Callable[..., Any]] = {}
     for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -123,7 +123,7 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
             if getattr(cls, name, None) is method and (new := rebound(method)) is not None:
                 found[name] = new
     if found:
-        # `cls` is any class of modules: checkers know of no forward.
+        # `cls` is any class of modules, so type checkers know no forward.
         original: Any = cls.forward  # type: ignore[attr-defined]
         computed = found.get("forward", original)
         if original is _NormBase.forward:
@@ -134,15 +134,16 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
 
 
 def _whole(in_graphs: Callable[..., Any]) -> Callable[..., Any]:
-    """Return PyTorch's own forward of batch norms, with the counter moved as statistics are.
+    """Return PyTorch's own forward of batch norms, but update counter and statistics together.
 
-    PyTorch counts the batch first: an interrupt or another thread in between would tear them apart.
+    PyTorch counts the batch first. An interrupt or another thread could come in between, so that
+    only the counter is updated.
     """
 
     def forward(self: Any, input: Tensor) -> Any:
         tracked = self.training and self.track_running_stats
         if torch.compiler.is_compiling() or (tracked and self.running_mean is None):
-            return in_graphs(self, input)  # nothing after it: its break of a graph is the only one
+            return in_graphs(self, input)  # nothing follows, so the graph breaks only once
         self._check_input_dim(input)
         counter = self.num_batches_tracked if tracked else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
@@ -289,7 +290,7 @@ for _stock, _ours in NORMS.items():
 
 
 def stock_class(cls: type) -> type:
-    """Return the class that a class of cybn's, or one derived from such, stands for."""
+    """Return the class that a class of cybn, or one derived from it, replaces."""
     if cls in STOCK:
         return STOCK[cls]
     if not issubclass(cls, Converted):

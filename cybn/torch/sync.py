@@ -1,12 +1,12 @@
-"""Batch norms of PyTorch that normalize by the batch of all processes, on the CPU too.
+"""Batch norms of PyTorch on the CPU that normalize by the batch of all processes.
 
-`torch.nn.SyncBatchNorm` refuses tensors on the CPU. This one takes them, in a process group of any
-backend that gathers CPU tensors, such as gloo, under DistributedDataParallel or without it::
+`torch.nn.SyncBatchNorm` rejects tensors on the CPU. The class here accepts them, in a process group
+of any backend that gathers CPU tensors, such as gloo, with or without DistributedDataParallel::
 
     model = cybn.torch.SyncBatchNorm.convert_sync_batchnorm(model)
     model = torch.nn.parallel.DistributedDataParallel(model)
 
-Start it with ``torchrun --nproc-per-node=2 train.py``. See docs/distributed.md.
+Start the program with ``torchrun --nproc-per-node=2 train.py``. See docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ._rebind import rebound
 __all__ = ["SyncBatchNorm"]
 
 _alone: Any = rebound(nn.modules.batchnorm._BatchNorm.forward)  # as `convert` computes it
-_ALL = (None, None, None, "normalize")  # positions count
+_ALL = (None, None, None, "normalize")  # no mask, no weights, no lengths
 _OUTSIDE = (
     "cybn.torch.SyncBatchNorm takes tensors on the CPU, outside torch.jit and torch.func; on other "
-    "devices take torch.nn.SyncBatchNorm"
+    "devices use torch.nn.SyncBatchNorm"
 )
 
 
@@ -40,12 +40,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`torch.nn.SyncBatchNorm` for tensors on the CPU, with exact statistics.
 
     In training mode y is normalized by the batch of all processes in the group. Processes may have
-    different numbers of samples, and none. Running statistics are the same bits in all of them.
+    different numbers of samples, or none. Running statistics are bitwise equal in all processes.
     `weight.grad` and `bias.grad` are those of each process alone, as in PyTorch, because
     DistributedDataParallel averages all gradients. The gradient of the input includes the
     statistics of the whole batch.
 
-    In eval mode, without a process group, and with one process, it is a plain batch norm.
+    In eval mode, without a process group, or with a single process, it is a plain batch norm.
 
     It is not a subclass of `torch.nn.SyncBatchNorm`, because DistributedDataParallel refuses those
     on the CPU.
@@ -53,7 +53,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     Parameters
     ----------
     num_features : int
-        C.
+        The number of channels C.
     eps, momentum, affine, track_running_stats, device, dtype
         As in `torch.nn.SyncBatchNorm`: 1e-5, 0.1, True, True, None and None.
     **options
@@ -65,7 +65,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     -----
     A training forward and a backward each send 16 bytes per channel. If a process raises an error
     because of its arguments, all raise one, and no running statistics have changed. If a process
-    dies, the others raise an error within the timeout of the process group.
+    ends early, the others raise an error within the timeout of the process group.
 
     Examples
     --------
@@ -110,7 +110,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if group is None or not isinstance(input, Tensor):
             return _alone(self, input)
         if torch.jit.is_tracing():
-            raise RuntimeError(_OUTSIDE)  # before a graph gets hold of the message
+            raise RuntimeError(_OUTSIDE)  # before a graph records the message
         return self._synchronized(input, group)
 
     @_disable_dynamo
@@ -124,7 +124,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _absorb(self, batch: Moments) -> None:
-        """Move the running statistics, in place: they may be shared."""
+        """Update the running statistics in place, because they may be shared."""
         with _runtime.turn:
             old: list[Tensor] = []
             new: list[Tensor] = []
@@ -137,7 +137,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 mean: Any
                 var: Any
                 (mean, _m), (var, _v) = map(vector, statistics)
-                if momentum == 1:  # what was there may be NaN
+                if momentum == 1:  # the old values, which may be NaN, have weight 0
                     mean = var = np.zeros_like(mean)
                 old += statistics
                 new += map(
@@ -183,7 +183,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return converted
 
     def _group(self) -> Any:
-        """Return the processes whose batch it is; None in eval mode, or where there is but one."""
+        """Return the process group, or None in eval mode or without other processes."""
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD
@@ -217,12 +217,12 @@ def _message(group: Any, kind: Any, channels: int) -> _ranks.Message:
 
 
 def _transformed() -> bool:
-    """Whether a transform of `torch.func` looks at the operations of PyTorch."""
+    """Return whether a transform of `torch.func` is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def _values(t: Tensor) -> NDArray[Any]:
-    """Return the memory of a tensor, which may have no values."""
+    """Return an array at the address of a tensor, which may be empty."""
     return array(t) if t.numel() else np.empty(t.shape, DTYPES[t.dtype])
 
 
@@ -259,7 +259,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         own: list[NDArray[np.float64]] = []
         with _message(ctx.group, "backward", len(ctx.moments)) as message:
-            x, weight, bias = ctx.saved_tensors  # an error where one was changed
+            x, weight, bias = ctx.saved_tensors  # an error if one was changed in place
             dx = empty(x, _form(x), brief=True)
             dy = dy.resolve_conj().resolve_neg()
             (gamma, _w), settings = vector(weight), _settings(ctx.eps)

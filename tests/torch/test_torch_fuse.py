@@ -213,7 +213,7 @@ def test_what_is_not_fused(name, kernel_calls):
     assert computed(kernel_calls) == [None] * 3
     row = cybn.torch.report(other).rows[0]
     assert row.fused_with == ""
-    assert "takes what it returns" in row.why
+    assert "uses its output" in row.why
 
 
 SUMS = {

@@ -41,7 +41,7 @@ def step(model, x):
 def followed(model, x):
     """Return how many batch norms have a following activation, or sum and activation, by report."""
     rows = cybn.torch.report(model).rows
-    never = ("takes what it returns", "not called")
+    never = ("uses its output", "not called")
     return sum(row.fused_with != "" or not any(text in row.why for text in never) for row in rows)
 
 
@@ -59,7 +59,7 @@ def test_model(name):
     by_cybn = sum(row.computed_by == "cybn" for row in rows)
     fused = sum(row.fused_with != "" for row in rows)
     alone = [row for row in rows if not row.fused_with]
-    known = ("takes what it returns", "only batch norms", "does not call")
+    known = ("uses its output", "only batch norms", "does not call")
     certain = sum(any(text in row.why for text in known) for row in alone)
     SHARES[name] = len(rows), by_cybn, fused, len(rows) - certain
     print(f"{name}: {len(rows)} norms, {by_cybn} by cybn, {fused} fused, {len(alone)} alone")
