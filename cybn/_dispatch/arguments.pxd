@@ -1,4 +1,4 @@
-# What every call of the dispatch holds: its arguments as they were given, and as they are used.
+# The arguments of a call of the dispatch, as they were given and as they are used.
 
 from cpython.object cimport PyObject
 
@@ -6,7 +6,7 @@ from cybn._dispatch.arrays cimport Fold, View
 from cybn._kernels.problem cimport Rows, Vector
 from cybn._kernels.waiting cimport Watch
 
-cdef enum:                  # inputs first: a result must not lie over what stands before it
+cdef enum:                  # inputs first: a result must not overlap an argument before it
     X
     DY
     RESIDUAL
@@ -19,19 +19,19 @@ cdef enum:                  # inputs first: a result must not lie over what stan
     SLOTS
 
 cdef struct Argument:
-    PyObject* given         # as the caller gave it, or a result that was made; NULL without one
+    PyObject* given         # from the caller, or a new array for a result; NULL if there is none
     PyObject* used          # the array that a kernel reads or writes
     View view               # of that array
 
 cdef struct Call:
     Argument at[SLOTS]
-    Fold fold               # how x lies
-    int axis                # of the channels; for rows 0 where there are none
-    bint rows               # the family: channels count as axis 1, and rows may lie apart
-    Py_ssize_t counted      # positions that count, and the sum of their weights, if it is said
-    double total
-    PyObject* like          # x, before it was copied to fold: new results lie as it does
-    PyObject* held          # a list of what was made for this call alone
+    Fold fold               # how x is folded
+    int axis                # of the channels; for rows 0 if there are none
+    bint rows               # x has rows: channels are taken as axis 1, and rows may have gaps
+    Py_ssize_t counted      # unmasked positions, if there is a mask, weights or lengths
+    double total            # the sum of their weights
+    PyObject* like          # x before it was copied to fold; new results have its memory layout
+    PyObject* held          # a list of the arrays that were made for this call only
 
 ctypedef void (*Kernel)(const void* problem) noexcept nogil
 

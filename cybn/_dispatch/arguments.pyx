@@ -1,12 +1,13 @@
 # cython: language_level=3
 # cython: cdivision=True
 # cython: binding=False
-# The arguments of a call, taken the same way by all calls of the dispatch.
+# The arguments of a call, handled in the same way by all calls of the dispatch.
 #
-# take...       look at what the caller gave, convert it where a kernel cannot read it, and check
-# take_output   the same for where a result goes, which must not lie over an input
-# settle        say where an array lies as rows of x; what lies otherwise has a stand-in that does
-# deliver       return a result, copied from its stand-in
+# take...       check an argument, and convert it if a kernel cannot read it
+# take_output   check the array for a result, which must not overlap an input
+# settle        describe an array as rows; if its memory layout is not that of x, replace it by a
+#               stand-in, a temporary array that has this layout
+# deliver       return a result, copied from its stand-in if it has one
 #
 # Nothing is written before every check has passed.
 
@@ -42,13 +43,13 @@ cdef extern from "Python.h":
 
 _import_array()
 
-cdef int bfloat16 = -1          # NumPy's number of ml_dtypes' type, once an array of it was seen
+cdef int bfloat16 = -1          # number of this type in NumPy, once a call has had an array of it
 cdef object Moments = None      # the class
-cdef Patience patience          # with threads that do not come; zero at the start
+cdef Patience patience          # whether calls use several threads now; zero at the start
 
 
 def use_moments(type moments):
-    """Make the statistics that calls return of this class."""
+    """Set the class of the statistics that calls return."""
     global Moments
     Moments = moments
 
@@ -56,7 +57,10 @@ def use_moments(type moments):
 # ---- inputs ------------------------------------------------------------------------------
 
 cdef int begin(Call* c, list held, object x) except -1:
-    """Begin a call: no arguments but x, any float array. `held` must live as long as the call."""
+    """Begin a call whose only argument so far is x, any float array.
+
+    The list `held` must exist as long as the call.
+    """
     cdef int k
     for k in range(SLOTS):
         c.at[k].given = c.at[k].used = NULL
@@ -68,7 +72,7 @@ cdef int begin(Call* c, list held, object x) except -1:
 
 
 cdef bint look(object array, View* v) noexcept:
-    """Look at an array; return whether a kernel can read it: one of aligned native floats."""
+    """Fill in the view of an array; return whether a kernel can read it: aligned native floats."""
     cdef const PyArrayObject* a = <const PyArrayObject*> array
     cdef int i, kind = PyArray_TYPE(a)
     v.flags, v.item, v.size = PyArray_FLAGS(a), PyArray_ITEMSIZE(a), 1
@@ -95,7 +99,7 @@ cdef tuple shape_of(const View* v):
 
 
 cdef int take(Call* c, int k, str name, object value, bint half) except -1:
-    """Take an array of floats: itself, or converted where a kernel cannot read it."""
+    """Take an array of floats, and convert it if a kernel cannot read it."""
     global bfloat16
     cdef Argument* a = &c.at[k]
     a.given = <PyObject*> value
@@ -111,7 +115,7 @@ cdef int take(Call* c, int k, str name, object value, bint half) except -1:
 
 
 cdef int replace(Call* c, int k, object array) except -1:
-    """Use another array in the place of an argument."""
+    """Use another array instead of an argument."""
     (<list> c.held).append(array)
     c.at[k].used = <PyObject*> array
     look(array, &c.at[k].view)
@@ -119,7 +123,7 @@ cdef int replace(Call* c, int k, object array) except -1:
 
 
 cdef int take_companion(Call* c, int k, str name, object value) except -1:
-    """Take an array that must have the shape and dtype of x; or None."""
+    """Take an array that must have the shape and dtype of x, or None."""
     if value is None:
         return 0
     take(c, k, name, value, True)
@@ -141,7 +145,7 @@ cdef int check_like(Call* c, str name, object array, const View* v) except -1:
 cdef int take_vector(
     Call* c, int k, str name, object value, Py_ssize_t channels, bint needed, Vector* into
 ) except -1:
-    """Take one value a channel as a dense vector (channels,); or None unless it is needed."""
+    """Take one value per channel as a dense vector (channels,), or None unless `needed`."""
     cdef View* v = &c.at[k].view
     if value is None:
         if needed:
@@ -167,7 +171,7 @@ cdef double take_eps(object eps, bint positive) except -1:
 
 
 cdef int threads_for(const Call* c, object num_threads) except -1:
-    """Threads for a call; a small one has one, and need not ask how many there are."""
+    """Return the threads of a call; a small call has one, without looking up how many there are."""
     if num_threads is None and c.at[X].view.size < SERIAL:
         return 1
     return thread_count(num_threads)
@@ -176,7 +180,7 @@ cdef int threads_for(const Call* c, object num_threads) except -1:
 # ---- outputs -----------------------------------------------------------------------------
 
 cdef int take_output(Call* c, int k, str name, object out) except -1:
-    """Take where a result goes, or make an array that lies as x does, or as x was given."""
+    """Take the array for a result, or make one with the memory layout that x was given in."""
     cdef Argument* a = &c.at[k]
     cdef const View* x = &c.at[X].view
     if out is None:
@@ -199,7 +203,7 @@ cdef int take_output(Call* c, int k, str name, object out) except -1:
 
 
 def destination(out, x, tuple inputs, str name="out", bint may_be_input=True):
-    """Return where a result like x goes that is written in parts: `out`, or a new array."""
+    """Return the array for a result like x that is written in parts: `out`, or a new array."""
     cdef Call c
     cdef int k = OUT if may_be_input else OUT_RESIDUAL
     held = []
@@ -214,10 +218,10 @@ def destination(out, x, tuple inputs, str name="out", bint may_be_input=True):
 
 
 cdef int keep_apart(Call* c, int k, str name) except -1:
-    """Raise ValueError where a result lies over an input; dx, and y, may be that input itself.
+    """Raise ValueError if a result overlaps an input; y or dx may be the input itself.
 
-    Inputs are looked at as they are used and as they were given, since what had to be copied
-    shares nothing any more.
+    Inputs are checked as they are used and as they were given, because a copy does not share
+    memory with the original.
     """
     cdef Argument* input
     cdef View view
@@ -239,7 +243,7 @@ cdef int keep_apart(Call* c, int k, str name) except -1:
 
 
 cdef bint lies_over(const Argument* out, const View* v, object array, bint itself) except -1:
-    """Whether a result shares memory with an array, unless it may be, and is, that array itself."""
+    """Return whether a result overlaps an array; if `itself`, the same values are no overlap."""
     if out.given == <PyObject*> array:
         return True
     if apart(&out.view, v):
@@ -253,10 +257,10 @@ cdef bint lies_over(const Argument* out, const View* v, object array, bint itsel
         return True
 
 
-# ---- where they lie ----------------------------------------------------------------------
+# ---- memory layout -----------------------------------------------------------------------
 
 cdef int settle(Call* c, int k, Rows* rows) except -1:
-    """Say where an array lies as rows; what does not lie as x does has a stand-in that does."""
+    """Describe an array as rows; replace it by a stand-in if it does not have the layout of x."""
     cdef Argument* a = &c.at[k]
     if a.given == NULL or placed(c, a, rows):
         return 0
@@ -271,7 +275,7 @@ cdef int settle(Call* c, int k, Rows* rows) except -1:
 
 
 cdef bint placed(Call* c, Argument* a, Rows* rows) noexcept:
-    """Whether a kernel can use an array in place; and where it lies."""
+    """Describe an array as rows; return whether a kernel can use it without a copy."""
     if c.rows and c.axis:
         channels_first(&a.view, c.axis)
     rows.at = a.view.data
@@ -279,21 +283,21 @@ cdef bint placed(Call* c, Argument* a, Rows* rows) noexcept:
 
 
 cdef object deliver(Call* c, int k):
-    """Return a result where the caller wants it."""
+    """Return the array that the caller gets, with the result in it."""
     out = <object> c.at[k].given
     if c.at[k].given != c.at[k].used:
         copyto(out, <object> c.at[k].used)
     return out
 
 
-# ---- running -----------------------------------------------------------------------------
+# ---- run a kernel ------------------------------------------------------------------------
 
 cdef int launch(
     const Call* c, Kernel kernel, void* problem, int* threads, Watch** watch
 ) except -1:
     """Run a kernel; `threads` and `watch` are those of the problem.
 
-    Other threads may use Python meanwhile, unless that takes as long to arrange.
+    The GIL is released meanwhile, but not for small calls, where this would take as long.
     """
     cdef Watch times
     if c.at[X].view.size < SERIAL:
@@ -313,7 +317,7 @@ cdef int launch(
 # ---- new arrays --------------------------------------------------------------------------
 
 cdef object new_like(object x):
-    """Return a new array that lies in memory as x does."""
+    """Return a new array with the memory layout of x."""
     return PyArray_NewLikeArray(<PyArrayObject*> x, NPY_KEEPORDER, NULL, False)
 
 
@@ -331,7 +335,7 @@ cdef object frozen(const double* values, Py_ssize_t n):
 
 
 cdef object rounded(const double* values, Py_ssize_t n, bint wide):
-    """Return an array (n,) of float64 or float32; what is beyond float32 is infinite."""
+    """Return an array (n,) of float64 or float32; values too large for float32 become infinite."""
     cdef Py_ssize_t i
     array = new_vector(n, wide)
     data = PyArray_DATA(<const PyArrayObject*> array)
@@ -344,7 +348,7 @@ cdef object rounded(const double* values, Py_ssize_t n, bint wide):
 
 
 cdef object moments_of(object count, object mean, object m2):
-    """Return `Moments` of arrays that no one can write to."""
+    """Return `Moments` of read-only arrays."""
     moments = PyType_GenericAlloc(<PyTypeObject*> Moments, 0)
     PyObject_GenericSetAttr(moments, "count", count)
     PyObject_GenericSetAttr(moments, "mean", mean)

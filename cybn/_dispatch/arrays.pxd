@@ -1,9 +1,8 @@
 # cython: cdivision=True
-# NumPy's arrays as the dispatch sees them: through the fields of the array, whose places are fixed.
+# NumPy's arrays as the dispatch reads them: through the fields of their C structure.
 #
-# Asking an array for its shape from Python takes as long as normalizing a thousand values. A View
-# is a copy of the fields, so nothing that another thread does to the array's shape can move it
-# away.
+# To get the shape of an array through Python takes as long as normalizing a thousand values. A View
+# is a copy of the fields, so it does not change if another thread changes the shape of the array.
 
 cdef extern from *:
     """
@@ -31,27 +30,27 @@ cdef extern from *:
 from cybn._kernels.problem cimport SUM_ROW, Storage
 
 cdef enum:
-    MOST_AXES = 64          # of a NumPy array
+    MOST_AXES = 64          # most axes of a NumPy array
 
 cdef struct View:
     char* data
-    bint ready              # aligned native floats: what a kernel can read
-    Storage storage         # where it is ready
+    bint ready              # aligned native floats, which a kernel can read
+    Storage storage         # set if it is ready
     int ndim
     int flags
     Py_ssize_t item, size   # bytes of a value, number of values
     Py_ssize_t shape[MOST_AXES]
     Py_ssize_t strides[MOST_AXES]
 
-cdef struct Fold:           # how an array of any rank becomes (N, C, S) in place
-    int order[MOST_AXES]    # axes as they lie in memory
-    int split               # how many of them fold into N
+cdef struct Fold:           # how an array of any rank becomes (N, C, S) without a copy
+    int order[MOST_AXES]    # axes in the order of memory
+    int split               # number of these axes that fold into N
     Py_ssize_t N, C, S
     Py_ssize_t pitch        # bytes from one n to the next
 
 
 cdef inline void extent(const View* v, char** low, char** high) noexcept:
-    """The bytes that an array lies within."""
+    """Set low and high to the first byte of an array and to the one after its last."""
     cdef int i
     low[0] = v.data
     high[0] = v.data + v.item if v.size else v.data
@@ -63,7 +62,7 @@ cdef inline void extent(const View* v, char** low, char** high) noexcept:
 
 
 cdef inline bint apart(const View* a, const View* b) noexcept:
-    """Whether two arrays lie in memory one behind the other."""
+    """Return whether one of two arrays ends in memory before the other begins."""
     cdef char* a0
     cdef char* a1
     cdef char* b0
@@ -84,7 +83,7 @@ cdef inline bint same_shape(const View* a, const View* b) noexcept:
 
 
 cdef inline bint same_place(const View* a, const View* b) noexcept:
-    """Whether two arrays of one shape and type are the same values in memory."""
+    """Return whether two arrays of the same shape and type are the same values in memory."""
     cdef int i
     if a.data != b.data:
         return False
@@ -99,7 +98,7 @@ cdef inline bint same_place(const View* a, const View* b) noexcept:
 cdef inline Py_ssize_t dense(
     const View* v, const int* order, int first, int last, Py_ssize_t span
 ) noexcept:
-    """Bytes that axes order[first:last] take if they lie densely around `span`; -1 if not."""
+    """Return the bytes of axes order[first:last] if they are dense around `span` bytes, else -1."""
     cdef int k
     for k in range(last - 1, first - 1, -1):
         if v.shape[order[k]] != 1:
@@ -112,7 +111,10 @@ cdef inline Py_ssize_t dense(
 cdef inline bint lies(
     const View* v, const Fold* f, bint gaps, Py_ssize_t* pitch
 ) noexcept:
-    """Whether an array folds in place as `f` says; `gaps` may be between rows of any width."""
+    """Return whether an array folds as `f` describes, without a copy; set pitch.
+
+    `gaps` allows gaps between rows of any width.
+    """
     cdef int k, last = -1
     cdef Py_ssize_t row = dense(v, f.order, f.split, v.ndim, v.item)
     if row < 0:
@@ -125,13 +127,13 @@ cdef inline bint lies(
         return True
     pitch[0] = v.strides[last]
     if not gaps and f.S == 1 and 2 * row <= SUM_ROW * v.item and pitch[0] != row:
-        return False        # rows of few channels are summed several as one
+        return False        # several rows of few channels are summed as one
     return (pitch[0] >= row and pitch[0] % v.item == 0
             and dense(v, f.order, 0, f.split, pitch[0]) >= 0)
 
 
 cdef inline void by_stride(const View* v, int first, int last, int* order) noexcept:
-    """Sort axes first..last into order[first:last], those with the longest steps first."""
+    """Sort axes first..last into order[first:last], those with the largest strides first."""
     cdef int i, k
     for i in range(first, last):
         k = i
@@ -142,7 +144,7 @@ cdef inline void by_stride(const View* v, int first, int last, int* order) noexc
 
 
 cdef inline bint fold(const View* v, int axis, Fold* f) noexcept:
-    """How an array that is not empty folds to (N, C, S) in place; False where it does not."""
+    """Fold an array that is not empty to (N, C, S); return False if this needs a copy."""
     cdef int k
     by_stride(v, 0, v.ndim, f.order)
     f.N = f.S = 1
@@ -162,7 +164,7 @@ cdef inline bint fold(const View* v, int axis, Fold* f) noexcept:
 # ---- rows: (N, G, D) -----------------------------------------------------------------------
 
 cdef inline void channels_first(View* v, int axis) noexcept:
-    """Take an axis for axis 1."""
+    """Move an axis to axis 1."""
     cdef Py_ssize_t size = v.shape[axis], stride = v.strides[axis]
     while axis > 1:
         v.shape[axis], v.strides[axis] = v.shape[axis - 1], v.strides[axis - 1]
@@ -173,7 +175,10 @@ cdef inline void channels_first(View* v, int axis) noexcept:
 cdef inline bint fold_rows(
     const View* v, int lead, bint grouped, bint* last, Fold* f
 ) noexcept:
-    """How an array folds into rows in place: in C order or, grouped, with its channels last."""
+    """Fold an array into rows; return False if this needs a copy.
+
+    Arrays in C order need none, nor do channels-last arrays if `grouped`.
+    """
     cdef int k
     last[0] = False
     f.split, f.S = lead, 0
@@ -185,7 +190,7 @@ cdef inline bint fold_rows(
     if not grouped:
         return False
     last[0] = True
-    by_stride(v, 2, v.ndim, f.order)        # into order[2:], and from there one place down
+    by_stride(v, 2, v.ndim, f.order)        # sort into order[2:], then move to order[1:]
     for k in range(2, v.ndim):
         f.order[k - 1] = f.order[k]
     f.order[v.ndim - 1] = 1

@@ -3,11 +3,11 @@
 # cython: binding=False
 # From the arguments of a public call to a kernel call: batch normalization.
 #
-# Each call takes the same steps, whatever is special about it: look at the arrays, check, fold to
-# (N, C, S), allocate, run. Settings that belong together are one tuple:
+# Each call takes the same steps: read the arguments, check them, fold to (N, C, S), allocate, run.
+# Settings that belong together are in one tuple:
 #
 # settings      (axis, eps, activation, slope)
-# selected      (mask, weights, lengths, masked): which positions count, and what becomes of others
+# selected      (mask, weights, lengths, masked): which values are used, and what the others become
 #
 # N = everything before the channel axis, C = channels, S = everything after it.
 
@@ -34,15 +34,15 @@ from numpy import ascontiguousarray, flatnonzero, frombuffer, ndarray, zeros
 
 from .. import _arguments
 
-# What a call may name, and the kernels' number of it. A new activation is a line here.
+# Names of the activations, and their numbers in the kernels. A new activation needs a line here.
 ACTIVATIONS = {
     "relu": RELU, "relu6": RELU6, "leaky_relu": LEAKY_RELU, "hardswish": HARDSWISH,
     "sigmoid": SIGMOID, "tanh": TANH, "silu": SILU, "gelu": GELU}
 
-SMALL = SERIAL                  # values from which a call is not a small one
+SMALL = SERIAL                  # a call with fewer values is a small one
 
 cdef enum:
-    FEW = 1024                  # channels whose marks are on the stack
+    FEW = 1024                  # most channels whose marks are on the stack
 
 cdef const Kernels* kernels = NULL
 
@@ -59,9 +59,9 @@ cdef int prepare(
     Call* c, Problem* p, list held, object x, object gamma, object beta, object residual,
     tuple settings, tuple selected, object num_threads, bint part=False
 ) except -1:
-    """Take what all calls have; `p` says already what is to be done.
+    """Take the arguments that all calls have; reduce and apply of `p` must be set before.
 
-    A part of a batch may have any number of values.
+    `part` means that x is a part of a batch, which may have any number of values.
     """
     axis, eps, activation, slope = settings
     begin(c, held, x)
@@ -92,7 +92,7 @@ cdef int axis_of(object axis, const View* x) except -1:
 
 
 cdef int fold_x(Call* c, Problem* p) except -1:
-    """Take x as (N, C, S): in place, or a copy where it does not fold."""
+    """Fold x to (N, C, S); copy it first if necessary."""
     for order in "KC":          # a copy of axes with stride 0 may still be out of order
         if fold(&c.at[X].view, c.axis, &c.fold):
             break
@@ -107,7 +107,7 @@ cdef int fold_x(Call* c, Problem* p) except -1:
 
 
 cdef int check_batch(const Call* c, const Problem* p) except -1:
-    """Refuse a batch whose channels have no variance, or no values."""
+    """Raise ValueError if the channels of a batch have no variance, or no values."""
     cdef Py_ssize_t least = 2, channels = c.at[X].view.shape[c.axis]
     if p.apply == NO_WRITE:
         least = 1
@@ -123,10 +123,10 @@ cdef int check_batch(const Call* c, const Problem* p) except -1:
 cdef object run(
     Call* c, Problem* p, tuple settings, tuple selected, bint again=False, object statistics=None
 ):
-    """Settle where everything lies, and run a kernel; return the array that holds its sums.
+    """Describe all arrays as rows, run a kernel, and return the array of its sums.
 
-    Channels that the kernel leaves out are written after it. Where this is what happens `again`,
-    it leaves out none. `statistics` are those of the batch, if x is y.
+    Channels that the kernel leaves out are written afterwards, by calls with `again`, in which it
+    leaves out none. `statistics` are those of the batch, given if x contains y.
     """
     cdef char few[FEW]
     settle(c, DY, &p.dy)
@@ -162,9 +162,9 @@ cdef object run(
 # ---- channels that a kernel leaves out ---------------------------------------------------
 
 cdef bint loses_dy(const Problem* p) noexcept:
-    """Whether a kernel would write a wrong gradient over the dy of a channel that it leaves out.
+    """Return whether a kernel would overwrite dy with a wrong gradient in a channel it leaves out.
 
-    That may be where it keeps the gradient before the activation in dx, which is dy itself.
+    This may happen if it stores the gradient before the activation in dx, and dx is dy.
     """
     cdef Py_ssize_t i
     cdef double mean, v, size
@@ -204,14 +204,14 @@ cdef object array_at(const Call* c, int k):
 cdef int write_left(
     Call* c, Problem* p, tuple settings, tuple selected, object statistics
 ) except -1:
-    """Write the channels that a kernel has left out, and what it says of them in its sums."""
+    """Write the channels that a kernel has left out, and correct its sums for them."""
     from . import beyond as left
 
     cdef Py_ssize_t i
     cdef bint kept = p.reduce == DOTS and p.y.at == p.dy.at and gradient_of(p) == IN_DX
     where = flatnonzero(frombuffer((<const char*> p.left)[:p.C], "b"))
     _, *options = settings
-    if kept:                    # the gradient before the activation is where dx goes
+    if kept:                    # dx contains the gradient before the activation
         options[1] = None
     call = left.Channels(
         array_at(c, X), array_at(c, OUT) if kept else array_at(c, DY), array_at(c, RESIDUAL),
@@ -235,14 +235,14 @@ cdef int write_left(
 # ---- the calls ---------------------------------------------------------------------------
 
 cdef object count_of(const Call* c, const Problem* p):
-    """Return how many values a channel has: a float where they are weighted."""
+    """Return the number of values of a channel, or with weights their sum, a float."""
     if p.share == NULL:
         return p.N * p.S
     return c.total if p.weighted else c.counted
 
 
 cdef object moments_in(const Call* c, const Problem* p, tuple selected):
-    """Return the moments that a kernel has left in `sums`."""
+    """Return the moments that a kernel has stored in `sums`."""
     if c.at[X].view.size == 0:
         return moments_of(0, frozen(NULL, 0), frozen(NULL, 0))
     moments = moments_of(count_of(c, p), frozen(p.sums, p.C), frozen(p.sums + p.C, p.C))
@@ -255,13 +255,13 @@ cdef object moments_in(const Call* c, const Problem* p, tuple selected):
 
 
 cdef int add_deviations(const Call* c, const Problem* p, object moments, tuple selected) except -1:
-    """Tell moments their standard deviations, as a variance is beyond float64."""
+    """Add standard deviations to moments of which a variance is too large for float64."""
     from .beyond import deviations
 
     cdef Py_ssize_t i
     if p.apply == NO_WRITE:
         std = deviations(<object> c.at[X].used, c.axis, moments, selected, p.threads)
-    else:                       # x may have been written over: `write_left` has left them
+    else:                       # x may be overwritten, but `write_left` has stored them
         std = moments.std()
         for i in range(p.C):
             if p.sums[p.C + i] == INFINITY and is_finite(p.sums[i]):
@@ -285,9 +285,9 @@ def statistics(x, axis, selected, num_threads):
 def forward(x, gamma, beta, residual, settings, selected, out, num_threads, exchange=None):
     """Return y and the moments of the batch; see `batch_norm`.
 
-    `exchange` is for an x that is a part of a batch. Given how many values a channel has, and their
-    count, mean and M2, it returns the mean and the variance to normalize with. It is called when
-    every check has passed and nothing of the caller's is written.
+    `exchange` is given if x is a part of a batch. It takes the number of values of a channel, the
+    sum of their weights, their mean and M2. It returns the mean and the variance to normalize with.
+    It is called after all checks, and before any array of the caller is written.
     """
     cdef Call c
     cdef Problem p
@@ -335,8 +335,8 @@ def learn(
 ):
     """Return y, the moments of the batch, and running statistics that have moved towards them.
 
-    What a layer does in training: `forward` and `absorb` in one, of which all is checked before
-    anything is written.
+    A layer calls this in training. It is `forward` and `absorb` in one, and checks all arguments
+    before it writes anything.
     """
     cdef Call c
     cdef Problem p
@@ -359,7 +359,7 @@ def learn(
 def inference(
     x, mean, var, gamma, beta, residual, settings, selected, out, num_threads, bint again=False,
 ):
-    """Return y; see `batch_norm_inference`. `again` is for channels that were left out."""
+    """Return y; see `batch_norm_inference`. `again` is True for channels that were left out."""
     cdef Call c
     cdef Problem p
     memset(&p, 0, sizeof(p))
@@ -378,14 +378,15 @@ def backward(
     dy, x, statistics, gamma, beta, residual, settings, selected, from_output, out, out_residual,
     num_threads, exchange=None, bint again=False,
 ):
-    """Return dx, dgamma, dbeta and, where there is a residual, its gradient.
+    """Return dx, dgamma, dbeta and, if there is a residual, its gradient.
 
-    Through the statistics of the batch where `statistics` is `Moments`; constant where it is a
-    tuple of mean and variance. See `batch_norm_backward` and `batch_norm_inference_backward`.
+    If `statistics` is `Moments`, the gradient goes through the statistics of the batch. If it is a
+    tuple of mean and variance, these are constant. See `batch_norm_backward` and
+    `batch_norm_inference_backward`.
 
-    `exchange` is for an x that is a part of the batch, whose moments `statistics` are. Given dbeta
-    and dgamma of the part, (2, C) in float64, it returns those of the batch. It is called when
-    every check has passed and nothing of the caller's is written.
+    `exchange` is given if x is a part of a batch; `statistics` are then those of the batch. It
+    takes dbeta and dgamma of the part, (2, C) in float64, and returns those of the batch. It is
+    called after all checks, and before any array of the caller is written.
     """
     cdef Call c
     cdef Problem p
@@ -410,7 +411,7 @@ def backward(
     if from_output:
         _arguments.check_invertible(gamma, settings[2], p.slope, residual)
         p.inverse = True
-        p.mean = p.beta         # what y - beta is a multiple of xhat about; 0 where absent
+        p.mean = p.beta         # y - beta is a multiple of xhat; 0 if beta is absent
     if residual is None and isinstance(out_residual, ndarray):
         check_unused(&c, out_residual)
     take_output(&c, OUT, "out", out)
@@ -438,10 +439,10 @@ def backward(
 cdef object run_part(
     Call* c, Problem* p, double count, bint out_given, bint residual_given, object exchange
 ):
-    """Run a backward whose sums are exchanged before they are used; return their array.
+    """Run a backward pass whose sums are exchanged before they are used; return their array.
 
-    The gradient before the activation is left where that of the residual goes, or dx: in a
-    stand-in, where that is the caller's.
+    The gradient before the activation is stored in the array for the gradient of the residual, or
+    for dx. If that array is the caller's, a stand-in replaces it.
     """
     p.M = count
     if residual_given:
@@ -465,7 +466,7 @@ cdef object run_part(
 
 
 cdef int check_unused(Call* c, object out_residual) except -1:
-    """Refuse an `out_residual` that lies over an input, though there is no residual."""
+    """Raise ValueError if `out_residual` overlaps an input, although there is no residual."""
     c.at[OUT_RESIDUAL].given = c.at[OUT_RESIDUAL].used = <PyObject*> out_residual
     look(out_residual, &c.at[OUT_RESIDUAL].view)
     keep_apart(c, OUT_RESIDUAL, "out_residual")
@@ -474,7 +475,7 @@ cdef int check_unused(Call* c, object out_residual) except -1:
 
 
 def layout(x, int axis):
-    """Return N, C and S of an array, and whether it is read in place."""
+    """Return N, C and S of an array, and whether it is read without a copy."""
     cdef Call c
     cdef Problem p
     held = []

@@ -1,11 +1,11 @@
 """Channels and rows that the loops of a kernel cannot write.
 
-The sum of the squares of values of 1e200 is beyond float64, the values divided by their standard
-deviation are not. Kernels mark such a channel, or row, and leave it out, as they do where a sum of
-gradients is beyond their type (`beyond` in `_kernels/statistics.pxd`). Here it is computed once
-more: in float64, of values that are multiplied by a power of two, which is exact.
+The sum of the squares of values of 1e200 is too large for float64, but the values divided by their
+standard deviation are not. Kernels mark such a channel or row and leave it out, also if a sum of
+gradients is too large for their type (`beyond` in `_kernels/statistics.pxd`). This module computes
+it in float64, from values that are multiplied by a power of two, which is exact.
 
-d = sqrt(var + eps) is the divisor; 2**e is the power of two just above it.
+d = sqrt(var + eps) is the divisor of the normalization; 2**e is the power of two just above it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ __all__ = [
 Array = NDArray[Any]
 
 _PIECE = 1 << 21  # values of rows that are copied at once
-_MOST, _LEAST = 2.0**500, 2.0**-500  # of a variance whose sums float64 holds
+_MOST, _LEAST = 2.0**500, 2.0**-500  # limits of a variance whose sums float64 can represent
 
 
 class Channels(NamedTuple):
-    """A call of batch normalization, and the channels that it has left out."""
+    """A call of batch normalization, and the channels that the kernel has left out."""
 
     x: Array  # as the kernel has read it
     dy: Array | None
     residual: Array | None
-    y: Array  # y, or dx: where the result goes
+    y: Array  # the array for the result, y or dx
     dresidual: Array | None
     axis: int
     where: NDArray[np.intp]  # the channels
-    mean: Array  # and what follows: of these alone, in float64
-    var: Array  # the variance, or M2 where `count` is not 1
+    mean: Array  # of these channels only, in float64, as var, gamma and beta
+    var: Array  # the variance, or M2 if `count` is not 1
     gamma: Array
     beta: Array
     count: Any
@@ -58,7 +58,7 @@ class Channels(NamedTuple):
     selected: tuple[Any, ...]
     from_output: bool
     threads: int | None
-    std: Array | None = None  # standard deviations, where x is y and does not tell them
+    std: Array | None = None  # standard deviations, if x contains y
 
 
 @np.errstate(all="ignore")
@@ -104,7 +104,7 @@ def backward(call: Channels) -> tuple[Array, Array]:
 
 
 def _backward_as_is(call: Channels, own: slice, index: tuple[Any, ...], sums: Array) -> None:
-    """Write what belongs to one channel; a value that is not finite leaves the others' dx alone."""
+    """Write the gradients of one channel without scaling, because a value is not finite."""
     dx, dgamma, dbeta, *rest = batch_norm.backward(
         np.asarray(call.dy)[index], call.x[index], (call.mean[own], call.var[own]),
         call.gamma[own], call.beta[own],
@@ -121,11 +121,10 @@ def _backward_as_is(call: Channels, own: slice, index: tuple[Any, ...], sums: Ar
 def in_range(
     x: Array, axis: int, moments: Any, eps: float, selected: tuple[Any, ...], threads: int | None
 ) -> tuple[Array, Array, Array, NDArray[np.intc]] | None:
-    """Return x / 2**e in float64, mean and var + eps of that, and e; None where x is in range.
+    """Return x / 2**e in float64, its mean, its var + eps, and e; None if x is in range.
 
-    Where e is negative, the mean has been taken away first.
-
-    There is one mean, var and e for each channel.
+    If e is negative, the mean has been subtracted first. Mean, var and e have one value per
+    channel.
     """
     var = moments.m2 / moments.count + eps
     if not (_unsure(var) & np.isfinite(moments.mean)).any():
@@ -143,7 +142,7 @@ def in_range(
 def deviations(
     x: Array, axis: int, moments: Any, selected: tuple[Any, ...], threads: int | None
 ) -> Array:
-    """Return the standard deviation of each channel, of which some have an infinite M2."""
+    """Return the standard deviation of each channel, also of those whose M2 is infinite."""
     std: Array = np.sqrt(moments.m2 / moments.count)
     for c in np.flatnonzero(np.isinf(moments.m2) & np.isfinite(moments.mean)):
         part = np.ldexp(np.take(x, [c], axis), -600)
@@ -153,7 +152,7 @@ def deviations(
 
 
 def _pieces(call: Channels) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-    """Yield the channels one by one, as the bits of none may depend on the others."""
+    """Yield the channels one by one, because their bits must not depend on other channels."""
     for i in range(call.where.size):
         own = slice(i, i + 1)
         yield own, (*[slice(None)] * call.axis, call.where[own])
@@ -168,24 +167,24 @@ def _column(values: Array, call: Channels) -> Array:
 
 
 def exponent(values: Array) -> NDArray[np.intc]:
-    """Return e of 2**(e - 1) <= value < 2**e; 0 if a value is 0 or not finite."""
+    """Return e with 2**(e - 1) <= value < 2**e, or 0 if the value is 0 or not finite."""
     exponents: NDArray[np.intc] = np.where(np.isfinite(values), np.frexp(values)[1], 0)
     return exponents
 
 
 class _Scaled(NamedTuple):
-    """Channels in range: values divided by 2**(e + rest), and what belongs to them."""
+    """Channels in range: values divided by 2**(e + rest), and their statistics."""
 
     x: Array
-    mean: Array  # of these values, or 0 where the mean was taken away first
+    mean: Array  # of these values; 0 if the mean was subtracted first
     var: Array  # var + eps of x / 2**e
     e: NDArray[np.intc]
-    rest: NDArray[np.intc]  # what gamma is multiplied by, as a power of two
-    std: Array  # of x as it was
+    rest: NDArray[np.intc]  # gamma is multiplied by 2**rest
+    std: Array  # of x before scaling
 
 
 def _scaled(call: Channels, own: slice, x: Array) -> _Scaled:
-    """Return the values of some channels in range; as they are where they are those of y."""
+    """Return some channels scaled into range; their values are not scaled if x contains y."""
     mean, eps = call.mean[own], call.settings[1]
     var = call.var[own] / call.count
     d, std, shift = np.sqrt(var + eps), np.sqrt(var), _shift(var + eps)
@@ -202,10 +201,10 @@ def _scaled(call: Channels, own: slice, x: Array) -> _Scaled:
         d = np.where(np.isinf(d), call.std[own], d)
     e = exponent(d)
     rest = np.zeros_like(e)
-    if not call.from_output:  # else mean is beta
+    if not call.from_output:  # otherwise mean is beta
         spread = _largest(call, np.where(np.isfinite(x), np.abs(x - _column(mean, call)), 0))
         near = np.where((e < 0) & np.isfinite(spread), mean, 0)  # x may be far larger than x - mean
-        if not call.measured:  # else x - mean is never that much larger than d
+        if not call.measured:  # otherwise x - mean is never that much larger than d
             rest = np.where(np.isinf(spread), 2, exponent(spread) - 1000) - e
             rest = np.maximum(rest, 0)
         x = np.ldexp(x - _column(near, call), -_column(e + rest, call))
@@ -219,18 +218,18 @@ def _largest(call: Channels, values: Array) -> Array:
 
 
 def _shift(v: Array) -> NDArray[np.intc]:
-    """Return the power of two that brings squares of such a variance into range."""
+    """Return the exponent of a power of two that brings values of variance v into range."""
     shift: NDArray[np.intc] = np.where(v > _MOST, -600, np.where(v < _LEAST, 600, 0))
     return shift
 
 
 def _unsure(v: Array) -> NDArray[np.bool_]:
-    """Whether squares may have left the range of float64, or of float32."""
+    """Return whether squares may be out of range of float64, or of float32."""
     return (v > _MOST) | (v < 2.0**-60)
 
 
 class Rows(NamedTuple):
-    """A call for rows, and those that it has left out."""
+    """A call for rows, and the rows that the kernel has left out."""
 
     form: Form
     where: NDArray[np.intp]  # in the order of the axes of x
@@ -278,12 +277,12 @@ def backward_rows(call: Rows) -> tuple[Array, Array]:
 
 
 def _row_pieces(call: Rows) -> Iterator[tuple[NDArray[np.intp], tuple[Any, ...]]]:
-    """Yield some of the rows, and where they lie in arrays like x whose channels are on axis 1."""
+    """Yield some of the rows, and their index in arrays like x whose channels are on axis 1."""
     form, each = call.form, max(1, _PIECE // call.form.size)
     for start in range(0, call.where.size, each):
         rows = call.where[start : start + each]
         if form.lead == 0:
-            yield rows, (None,)  # x is the one row
+            yield rows, (None,)  # x is a single row
         elif form.axis == 0:
             yield rows, np.unravel_index(rows, call.x.shape[: form.lead])
         else:
@@ -317,11 +316,11 @@ def _along(values: Array | None, form: Form, rows: NDArray[np.intp]) -> Any:
 def _xhat(
     call: Rows, rows: NDArray[np.intp], index: tuple[Any, ...]
 ) -> tuple[Array, Array, NDArray[np.intc]]:
-    """Return xhat, and d and s of what is divided by: d / 2**s."""
+    """Return xhat, and d and s, where d / 2**s is the divisor."""
     size = call.form.size
     v = call.m2[rows, None] / size + call.eps
     shift = _shift(v)
-    down = np.minimum(shift, 0)  # first; upwards, the difference, which is far smaller than x
+    down = np.minimum(shift, 0)  # scale down before subtracting, up afterwards: x may be large
     e = np.ldexp(_read(call, call.x, index), down) - np.ldexp(call.mean[rows, None], down)
     e = np.ldexp(e, shift - down)
     if call.dy is None or _unsure(v).any():

@@ -1,7 +1,7 @@
-"""How an array falls into rows, for layer, RMS, group and instance normalization.
+"""The division of an array into rows, for layer, RMS, group and instance normalization.
 
 A row is D neighbouring values that share one mean and variance. N = samples, G = groups of a
-sample, D = values of a group, S = neighbours that share a gamma and beta.
+sample, D = values of a group, S = neighbouring values that share a gamma and beta.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["Form", "constant", "form_of", "ordered"]
 
 
 class Form(NamedTuple):
-    """How an array falls into rows; the channels, where there are any, count as axis 1."""
+    """The division of an array into rows; channels, if there are any, are taken as axis 1."""
 
-    lead: int  # axes that fold into N
+    lead: int  # number of axes that fold into N
     samples: int  # N
     groups: int  # G
     size: int  # D
     run: int  # S
     shape: tuple[int, ...]  # of gamma and beta
-    axis: int  # of the channels; 0 where there are none
-    values: int  # of gamma and beta
+    axis: int  # of the channels; 0 if there are none
+    values: int  # number of values of gamma, and of beta
 
     @property
     def rows(self) -> int:
@@ -43,10 +43,10 @@ def form_of(shape: tuple[int, ...], axis: int, num_groups: int | None) -> Form:
     ----------
     shape : tuple of int
     axis : int
-        The first normalized axis, or that of the channels.
+        The first normalized axis, or the channel axis.
     num_groups : int or None
-        None for layer and RMS normalization, 0 for instance, else the groups of group
-        normalization.
+        None for layer and RMS normalization, 0 for instance normalization, otherwise the number of
+        groups of group normalization.
     """
     if num_groups is None:
         if isinstance(axis, bool):
@@ -106,7 +106,7 @@ def _positions(shape: tuple[int, ...], axis: int) -> int:
 
 @lru_cache(maxsize=64)
 def constant(values: int, dtype: np.dtype[Any], one: bool) -> NDArray[Any]:
-    """Return a read-only vector of ones, or of zeros: for a missing gamma or beta."""
+    """Return a read-only vector of ones or zeros, for a missing gamma or beta."""
     vector = np.ones(values, dtype) if one else np.zeros(values, dtype)
     vector.setflags(write=False)
     return vector
@@ -115,18 +115,18 @@ def constant(values: int, dtype: np.dtype[Any], one: bool) -> NDArray[Any]:
 def ordered(
     values: NDArray[Any], sizes: tuple[int, ...], order: tuple[int, ...], to_rows: bool
 ) -> NDArray[Any]:
-    """Return one value a row in the order of the rows in memory, or in that of x's axes.
+    """Return one value per row, in the order of the rows in memory or in that of x's axes.
 
     Parameters
     ----------
     values : ndarray
-        In the other order.
+        The values in the other order.
     sizes : tuple of int
-        Of the axes that fold into N, as x has them.
+        Sizes of the axes that fold into N, in the order of x.
     order : tuple of int
-        Those axes as they lie in memory.
+        These axes in the order of memory.
     to_rows : bool
-        Whether `values` are in the order of x's axes.
+        If True, `values` are in the order of x's axes, and the result is in that of memory.
     """
     if to_rows:
         return values.reshape(sizes).transpose(order).flatten()

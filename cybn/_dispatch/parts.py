@@ -1,9 +1,9 @@
 """Channels of a part of a batch that the loops of a kernel cannot write; see `beyond.py`.
 
-Other processes have the rest of the batch, so the statistics are given and cannot be measured
-again. Such channels are computed in float64, of values divided by a power of two. 2**e is that
-just above d = sqrt(var + eps), by which values are divided. Where d is below 1, the mean is taken
-away first.
+Other processes have the rest of the batch, so the statistics are given and cannot be computed
+again. Such channels are computed in float64, from values divided by 2**e. This is the power of two
+just above d = sqrt(var + eps), the divisor of the normalization. If e is negative, the mean is
+subtracted first.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def far(moments: Any) -> NDArray[np.intp]:
-    """Return the channels of finite values whose variance is beyond float64."""
+    """Return the channels of finite values whose variance is too large for float64."""
     return np.flatnonzero(np.isinf(moments.m2) & np.isfinite(moments.mean))
 
 
 @np.errstate(all="ignore")
 def unwritable(moments: Any, gamma: Any, beta: Any, eps: float, wide: bool) -> NDArray[np.intp]:
-    """Return the channels that the loops of a backward cannot write: `beyond` of the kernels."""
+    """Return the channels that the backward loops cannot write, as `beyond` of the kernels does."""
     v = moments.m2 / moments.count + eps
     size = (1.0 if gamma is None else np.abs(gamma)) / np.sqrt(v)
     size = size + (0.0 if beta is None else np.abs(beta))
@@ -66,7 +66,7 @@ class Part(NamedTuple):
         beta: Any,
         settings: tuple[Any, ...],
     ) -> Self:
-        """Take these channels of an array of any type, and of the statistics of the batch."""
+        """Return these channels of an array of any type, with the statistics of the batch."""
         axis, eps, *rest = settings
         axis %= x.ndim
         d = np.hypot(moments.std()[where], np.sqrt(eps))
@@ -83,7 +83,7 @@ class Part(NamedTuple):
 
     @np.errstate(all="ignore")
     def put(self, values: Array, into: Array) -> None:
-        """Write the values of these channels."""
+        """Write the values of these channels into an array of all channels."""
         np.moveaxis(into, self.axis, 0)[self.where] = np.moveaxis(values, self.axis, 0)
 
     @np.errstate(all="ignore")
@@ -105,9 +105,10 @@ class Part(NamedTuple):
         threads: int | None,
         exchange: Exchange,
     ) -> tuple[Array, ...]:
-        """Return dx and, where there is a residual, its gradient.
+        """Return dx and, if there is a residual, its gradient.
 
-        Given dbeta and dgamma of the part, (2, channels), `exchange` returns those of the batch.
+        `exchange` takes dbeta and dgamma of the part, (2, channels), and returns those of the
+        batch.
         """
         dy = _wide(dy, self.where, self.axis)
         size = np.abs(dy).max(tuple(i for i in range(dy.ndim) if i != self.axis))

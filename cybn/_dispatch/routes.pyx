@@ -1,6 +1,6 @@
 # cython: language_level=3
 # cython: binding=False
-# Which kernels a call of batch normalization would use, as words, for tests and curious readers.
+# A description of the loops and stages that a call of batch normalization uses, for tests.
 
 from libc.string cimport memset
 
@@ -24,11 +24,11 @@ def route(
     operation, N, C, S, dtype="f", *, activation=None, residual=False, mask=False, weights=False,
     masked="normalize", in_place=False, from_output=False, threads=1, l2=1 << 20, l3=32 << 20,
 ):
-    """Return which way a call would go, as a dictionary of words.
+    """Return the route of a call, as a dictionary of words.
 
-    N, C and S are those that the array folds to; `dtype` is "f", "d", "e" or, bfloat16, "E".
-    `residual`, `mask` and `weights` say whether there is one, `in_place` whether the result goes to
-    the place of x; l2 and l3 are the bytes of the caches. The rest is as in the call.
+    The array folds to N, C and S. `dtype` is "f", "d", "e" or, for bfloat16, "E". `residual`,
+    `mask` and `weights` are True if the call has one, and `in_place` if the result overwrites x.
+    l2 and l3 are the sizes of the caches in bytes. Other arguments are those of the call.
     """
     cdef Problem p
     cdef Caches caches
@@ -39,7 +39,7 @@ def route(
     p.activation = <Activation> <int> ACTIVATIONS.get(activation, 0)
     p.slope = 0.01
     p.chunks = chunks_of(N, C, S)
-    p.x.at, p.dy.at = <char*> 64, <char*> 128       # places that differ, never looked at
+    p.x.at, p.dy.at = <char*> 64, <char*> 128       # different addresses that are never read
     p.y.at = p.x.at if in_place else <char*> 192
     if residual:
         p.residual.at = <char*> 256

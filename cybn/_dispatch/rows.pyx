@@ -2,9 +2,10 @@
 # cython: cdivision=True
 # cython: binding=False
 # From the arguments of a public call to a kernel call: layer, RMS, group and instance
-# normalization. The steps are those of batch_norm.pyx, but x falls into rows, as `forms` says.
+# normalization. The steps are those of batch_norm.pyx, but x is divided into rows (forms.py).
 #
-# N = samples, G = groups of a sample, D = K * S values of a group, S = neighbours of one gamma.
+# N = samples, G = groups of a sample, D = K * S values of a group, S = neighbouring values that
+# share a gamma.
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memchr, memset
@@ -38,7 +39,10 @@ def use(capsule):
 cdef object prepare(
     Call* c, RowProblem* p, list held, object x, tuple settings, object gamma, object num_threads
 ):
-    """Take what both calls have, and return the form of x; settings are axis, num_groups, eps."""
+    """Take the arguments that both calls have, and return the form of x.
+
+    `settings` are axis, num_groups and eps.
+    """
     axis, num_groups, eps = settings
     begin(c, held, x)
     c.rows = True
@@ -54,14 +58,14 @@ cdef object prepare(
 
 
 cdef object dtype_of(const Call* c):
-    """Return the type that is computed in."""
+    """Return the type of the computation."""
     return _arguments.F64 if c.at[X].view.storage == FLOAT64 else _arguments.F32
 
 
 cdef const void* take_parameter(
     Call* c, int k, str name, object value, object form, object dtype
 ) except NULL:
-    """Take gamma or beta as a vector of the type that is computed in; 1 or 0 where None."""
+    """Take gamma or beta as a vector of the type of the computation; None stands for 1 or 0."""
     cdef View* v = &c.at[k].view
     if value is None:
         replace(c, k, constant(form.values, dtype, name == "gamma"))
@@ -73,13 +77,13 @@ cdef const void* take_parameter(
         raise ValueError(
             f"{name} has shape {given.shape}; it must have shape {form.shape}, one value {each}")
     if given.dtype != dtype or not v.flags & NPY_ARRAY_C_CONTIGUOUS:
-        with errstate(all="ignore"):        # a value beyond float32 is inf
+        with errstate(all="ignore"):        # a value too large for float32 becomes inf
             replace(c, k, given.astype(dtype, order="C"))
     return v.data
 
 
 cdef int fold_x(Call* c, RowProblem* p, object form) except -1:
-    """Take x as rows: in place, or a copy where it does not fold."""
+    """Fold x into rows; copy it first if necessary."""
     cdef int axis = form.axis, lead = form.lead
     cdef bint last
     c.axis = axis
@@ -104,7 +108,7 @@ cdef int fold_x(Call* c, RowProblem* p, object form) except -1:
 
 
 cdef object run(Call* c, RowProblem* p, RowTiling* t):
-    """Settle where everything lies, and run a kernel; return the array that holds its sums."""
+    """Describe all arrays as rows, run a kernel, and return the array of its sums."""
     settle(c, DY, &p.dy)
     settle(c, OUT, &p.y)
     t[0] = row_tiling(p)
@@ -121,7 +125,7 @@ cdef object run(Call* c, RowProblem* p, RowTiling* t):
 cdef object rows_left(
     Call* c, const RowProblem* p, object form, object mean, object m2, object dy
 ):
-    """Return the rows that a kernel has left out, and all that they are computed of; None: none.
+    """Return the rows that a kernel has left out, with their inputs; None if there are none.
 
     `mean` and `m2` are in the order of the rows in memory.
     """
@@ -142,7 +146,7 @@ cdef double* doubles(object array) noexcept:
 
 
 cdef object in_order(Call* c, object form, object values, bint to_rows):
-    """Return one value a row in the order of the rows in memory, or in that of x's axes."""
+    """Return one value per row, in the order of memory if `to_rows`, else in that of x's axes."""
     if c.fold.split < 2:
         return values
     order = tuple([c.fold.order[k] for k in range(c.fold.split)])
@@ -162,7 +166,7 @@ cdef object write_left(object left):
 
 
 cdef int add_left(object left, double* parts, Py_ssize_t channels) except -1:
-    """Write dx of rows that were left out, and add what they are in dgamma and dbeta."""
+    """Write dx of rows that were left out, and add their share of dgamma and dbeta."""
     from .beyond import backward_rows
 
     cdef Py_ssize_t i
@@ -205,7 +209,10 @@ def normalize_rows(x, gamma, beta, settings, bint centred, out, num_threads):
 def normalize_rows_backward(
     dy, x, check, statistics, gamma, settings, bint centred, out, num_threads,
 ):
-    """Return dx, dgamma and dbeta; `check`, given the form, returns mean and M2 of the rows."""
+    """Return dx, dgamma and dbeta.
+
+    `check` takes the form and `statistics`, and returns mean and M2 of the rows.
+    """
     cdef Call c
     cdef RowProblem p
     cdef RowTiling t

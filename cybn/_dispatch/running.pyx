@@ -1,8 +1,8 @@
 # cython: language_level=3
 # cython: cdivision=True
 # cython: binding=False
-# What layers do beside a call: running statistics move, and marks tell whether what backward will
-# read has changed.
+# What layers do besides a call: update running statistics, and compute marks, which show whether
+# an array that backward will read has changed.
 
 from cpython.object cimport PyObject
 from libc.string cimport memcpy
@@ -14,15 +14,15 @@ from cybn._dispatch.arrays cimport (
 from cybn._kernels.problem cimport Vector
 
 cdef enum:
-    MARKED = 2048               # bytes of an array that are remembered one and all
-    MARKS = 64                  # stretches of a larger one, about, of which two values are
+    MARKED = 2048               # most bytes of an array that is remembered as a whole
+    MARKS = 64                  # stretches of a larger array, about; two values of each are used
     GOLDEN = 40503              # 2**16 times the golden ratio: multiples are spread evenly
 
 
 cdef int take_running(
     Call* c, object mean, object var, Py_ssize_t channels, Vector* into_mean, Vector* into_var
 ) except -1:
-    """Take running statistics, which are of one type."""
+    """Take running statistics; both must be of one type."""
     take_vector(c, MEAN, "running_mean", mean, channels, True, into_mean)
     take_vector(c, VAR, "running_var", var, channels, True, into_var)
     if into_mean.wide != into_var.wide:
@@ -31,7 +31,7 @@ cdef int take_running(
 
 
 cdef double moved(const Vector* v, Py_ssize_t c, double to, double weight) noexcept:
-    """Return value c of running statistics moved towards `to`; a term of weight 0 may be NaN."""
+    """Return value c of running statistics moved towards `to`; a term of weight 0 is ignored."""
     cdef double old = 0
     if weight < 1:
         old = (<const double*> v.data)[c] if v.wide else (<const float*> v.data)[c]
@@ -42,7 +42,7 @@ cdef tuple moved_to(
     const Vector* mean, const Vector* var, const double* batch_mean, const double* batch_m2,
     Py_ssize_t channels, double degrees, double weight
 ):
-    """Return running statistics moved towards those of a batch, in float64, rounded once."""
+    """Return running statistics moved towards those of a batch, with one rounding from float64."""
     cdef Py_ssize_t c
     held = new_vector(2 * channels, True)
     cdef double* new = <double*> PyArray_DATA(<const PyArrayObject*> held)
@@ -53,10 +53,10 @@ cdef tuple moved_to(
 
 
 def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
-    """Move running statistics towards those of a batch, in float64, rounded once.
+    """Return running statistics moved towards those of a batch, with one rounding from float64.
 
-    All are vectors of one length; `batch_m2` / `degrees` is the variance that is kept. Returns the
-    new mean and variance, in the type of `mean`.
+    The first four arguments are vectors of the same length. The variance of the batch is
+    `batch_m2` / `degrees`. The new mean and variance have the type of `mean`.
     """
     cdef Call c
     cdef Vector old_mean, old_var, new_mean, new_m2
@@ -74,22 +74,23 @@ def absorb(mean, var, batch_mean, batch_m2, double degrees, double weight):
 
 
 def marks(x, gamma, beta, residual):
-    """Return a few values of each array, all of a small one: most changes are seen in them."""
+    """Return a few values of each array, or all of a small one; most changes show in them."""
     return mark(x), mark(gamma), mark(beta), mark(residual)
 
 
 cdef object mark(object array):
-    """Return values of an array as bytes; None where it is None."""
+    """Return values of an array as bytes, or None for None."""
     cdef View v
-    cdef double some[4 * MARKS]     # of any type; there may be more than MARKS stretches
+    cdef double some[4 * MARKS]     # values of any type; there may be more than MARKS stretches
     cdef Py_ssize_t i, at, step
     if array is None:
         return None
     look(array, &v)
     if v.size * v.item > MARKED:
         if v.flags & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS):
-            # Two in each of some stretches: at an odd step, so that they lie in all samples of any
-            # order in memory, and elsewhere each time, so that they lie in many channels.
+            # Two values of each stretch. The first ones are an odd step apart, so that all samples
+            # have some, whatever the order in memory. The others are at another place in each
+            # stretch, so that many channels have some.
             step = v.size // MARKS | 1
             for i in range((v.size + step - 1) // step):
                 memcpy(<char*> some + 2 * i * v.item, v.data + i * step * v.item, v.item)

@@ -1,4 +1,4 @@
-"""Which values count, for code that divides an array: statistics in pieces, batches in parts."""
+"""Mask, weights and lengths for code that divides an array, such as statistics in pieces."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ __all__ = ["Positions", "Selection", "choose", "cut", "select"]
 
 
 class Selection(NamedTuple):
-    """What selects values, as it was given, with the axes of x or of size 1 along them.
+    """Mask, weights and lengths; along each axis they have the size of x, or 1.
 
-    Nothing is converted, and weights are not read, before `at` is asked for a part: what was
-    given may be larger than memory.
+    Nothing is converted, and weights are not read, before `at` is called for a part, because the
+    arrays may be larger than memory.
     """
 
     mask: NDArray[np.bool_] | None
-    weights: NDArray[Any] | None  # of a type that float64 can be made of
-    ends: NDArray[np.intp] | None  # of each sample
-    places: NDArray[np.intp] | None  # 0, 1, 2, ... along the axis that has an end
+    weights: NDArray[Any] | None  # of a type that can be converted to float64
+    ends: NDArray[np.intp] | None  # the end of each sample
+    places: NDArray[np.intp] | None  # 0, 1, 2, ... along the axis that `ends` refers to
 
     def at(
         self, index: tuple[slice, ...]
     ) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64] | None]:
-        """Return mask and weights of one piece of x, not both None; ValueError for bad weights."""
+        """Return mask and weights of one piece of x, not both None.
+
+        Raise ValueError if weights are negative or not finite.
+        """
         mask, weights, ends, places = (_cut(array, index) for array in self)
         if ends is not None:
             valid = np.asarray(places < ends)
@@ -51,21 +54,21 @@ def select(
     weights: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> Selection | None:
-    """Check what selects the values of an array of this shape; None where all of them count."""
+    """Check mask, weights and lengths for an array of this shape; return None if all are None."""
     if mask is None and weights is None and lengths is None:
         return None
     return Selection(*checked(shape, axis, mask, weights, lengths))
 
 
 class Positions(NamedTuple):
-    """Which positions count, and how often, where that is the same in every channel."""
+    """The weight of each position, the same in every channel."""
 
-    shares: NDArray[Any]  # bool, or float64 where weighted; as x, but 1 along the channel axis
-    number: int  # how many positions count
+    shares: NDArray[Any]  # bool, or float64 with weights; shape of x, but 1 for the channel axis
+    number: int  # how many positions have a weight above 0
     total: int | float  # the sum of the shares
 
     def at(self, index: tuple[slice, ...], masked: str) -> tuple[Any, Any, None, str]:
-        """Return mask, weights, no lengths, and `masked`: what a call for a part of x is given."""
+        """Return mask, weights, None for lengths, and `masked`, for a call with a part of x."""
         part = self.shares[index]
         return (part, None, None, masked) if part.dtype == np.bool_ else (None, part, None, masked)
 
@@ -77,7 +80,7 @@ def choose(
     weights: ArrayLike | None,
     lengths: ArrayLike | None,
 ) -> Positions | None:
-    """Return which positions count, of all channels alike; None where all of them count once."""
+    """Return the weights of positions; None if there are no weights and nothing is masked."""
     found = select(shape, axis, mask, weights, lengths)
     if found is None:
         return None
@@ -97,10 +100,11 @@ def choose(
 def cut(
     shape: tuple[int, ...], axis: int, size: int | None, positions: Positions | None = None
 ) -> list[tuple[slice, ...]]:
-    """Return the index of each part of a batch: `size` samples each, the last one fewer.
+    """Return the index of each part of a batch: `size` samples each, and the rest in the last one.
 
-    A part in which fewer than two values a channel count has no variance: it joins the next one,
-    and the last one that before. Samples lie along the first axis that is not the channel axis.
+    A part with fewer than two unmasked values per channel has no variance. It is joined with the
+    next part, or, if it is the last, with the part before. Samples lie along the first axis that is
+    not the channel axis.
     """
     batch = 1 if axis == 0 else 0
     samples = shape[batch]

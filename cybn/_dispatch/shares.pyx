@@ -1,10 +1,10 @@
 # cython: language_level=3
 # cython: cdivision=True
 # cython: binding=False
-# Mask, weights and lengths: which positions count, and how often.
+# Mask, weights and lengths, and the weight of each position that follows from them, its share.
 #
-# `checked` is what every call does with them, and statistics of data larger than memory;
-# `take_shares` makes of it what kernels read, one share a position.
+# `checked` checks them, for all calls and for statistics of data larger than memory. `take_shares`
+# converts them to the array that kernels read, with one share per position.
 
 from libc.math cimport INFINITY
 from libc.string cimport memset
@@ -20,9 +20,9 @@ from .. import _arguments
 
 
 def checked(tuple shape, axis, mask, weights, lengths):
-    """Check what selects the values of an array of this shape; return the parts of a `Selection`.
+    """Check mask, weights and lengths for an array of this shape; return a `Selection`'s fields.
 
-    Each has the axes of x, or size 1 along them, or is None.
+    Each field is None, or has the size of x or 1 along each axis.
     """
     ends = places = None
     if mask is not None:
@@ -36,7 +36,7 @@ def checked(tuple shape, axis, mask, weights, lengths):
     if weights is not None:
         weights = _arguments.array("weights", weights)
         if weights.dtype.kind not in "bui":
-            _arguments.tensor("weights", np.empty(0, weights.dtype))       # raises unless of floats
+            _arguments.tensor("weights", np.empty(0, weights.dtype))       # raises if not floats
         weights = spread("weights", weights, shape, axis)
     if lengths is not None:
         ends, places = ends_of(shape, axis, lengths)
@@ -46,7 +46,7 @@ def checked(tuple shape, axis, mask, weights, lengths):
 # ---- checks ------------------------------------------------------------------------------
 
 cdef str fitting(tuple shape, Py_ssize_t axis):
-    """Return what the shape of a mask must be, in words."""
+    """Return a text that states which shape a mask must have."""
     rest = shape[:axis] + shape[axis + 1:]
     return (
         f"broadcastable to {rest}, the shape of x without its channel axis, or with as many axes "
@@ -54,9 +54,9 @@ cdef str fitting(tuple shape, Py_ssize_t axis):
 
 
 cdef object spread(str name, object given, tuple shape, Py_ssize_t axis):
-    """Return `given` with as many axes as x; ValueError where it cannot be broadcast to it.
+    """Return `given` with as many axes as x. Raise ValueError if it cannot be broadcast to x.
 
-    One that has fewer is for all channels alike, whatever the sizes happen to be.
+    An array with fewer axes applies to all channels, whatever its sizes are.
     """
     cdef tuple sizes = given.shape
     cdef Py_ssize_t i, lack = len(shape) - len(sizes)
@@ -70,7 +70,7 @@ cdef object spread(str name, object given, tuple shape, Py_ssize_t axis):
 
 
 def require_alike(mask, weights, tuple shape, Py_ssize_t axis):
-    """Raise ValueError where a selection differs by channel."""
+    """Raise ValueError if mask or weights differ between channels."""
     for name, given in (("mask", mask), ("weights", weights)):
         if given is not None and given.shape[axis] != 1:
             raise ValueError(
@@ -80,7 +80,7 @@ def require_alike(mask, weights, tuple shape, Py_ssize_t axis):
 
 
 cdef tuple ends_of(tuple shape, Py_ssize_t axis, object lengths):
-    """Return where each sample ends, and the places along the axis that it ends along."""
+    """Return where each sample ends, and the indices along the axis of these ends."""
     others = [i for i in range(len(shape)) if i != axis]
     if len(others) < 2:
         raise ValueError(
@@ -108,17 +108,17 @@ cdef tuple ends_of(tuple shape, Py_ssize_t axis, object lengths):
 # ---- shares ------------------------------------------------------------------------------
 
 cdef struct Reader:         # a mask, weights or ends, at the positions of x
-    const char* data        # NULL: there are none
-    Py_ssize_t strides[MOST_AXES]       # along the axes of positions; 0 where it is broadcast
+    const char* data        # NULL if it is not given
+    Py_ssize_t strides[MOST_AXES]       # along the axes of positions; 0 if it is broadcast
 
 cdef struct Scan:
     Reader mask, weights, ends
-    int axes                # of positions, as they lie in memory
+    int axes                # number of axes of positions, which are in the order of memory
     Py_ssize_t sizes[MOST_AXES]
-    int along               # the one of them that has an end
-    Py_ssize_t counted      # positions that count
-    double total, left      # the sum of the weights, and what rounding left of it
-    double low, high        # of the weights that count
+    int along               # the axis that `ends` refers to
+    Py_ssize_t counted      # positions with a weight above 0
+    double total, left      # the sum of the weights, and its rounding error
+    double low, high        # the smallest and the largest weight above 0
     bint bad                # a weight is negative or not finite
 
 ctypedef fused T:
@@ -127,7 +127,7 @@ ctypedef fused T:
 
 
 cdef int take_shares(Call* c, Problem* p, tuple selected) except -1:
-    """Tell the problem which positions count; nothing where all of them count once."""
+    """Store the share of each position in the problem; NULL if no kernel needs shares."""
     cdef Scan s
     mask, weights, lengths, masked = selected
     if masked != "normalize" and masked != "zero":
@@ -171,7 +171,7 @@ cdef int take_shares(Call* c, Problem* p, tuple selected) except -1:
 cdef int prepare(
     const Call* c, Scan* s, object mask, object weights, object ends
 ) except -1:
-    """Say how the scan reads each of the three, along the axes of positions."""
+    """Fill in how the scan reads mask, weights and ends, along the axes of positions."""
     cdef int k, axis
     memset(s, 0, sizeof(Scan))
     s.low = INFINITY
@@ -189,7 +189,7 @@ cdef int prepare(
 
 
 cdef int read(Reader* r, object array, int axis, int k) except -1:
-    """Say where an array is, and how far it steps along one axis of x."""
+    """Store the address of an array, and its stride along one axis of x."""
     cdef View v
     if array is not None:
         look(array, &v)
@@ -199,7 +199,7 @@ cdef int read(Reader* r, object array, int axis, int k) except -1:
 
 
 cdef void scan(Scan* s, T* shares) noexcept:
-    """Write how often each position counts, in the order in which they lie in memory."""
+    """Write the share of each position, in the order of memory."""
     cdef Py_ssize_t at[MOST_AXES]
     cdef Py_ssize_t i, from_mask, from_weights, from_ends, place
     cdef int k, last = s.axes - 1
@@ -240,7 +240,7 @@ cdef void scan(Scan* s, T* shares) noexcept:
 
 
 cdef inline void add(Scan* s, double value) noexcept:
-    """Count a position that counts; the rounding of the sum is kept beside it (Kahan)."""
+    """Add a position with a weight above 0; keep the rounding error of the sum (Kahan)."""
     cdef double rough = s.total + (value + s.left)
     s.left = (value + s.left) - (rough - s.total) if rough < INFINITY else 0
     s.total = rough
@@ -249,7 +249,7 @@ cdef inline void add(Scan* s, double value) noexcept:
 
 
 cdef void find_places(Problem* p, const T* shares, Py_ssize_t counted) noexcept:
-    """Choose positions that count, spread over all of them; the first of all where none does."""
+    """Choose positions with a share above 0, evenly spread; position 0 if there are none."""
     cdef Py_ssize_t i = 0, found = -1
     cdef int k
     for k in range(SAMPLES):

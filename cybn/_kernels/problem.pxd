@@ -216,9 +216,9 @@ cdef inline Py_ssize_t block_of(
 
 cdef enum:
     PIECE_BYTES = 200 << 10     # most bytes of a row in one block
-    # A last-level cache of up to NEAR bytes is shared by few cores and fast, so blocks may be larger
-    # than L2. A larger cache is slow: with such blocks a forward of 256x56x56 took 11.4 ms there,
-    # and 9.3 ms with blocks that fit L2.
+    # A last-level cache of up to NEAR bytes is shared by few cores and fast, so blocks may be
+    # larger than L2. A larger cache is slow: with such blocks a forward of 256x56x56 took 11.4 ms
+    # there, and 9.3 ms with blocks that fit L2.
     NEAR = 64 << 20
 
 
