@@ -100,7 +100,7 @@ def fold_conv(
         torch, onnx: (out, in / groups, taps...); keras, flax: (taps..., in / groups, out);
         keras-depthwise: (taps..., in, multiplier), without `groups`.
     groups : int, default 1
-        Groups of the convolution.
+        The number of groups of the convolution.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def fold_conv_transpose(
         torch, onnx: (in, out / groups, taps...); keras: (taps..., out, in); flax, with its
         ``transpose_kernel=False``: (taps..., in, out). The last two have no groups.
     groups : int, default 1
-        Groups of the convolution.
+        The number of groups of the convolution.
 
     Returns
     -------

@@ -18,7 +18,7 @@ Values are copied unchanged, so inference gives the same results. Two convention
 - *Momentum* is the weight of the new value in cybn and PyTorch, and the weight of the old value in
   Keras, Flax and ONNX. Each function uses the convention of the library in its name.
 - *The running variance* is unbiased in PyTorch, and biased in Keras, Flax and ONNX. A new layer has
-  `running_ddof` 1 or 0 accordingly, so that its updates continue with the same kind of variance.
+  `running_ddof` 1 or 0 to match, so that its updates continue with the same kind of variance.
   Converting the variance to the other kind multiplies it by n / (n - 1), or by the inverse. This
   needs `count`, the number n of values per channel in a training batch.
 

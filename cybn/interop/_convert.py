@@ -17,8 +17,8 @@ class Converted(NamedTuple):
     state : dict
         The new state.
     taken : dict of str to dict of str to str
-        For each batch norm, by its prefix in the old state, the new key of each old key; None if
-        the new form has no such key.
+        By the prefix of each batch norm in the old state, a dict of the new key for each old key.
+        The new key is None if the new form does not have the array.
     passed_over : dict of str to str
         By prefix, the reason why keys that include a running mean or variance were not converted.
 
@@ -67,7 +67,7 @@ def find(
     Returns
     -------
     dict of str to tuple of str
-        In the order of `state`.
+        The keys by prefix, in the order of `state`.
 
     Raises
     ------

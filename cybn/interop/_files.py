@@ -96,7 +96,7 @@ def load_arrays(path: _File, *, most_bytes: int = MOST_BYTES) -> dict[str, NDArr
         If the file is broken or contains something other than plain arrays of numbers, or `path`
         has another ending.
     OSError
-        If it cannot be opened.
+        If the file cannot be opened.
     ImportError
         If the format is safetensors and that package is not installed.
 

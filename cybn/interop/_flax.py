@@ -21,7 +21,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Parameters
     ----------
     nested : mapping
-        Dicts in dicts, such as Flax's variables.
+        Nested dicts, such as Flax's variables.
     prefix : str, optional
         A text that is put before each key.
 
@@ -67,12 +67,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     flat : mapping of str
-        A dict as from `flatten`.
+        A dict like those that `flatten` returns.
 
     Returns
     -------
     dict
-        Dicts in dicts.
+        Nested dicts.
 
     Raises
     ------

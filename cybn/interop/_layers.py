@@ -45,7 +45,7 @@ def build(
     if family:
         return family_layer(group, layer, num_groups, options["eps"], options["axis"])
     if num_groups is not None:
-        raise ValueError(f"num_groups is {num_groups}; it is for layer=GroupNorm alone")
+        raise ValueError(f"num_groups is {num_groups}; it is for layer=GroupNorm only")
     known = form(name).ddof if state_ddof is None else state_ddof
     ddof = known if running_ddof is None else running_ddof
     for what, value in (("state_ddof", known), ("running_ddof", ddof)):
@@ -57,7 +57,7 @@ def build(
         if count is None:
             raise ValueError(
                 f"running_ddof is {ddof}, and the state has the other variance: give count=, the "
-                "values of a channel in a training batch, or leave running_ddof out"
+                "number of values per channel in a training batch, or leave running_ddof out"
             )
         group[VAR] = variance(group[VAR], known, ddof, count)
     return layer_of(group, layer, running_ddof=ddof, **options)

@@ -291,7 +291,7 @@ def from_onnx(
     ------
     ValueError
         If the node is of another kind, `spatial` is 0, an input is not among the initializers, its
-        data is broken or in another file, or `load_state_dict` refuses the arrays.
+        data is broken or in another file, or `load_state_dict` rejects the arrays.
     TypeError
         If `node` is of another type.
 
@@ -360,7 +360,7 @@ def _from_family(
     if lead < 0 and -lead != rank:
         raise ValueError(
             f"the {kind} normalizes {-lead} axes, and its scale has the shape "
-            f"{group[GAMMA].shape}; a layer needs one value for each place"
+            f"{group[GAMMA].shape}; a layer needs one value for each position"
         )
     return family_layer(group, operator.layer, None, eps, axis)
 

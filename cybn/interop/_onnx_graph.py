@@ -189,8 +189,8 @@ class _Found(NamedTuple):
 def onnx_layers(model: Any, **options: Any) -> OnnxLayers:
     """Return a layer for each node of normalization in an ONNX model.
 
-    The main graph is searched, the graphs within it, such as the branches of an If, and the model's
-    own functions, once for each call.
+    The search includes the main graph, the graphs within it, such as the branches of an If, and the
+    model's own functions, which are searched once for each call.
 
     Parameters
     ----------

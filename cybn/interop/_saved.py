@@ -24,7 +24,7 @@ LAYERS: dict[str, Any] = {
 }
 SWITCHES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
 MODES = (*SWITCHES, "nan_policy")  # set after a layer is made, if its class does not take them
-MOST_STATELESS = 1 << 24  # values of a layer without arrays; nothing confirms its shape
+MOST_STATELESS = 1 << 24  # most values of a layer that has no arrays to confirm its shape
 
 
 def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 >>> type(model[1]).__mro__[0].__name__, model(torch.randn(2, 3, 8, 8)).shape
 ('BatchNorm2d', torch.Size([2, 8, 6, 6]))
 
-cybn's kernels compute tensors on the CPU in float32, float64 and half types and in both memory
+cybn's kernels normalize tensors on the CPU in float32, float64 and half types and in both memory
 formats, without copying them. PyTorch computes all other calls; `report` shows which, and why. In
 graphs (`torch.compile`, `torch.export`) the kernels are operators in ``torch.ops.cybn``.
 """

@@ -46,7 +46,7 @@ def array(t: Tensor) -> NDArray[Any]:
 
 
 def vector(t: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Return parameters or statistics as an array for the kernels, and the tensor under it."""
+    """Return parameters or statistics as an array, and the tensor that owns its memory."""
     if t is None:
         return None, None
     if t.dtype is not torch.float32 and t.dtype is not torch.float64:

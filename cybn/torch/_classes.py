@@ -34,7 +34,7 @@ def class_for(module: nn.Module) -> type | None:
 
 
 def converted_class(cls: type) -> type | None:
-    """Return the class of cybn's for a class of modules, or None if it does not normalize."""
+    """Return cybn's class for a class of modules, or None if it does not normalize."""
     if cls in NORMS:
         return NORMS[cls]
     if cls in _frozen:

@@ -32,7 +32,7 @@ Activation = tuple[str, float]
 
 
 class Fusing:
-    """What follows one module in training and in evaluation, as far as it is known."""
+    """The operations that follow one module, as far as they are known."""
 
     def __init__(self) -> None:
         # By mode: the activation, and whether a residual is added before it; None to fuse nothing.

@@ -1,7 +1,7 @@
 """Memory for large results, because page faults can cost more than the normalization itself.
 
 The result of forward is needed until backward. PyTorch allocates it, and this module requests huge
-pages for it, if the system supports such requests. They cause 200 times fewer page faults.
+pages for it, if the system supports that. Huge pages cause 200 times fewer page faults.
 
 The gradients that backward returns are freed soon. Large gradients get storages that are kept here
 and reused. A storage is free as soon as no tensor refers to it any longer.
@@ -22,7 +22,7 @@ from .._memory import blocks as _arrays
 
 __all__ = ["empty", "empty_cache"]
 
-_HUGE = 4 << 20  # bytes of the smallest results with huge pages
+_HUGE = 4 << 20  # bytes; huge pages are not requested for less
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
@@ -34,7 +34,7 @@ class Storages:
 
     def forget(self) -> None:
         """Start with an empty list. Existing tensors keep their storages."""
-        self._kept: list[tuple[int, torch.UntypedStorage]] = []  # the last used at the end
+        self._kept: list[tuple[int, torch.UntypedStorage]] = []  # the last used are at the end
         self._lock = Lock()
 
     def clear(self) -> None:

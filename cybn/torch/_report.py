@@ -69,7 +69,7 @@ def report(model: nn.Module) -> Report:
     Returns
     -------
     Report
-        One row per norm. If PyTorch computed the last call of a module, because of its arguments,
+        One row per norm. If PyTorch computed the last call of a module because of its arguments,
         the row has the reason.
 
     Raises

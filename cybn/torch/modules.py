@@ -1,4 +1,4 @@
-"""PyTorch's normalization modules with cybn's functions beneath them."""
+"""PyTorch's normalization modules, computed by cybn's functions."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def forward_of(
 ) -> Callable[..., Any]:
     """Return a forward that runs `computed`, and is a single module in traced graphs.
 
-    PyTorch computes small calls. If `original` is `alone`, which means that it calls no other
-    methods that were converted, it does so. Otherwise the functions in `computed` call PyTorch.
+    PyTorch computes small calls. They go to `original` if `alone` is True, which means that it
+    calls no other methods that were converted. Otherwise the functions in `computed` call PyTorch.
     """
     of_pytorch = quick(original) or (original if alone else None)
 

@@ -39,15 +39,16 @@ _OUTSIDE = (
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`torch.nn.SyncBatchNorm` for tensors on the CPU, with exact statistics.
 
-    In training mode y is normalized by the batch of all processes in the group. Processes may have
-    different numbers of samples, or none. Running statistics are bitwise equal in all processes.
+    In training mode y is normalized with the mean and variance of the batch of all processes in the
+    group. Processes may have different numbers of samples, or none. Running statistics are bitwise
+    equal in all processes.
     `weight.grad` and `bias.grad` are those of each process alone, as in PyTorch, because
     DistributedDataParallel averages all gradients. The gradient of the input includes the
     statistics of the whole batch.
 
     In eval mode, without a process group, or with a single process, it is a plain batch norm.
 
-    It is not a subclass of `torch.nn.SyncBatchNorm`, because DistributedDataParallel refuses those
+    It is not a subclass of `torch.nn.SyncBatchNorm`, because DistributedDataParallel rejects those
     on the CPU.
 
     Parameters
@@ -104,7 +105,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"input has shape {tuple(input.shape)}; it must have at least 2 axes")
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that PyTorch gives it
+    def forward(self, input: Tensor) -> Tensor:  # PyTorch's name for the argument
         """Normalize `input`, of shape (N, C, ...), by the batch of all processes."""
         group = self._group()
         if group is None or not isinstance(input, Tensor):
@@ -115,7 +116,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @_disable_dynamo
     def _synchronized(self, input: Tensor, group: Any) -> Tensor:
-        """Normalize by the batch of all processes; torch.compile breaks its graph here."""
+        """Normalize by the batch of all processes. torch.compile breaks its graph here."""
         with _message(group, "forward", self.num_features) as message:
             self._check_input_dim(input)
             y, moments = self._normalize(input, group, message)
@@ -148,7 +149,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Return a model whose batch norms are synchronized; as in `torch.nn.SyncBatchNorm`.
+        """Return a model with synchronized batch norms, as `torch.nn.SyncBatchNorm` does.
 
         Parameters
         ----------
