@@ -347,7 +347,7 @@ def test_errors(rng):
         cybn.batch_norm_backward(dy, x, m, residual=r, out_residual=r[:2].copy())
 
 
-# ---- one array instead of two --------------------------------------------------------------
+# ---- backward from the output --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -37,7 +37,7 @@ def wider(*arrays):
 def batch(rng, dtype, layout, factors):
     """Return x, whose channels have different factors, and its channel axis."""
     if dtype == "f8" and not WIDE:
-        pytest.skip("long double is float64 here")
+        pytest.skip("long double is float64 on this machine")
     shape = {"first": (N, C, L), "last": (N, L, C), "flat": (N * L, C), "runs": (2, C, 300)}[layout]
     axis = {"first": 1, "last": 2, "flat": 1, "runs": 1}[layout]
     x = rng.uniform(-1, 1, shape)
@@ -185,7 +185,7 @@ def test_rows(rng, dtype, kind, level):
     function, gradients, shape, options = ROWS[kind]
     axis, k = options.get("axis", 1) % len(shape), options | {"eps": tiny_eps(dtype)}
     if dtype == "f8" and not WIDE:
-        pytest.skip("long double is float64 here")
+        pytest.skip("long double is float64 on this machine")
     factors = rng.choice(FACTORS[dtype], shape[0])
     factors[::3] = 1
     x = (rng.uniform(-1, 1, shape) * factors.reshape(-1, *[1] * (len(shape) - 1))).astype(dtype)
@@ -324,7 +324,7 @@ def test_a_large_constant_with_a_tiny_eps(value, eps, rng):
 def test_inference_far_from_the_mean(value, mean, var):
     """x / std may overflow float64, but gamma brings it back into range."""
     if not WIDE:
-        pytest.skip("long double is float64 here")
+        pytest.skip("long double is float64 on this machine")
     x = np.array([value, 0.0, 1.0, -1e100])[:, np.newaxis]
     dy = np.array([2.0, 1e-3, 0.0, 1.0])[:, np.newaxis]
     for gamma, eps in [(1e-150, 1e-300), (1.0, 5e-324), (0.0, 1e-300), (-1e-100, 1e-5)]:

@@ -32,10 +32,10 @@ def memory(name, file):
 def room():
     """Return MOST float32 values, or skip the test if there is not enough free memory."""
     if not Path("/proc/meminfo").exists():
-        pytest.skip("only Linux says how much memory there is")
+        pytest.skip("only Linux reports free memory in /proc/meminfo")
     need, there = 4 * MOST / 2**30 + 1.5, memory("MemAvailable", "/proc/meminfo")
     if there < need:
-        pytest.skip(f"needs {need:.1f} GiB of free memory; {there:.1f} are there")
+        pytest.skip(f"needs {need:.1f} GiB of free memory; {there:.1f} are available")
     return np.empty(MOST, np.float32)
 
 

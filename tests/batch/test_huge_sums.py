@@ -29,12 +29,12 @@ pytestmark = pytest.mark.row(21)
 def zeros():
     """Return MOST float32 values, of which only those at PLACES were written."""
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pytest.skip("only Linux says that its pages of zeros are small ones")
+        pytest.skip("only Linux can be told to use small pages for zeros")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     try:
         memory = mmap.mmap(-1, 4 * MOST, flags=flags)
     except OSError as error:
-        pytest.skip(f"no room for 8 GiB of addresses: {error}")
+        pytest.skip(f"cannot reserve 8 GiB of addresses: {error}")
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     x = np.frombuffer(memory, np.float32)
     x[PLACES] = VALUES

@@ -25,7 +25,7 @@ def repeated(array, shares):
     return np.repeat(gathered(array, shares), (4 * shares[shares > 0]).astype(int), axis=0)
 
 
-# ---- the same as the gathered values ----------------------------------------------------------
+# ---- equal to the selected values -------------------------------------------------------------
 
 
 @every_dtype
@@ -164,7 +164,7 @@ def test_central_differences(rng, nsc, kind, axis, masked, activation):
             assert abs(gradient[i] - numeric) <= 1e-8 * (1 + abs(numeric))
 
 
-# ---- the same bits ----------------------------------------------------------------------------
+# ---- equal bits -------------------------------------------------------------------------------
 
 
 @every_dtype

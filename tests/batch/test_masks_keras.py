@@ -21,7 +21,7 @@ keras = pytest.importorskip("keras")
 import cybn  # noqa: E402  (after importorskip)
 
 if keras.backend.backend() != "numpy":
-    pytest.skip("another backend was chosen", allow_module_level=True)
+    pytest.skip("Keras uses another backend", allow_module_level=True)
 
 TOLERANCE = 2.0**-17  # Keras computes its sums in float32
 

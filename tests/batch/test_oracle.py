@@ -63,7 +63,7 @@ def test_x_that_is_reshaped_meanwhile_is_refused(rng, monkeypatch):
     assert calls_before == [(4, 2, 40000)]
 
 
-# ---- which way a call goes -----------------------------------------------------------------
+# ---- the path of a call through the kernels ------------------------------------------------
 
 RUNS, SHORT, LAST = (32, 64, 3136), (32, 64, 49), (4096, 64, 1)
 PLAIN = {"sums from": "memory", "writes from": "memory", "gradient": "given"}

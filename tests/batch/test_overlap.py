@@ -125,10 +125,10 @@ def attempt(call, rng, dtype):
         problem = str(error)
         assert (room == before).all(), problem
         assert all((keep[name] == a).all() for name, a in (arrays | outs).items())
-        assert shared, "refused without need"
+        assert shared, "refused although nothing overlaps"
         assert not (same and written == "out" and partner in call.inputs)
         return "ValueError" if "overlap" in problem else problem
-    assert not shared or same, "an overlap was taken"
+    assert not shared or same, "an overlap was accepted"
     for mine, wanted, out in zip(call.results(got), right, outs.values(), strict=True):
         assert mine is out
         assert same_bits(np.ascontiguousarray(mine), np.ascontiguousarray(wanted))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
-pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the pages are not beside the tests")
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs docs/ beside the tests")
 
 
 # Pages whose Python blocks are run, here or as doctests in test_statistics_docs.py. Blocks that

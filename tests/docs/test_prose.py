@@ -18,9 +18,7 @@ SOURCES = sorted(
 REFERENCE = {"reference.md", "performance-tables.md", "reliability-table.md"}
 MOST_WORDS = 25_000
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "docs").exists(), reason="the pages are not beside the tests"
-)
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs docs/ beside the tests")
 
 # Expressions that only their writer understands, and what to write instead.
 PRIVATE = {

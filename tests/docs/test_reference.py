@@ -22,7 +22,7 @@ NEEDS = {
     "cybn.dask": "dask",
 }
 
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the pages are not beside the tests")
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="needs docs/ beside the tests")
 
 
 def listed():

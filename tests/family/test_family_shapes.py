@@ -315,7 +315,7 @@ def test_read_only_inputs_are_left_alone(case, rng):
     assert [a.tobytes() for a in arrays] == before
 
 
-# ---- what bad input gets -----------------------------------------------------------------
+# ---- invalid input -----------------------------------------------------------------------
 
 
 X = np.zeros((4, 6, 5), np.float32)

@@ -326,7 +326,7 @@ def test_measure_checks_what_it_is_given():
         folding.measure(folding.fold_conv, W, None, BN, folded=(W, np.ones(3)))
 
 
-# ---- switches, types, and the convolution after --------------------------------------------
+# ---- switches, types, and the next convolution ---------------------------------------------
 
 
 def test_a_layer_that_uses_the_batch_is_not_folded(rng):

@@ -220,7 +220,7 @@ bad(SAMPLES.from_state_dict, M.state_dict())
 bad(setattr, M, "count", 2)
 bad(delattr, M, "count")
 
-# ---- the family --------------------------------------------------------------------------
+# ---- the other norms ---------------------------------------------------------------------
 
 good(cybn.layer_norm, X, out=OUT)
 good(cybn.layer_norm_backward, DY, X, cybn.layer_norm(X)[1])

@@ -229,7 +229,7 @@ for dtype in SINGLE_DOUBLE:
             CALLS[f"{function} special {where} {dtype}"] = partial(special, function, dtype, axis)
 
 
-# ---- arrays that lie otherwise -----------------------------------------------------------
+# ---- arrays with other strides -----------------------------------------------------------
 
 
 def strided(way, dtype):
@@ -257,7 +257,7 @@ for dtype in SINGLE_DOUBLE:
         CALLS[f"strided {way} {dtype}"] = partial(strided, way, dtype)
 
 
-# ---- the family --------------------------------------------------------------------------
+# ---- the other norms ---------------------------------------------------------------------
 
 ROWS = [
     ("layer", (9, 7), -1, {}),

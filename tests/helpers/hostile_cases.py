@@ -16,7 +16,7 @@ class Refusing:
     """An array-like that raises an error when it is converted to an array."""
 
     def __array__(self, dtype=None, copy=None):
-        raise TypeError("not today")
+        raise TypeError("this array cannot be converted")
 
 
 def damaged(data, dice):

@@ -45,7 +45,7 @@ def gradient_bounds(dy, x, gamma, axis=1, eps=1e-5, mean=None, var=None):
     )
 
 
-# ---- every kind of layer, for what holds for all of them ---------------------------------
+# ---- every kind of layer -----------------------------------------------------------------
 
 
 class Kind(NamedTuple):

@@ -48,7 +48,7 @@ def same(a, b):
         assert mine.dtype == other.dtype
 
 
-# ---- what other programs leave in a state ------------------------------------------------------
+# ---- states as other programs leave them -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["torch", "keras", "flax", "nnx", "onnx", "mxnet", "cybn"])
@@ -182,7 +182,7 @@ def test_a_node_trains_neither_in_parts_nor_renormalized(bn):
             interop.to_onnx(twin, training=True)
 
 
-# ---- the family --------------------------------------------------------------------------------
+# ---- the other norms ---------------------------------------------------------------------------
 
 FAMILY = {
     "layer": lambda: cybn.LayerNorm((2, 3), eps=1e-3),
@@ -269,7 +269,7 @@ def test_the_family_in_whole_models_by_name():
     assert sorted(done.state) == ["fc.weight", "ln/beta", "ln/gamma", "rms.weight"]
 
 
-# ---- ONNX nodes in types -----------------------------------------------------------------------
+# ---- ONNX nodes in other types -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
@@ -302,7 +302,7 @@ def test_the_momentum_of_inference_plays_no_part(momentum, bn):
         interop.from_onnx(node)
 
 
-# ---- what inference takes, layers take too -----------------------------------------------------
+# ---- eps 0 and variances slightly below 0 ------------------------------------------------------
 
 
 def test_eps_0_and_variances_slightly_below_0(bn):

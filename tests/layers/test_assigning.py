@@ -151,7 +151,7 @@ def test_copies_share_nothing(how, name, rng):
     assert snapshot(layer) == before
 
 
-# ---- what was there in the forward -------------------------------------------------------
+# ---- changes between forward and backward ------------------------------------------------
 
 
 def parameters_that_matter(layer):
@@ -241,7 +241,7 @@ def test_a_mask_may_be_used_again(rng):
     np.testing.assert_array_equal(bn.backward(dy), same.backward(dy))
 
 
-# ---- what reads the state ----------------------------------------------------------------
+# ---- reading the state -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [cybn.BatchNorm, cybn.InstanceNorm1d])

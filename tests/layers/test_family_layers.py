@@ -38,7 +38,7 @@ def snapshot(norm):
     return repr(norm), norm.training, [(a.dtype.str, a.shape, a.tobytes()) for a in arrays]
 
 
-# ---- what a layer computes ---------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------
 
 
 def expected(norm, x, dy):

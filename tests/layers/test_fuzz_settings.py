@@ -349,7 +349,7 @@ class Walk:
         self.layer.set_statistics(m)
         self.model.mean, self.model.var = m.mean.copy(), m.var(self.model.running_ddof)
 
-    # ---- what reads the state ------------------------------------------------------------
+    # ---- steps that read the state -------------------------------------------------------
 
     def fold(self):
         if not self.model.tracked:

@@ -185,7 +185,7 @@ def test_threads_do_not_change_a_bit(training, rng):
     assert snapshot(bn) == snapshot(twin)
 
 
-# ---- what a layer takes ------------------------------------------------------------------
+# ---- valid input -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_deep_copy_is_separate(rng):
     assert snapshot(bn) == before
 
 
-# ---- the input ---------------------------------------------------------------------------
+# ---- the stored input --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -382,7 +382,7 @@ def test_one_backward_a_forward(rng):
         bn.backward(x)
 
 
-# ---- whole or not at all -----------------------------------------------------------------
+# ---- all or nothing ----------------------------------------------------------------------
 
 
 @pytest.mark.row(31)

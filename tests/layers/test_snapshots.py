@@ -84,7 +84,7 @@ def test_a_snapshot_of_another_layer(other, rng):
     assert snapshot(bn) == before
 
 
-# ---- statistics, and how far they are off ------------------------------------------------
+# ---- set_statistics and drift ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ddof", [0, 1])

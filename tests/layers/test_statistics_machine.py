@@ -294,7 +294,7 @@ class Machine(stateful.RuleBasedStateMachine):
         self.bn.set_statistics(cybn.Moments(5, np.arange(3.0), np.full(C, 20.0)))
         model.mean, model.var = np.arange(3.0), np.full(C, 20.0 / (5 - model.ddof))
 
-    # ---- what must hold ----------------------------------------------------------------------
+    # ---- invariants --------------------------------------------------------------------------
 
     @stateful.invariant()
     def agrees(self):

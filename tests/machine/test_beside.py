@@ -99,7 +99,7 @@ print("done")
 def test_beside_another_library(name, mine_first, figure):
     """In either import order, alternating and at once, no call hangs and no result changes."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"no {name} here")
+        pytest.skip(f"needs {name}")
     code = f"MINE_FIRST = {mine_first}\n{HEAD}{OTHERS[name]}{TAIL}"
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
@@ -130,7 +130,7 @@ def test_python_threads_leave_no_threads_behind(rng):
     """The OpenMP threads of a Python thread end with it."""
     tasks = "/proc/self/task"
     if not os.path.isdir(tasks):
-        pytest.skip("no /proc/self/task")
+        pytest.skip("needs /proc/self/task")
     x = rng.standard_normal((16, 16, 28, 28), dtype=np.float32)
 
     def run():

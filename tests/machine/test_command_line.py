@@ -115,7 +115,7 @@ def test_what_cannot_be_written_is_found_before_the_work(
     make, message, untrained, tmp_path, capsys
 ):
     if make is read_only and not os.path.isdir("/proc/self"):
-        pytest.skip("no /proc here")
+        pytest.skip("needs /proc")
     folder = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["demo", "--output", str(folder)]) == 1
@@ -129,7 +129,7 @@ def test_what_cannot_be_written_is_found_before_the_work(
 
 def test_a_read_only_working_directory(untrained, capsys, monkeypatch):
     if not os.path.isdir("/proc/self"):
-        pytest.skip("no /proc here")
+        pytest.skip("needs /proc")
     monkeypatch.chdir("/proc/self")
     assert main(["demo"]) == 1
     assert "output is '.', where no file can be written" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def test_a_dynamic_number_of_threads(finished, report):
 
 
 @pytest.mark.row(29)
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no sched_setaffinity")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity")
 def test_affinity(report, figure):
     _, used, digest = report(ONE_CORE="1")
     figure(29, "threads with affinity of one core", used, how="last")
@@ -256,7 +256,7 @@ def one_cpu():
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"may not make a cgroup: {error.strerror}")
+        pytest.skip(f"cannot make a cgroup: {error.strerror}")
     try:
         if top == root:
             (folder / "cpu.max").write_text("100000 100000")
@@ -264,7 +264,7 @@ def one_cpu():
             (folder / "cpu.cfs_quota_us").write_text("100000")
     except OSError as error:
         folder.rmdir()
-        pytest.skip(f"may not set a quota: {error.strerror}")
+        pytest.skip(f"cannot set a quota: {error.strerror}")
     yield folder
     folder.rmdir()
 

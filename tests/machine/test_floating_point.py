@@ -130,7 +130,7 @@ def test_no_module_of_ours_sets_the_environment():
 
 
 @pytest.mark.row(30)
-@pytest.mark.skipif(sys.platform != "linux", reason="__errno_location is glibc's and musl's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs __errno_location of glibc or musl")
 def test_errno_is_left_alone(rng):
     location = ctypes.CDLL(None).__errno_location
     location.restype = ctypes.c_void_p

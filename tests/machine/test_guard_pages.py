@@ -178,7 +178,7 @@ def test_several_threads(values, dtype, level, figure):
     figure(32, "shapes", runs, how="sum")
 
 
-# ---- the family, and layers --------------------------------------------------------------
+# ---- the other norms, and layers ---------------------------------------------------------
 
 ROWS = [
     *(make(3, d) for make in (layer, rms) for d in (*range(2, 67), *range(1017, 1032))),

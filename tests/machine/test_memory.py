@@ -109,7 +109,7 @@ def test_nothing_is_left_behind_in_100_000_calls(figure):
 
 
 @in_release
-@pytest.mark.skipif(not STATM.exists(), reason="memory is read in Linux's /proc")
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc to read memory")
 def test_a_leak_would_be_seen():
     """The checks above detect one array, one reference or one object that leaks in each call."""
     kept = []

@@ -115,9 +115,9 @@ def test_the_installed_package_is_under_test():
     try:
         origin = importlib.metadata.distribution("cybn").read_text("direct_url.json") or "{}"
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("cybn is on the path, and not installed")
+        pytest.skip("cybn is on the path, but not installed")
     editable = json.loads(origin).get("dir_info", {}).get("editable", False)
-    assert editable == (PACKAGE == HERE / "cybn"), "run pytest, bare, after pip install '.[test]'"
+    assert editable == (PACKAGE == HERE / "cybn"), "install cybn, and run pytest without python -m"
 
 
 def test_public_names():

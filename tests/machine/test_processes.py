@@ -21,7 +21,7 @@ LIMIT = 60  # seconds until a child counts as hanging
 
 # Python 3.12 and later warn of a fork in a process with threads, which is what these tests do.
 may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_150_forks_more(batch, figure):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method, batch, figure):
     if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method}")
+        pytest.skip(f"needs the start method {method}")
     x, want = batch
     context = multiprocessing.get_context(method)
     start = time.perf_counter()

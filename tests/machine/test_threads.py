@@ -280,7 +280,7 @@ def test_setting_statistics_while_others_train(eager_switching, rng):
 def test_a_handler_of_a_signal_may_train_the_layer_it_interrupts(rng):
     signal = pytest.importorskip("signal")
     if not hasattr(signal, "setitimer"):
-        pytest.skip("no timers")
+        pytest.skip("needs signal.setitimer")
     layer, x = cybn.BatchNorm1d(6), rng.standard_normal((4, 6, 5), dtype=np.float32)
     handled = []
 

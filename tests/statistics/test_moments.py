@@ -216,7 +216,7 @@ def test_merge_with_a_channel_that_is_empty_on_one_side():
         assert list(merged.count) == [3, 6]
 
 
-# ---- sums, deviations, and arrays that are read by slices --------------------------------------
+# ---- sums, standard deviations, and arrays that are read by slices -----------------------------
 
 
 def test_sum_takes_moments(rng):

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import cybn  # noqa: E402
 
 if keras.backend.backend() != "torch":
-    pytest.skip("another backend was chosen", allow_module_level=True)
+    pytest.skip("Keras uses another backend", allow_module_level=True)
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -99,7 +99,7 @@ def test_update_returns_a_new_one(rng):
     assert not m.mean.flags.writeable
 
 
-# ---- any size ----------------------------------------------------------------------------
+# ---- arrays of any size ------------------------------------------------------------------
 
 LAYOUTS = [
     ((7, C, 6, 5), 1),
@@ -375,7 +375,7 @@ def test_a_bad_weight_far_in_changes_nothing(rng):
         assert value.tobytes() == before[name].tobytes()
 
 
-# ---- what it refuses ---------------------------------------------------------------------
+# ---- invalid arguments -------------------------------------------------------------------
 
 X = np.ones((4, C, 3), np.float32)
 BAD = {
@@ -455,7 +455,7 @@ def test_backward_refuses_counts_that_differ_by_channel(rng):
         cybn.batch_norm_backward(x, x, m)
 
 
-# ---- saved and loaded --------------------------------------------------------------------
+# ---- saving and loading ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": 0.5}, {"mask": np.ones((300, C), bool)}])

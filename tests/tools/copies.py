@@ -118,8 +118,8 @@ def copies(library, files):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--level", default="x86-64-v3")
-    parser.add_argument("--cases", type=int, default=40_000, help="random calls")
-    parser.add_argument("--folder", type=Path, help="build here and keep it, or use what is there")
+    parser.add_argument("--cases", type=int, default=40_000, help="number of random calls")
+    parser.add_argument("--folder", type=Path, help="build here, or use an earlier build")
     parser.add_argument("tests", nargs="*", default=TESTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -43,7 +43,7 @@ def write():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="make the file from this build")
+    parser.add_argument("--write", action="store_true", help="write the file from this build")
     if parser.parse_args().write:
         write()
     openmp = "with OpenMP" if _runtime.host.openmp() else "without OpenMP"

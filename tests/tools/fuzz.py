@@ -52,9 +52,9 @@ def report(seed, failures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, help="a fresh one where not given")
-    parser.add_argument("--only", type=int, help="run this case alone, with its traceback")
-    parser.add_argument("--log", type=Path, help="keep the count here, and go on from it")
+    parser.add_argument("--seed", type=int, help="seed of the cases, random by default")
+    parser.add_argument("--only", type=int, help="run only this case, with its traceback")
+    parser.add_argument("--log", type=Path, help="keep the count here, and continue from it")
     options = parser.parse_args()
     seed = secrets.randbits(32) if options.seed is None else options.seed
     if options.only is not None:

@@ -102,12 +102,12 @@ def check(case: Case) -> None:
         with caches(case.level, (1 << 12, 1 << 14) if case.small else None):
             got = call(case, a, case.threads, case.level)
     except ValueError:
-        assert overlaps, "refused"
-        assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
+        assert overlaps, "valid arguments were refused"
+        assert before == [b.tobytes() for b in a.buffers], "an error changed an array"
         return
     assert not overlaps or a.copied or case.op == "moments", "an overlap was not refused"
     got = {name: taken(name, value, a, kept) for name, value in got.items()}
-    assert before == [b.tobytes() for b in a.buffers], "wrote where it must not"
+    assert before == [b.tobytes() for b in a.buffers], "memory outside the results was written to"
     compare_twin(case, a, got, twin)
     if case.op in FAMILY:
         check_family(case, twin, got)
@@ -127,7 +127,7 @@ def taken(name, value, a, kept):
         room[...] = kept[name]
     elif name in ("y", "dx", "dresidual"):
         like = np.empty_like(a.x, native(a.x[:0]).dtype, subok=False)
-        assert (value.dtype, steps(value)) == (like.dtype, steps(like)), "not laid out as x"
+        assert (value.dtype, steps(value)) == (like.dtype, steps(like)), "not in the layout of x"
     return value
 
 
@@ -153,7 +153,7 @@ def refused(case, a):
     try:
         call(case, a, case.threads, case.level)
     except ValueError:
-        assert before == [b.tobytes() for b in a.buffers], "changed by a call that raised"
+        assert before == [b.tobytes() for b in a.buffers], "an error changed an array"
     else:
         raise AssertionError("values without a variance were not refused")
 
@@ -175,7 +175,7 @@ def compare_twin(case, a, got, twin):
     for name, value in got.items():
         if name in summed:
             continue
-        assert same(value, other[name]), f"{name} is other bits than from a plain copy"
+        assert same(value, other[name]), f"{name} differs from the result of plain copies"
     spoilt = spoilt_rows(case, twin)
     if not spoilt.any():
         return
@@ -189,7 +189,7 @@ def compare_twin(case, a, got, twin):
     for name, value in got.items():
         if name in ("y", "dx", "dresidual"):
             one, two = (by_rows(case, v)[~spoilt] for v in (value, other[name]))
-            assert same(one, two), f"{name} of another channel or row changed with a NaN"
+            assert same(one, two), f"a NaN changed {name} in another channel or row"
 
 
 def compare_float32(case, twin, got):
@@ -202,7 +202,7 @@ def compare_float32(case, twin, got):
         if name in ("y", "dx"):
             with np.errstate(over="ignore"):
                 value = value.astype(twin.x.dtype)
-        assert same(got[name], value), f"{name} is other bits than float32, rounded"
+        assert same(got[name], value), f"{name} differs from the rounded result of float32"
 
 
 def by_rows(case, array):
@@ -219,7 +219,7 @@ def spoilt_rows(case, a):
     return (spoilt & ~by_rows(case, hidden(case, a))).any(1)
 
 
-# ---- against the exact results -----------------------------------------------------------
+# ---- comparison with exact results -------------------------------------------------------
 
 
 def check_batch(case, a, got):
@@ -291,7 +291,7 @@ def check_constant(exact, y):
     counts = exact.w[0] > 0
     for c in np.flatnonzero(exact.constant):
         if np.isfinite(exact.rows[c]).all():
-            assert (y[c][counts] == beta[c]).all(), f"constant channel {c} is not beta"
+            assert (y[c][counts] == beta[c]).all(), f"y of the constant channel {c} is not beta"
 
 
 def repeated(case):

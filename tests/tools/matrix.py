@@ -144,7 +144,7 @@ def figure(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", metavar="FILE", help="add what this run saw to the matrix in FILE")
+    parser.addoption("--matrix", metavar="FILE", help="add the results to the matrix in FILE")
     text = "only tests of this row of the matrix; may be given several times"
     parser.addoption("--row", type=int, action="append", choices=ROWS, metavar="N", help=text)
 

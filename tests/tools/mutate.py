@@ -37,7 +37,7 @@ from schemata import switched
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 RESULTS = Path(__file__).with_name("mutation.json")
-MISSING = "a test that is not there"
+MISSING = "a test that does not exist"
 LIMIT = 1800  # seconds for the tests of one fault; a hang counts as found
 
 SOURCES = ("cybn", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -227,7 +227,7 @@ def check_sound(folder, tests, limit=LIMIT):
     """Raise an error if a test fails without any fault: it would find them all."""
     by = failing_test(folder, folder / "sound", 0, tests, limit)
     if by is not None:
-        raise RuntimeError(f"fails without a fault: {by}")
+        raise RuntimeError(f"{by} fails without a fault")
 
 
 # ---- running -----------------------------------------------------------------------------
@@ -279,12 +279,12 @@ def summary(results):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, done or not")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="test only these faults")
     parser.add_argument("--list", action="store_true", help="list the faults and what found them")
-    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--again", action="store_true", help="also test faults that have a result")
     parser.add_argument("--check", action="store_true", help="first run the tests without a fault")
     parser.add_argument("--likely", action="store_true", help="stop after the likely test files")
-    parser.add_argument("--jobs", type=int, default=1, help="faults at a time, default 1")
+    parser.add_argument("--jobs", type=int, default=1, help="number of faults at a time, default 1")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that count as a hang")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     return parser.parse_args()

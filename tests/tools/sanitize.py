@@ -1,6 +1,6 @@
 """Build cybn with checks compiled in, and run the tests on that build.
 
-python tests/tools/sanitize.py address  address and undefined-behaviour sanitizers, and debug
+python tests/tools/sanitize.py address  address sanitizer, undefined-behaviour sanitizer, debug
 python tests/tools/sanitize.py debug    Cython's bounds, None and initialization checks; assertions
 python tests/tools/sanitize.py thread   ThreadSanitizer, on the parallel kernels
 
@@ -102,8 +102,8 @@ KINDS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--whole", action="store_true", help="not only a chosen part of the suite")
-    parser.add_argument("--folder", type=Path, help="build here and keep it, or use what is there")
+    parser.add_argument("--whole", action="store_true", help="run the whole suite")
+    parser.add_argument("--folder", type=Path, help="build here, or use an earlier build")
     options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -175,7 +175,7 @@ def check_build(kind, python, environment):
     sanitize = kind.build.get("CYBN_SANITIZE")
     wanted = ["debug"] * ("CYBN_DEBUG" in kind.build) + [f"sanitize={sanitize}"] * bool(sanitize)
     if re.search(r"^build +(.*)$", info.stdout, re.MULTILINE)[1].split() != wanted:
-        sys.exit(f"imported is not the build {' '.join(wanted)}")
+        sys.exit(f"the imported cybn is not the build {' '.join(wanted)}")
 
 
 def check_replaced(folder):
@@ -220,5 +220,5 @@ def chosen(kind, whole):
 
 if __name__ == "__main__":
     if not shutil.which(compiler()[0]):
-        sys.exit("no gcc")
+        sys.exit("needs gcc")
     main()

@@ -49,7 +49,7 @@ def test_only_functions_with_loops_are_marked():
 def test_the_copy_that_no_call_reaches_is_found(tmp_path):
     """The library runs in its own process, because it writes its marks when the process ends."""
     if subprocess.run(["gcc", "-dumpmachine"], capture_output=True).stdout[:6] != b"x86_64":
-        pytest.skip("the marks are of x86-64")
+        pytest.skip("needs x86-64, whose assembly the marks use")
     source, library = tmp_path / "kernel.c", tmp_path / "kernel.so"
     code = copies.marked(CODE, "kernel")
     source.write_text(code.replace("int call", "int __pyx_call"))

@@ -44,7 +44,7 @@ def run(cases, figure):
     figure(37, "failures", len(failures), how="sum")
     figure(37, "last seed", str(seed), how="last")
     assert not failures, (
-        f"repeat one: python tests/tools/fuzz.py --seed {seed} --only {failures[0][0]}"
+        f"to repeat one: python tests/tools/fuzz.py --seed {seed} --only {failures[0][0]}"
     )
     assert ran == cases
 

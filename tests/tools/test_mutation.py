@@ -35,7 +35,7 @@ if not PACKAGE.exists():
     PACKAGE = Path(cybn.__file__).parent
 needs_sources = pytest.mark.skipif(
     not (PACKAGE / "_kernels" / "loops.pxd").exists(),
-    reason="a wheel has no sources of the kernels",
+    reason="needs the sources of the kernels",
 )
 LEAST = 0.95  # share of the faults that tests must find
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.row(33)
 def test_clean(kind, figure):
     """This takes minutes: it builds cybn from the tree around these tests and tests that build."""
     if not (ROOT / "setup.py").exists():
-        pytest.skip("no setup.py beside these tests: run them in the tree")
+        pytest.skip("needs setup.py: run these tests in the source tree")
     done = subprocess.run([sys.executable, str(SCRIPT), kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     figure(33, f"{kind}: tests", int(re.findall(r"(\d+) passed", done.stdout)[-1]))
@@ -37,7 +37,7 @@ def test_a_build_says_what_it_is(capsys):
     assert re.search(rf"^build +{_runtime.host.build()}$", capsys.readouterr().out, re.MULTILINE)
 
 
-# ---- what is only printed ----------------------------------------------------------------
+# ---- errors that are only printed --------------------------------------------------------
 
 UNRAISABLE = """
 class Careless:

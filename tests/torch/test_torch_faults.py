@@ -75,7 +75,7 @@ def test_1_storages_stay_resizable(kind, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without distributed")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_1_sharded_models_train(processes, tmp_path):
     script = tmp_path / "train.py"
@@ -119,7 +119,7 @@ def test_3_batch_norm_without_a_bias(training):
     try:
         stock = nn.BatchNorm2d(5, bias=False).train(training)
     except TypeError:
-        pytest.skip("this PyTorch has no such option")
+        pytest.skip("this PyTorch lacks the option")
     ours = twin(stock)
     torch.testing.assert_close(ours(image()), stock(image()), rtol=1e-4, atol=1e-5)
     assert ours.bias is None

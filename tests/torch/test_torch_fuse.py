@@ -190,7 +190,7 @@ def test_modes_are_learned_apart(kernel_calls):
     assert computed(kernel_calls) == [None, None, "relu", None]
 
 
-# ---- functions, and sums -----------------------------------------------------------------
+# ---- functions and sums ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -272,7 +272,7 @@ def test_any_python_in_the_same_forward(forward, kernel_calls):
     assert computed(kernel_calls)[-1] == "relu"
 
 
-# ---- what comes in between, or otherwise -------------------------------------------------
+# ---- hooks and changes of a fused model --------------------------------------------------
 
 
 @pytest.mark.parametrize("where", [1, 2])

@@ -38,7 +38,7 @@ CONFIGURATIONS = 100
 SAME_MEANING = 2.0**10  # largest error of PyTorch, in units of cybn's bound
 
 
-# ---- the same numbers --------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------
 
 
 @pytest.mark.row(15)
@@ -278,7 +278,7 @@ def test_threads_give_the_same_bits():
         assert all(torch.equal(other[name], found[0][name]) for name in other)
 
 
-# ---- a module like any other -------------------------------------------------------------
+# ---- behaviour as a module ---------------------------------------------------------------
 
 
 @each_rank
