@@ -77,7 +77,7 @@ def test_variance_curve(figure):
     """The error of the variance does not grow with the offset, unlike that of E[x^2] - E[x]^2.
 
     The exact variance is that of the rounded values, so the test measures the arithmetic, not the
-        rounding of x. At 1e7 float32 contains whole numbers only, so std is 16 there.
+    rounding of x. At 1e7 float32 contains whole numbers only, so std is 16 there.
     """
     rng = np.random.default_rng(7)
     for power in range(8):

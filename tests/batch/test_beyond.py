@@ -67,7 +67,7 @@ def assert_close(got, exact, axis, factor):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FACTORS)
 def test_batch_norm(rng, dtype, layout, activation, level):
-    """Forward and backward; two channels are ordinary, and their bits do not change."""
+    """Forward and backward are right, and the bits of two ordinary channels do not change."""
     factors = [1.0, 1.0, *rng.choice(FACTORS[dtype], 4, replace=False)]
     x, axis = batch(rng, dtype, layout, factors)
     gamma, beta = rng.uniform(0.5, 2, (2, C)).astype(dtype)

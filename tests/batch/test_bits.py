@@ -119,7 +119,7 @@ def test_cache_sizes(shape, dtype, axis, set_caches):
 
 @every_dtype
 def test_streamed_small_shapes(rng, dtype, set_caches):
-    """All tails and alignments: 500 shapes, streamed to memory that is not aligned to a line."""
+    """500 shapes, with all tails, are streamed to memory that is not aligned to a cache line."""
     for n in (1, 2, 5):
         for s in [
             *range(1, 41),
@@ -160,7 +160,7 @@ def test_streamed_small_shapes(rng, dtype, set_caches):
 @every_dtype
 @pytest.mark.parametrize("shape", [(5, 9, 7), (33, 40, 1), (513, 1100, 1), (3, 5, 1071)], ids=str)
 def test_streamed_training_in_and_beside_place(rng, shape, dtype, set_caches):
-    """Training at every alignment of out, with gaps between rows, and with `out is x`."""
+    """Bits are equal at every alignment of out, with gaps between rows, and with `out is x`."""
     n, c, s = shape
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     set_caches(*CACHED)
@@ -214,7 +214,7 @@ def load():
 @pytest.mark.row(25)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_repeats_under_load(dtype, load, rng, figure):
-    """Batch norm in both layouts, fused and not, and the other norms, on several thread counts."""
+    """Batch norm in both layouts, fused or not, and the other norms always give equal bits."""
     cases = [(laid((8, 6, 32, 32), dtype, axis), axis) for axis in (1, -1)]
     family = [case.data(rng, dtype) for case in MEMBERS]
 

@@ -1,4 +1,4 @@
-"""Invalid input: the type of the error, the names in its message, and that nothing changes."""
+"""Invalid input raises an error whose type and message are right, and changes nothing."""
 
 import numpy as np
 import pytest

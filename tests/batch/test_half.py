@@ -92,7 +92,7 @@ def test_equals_float32_rounded(rng, dtype, axis, shape, activation):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("s", [*range(1, 36), 511, 512, 513, 1023, 1025, 1057])
 def test_odd_sizes(rng, dtype, s, level):
-    """Sizes around pairs of vectors and what remains after them, in place and unaligned."""
+    """Results are right for every rest after pairs of vectors, in place and unaligned."""
     for n, c in ((1, 1), (2, 5), (37, 3), (71, 2), (6, 33)):
         if n * s == 1:
             continue

@@ -24,7 +24,7 @@ def within(got, exact, bound):
 
 
 def check(x, dy, axis=1):
-    """Check all functions on x and dy, without a copy first, against exact values."""
+    """Check all functions on x and dy in their given layout against exact values."""
     gamma, beta = parameters(np.random.default_rng(6), x.shape[axis], x.dtype)
     y_exact, y_bound = forward_bound(x, gamma, beta, axis)
     exact, bound = backward_bound(dy, x, gamma, axis)

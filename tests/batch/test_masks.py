@@ -21,7 +21,7 @@ def ulp(dtype):
 
 
 def repeated(array, shares):
-    """Return each selected value as many times as four times its weight."""
+    """Return each selected value 4 * weight times; weights are multiples of 1/4."""
     return np.repeat(gathered(array, shares), (4 * shares[shares > 0]).astype(int), axis=0)
 
 

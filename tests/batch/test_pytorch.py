@@ -139,7 +139,8 @@ def test_random_shapes(dtype, rng):
                 errors[name] = np.maximum(errors.get(name, 0), both)
     for name, (own, other) in errors.items():
         print(f"{name:12} cybn {own:9.3g}   PyTorch {other:9.3g}   of the bound")
-    rounding = np.finfo(dtype).eps / 2 / (ULP32 if dtype == np.float32 else ULP64)  # in bounds
+    # One rounding, in units of the bound.
+    rounding = np.finfo(dtype).eps / 2 / (ULP32 if dtype == np.float32 else ULP64)
     for name, (own, other) in errors.items():
         assert own <= 1, name
         assert own <= other + (rounding if name in ("dgamma", "dbeta") else 0), name

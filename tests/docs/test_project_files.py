@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md, CHANGELOG.md and CITATION.cff are in an sdist, and name existing things."""
+"""CONTRIBUTING.md, CHANGELOG.md and CITATION.cff are in an sdist; files and links in them exist."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def test_the_set_up_takes_what_there_is():
 
 
 def metadata(folder, home):
-    """Return the metadata for a package index, if the repository has the address `home` or none."""
+    """Return the metadata for a package index, if the repository's address is `home`."""
     pytest.importorskip("Cython")
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]

@@ -45,8 +45,8 @@ def bounds(member, x, dy, gamma, beta, options):
     """Return y, dx, dgamma and dbeta in long double, each with its bound, as in `family_cases`.
 
     With masked="normalize" the dy of masked values counts, with an xhat that may be large. So dx
-        may be far larger than dy if few values of a row are selected. A half type is rounded once
-        more.
+    may be far larger than dy if few values of a row are selected. A half type is rounded once
+    more.
     """
     axis, kind = options["axis"], x.dtype
     x, dy, gamma, beta = wide(x, dy, gamma, beta)

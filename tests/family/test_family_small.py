@@ -13,7 +13,7 @@ MEMBERS += [instance(1, 2, 200)]
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", MEMBERS, ids=str)
 def test_the_family_gives_the_same_bits(case, dtype, rng, level):
-    """With and without gamma and beta, new memory, a given array and in-place give equal bits."""
+    """Bits are equal in new memory, a given array and in place, with gamma and beta or not."""
     x, _, gamma, beta = case.data(rng, dtype, offset=2.0)
     for vectors in ((gamma, beta), (None, None), (gamma, None)):
         y, statistics = case.forward(x, *vectors)

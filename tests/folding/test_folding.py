@@ -54,7 +54,7 @@ def test_transposed_groups_by_hand():
 
 
 def move(weight, layout, transposed=False):
-    """Return a weight without groups, given in PyTorch's layout, in another layout."""
+    """Convert a weight without groups from PyTorch's layout to another one."""
     if layout in ("torch", "onnx"):
         return weight
     weight = weight.swapaxes(0, 1) if transposed else weight  # (out, in, *taps)
@@ -386,7 +386,7 @@ def test_half_types_are_rounded_once(name, rng):
 
 
 def test_double_rounding_is_avoided():
-    """A product just above the middle of two bfloat16 values, to which float32 would round it."""
+    """The product is just above the middle of two bfloat16 values; float32 would round it down."""
     dtype = half_type("bfloat16")
     scale = np.array([1 + 2.0**-8 + 2.0**-40])
     w, _ = folding.fold_linear(np.ones((1, 1), dtype), None, (scale, np.zeros(1)))

@@ -1,4 +1,4 @@
-"""Every weight layout, before and after the fold, in the library that it is named after."""
+"""Every weight layout, before and after the fold, tested with the library of that name."""
 
 import os
 

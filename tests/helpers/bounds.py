@@ -5,7 +5,7 @@ import numpy as np
 from cybn import reference
 
 ULP32, ULP64 = 2.0**-21, 2.0**-48  # eight roundings of float32 and of float64
-REPEATED = 4  # the bound is that much wider if x repeats a few values (docs/math.md, 6.5)
+REPEATED = 4  # factor of the bound if x repeats a few values (docs/math.md, 6.5)
 
 
 def wide(*arrays):

@@ -40,7 +40,7 @@ def random_module(rng, rank, dtype):
 
 
 def random_batch(rng, channels, rank, dtype, last=False):
-    """Return x and dy of a random shape; the mean of each channel is off zero by another amount."""
+    """Return x and dy of a random shape; the means of the channels are not zero and differ."""
     sizes = [int(n) for n in np.exp(rng.uniform(0, 3.5, rank - 1)).round()]
     while np.prod(sizes) < 2 or np.prod(sizes) * channels > 2**14:
         sizes = [max(2, n // 2) for n in sizes]

@@ -108,7 +108,7 @@ def test_the_mean_of_all_batches_stays_in_pytorch(bn):
 @pytest.mark.parametrize("name", ["keras", "flax", "nnx"])
 @pytest.mark.parametrize("left_out", ["gamma", "beta", "both"])
 def test_scale_or_center_left_out(left_out, name, bn):
-    """Keras and Flax may have only one of them; a layer has both or neither."""
+    """Keras and Flax may have only gamma or only beta; a layer has both or neither."""
     leaves = {"gamma": ("gamma", "scale"), "beta": ("beta", "bias")}
     gone = sum(leaves.values(), ()) if left_out == "both" else leaves[left_out]
     flat = interop.flatten(TO[name](bn))

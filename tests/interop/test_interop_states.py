@@ -306,7 +306,7 @@ def test_the_momentum_of_inference_plays_no_part(momentum, bn):
 
 
 def test_eps_0_and_variances_slightly_below_0(bn):
-    """The functions accept both: from averaged weights, or from a model without an epsilon."""
+    """Both are accepted; they occur in averaged weights and in models without an epsilon."""
     bn.eps = 0
     x = np.linspace(-2, 2, 4 * C, dtype=np.float32).reshape(4, C)
     y = bn.eval()(x)

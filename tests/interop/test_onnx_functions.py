@@ -120,7 +120,7 @@ def test_broken_sparse_initializers(places, dims, message):
 
 
 def test_functions_that_call_each_other_for_ever():
-    """Endless recursion, or doubling forty times, raises an error quickly."""
+    """Endless recursion, or forty levels of two calls each, raises an error quickly."""
 
     def twice(name, inner):
         nodes = [

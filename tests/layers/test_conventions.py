@@ -75,7 +75,7 @@ def test_explain(capsys, rng):
 
 
 def test_explain_says_what_happens(capsys, rng):
-    """Each setting of a layer adds its line to the explanation, and only this line."""
+    """A line is in the explanation if and only if a setting of the layer calls for it."""
     lines = {
         "all three are not changed, and it raises": {"nan_policy": "raise"},
         "cut into virtual batches of 2 samples": {"virtual_batch_size": 2},

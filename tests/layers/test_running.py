@@ -43,8 +43,8 @@ def check(bn, start, stats, momentum, figure, tracked=0):
     """Compare a layer's running statistics with the closed form.
 
     Each update rounds once, by at most half an eps of the layer's dtype. Later updates reduce a
-        rounding error, so about min(updates, 1 / momentum) of them add up. With momentum None they
-        are reduced as slowly as the mean moves, and all of them add up.
+    rounding error, so about min(updates, 1 / momentum) of them add up. With momentum None they
+    are reduced as slowly as the mean moves, and all of them add up.
     """
     n = len(stats[0])
     memory = n if momentum is None else min(n, 1 / momentum) if momentum else 0

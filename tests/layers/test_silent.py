@@ -75,7 +75,7 @@ def test_one_sample_that_changed_is_seen(kind, order, rng):
 
 @pytest.mark.parametrize("shape", [(64, 4, 1000), (32, 4, 784), (16, 4, 64, 64), (48, 4, 96)])
 def test_one_channel_that_changed_is_seen(shape, rng):
-    """The stored values are in all channels, even if samples have a round number of values."""
+    """The stored values are in all channels, for any number and size of samples."""
     for channel in range(4):
         layer = cybn.BatchNorm(4)
         x = rng.standard_normal(shape, dtype=np.float32)

@@ -287,7 +287,7 @@ def test_switches_hold_in_a_preview(rng):
 
 
 def test_gradients_of_what_is_not_trained_are_zero(rng):
-    """They are not those of an earlier step, which an optimizer with these arrays would use."""
+    """Otherwise an optimizer with these arrays would use gradients of an earlier step."""
     bn, x = trained(rng), batch(rng)
     bn(x)
     bn.backward(np.ones_like(x))

@@ -1,4 +1,4 @@
-"""`cybn bench`: its output, its errors, and the limit of its time."""
+"""`cybn bench`: its output, its errors, and its time limit."""
 
 import json
 import re

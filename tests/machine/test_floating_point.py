@@ -117,7 +117,7 @@ def test_import(figure):
 
 @pytest.mark.row(30)
 def test_no_module_of_ours_sets_the_environment():
-    """They contain neither gcc's crtfastmath, from -ffast-math, nor C functions that change it."""
+    """The modules contain neither gcc's crtfastmath (from -ffast-math) nor C functions for it."""
     modules = list(Path(_kernels.__path__[0]).glob("*.so"))
     assert modules
     for module in modules:
@@ -180,7 +180,7 @@ def apart(got, want):
 @each_dtype
 @pytest.mark.parametrize("shape", FAMILIES[:5], ids=str)
 def test_gradients_of_subnormals(rng, shape, dtype, level, figure):
-    """dx is linear in dy, so its error is a few subnormals, from rounding coefficients."""
+    """dx is linear in dy, so it is wrong by a few subnormals at most."""
     x, dy = rng.standard_normal(shape).astype(dtype), subnormals(rng, shape, dtype)
     _, m = cybn.batch_norm(x)
     dx, dgamma, dbeta = cybn.batch_norm_backward(dy, x, m)

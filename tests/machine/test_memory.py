@@ -24,7 +24,7 @@ in_release = pytest.mark.skipif(
 
 STATM = Path("/proc/self/statm")
 PACKAGE = Path(cybn.__file__).parent
-# Code that the calls here do not reach: it is no part of the NumPy interface, or has other tests.
+# Code that the calls here do not reach: it is not part of the NumPy interface, or has other tests.
 ELSEWHERE = {"reference.py", "plot.py", "__main__.py", "_bench.py", "_foreign.py"}
 ELSEWHERE |= {"population.py", "__init__.py", "_ranks.py", "dask.py", "mpi.py"}
 AT_IMPORT = 2

@@ -20,10 +20,10 @@ def test_renorm_parity(seed):
     """y, dx, dgamma, dbeta and the running mean agree to 2**-17 of their largest value.
 
     Keras computes in float32 even if the layer is float64, and computes the variance as the mean of
-        squares minus the square of the mean. test_statistics_small_batches.py compares the same
-        formula with long double, within the bounds of the kernels. Keras keeps a moving standard
-        deviation, while cybn takes the root of the running variance, so both are set to the same
-        value before the step. After it the means can be compared, the standard deviations cannot.
+    squares minus the square of the mean. test_statistics_small_batches.py compares the same
+    formula with long double, within the bounds of the kernels. Keras keeps a moving standard
+    deviation, while cybn takes the root of the running variance, so both are set to the same
+    value before the step. After it the means can be compared, the standard deviations cannot.
     """
     rng = np.random.default_rng(seed)
     c = int(rng.integers(1, 7))

@@ -39,7 +39,7 @@ def exact(x, axis=1):
 
 
 def check(m, x, axis=1, var_bar=1e-12):
-    """Check that the mean is within 4 ulp of the larger of mean and std, and the variance."""
+    """Check the mean to 4 ulp of max(|mean|, std), and the variance to a relative var_bar."""
     mean, var = exact(x, axis)
     ulp = np.spacing(np.maximum(np.abs(mean), np.sqrt(var)).astype(float))
     assert (np.abs(m.mean - mean) <= 4 * ulp).all()
@@ -302,7 +302,7 @@ def test_a_mask_with_fewer_axes_is_read_as_batch_norm_reads_it(axis, rng):
 
 def test_masks_with_fewer_axes_that_do_not_fit():
     x = np.ones((4, 5, 3))
-    for shape in ((5, 3), (4, 5), (5, 1)):  # shapes that fit x from its last axis, or in no way
+    for shape in ((5, 3), (4, 5), (5, 1)):  # fit x by NumPy's rule, or not at all
         for name, value in (("mask", np.ones(shape, bool)), ("weights", np.ones(shape))):
             match = (
                 rf"{name} has shape \(\d, \d\).*broadcastable to \(4, 3\), the shape of x without"

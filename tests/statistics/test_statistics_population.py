@@ -168,7 +168,7 @@ def test_what_it_refuses(data):
 
 
 def test_a_preview_inside_is_not_recorded(data):
-    """The innermost of nested trials decides, so a preview within a model is separate."""
+    """The innermost of nested trials decides, so a preview in the model is not recorded."""
     bn, shown = cybn.BatchNorm(C, dtype=float), cybn.BatchNorm(C, dtype=float)
 
     def model(x):

@@ -26,7 +26,7 @@ def anchored(text, function, find, put, at=None):
         Code. Further lines of `put` are indented like the line that `find` begins in.
     at : int, optional
         Which occurrence, counted from 1, if `find` occurs several times. Otherwise it must occur
-            only once.
+        only once.
 
     Returns
     -------

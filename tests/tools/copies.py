@@ -26,7 +26,7 @@ from mutate import ROOT, SOURCES, copy
 
 KERNELS = ("batch_norm", "layer_norm")
 CONSTANTS = {"way", "bend", "step", "stream", "clamped", "added", "brain", "activation"}
-NO_LOOP = ("clear", "end_of_run")  # gcc makes a copy for a length of 0, only a mark
+NO_LOOP = ("clear", "end_of_run")  # gcc makes copies for length 0, without a loop
 TESTS = ["tests/batch", "tests/family", "tests/layers", "tests/machine/test_digests.py"]
 
 # A section contains, for each copy, the byte, the offset to the code, and the function and its

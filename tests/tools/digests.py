@@ -1,7 +1,7 @@
 """Compare the results of this build with tests/machine/digests.json, bit for bit.
 
     python tests/tools/digests.py              # count the calls that give their digests
-        python tests/tools/digests.py --write      # write the file from the results of this build
+    python tests/tools/digests.py --write      # write the file from the results of this build
 
 It needs NumPy and cybn, and ml_dtypes for bfloat16, but not pytest. So it also runs under an
 emulator, or in a build without OpenMP.

@@ -59,7 +59,7 @@ def draw_shape(dice, ndim):
 class View:
     """The layout of an array in its buffer."""
 
-    order: tuple  # of the axes in memory
+    order: tuple  # order of the axes in memory
     steps: tuple  # step of each axis
     margins: tuple  # elements before and after, along each axis
     shift: int = 0  # bytes before the first element

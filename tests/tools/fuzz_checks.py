@@ -260,7 +260,7 @@ def compare(name, got, exact, bound, usable, dtype):
 
 
 def check_moments(exact, got, usable):
-    """Check that the mean is within ulp standard deviations, and M2 within some relative ulp."""
+    """Check that the mean is within ulp standard deviations, and M2 to a few relative ulp."""
     std = np.sqrt(exact.var[:, 0])
     half = not exact.double
     near = 0 if half else np.abs(exact.mean[:, 0])

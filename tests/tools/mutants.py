@@ -9,9 +9,9 @@ found if lines are moved or broken elsewhere:
     place = 'moments.py::Moments.merge'                       the file in cybn/, and the function
     why = 'merge weighs the step with the wrong count'        what is wrong
     find = 'delta**2 * (self.count * share)'                  the code to replace
-        put = 'delta**2 * (other.count * share)'                  the code that replaces it
-        at = 2                                                    which occurrence, from 1
-        tests = 'moments'                                         tests likely to find it
+    put = 'delta**2 * (other.count * share)'                  the code that replaces it
+    at = 2                                                    which occurrence, from 1
+    tests = 'moments'                                         tests likely to find it
 
 `find` must occur once in the function if `at` is not given. The table [likely] names the tests of
 each file, the likeliest first: test files by their names without test_. `tests` of a fault

@@ -112,7 +112,7 @@ def workshop(faults=FAULTS):
 
 @contextmanager
 def planted(fault, folder):
-    """Give a tree that contains the fault, and the value of CYBN_FAULT that activates it."""
+    """Yield a tree that contains the fault, and the value of CYBN_FAULT that activates it."""
     if compiled(fault):
         yield folder / "sound", NUMBERS[fault.name]
         return

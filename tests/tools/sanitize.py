@@ -33,7 +33,7 @@ ADDR_NO_RANDOMIZE = 0x0040000  # a flag of Linux's personality()
 FOREIGN = ["*torch*", "*keras*", "*peers*", "*onnx*", "*interop*", "pages"]
 PTHREAD_OMP = "pthread_omp.so"
 NOT = "not pytorch and not fence_holds"  # fence_holds touches a protected page on purpose
-FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # sharing depends on shape
+FEW_HALVES = "(not equals_float32_rounded or (silu and bfloat16))"  # only shapes matter to threads
 
 
 class Kind(NamedTuple):

@@ -140,7 +140,7 @@ def test_4_revert_gives_back_the_class(how):
 
 
 def test_5_statistics_that_require_a_gradient():
-    """The gradient is the one that PyTorch gives, or the error is equal."""
+    """The gradient, or the error, is the same as PyTorch's."""
     found = []
     for bn in (nn.BatchNorm2d(5), bn2d()):
         bn.eval()

@@ -65,7 +65,7 @@ def image(*shape, dtype=torch.float64, last=False):
 
 
 class Follows(nn.Module):
-    """A batch norm, and a function of the module and the input that uses it."""
+    """A batch norm, and a function that is called with the module and the input."""
 
     def __init__(self, function):
         super().__init__()

@@ -92,7 +92,7 @@ def test_small_gradients_are_pytorchs_own(storages):
 
 @pytest.mark.parametrize("shape", [(4, 5, 6, 7), (8, 5, 90, 90)], ids=["small", "large"])
 def test_storages_stay_resizable(shape):
-    """These are inputs, parameters, statistics, results and gradients."""
+    """Inputs, parameters, statistics, results and gradients can all be resized."""
     bn = bn2d(5)
     x = torch.randn(shape, requires_grad=True)
     y = bn(x)

@@ -97,7 +97,7 @@ def test_gradcheck(rank, last, affine, training):
 @each_memory
 @pytest.mark.parametrize("offset", [1e4, 1e6])
 def test_far_from_zero(offset, last, rng):
-    """The error of y is within its bound even if the mean is far larger than the deviation."""
+    """The error of y is within its bound even if the mean is many standard deviations."""
     x = torch.from_numpy((rng.standard_normal((16, 16, 28, 28)) + offset).astype(np.float32))
     if last:
         x = x.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Some forty situations, in which cybn computes, or PyTorch does with the reason in `report`.
+"""Some forty situations: cybn computes the norm, or PyTorch does and `report` says why.
 
 The table of docs/pytorch.md has a row for each situation.
 """

@@ -39,7 +39,7 @@ def step(model, x):
 
 
 def followed(model, x):
-    """Return how many batch norms have a following activation, or sum and activation, by report."""
+    """Return, by `report`, how many batch norms an activation, or a sum and one, follows."""
     rows = cybn.torch.report(model).rows
     never = ("uses its output", "not called")
     return sum(row.fused_with != "" or not any(text in row.why for text in never) for row in rows)

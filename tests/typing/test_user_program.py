@@ -1,4 +1,4 @@
-"""The program whose types mypy and pyright check runs, and uses every public class."""
+"""The user program, whose types mypy and pyright check, runs and uses every public class."""
 
 import inspect
 import runpy
