@@ -80,7 +80,7 @@ def test_central_differences_in_inference(rng, shape, axis, level, figure):
 @every_dtype
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
 def test_identities(rng, shape, dtype, axis, figure):
-    """Equations (24) and (26): sum dx = 0, sum dx * xhat = gamma * r * dgamma * eps / (var + eps)."""
+    """(24) is sum dx = 0; (26) is sum dx * xhat = gamma * r * dgamma * eps / (var + eps)."""
     eps = 0.25
     x, dy, gamma, _ = normal_case(rng, shape, dtype)
     (_, dgamma, _), (allowed, _, _) = backward_bound(dy, x, gamma, 1, eps)
