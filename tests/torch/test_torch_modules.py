@@ -34,7 +34,7 @@ import cybn.torch  # noqa: E402
 from cybn import _dispatch  # noqa: E402
 from cybn.torch import _arrays, modules  # noqa: E402
 
-CONFIGURATIONS = 100
+CONFIGURATIONS = 200
 SAME_MEANING = 2.0**10  # largest error of PyTorch, in units of cybn's bound
 
 
@@ -91,6 +91,7 @@ def test_gradcheck(rank, last, affine, training):
         x = x.to(memory_format=FORMATS[rank])
     inputs = [x.requires_grad_(), *bn.parameters()]
     assert torch.autograd.gradcheck(lambda *_: bn(x), inputs)
+    assert torch.autograd.gradgradcheck(lambda *_: bn(x), inputs)
 
 
 @pytest.mark.row(4)
