@@ -56,10 +56,11 @@ def format_of(norm: Norm, x: Tensor) -> torch.memory_format:
     """Return the memory format that PyTorch gives the result."""
     if norm.kind in ("layer", "instance") or x.is_contiguous():
         return torch.contiguous_format
-    if norm.kind == "rms":
-        return torch.preserve_format
     last = _FORMATS.get(x.dim())
-    if last is not None and _steps_as_last(x):
+    if last is None:
+        return torch.contiguous_format
+    # Only batch norm does not look at the strides of axes of length 1.
+    if (norm.kind == "batch" and x.is_contiguous(memory_format=last)) or _steps_as_last(x):
         return last
     return torch.contiguous_format
 

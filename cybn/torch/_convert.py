@@ -86,11 +86,8 @@ def convert(
     True
     """
     _check(model)
-    if memory_format is not None and not isinstance(memory_format, torch.memory_format):
-        raise TypeError(
-            f"memory_format is {memory_format!r}; it must be a torch.memory_format, such as "
-            "torch.channels_last"
-        )
+    if memory_format is not None:
+        _arrange(model, memory_format)
     norms = 0
     for name, module in model.named_modules():
         if sync and _synchronize(module, process_group):
@@ -113,8 +110,6 @@ def convert(
             module.__dict__["_cybn_fusing"] = Fusing()
         else:
             module.__dict__.pop("_cybn_fusing", None)
-    if memory_format is not None:
-        model.to(memory_format=memory_format)
     if not norms:
         warnings.warn(
             "nothing was converted: the model has no norm that cybn.torch knows; "
@@ -123,6 +118,18 @@ def convert(
         )
     logger.info("%d norms converted", norms)
     return model
+
+
+def _arrange(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Convert the tensors that can have a memory format to it."""
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(
+            f"memory_format is {memory_format!r}; it must be a torch.memory_format, such as "
+            "torch.channels_last"
+        )
+    axes = {torch.channels_last: (4,), torch.channels_last_3d: (5,)}.get(memory_format, (4, 5))
+    model._apply(lambda t: t.to(memory_format=memory_format) if t.dim() in axes else t)
+    logger.info("weights are in %s; give the inputs the same memory format", memory_format)
 
 
 def _synchronize(module: nn.Module, process_group: Any) -> bool:

@@ -178,9 +178,18 @@ def test_lazy_modules_can_be_converted_once_they_are_real():
     ]
 
 
-def test_memory_format():
-    model = cybn.torch.convert(sequential(), memory_format=torch.channels_last)
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+def test_memory_format(caplog):
+    """Weights with as many axes as the format is for are converted, and the others stay."""
+    formats = torch.channels_last, torch.channels_last_3d
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(4, 2, 3), nn.BatchNorm2d(4))
+    for converted in (1, 2):
+        with caplog.at_level(logging.INFO, "cybn.torch"):
+            cybn.torch.convert(model, memory_format=formats[converted - 1])
+        assert f"{formats[converted - 1]}; give the inputs the same memory format" in caplog.text
+        lies = [
+            m.weight.is_contiguous(memory_format=f) for m, f in zip(model, formats, strict=False)
+        ]
+        assert sum(lies) == converted
     with pytest.raises(TypeError, match=r"memory_format is 'NHWC'.*torch.channels_last"):
         cybn.torch.convert(sequential(), memory_format="NHWC")
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -246,6 +247,23 @@ def test_results_lie_as_the_input(shape, last):
     for t in (y, dx):
         assert t.stride() == x.stride()
         assert t.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 8), (3, 8, 4), (3, 8, 4, 5), (1, 8, 4, 5), (3, 8, 1, 5), (1, 4, 3, 2, 2)], ids=str
+)
+def test_results_lie_as_those_of_pytorch(shape):
+    """The strides of y are PyTorch's, for every order of the axes in memory and all norms."""
+    rank, channels = len(shape), shape[1]
+    norms = [nn.LayerNorm(shape[-1]), nn.RMSNorm(shape[-1]), nn.GroupNorm(2, channels)]
+    norms += [STOCK[rank](channels).train(training) for training in (True, False)]
+    if rank > 2:
+        norms.append((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[rank - 3](channels))
+    for order in itertools.permutations(range(rank)):
+        x = torch.randn([shape[i] for i in order]).permute(*np.argsort(order))
+        for given in (x, x[:1].expand(shape)):
+            for norm in norms:
+                assert steps(twin(norm)(given)) == steps(norm(given)), (norm, given.stride())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
