@@ -2,8 +2,6 @@
 # Loops along a row that has one mean and variance, with a gamma and beta for each value.
 #
 #   loop           reads            writes     bytes per element (float32); gamma, beta are in L1
-#   turned_sums    x                -          4
-#   turned_dots    dy, x            -          8
 #   row_dots       dy, x            -          8
 #   row_scale      x                y          8
 #   row_unscale    dy, x            dx        12
@@ -26,57 +24,6 @@ cdef enum:
     C1_OF_ROW = 3           # mean of dz = dy * gamma
     C2_OF_ROW = 4           # mean of dz * xhat
     ROW_TERMS = 5
-
-
-# Rows of few values are transposed first: each lane is then a row, and no sum crosses a vector.
-
-cdef inline void turned_sums(
-    const T* restrict x,        # IN  (n, LANES), n <= LANES
-    Py_ssize_t n,
-    const T* restrict shift,    # IN  (LANES,)
-    T* restrict a,              # OUT (LANES,) sums of d = x - shift
-    T* restrict b,              # OUT (LANES,) sums of d * d
-) noexcept nogil:
-    cdef T sum_a[LANES]
-    cdef T sum_b[LANES]
-    cdef T d
-    cdef Py_ssize_t i, j
-    clear(sum_a, LANES)
-    clear(sum_b, LANES)
-    for i in range(n):
-        for j in range(LANES):
-            d = x[i * LANES + j] - shift[j]
-            sum_a[j] += d
-            sum_b[j] += d * d
-    for j in range(LANES):
-        a[j] = sum_a[j]
-        b[j] = sum_b[j]
-
-
-cdef inline void turned_dots(
-    const T* restrict dy,       # IN  (n, LANES), n <= LANES
-    const T* restrict x,        # IN  (n, LANES)
-    const T* restrict gamma,    # IN  (n,)
-    Py_ssize_t n,
-    const T* restrict shift,    # IN  (LANES,)
-    T* restrict a,              # OUT (LANES,) sums of dz = dy * gamma
-    T* restrict b,              # OUT (LANES,) sums of dz * (x - shift)
-) noexcept nogil:
-    cdef T sum_a[LANES]
-    cdef T sum_b[LANES]
-    cdef T dz, weight
-    cdef Py_ssize_t i, j
-    clear(sum_a, LANES)
-    clear(sum_b, LANES)
-    for i in range(n):
-        weight = gamma[i]
-        for j in range(LANES):
-            dz = dy[i * LANES + j] * weight
-            sum_a[j] += dz
-            sum_b[j] += dz * (x[i * LANES + j] - shift[j])
-    for j in range(LANES):
-        a[j] = sum_a[j]
-        b[j] = sum_b[j]
 
 
 cdef inline void row_dots(

@@ -11,11 +11,11 @@
 #   group            G    C/G  positions
 #   instance         C    1    positions
 #
-#   loops    when                                     gamma and beta
-#   TURNED   D <= SHORT; rows are transposed in L1    one per value
-#   ALONG    S below ROW_RUNS (backward: ROW_DOTS)    one per value
-#   RUNS     longer S                                 one per run
-#   DOWN     channels-last                            one per column, as in batch normalization
+#   loops        when                                     gamma and beta
+#   TRANSPOSED   short rows, transposed in the L1 cache   one per value
+#   ALONG        S below ROW_RUNS (backward: ROW_DOTS)    one per value
+#   RUNS         longer S                                 one per run
+#   DOWN         channels-last                            one per column, as in batch normalization
 #
 # a. Blocks. All passes over a block end before the next block begins, so the second read comes from
 #    L2. A block of runs consists of neighbouring groups of one sample. Other blocks are several
@@ -35,20 +35,23 @@ from libc.string cimport memcpy, memset
 
 from cybn._kernels.by_row cimport (
     C1_OF_ROW, C2_OF_ROW, HI_OF_ROW, LO_OF_ROW, R_OF_ROW, ROW_TERMS, row_dots, row_scale,
-    row_unscale, turned_dots, turned_sums)
+    row_unscale)
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport (
     BFLOAT16, FLOAT16, FLUSH, LANES, PIECE, PLAIN, STRIP, T, WIDE, Way, across, clear,
-    gather, read, spread, stream_end)
+    gather, on_line, read, spread, stream_end, write)
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, has_lines, lanes_of,
     sum_columns, sum_run)
 from cybn._kernels.problem cimport (
-    ALONG, DOWN, FLOAT64, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT,
-    STRETCH_OF_RUNS, SUM_ROW, TILE, TURNED, Caches, Kernels, RowProblem, RowTiling, Rows,
+    ALONG, DOWN, FLOAT64, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT, SHORT_DOTS,
+    STRETCH_OF_RUNS, SUM_ROW, TILE, TRANSPOSED, Caches, Kernels, RowProblem, RowTiling, Rows,
     ceiling, row_tiling, way_of)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, beyond, pivot_of, sample_of, settle, settled, wide_sums)
+from cybn._kernels.transposed cimport (
+    TERMS, Block, find_pivots, transpose, transposed_dots, transposed_moments, transposed_scale,
+    transposed_sums, transposed_terms, transposed_unscale)
 from cybn._kernels.waiting cimport begun, ended
 from cybn._kernels.writes cimport Seam, hold_nothing, let_go, scale, unscale
 
@@ -187,63 +190,6 @@ cdef void reduce_along(
         out[1] = across(acc + n * 2 * WIDE + WIDE)
 
 
-cdef void turn(
-    const Job* job, const Rows* rows, const Span* s, Py_ssize_t g, T* out
-) noexcept nogil:
-    """Transpose some rows of a group to (D, ROW_BLOCK). Lanes without a row are 0."""
-    cdef T room[SHORT]
-    cdef const T* at
-    cdef Py_ssize_t i, j
-    if s.n1 - s.n0 < ROW_BLOCK:
-        clear(out, job.p.D * ROW_BLOCK)
-    for i in range(s.n1 - s.n0):
-        at = read(job.way, place(rows, job, s.n0 + i, g * job.p.D), job.p.D, room)
-        for j in range(job.p.D):
-            out[j * ROW_BLOCK + i] = at[j]
-
-
-cdef void find_pivots(const Job* job, const T* x, T* shift) noexcept nogil:
-    """Find the pivots of turned (transposed) rows."""
-    cdef double v[SAMPLES]
-    cdef Py_ssize_t i, j
-    for j in range(ROW_BLOCK):
-        for i in range(SAMPLES):
-            v[i] = x[sample_of(i, job.p.D) * ROW_BLOCK + j]
-        shift[j] = pivot_of(v, shift[0])
-
-
-cdef void reduce_turned(
-    const Job* job, const Span* s, Py_ssize_t g, T of_type
-) noexcept nogil:
-    """Fill the only slot of each of some rows of a group."""
-    cdef T of_x[SHORT * ROW_BLOCK]
-    cdef T of_dy[SHORT * ROW_BLOCK]
-    cdef T room[SHORT]
-    cdef T shift[ROW_BLOCK]
-    cdef T a[ROW_BLOCK]
-    cdef T b[ROW_BLOCK]
-    cdef const RowProblem* p = job.p
-    cdef Py_ssize_t i, row
-    check(s.n1 - s.n0 <= ROW_BLOCK and p.D <= SHORT and job.t.slots == 1 and ROW_BLOCK == LANES)
-    turn(job, &p.x, s, g, of_x)
-    clear(shift, ROW_BLOCK)
-    if p.backward:
-        for i in range(s.n1 - s.n0):
-            shift[i] = <T> p.mean[(s.n0 + i) * p.G + g]
-        turn(job, &p.dy, s, g, of_dy)
-        turned_dots(of_dy, of_x, spread_tile(job, <const T*> p.gamma, g, 0, room), p.D, shift, a, b)
-    else:
-        if p.centred:
-            find_pivots(job, of_x, shift)
-        turned_sums(of_x, p.D, shift, a, b)
-    for i in range(s.n1 - s.n0):
-        row = (s.n0 + i) * p.G + g
-        if not p.backward:
-            p.mean[row] = shift[i]
-        p.sums[2 * row] = a[i]
-        p.sums[2 * row + 1] = b[i]
-
-
 cdef void reduce(
     const Job* job, const Span* s, Py_ssize_t k0, Py_ssize_t k1, T of_type
 ) noexcept nogil:
@@ -254,10 +200,6 @@ cdef void reduce(
     if job.t.loops == DOWN:
         for n in range(s.n0, s.n1):
             reduce_down(job, n, k0, k1, of_type)
-        return
-    if job.t.loops == TURNED:
-        for g in range(s.g0, s.g1):
-            reduce_turned(job, s, g, of_type)
         return
     for n in range(s.n0, s.n1):
         for g in range(s.g0, s.g1):
@@ -613,14 +555,15 @@ cdef void apply_along(
 ) noexcept nogil:
     """Write y, or dx and the sums for dgamma and dbeta, of tile t of some rows."""
     cdef T room[2 * TILE]
-    cdef T a[TILE]
-    cdef T b[TILE]
+    cdef T sums[2 * TILE + 4 * LANES]
     cdef T terms[ROW_TERMS]
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t at = s.g0 * p.D + t * job.t.tile, m = min(job.t.tile, p.D - t * job.t.tile), n
     cdef Py_ssize_t c = s.g0 * p.K + t * job.t.tile // p.S
     cdef const T* gamma = spread_tile(job, <const T*> p.gamma, s.g0, t, room)
     cdef const T* beta = NULL
+    cdef T* a = on_line(sums, NULL)
+    cdef T* b = a + TILE
     cdef const char* x
     cdef const char* dy
     cdef char* y
@@ -737,6 +680,106 @@ cdef void apply(
         stream_end()
 
 
+# ---- both passes over short rows ---------------------------------------------------------
+
+cdef void read_transposed(const Job* job, const Rows* rows, const Span* s, T* out) noexcept nogil:
+    """Transpose the rows of a span of one group to (D, LANES)."""
+    cdef T room[4 * SHORT]
+    cdef Py_ssize_t D = job.p.D, n = s.n1 - s.n0, i, j
+    cdef const char* at = place(rows, job, s.n0, s.g0 * D)
+    if n < LANES:
+        clear(out, D * LANES)
+    if job.way == PLAIN:
+        check(rows.pitch % job.p.item == 0)
+        transpose(<const T*> at, rows.pitch // job.p.item, n, D, out, LANES)
+        return
+    for i in range(0, n, 4):
+        for j in range(min(4, n - i)):
+            read(job.way, at + (i + j) * rows.pitch, D, room + j * D)
+        transpose(room, D, min(4, n - i), D, out + i, LANES)
+
+
+cdef void write_transposed(
+    const Job* job, const Span* s, const Block* block, const T* v
+) noexcept nogil:
+    """Write the rows of a transposed span, except those that are left to the dispatch."""
+    cdef T room[4 * SHORT]
+    cdef Py_ssize_t D = job.p.D, n = s.n1 - s.n0, left = 0, i, j
+    cdef char* at = place(&job.p.y, job, s.n0, s.g0 * D)
+    for i in range(n):
+        left |= block.left[i]
+    if job.way == PLAIN and not left:
+        transpose(v, LANES, D, n, <T*> at, job.p.y.pitch // job.p.item)
+        return
+    for i in range(0, n, 4):
+        transpose(v + i, LANES, D, min(4, n - i), room, D)
+        for j in range(min(4, n - i)):
+            if not block.left[i + j]:
+                write(job.way, room + j * D, at + (i + j) * job.p.y.pitch, D)
+
+
+cdef void transposed_forward(const Job* job, const Span* s, T of_type) noexcept nogil:
+    """Normalize the rows of a span of one group."""
+    cdef T x[SHORT * LANES]
+    cdef T room[2 * SHORT]
+    cdef T shift[LANES]
+    cdef T terms[TERMS * LANES]
+    cdef const RowProblem* p = job.p
+    cdef Py_ssize_t i, row
+    cdef Block block
+    cdef Place at
+    read_transposed(job, &p.x, s, x)
+    clear(shift, LANES)
+    if p.centred:
+        find_pivots(x, p.D, shift)
+    transposed_sums(x, p.D, shift, &block)
+    transposed_moments(shift, p.D, p.centred, &block)
+    for i in range(s.n1 - s.n0):
+        if block.unsettled[i]:
+            at.job, at.n, at.g = job, s.n0 + i, s.g0
+            block.mean[i] = shift[i]
+            settle(look_float if T is float else look_double, &at, p.D, p.centred, &block.mean[i],
+                   &block.m2[i])
+    transposed_terms(p.D, p.eps, p.centred, False, &block, terms)
+    for i in range(s.n1 - s.n0):
+        row = (s.n0 + i) * p.G + s.g0
+        p.mean[row], p.m2[row], p.left[row] = block.mean[i], block.m2[i], block.left[i]
+    transposed_scale(x, spread_tile(job, <const T*> p.gamma, s.g0, 0, room),
+                 spread_tile(job, <const T*> p.beta, s.g0, 0, room + SHORT), p.D, terms)
+    write_transposed(job, s, &block, x)
+
+
+cdef void transposed_backward(
+    const Job* job, const Span* s, double* parts, T of_type
+) noexcept nogil:
+    """Compute the gradients of the rows of a span of one group."""
+    cdef T x[SHORT_DOTS * LANES]
+    cdef T dy[SHORT_DOTS * LANES]
+    cdef T room[SHORT_DOTS]
+    cdef T terms[TERMS * LANES]
+    cdef const RowProblem* p = job.p
+    cdef const T* gamma = spread_tile(job, <const T*> p.gamma, s.g0, 0, room)
+    cdef double* dgamma = parts + s.g0 * p.K
+    cdef Py_ssize_t i, j, row
+    cdef Block block
+    read_transposed(job, &p.x, s, x)
+    read_transposed(job, &p.dy, s, dy)
+    for i in range(LANES):
+        row = (s.n0 + min(i, s.n1 - s.n0 - 1)) * p.G + s.g0
+        block.mean[i], block.m2[i] = p.mean[row], p.m2[row]
+    transposed_dots(dy, x, gamma, p.D, &block)
+    transposed_terms(p.D, p.eps, p.centred, True, &block, terms)
+    for i in range(s.n1 - s.n0):
+        p.left[(s.n0 + i) * p.G + s.g0] = block.left[i]
+        if block.left[i]:       # adds nothing to dgamma and dbeta
+            for j in range(p.D):
+                x[j * LANES + i] = dy[j * LANES + i] = 0
+            for j in range(TERMS):
+                terms[j * LANES + i] = 0
+    transposed_unscale(dy, x, gamma, p.D, p.S, terms, dgamma, dgamma + p.G * p.K)
+    write_transposed(job, s, &block, dy)
+
+
 # ---- threads -----------------------------------------------------------------------------
 
 cdef inline Span span_of(const Job* job, Py_ssize_t i) noexcept nogil:
@@ -771,9 +814,14 @@ cdef void own(const Job* job, Py_ssize_t i, T of_type) noexcept nogil:
     clear_parts(job, &s, parts)
     while s.n0 < all.n1:
         s.n1 = min(s.n0 + job.t.samples, all.n1)
-        reduce(job, &s, 0, job.t.shared, of_type)
-        finish(job, &s, parts, of_type)
-        apply(job, &s, parts, 0, job.t.tiles, of_type)
+        if job.t.loops == TRANSPOSED and job.p.backward:
+            transposed_backward(job, &s, parts, of_type)
+        elif job.t.loops == TRANSPOSED:
+            transposed_forward(job, &s, of_type)
+        else:
+            reduce(job, &s, 0, job.t.shared, of_type)
+            finish(job, &s, parts, of_type)
+            apply(job, &s, parts, 0, job.t.tiles, of_type)
         s.n0 = s.n1
     ended(job.p.watch, since)
 

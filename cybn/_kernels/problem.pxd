@@ -324,7 +324,7 @@ cdef struct RowProblem:     # N samples of G groups; the D = K * S values of a g
     Watch* watch            # OUT; NULL if time is not measured
 
 cdef enum RowLoops:
-    TURNED                  # short rows, which are transposed: each lane is a row
+    TRANSPOSED              # short rows, which are transposed: each lane is a row
     ALONG                   # gamma and beta change along the row
     RUNS                    # each channel of a row is a run
     DOWN                    # channels-last: columns of a sample
@@ -332,8 +332,9 @@ cdef enum RowLoops:
 cdef enum:
     ROW_RUNS = 64           # shortest S for which runs beat a gamma for each value, forward
     ROW_DOTS = 128          # the same, backward
-    ROW_BLOCK = 32          # most rows of a block: the lanes of turned rows
-    SHORT = 32              # most values of a row that is turned
+    ROW_BLOCK = 32          # most rows of a block: the lanes of transposed rows
+    SHORT = 96              # most values of a row that is transposed; half of it for float64
+    SHORT_DOTS = 32         # the same, in a backward pass or with several groups
     FEWEST = 8              # fewest rows of a block, even of long rows
     ROW_CHUNK = 32768       # values of a block of rows; a chunk of N has at least as many
     SEGMENT = 65536         # values of a segment, about
@@ -352,6 +353,17 @@ cdef struct RowTiling:      # depends on the shape alone, because the bits depen
     Py_ssize_t samples, groups  # samples and groups of a block
     Py_ssize_t chunks       # chunks of N
     Py_ssize_t spans        # blocks of groups of G
+
+
+cdef inline bint transposes(const RowProblem* p) noexcept nogil:
+    """Return whether rows are short enough to be transposed.
+
+    The answer is the same for any N, because the bits of a sample do not depend on the batch. Lanes
+    are samples, so with several groups and few samples most lanes are empty.
+    """
+    if p.backward or p.G > 1:
+        return p.D <= SHORT_DOTS
+    return p.D <= (SHORT // 2 if p.storage == FLOAT64 else SHORT)
 
 
 cdef inline RowTiling row_tiling(const RowProblem* p) noexcept nogil:
@@ -376,7 +388,7 @@ cdef inline RowTiling row_tiling(const RowProblem* p) noexcept nogil:
             t.cuts = ceiling(p.S, SEGMENT)
             t.slots = p.K * t.cuts
     else:
-        t.loops = TURNED if p.D <= SHORT else ALONG
+        t.loops = TRANSPOSED if transposes(p) else ALONG
         t.tile = TILE // p.S * p.S
         t.samples = max(FEWEST, min(ROW_BLOCK, ROW_CHUNK // p.D))
         values = p.N * p.D

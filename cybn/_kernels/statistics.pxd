@@ -103,14 +103,18 @@ cdef inline void wide_sums(Wide* wide, double* sums) noexcept nogil:
     sums[1] = across(wide.total + WIDE)
 
 
-cdef inline bint settled(double s1, double s2, double M, T of_type) noexcept nogil:
+cdef inline Py_ssize_t settled(double s1, double s2, double M, T of_type) noexcept nogil:
     """Return whether mean and m2 follow from these sums about the pivot.
 
-    The pivot must be near the mean, and the squares must be in range.
+    The pivot must be near the mean, and the squares must be in range. The integers are as wide as
+    a double, so that a loop over rows is vectorized.
     """
     cdef double least = M * (1e-30 if T is float else 1e-290)
-    cdef double m2 = s2 - s1 * (s1 / M)
-    return s1 == 0 and s2 == 0 or (least <= m2 < INFINITY and s1 * (s1 / M) <= 4 * m2)
+    cdef double part = s1 * (s1 / M), m2 = s2 - part
+    cdef Py_ssize_t none = (<Py_ssize_t> (s1 == 0)) & (<Py_ssize_t> (s2 == 0))
+    return none | (
+        (<Py_ssize_t> (m2 >= least)) & (<Py_ssize_t> (m2 < INFINITY))
+        & (<Py_ssize_t> (part <= 4 * m2)))
 
 
 cdef inline bint is_finite(double v) noexcept nogil:
