@@ -7,11 +7,11 @@
 #
 # The formulas are those of by_row.pxd and of statistics.pxd.
 
-from libc.math cimport INFINITY, fabs, sqrt
+from libc.math cimport fabs, sqrt
 
 from cybn._kernels.lanes cimport LANES, T, WIDE, across, clear, flush
 from cybn._kernels.problem cimport SAMPLES
-from cybn._kernels.statistics cimport beyond, pivot_of, sample_of, settled
+from cybn._kernels.statistics cimport beyond, sample_of, settled
 
 cdef extern from * nogil:
     """
@@ -82,9 +82,11 @@ cdef inline void find_pivots(
     Py_ssize_t D,
     T* restrict shift,          # OUT (LANES,)
 ) noexcept nogil:
-    """Find what each row is summed about, as `pivot_of` does: the samples are added in a tree."""
+    """Find what each row is summed about: the mean of its samples, which are added in a tree.
+
+    If that overflows, the sums are not finite, and the row is summed again.
+    """
     cdef double v[SAMPLES * LANES]
-    cdef double one[SAMPLES]
     cdef Py_ssize_t i, j, step = 1
     for i in range(SAMPLES):
         for j in range(LANES):
@@ -96,12 +98,6 @@ cdef inline void find_pivots(
         step *= 2
     for j in range(LANES):
         shift[j] = <T> (0.125 * v[j])
-    if T is double:             # the sum may overflow, the mean does not
-        for j in range(LANES):
-            if not -INFINITY < v[j] < INFINITY:
-                for i in range(SAMPLES):
-                    one[i] = x[sample_of(i, D) * LANES + j]
-                shift[j] = pivot_of(one, shift[j])
 
 
 cdef inline void transposed_sums(
