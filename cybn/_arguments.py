@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from math import isfinite, prod
 from operator import index
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -132,13 +132,14 @@ def check_mapping(state: Any) -> None:
         raise TypeError(f"the state is of type {type(state).__name__}; it must be a dict")
 
 
-def check_eps(eps: float, least: float | None = None) -> None:
-    """Raise ValueError unless eps is finite and positive, or at least `least` if that is given."""
+def check_eps(eps: SupportsFloat, least: float | None = None) -> float:
+    """Return a finite eps as a float; it must be positive, or at least `least` if that is given."""
     eps = number("eps", eps)
     if least is None and not (eps > 0 and isfinite(eps)):
         raise ValueError(f"eps is {eps}; it must be positive and finite")
     if least is not None and not (eps >= least and isfinite(eps)):
         raise ValueError(f"eps is {eps}; it must be finite and not negative")
+    return eps
 
 
 def channel_axis(x: NDArray[Any], axis: int) -> int:
@@ -299,7 +300,7 @@ def finite_sum(total: float) -> float:
     return total
 
 
-def check_degrees(total: float, ddof: int) -> None:
+def check_degrees(total: Any, ddof: int) -> None:
     """Raise ValueError if the divisor of the running variance, `total - ddof`, is not positive."""
     if not total > ddof:
         raise ValueError(

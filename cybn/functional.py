@@ -271,7 +271,7 @@ def absorb(
     """
     if len(batch) != mean.size:
         raise ValueError(f"batch has {len(batch)} channels; it must have {mean.size}")
-    return _dispatch.absorb(mean, var, batch.mean, batch.m2, batch.count - ddof, weight)
+    return _dispatch.absorb(mean, var, batch.mean, batch.m2, batch._degrees(ddof), weight)
 
 
 def positions_of(

@@ -1,11 +1,11 @@
-"""What all layers are: gamma and beta with their gradients, a mode, a state, and two passes."""
+"""The base class of layers: gamma, beta and their gradients, mode, state, and two passes."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -17,15 +17,7 @@ from ._running import Running, RunningStatistics
 from ._settings import Parameter, Setting, elsewhere, flag, float_type
 from ._state import Keys
 
-__all__ = ["Layer", "same_as"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def same_as(forward: Callable[P, R]) -> Callable[[Any], Callable[P, R]]:
-    """Return a decorator that puts `forward` in the place of `__call__`, for type checkers too."""
-    return lambda call: forward
+__all__ = ["Layer"]
 
 
 class Layer(ABC):
@@ -53,10 +45,8 @@ class Layer(ABC):
     """
 
     training = Setting(flag)
-    gamma = Parameter()
-    beta = Parameter()
-    grad_gamma = Parameter()
-    grad_beta = Parameter()
+    gamma, beta = Parameter(), Parameter()
+    grad_gamma, grad_beta = Parameter(), Parameter()
 
     _running: RunningStatistics | None = None
     _axis: int
@@ -79,10 +69,9 @@ class Layer(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = cls.__dict__
-        if "forward" in own and "__call__" not in own:
-            # A subclass that overrides forward is called by it, without a call between.
-            # Checkers take a method that is assigned for a mistake; here a class gets its own.
-            cls.__call__ = own["forward"]  # type: ignore[method-assign]
+        # A layer is called by its forward itself, without a call between.
+        if "__call__" not in own and ("forward" in own or cls.__call__ is Layer.forward):
+            cls.__call__ = cls.forward  # type: ignore[method-assign]
         if "_axes" in own and cls.__doc__:  # a form of another class, whose parameters it has
             before, title, parameters = (cls.__mro__[1].__doc__ or "").partition("Parameters\n")
             cls.__doc__ += "\n" + before[before.rfind("\n") :] + title + parameters
@@ -152,11 +141,7 @@ class Layer(ABC):
         """
         return _passes.backward(self, dy, out, None, num_threads)
 
-    def __call__(
-        self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
-    ) -> NDArray[Any]:
-        """Do what `forward` does."""
-        return self.forward(x, out=out, num_threads=num_threads)
+    __call__ = forward
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training mode, or to eval mode if `mode` is False; return the layer."""
@@ -168,7 +153,7 @@ class Layer(ABC):
         return self.train(False)
 
     def _admit(self, x: ArrayLike) -> NDArray[Any]:
-        """Return `x` as an array; ValueError unless its rank and channels are the layer's."""
+        """Return `x` as an array; raise ValueError if its rank or channels do not fit the layer."""
         if not isinstance(x, np.ndarray):
             x = array("x", x)
         shape, axis = x.shape, self._axis
@@ -176,10 +161,9 @@ class Layer(ABC):
             takes = " or ".join(self._axes.values())
             raise ValueError(f"x has shape {shape}; {type(self).__name__} takes {takes}")
         if -len(shape) <= axis < len(shape) and shape[axis] != self._shape[0]:
-            other = -1 if axis == 1 else 1
+            other, where = (-1, "last") if axis == 1 else (1, "first")
             hint = ""
             if axis in (1, -1, len(shape) - 1) and shape[other] == self._shape[0]:
-                where = "last" if other == -1 else "first"
                 hint = f". Its channels seem to come {where}: make the layer with axis={other}"
             raise ValueError(
                 f"x has shape {shape}, with {shape[axis]} channels on axis {axis}; "
@@ -198,7 +182,7 @@ class Layer(ABC):
         return [getattr(self, f"_grad_{name}") for name in self._names if self._train_affine]
 
     def _own(self, names: Sequence[str]) -> list[NDArray[Any]]:
-        """Return arrays of the layer; ValueError unless all can be written to in place."""
+        """Return arrays of the layer; raise ValueError if one of them is read-only."""
         arrays: list[NDArray[Any]] = [getattr(self, f"_{name}") for name in names]
         for name, own in zip(names, arrays, strict=True):
             if not own.flags.writeable:
@@ -250,7 +234,7 @@ class Layer(ABC):
         if running is not None:
             values = running.given(state, self._eps) if running.tracks else running.values
         both = len(own) == 2
-        with _runtime.turn:  # and neither a call nor a loop in it, as in `RunningStatistics.learn`
+        with _runtime.turn:  # no call and no loop within it, as in `RunningStatistics.learn`
             if both:
                 own[0][...], own[1][...] = given
             elif own:
@@ -266,35 +250,26 @@ class Layer(ABC):
         return copy.deepcopy(self)
 
     def _describe(self, *parts: str, more: Sequence[str] = ()) -> str:
-        """Return the layer's repr from its parts, which have the dtype among them."""
+        """Return the layer's repr: `parts`, the dtype unless it is float32, and `more`."""
         dtype = [] if self.dtype == np.float32 else [f"dtype={self.dtype}"]
         return f"{type(self).__name__}({', '.join([*parts, *dtype, *more])})"
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in _ELSEWHERE]
+        return [name for name in super().__dir__() if hasattr(self, name)]
 
 
-# What cannot be assigned in silence. A class that has one of them puts its own in this place.
-_ELSEWHERE = {
-    "weight": "its scale is gamma",
-    "scale": "its scale is gamma",
-    "bias": "its shift is beta",
-    "offset": "its shift is beta",
+# Names that other libraries or layers have, and the advice of the error if a layer lacks them.
+_switch = "train_affine of a batch norm says whether gamma and beta are trained"
+for _names, _advice in {
+    "weight scale": "its scale is gamma",
+    "bias offset": "its shift is beta",
     "moving_mean": "that is running_mean",
-    "moving_variance": "that is running_var",
-    "moving_var": "that is running_var",
-    "running_variance": "that is running_var",
-    "requires_grad": "train_affine of a batch norm says whether gamma and beta are trained",
-    "trainable": "train_affine of a batch norm says whether gamma and beta are trained",
-} | dict.fromkeys(
-    (
-        *("affine", "elementwise_affine", "num_features", "num_channels", "num_groups"),
-        *("normalized_shape", "axis", "activation", "slope", "virtual_batch_size", "renorm"),
-        *("momentum", "running_ddof", "nan_policy", "track_running_stats", "train_affine"),
-        *("update_statistics", "use_batch_statistics"),
-        *("running_mean", "running_var", "num_batches_tracked"),
-    ),
-    "other kinds of layers have that",
-)
-for _name, _advice in _ELSEWHERE.items():
-    setattr(Layer, _name, elsewhere(_name, _advice))
+    "moving_variance moving_var running_variance": "that is running_var",
+    "requires_grad trainable": _switch,
+    "num_features num_channels num_groups normalized_shape axis affine elementwise_affine "
+    "activation slope virtual_batch_size renorm momentum running_ddof nan_policy train_affine "
+    "track_running_stats update_statistics use_batch_statistics "
+    "running_mean running_var num_batches_tracked": "other kinds of layers have that",
+}.items():
+    for _name in _names.split():
+        setattr(Layer, _name, elsewhere(_name, _advice))

@@ -7,7 +7,7 @@ the kernels could read in place.
 from __future__ import annotations
 
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,13 @@ from .. import _arguments, _dispatch, functional
 from .._arguments import number
 from .._moments import Moments
 from ._passes import Way
-
-if TYPE_CHECKING:
-    from ._running import Running
+from ._running import Running
 
 __all__ = ["Renorm", "parts_of"]
 
 
 def parts_of(size: int | None, limits: Renorm | None, running: Running) -> Way:
-    """Return the way of ghost batches of `size` samples, renormalized where there are limits."""
+    """Return the way of ghost batches of `size` samples, renormalized if `limits` are given."""
     forward = partial(_forward, size=size, limits=limits, running=running)
     return Way(forward, _backward, _merged, inverts=True)
 
@@ -91,15 +89,12 @@ class Renorm:
             raise ValueError(f"{name} is {limit}; it must be at least {least}")
         object.__setattr__(self, name, limit)
 
-    def __reduce__(self) -> tuple[type[Renorm], tuple[float, float]]:
-        return Renorm, (self.r_max, self.d_max)
-
     def __repr__(self) -> str:
         return f"Renorm(r_max={self.r_max:g}, d_max={self.d_max:g})"
 
 
 class Correction(NamedTuple):
-    """What renormalization does to one batch: xhat becomes xhat * r + d."""
+    """The renormalization of one batch: xhat becomes xhat * r + d."""
 
     r: NDArray[np.float64]
     d: NDArray[np.float64]
@@ -109,7 +104,7 @@ class Correction(NamedTuple):
     def of(cls, batch: Moments, running: Running, limits: Renorm, eps: float) -> Correction:
         """Return the correction from a batch to the running statistics, within limits."""
         std = np.sqrt(batch.var() + eps)
-        std = np.where(np.isinf(std), batch.std(), std)  # a variance may be beyond float64
+        std = np.where(np.isinf(std), batch.std(), std)  # the variance may overflow
         running_std = np.sqrt(running.var.astype(np.float64) + eps)
         r = std / running_std
         d = (batch.mean - running.mean) / running_std
@@ -120,20 +115,14 @@ class Correction(NamedTuple):
     def compose(
         self, gamma: NDArray[Any] | None, beta: NDArray[Any] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the scale and shift of xhat that are correction, gamma and beta in one."""
+        """Return the scale and shift of xhat that combine the correction, gamma and beta."""
         scale = self.r if gamma is None else self.r * gamma
         shift = self.d if gamma is None else self.d * gamma
         return scale, shift if beta is None else shift + beta
 
-    @np.errstate(all="ignore")
-    def gradient(self, dscale: NDArray[Any], dshift: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the gradient of gamma from those of scale and shift; r and d are constants."""
-        dgamma: NDArray[np.float64] = self.r * dscale + self.d * dshift
-        return dgamma
-
 
 class Part(NamedTuple):
-    """What backward needs of one part."""
+    """The data of one part that backward needs."""
 
     where: tuple[slice, ...]
     moments: Moments
@@ -172,7 +161,7 @@ def _forward(
             moments = _dispatch.statistics(x[i], axis, chosen, num_threads)
             correction = Correction.of(moments, running, limits, eps)
             affine = correction.compose(gamma, beta)
-            if np.isinf(moments.m2).any():  # then the variance does not say what it is
+            if np.isinf(moments.m2).any():  # then the variance is not known, but its root is
                 _dispatch.forward(x[i], *affine, *more)
             else:
                 _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)
@@ -184,7 +173,7 @@ def _backward(
     dy: Any, x: Any, parts: list[Part], gamma: Any, beta: Any, residual: Any, settings: Any,
     selected: Any, from_output: bool, out: Any, out_residual: Any, num_threads: int | None,
 ) -> tuple[NDArray[Any], ...]:  # fmt: skip
-    """Return dx, dgamma, dbeta and, where there is a residual, its gradient; see `Way`.
+    """Return dx, dgamma, dbeta and, if there is a residual, its gradient; see `Way`.
 
     dgamma and dbeta are sums over the parts, in float64.
     """
@@ -201,14 +190,14 @@ def _backward(
     dtype = ones.dtype if gamma is None else gamma.dtype
     gamma = ones if gamma is None else gamma.astype(np.float64)  # so that sums come in float64
     gradients = []
-    for i, moments, correction, chosen in parts:
-        affine = (gamma, beta) if correction is None else correction.compose(gamma, beta)
-        given: Any = None if residual is None else residual[i], settings, chosen, from_output
-        outs: Any = dx[i], None if dresidual is None else dresidual[i], num_threads
-        _, dgamma, dbeta, *_ = _dispatch.backward(dy[i], x[i], moments, *affine, *given, *outs)
-        if correction is not None:
-            dgamma = correction.gradient(dgamma, dbeta)
-        gradients.append(np.array([dgamma, dbeta]))
-    with np.errstate(all="ignore"):  # what is beyond the dtype is infinite, as in the kernels
+    with np.errstate(all="ignore"):  # what is too large for a dtype is infinite, as in the kernels
+        for i, moments, correction, chosen in parts:
+            affine = (gamma, beta) if correction is None else correction.compose(gamma, beta)
+            given: Any = None if residual is None else residual[i], settings, chosen, from_output
+            outs: Any = dx[i], None if dresidual is None else dresidual[i], num_threads
+            _, dgamma, dbeta, *_ = _dispatch.backward(dy[i], x[i], moments, *affine, *given, *outs)
+            if correction is not None:
+                dgamma = correction.r * dgamma + correction.d * dbeta  # r and d are constants
+            gradients.append(np.array([dgamma, dbeta]))
         dgamma, dbeta = reduce(np.add, gradients).astype(dtype)
     return (dx, dgamma, dbeta) + (() if dresidual is None else (dresidual,))

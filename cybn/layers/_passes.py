@@ -1,7 +1,7 @@
-"""The two passes of a layer: forward, which may move running statistics, and backward.
+"""The two passes of a layer: forward, which may update running statistics, and backward.
 
-`forward` is that of batch and instance norms; `backward` serves every layer. What differs from
-layer to layer is its `Way` to normalize by a batch.
+`forward` is that of batch and instance norms; `backward` serves every layer. Layers differ in their
+`Way` to normalize by a batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Way(NamedTuple):
     backward: Callable[..., tuple[Array, ...]]
     pool: Callable[[Any], Moments]
     inverts: bool = False  # whether backward can work from y
-    checks: bool = False  # whether forward, before it writes, checks what is to be learned from
+    checks: bool = False  # whether forward checks the new running statistics before it writes
 
 
 WHOLE = Way(  # the functions are looked up when they are called
@@ -57,16 +57,16 @@ WHOLE = Way(  # the functions are looked up when they are called
 
 
 class Saved(NamedTuple):
-    """What backward needs of the last forward, and what it was computed with."""
+    """The data of the last forward that backward needs."""
 
     differentiate: Callable[..., tuple[Array, ...]]  # `Way.backward`
     statistics: Any
-    x: Array | None  # None where an output was written over it
-    marks: tuple[bytes | None, ...]  # a few values of each array: most changes are seen in them
+    x: Array | None  # None if an output was written over it
+    marks: tuple[bytes | None, ...]  # a few values of each array, which reveal most changes
     residual: Array | None
     settings: Any  # of the layer: they may have been assigned since
     selected: Selected = ALL
-    from_output: bool = False  # whether x is the output, which tells what x was
+    from_output: bool = False  # whether x is the output, from which the input is recovered
 
 
 def forward(
@@ -78,9 +78,9 @@ def forward(
     num_threads: int | None,
     way: Way | None = None,
 ) -> Array:
-    """Normalize a batch; in training, move the running statistics.
+    """Normalize a batch; in training, update the running statistics.
 
-    A `way` that is given normalizes in any mode. Where it is None, the mode and the layer decide.
+    A `way` that is given normalizes in any mode. If it is None, the mode and the layer decide.
     """
     x = self._admit(x)
     if residual is not None:
@@ -96,11 +96,11 @@ def forward(
     after: Running | None = None
     statistics: Any
     if way is None:
-        way = self._way(training, learns, trial is not None)
+        way = self._way(training)
     if way is not None:
         refused = running.policy == "raise" or (selected[1] is not None and way is not WHOLE)
         if learns and out is not None and refused and not way.checks:
-            # Nothing is written before the batch is known to be one to learn from.
+            # Raises if the running statistics cannot be updated, before anything is written.
             running.after(before, self._measure(x, selected, num_threads, least=2))
         if learns and way is WHOLE:
             weight = running.weight(before)
@@ -143,19 +143,15 @@ def forward(
 def _kept(
     way: Way, x: Array, y: Array, residual: Array | None, activation: str | None, slope: float
 ) -> tuple[Array | None, bool]:
-    """Return what backward is to read, None where it is lost, and whether that is y."""
-    lost = activation is not None and _same_memory(residual, y)
-    if not lost and not _same_memory(x, y):
+    """Return the array that backward is to read, or None if y replaced it, and whether it is y."""
+    at = y.ctypes.data  # an input that starts there is y itself, or `out` was refused
+    lost = activation is not None and residual is not None and residual.ctypes.data == at
+    if not lost and x.ctypes.data != at:
         return x, False
     tells = activation is None or (activation == "leaky_relu" and slope > 0)
     if lost or residual is not None or not tells or not way.inverts:
         return None, False
     return y, True
-
-
-def _same_memory(a: Array | None, b: Array) -> bool:
-    """Whether two arrays start at one address; they then are one, or `out` was refused."""
-    return a is not None and a.ctypes.data == b.ctypes.data
 
 
 def backward(
@@ -166,10 +162,12 @@ def backward(
     num_threads: int | None,
     differentiate: Callable[..., tuple[Array, ...]] | None = None,
 ) -> Any:
-    """Return dx and, where there was a residual, its gradient; fill the gradients.
+    """Return dx and, if there was a residual, its gradient; fill the layer's gradients.
 
-    `differentiate` takes the place of the function that the forward left.
+    `differentiate` replaces the function that the forward saved.
     """
+    if self._running is not None and _trials.active(self) is not None:
+        raise RuntimeError("there is no backward in a preview, whose forwards are not stored")
     saved, x = _last(self)
     own = self._own([f"grad_{name}" for name in self._names])
     given = self._gamma, self._beta, *saved[4:]  # residual and what follows it
@@ -178,7 +176,7 @@ def backward(
     dx, *gradients = differentiate(dy, x, saved.statistics, *given, out, out_residual, num_threads)
     values = _state.fitting(own, gradients if self._train_affine else (0.0, 0.0))
     both = len(own) == 2
-    # Neither a call nor a loop from here on: Python looks for interrupts there alone.
+    # From here on there is no call and no loop: Python looks for interrupts only there.
     if both:
         own[0][...], own[1][...] = values
     elif own:
@@ -188,7 +186,7 @@ def backward(
 
 
 def _last(self: Layer) -> tuple[Saved, Array]:
-    """Return what the last forward left, and its x; RuntimeError where backward cannot be."""
+    """Return what the last forward saved, and its x; raise RuntimeError if backward needs more."""
     saved = self._saved
     if saved is None:
         raise RuntimeError(

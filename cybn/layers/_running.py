@@ -1,4 +1,4 @@
-"""The running statistics of a layer: how batches move them, and how they are set and saved."""
+"""The running statistics of a layer: how batches update them, and how they are set and saved."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ NAMES = "running_mean", "running_var", "num_batches_tracked"
 
 
 class Running(NamedTuple):
-    """Running mean and variance after some number of batches; never changed, but replaced.
+    """Running mean and variance after some number of batches.
 
-    So a reader in another thread never sees the mean of one batch with the variance of another.
+    A layer replaces the object and never changes it, so that a reader in another thread never sees
+    the mean of one batch with the variance of another.
     """
 
     mean: NDArray[Any]
@@ -45,14 +46,13 @@ class RunningStatistics:
 
     def __init__(self, channels: int, dtype: DTypeLike) -> None:
         self.values = Running.start(channels, dtype)
-        self.seen: tuple[Moments, Running] | None = None  # the last batch, and what was before it
+        self.seen: tuple[Moments, Running] | None = None  # last batch, statistics before it
         # The settings of the layer: momentum, running_ddof, nan_policy, track_running_stats,
         # update_statistics and use_batch_statistics.
         self.momentum: float | None = 0.1
         self.ddof = 1
         self.policy: NanPolicy = "propagate"
-        self.tracks = True
-        self.updates = True
+        self.tracks = self.updates = True
         self.by_batch: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class RunningStatistics:
 
     @property
     def shown(self) -> Any:
-        """The statistics, as attributes of the layer: None each where they are not kept."""
+        """The statistics as the layer shows them: all are None if it does not track them."""
         absent: Any = (None,) * 3
         return self.values if self.tracks else Running(*absent)
 
@@ -71,22 +71,19 @@ class RunningStatistics:
         return training if self.by_batch is None else self.by_batch
 
     def weight(self, before: Running) -> float:
-        """Return what the next batch weighs."""
+        """Return the weight of the next batch in the running statistics."""
         return 1 / (before.batches + 1) if self.momentum is None else self.momentum
 
     def after(self, before: Running, batch: Moments) -> Running:
-        """Return the statistics after one more batch; those before where the policy skips it."""
-        ddof = self.ddof
-        if isinstance(batch, SampleMoments):
-            ddof *= batch.samples  # each sample has a mean of its own
-        else:
-            total: Any = batch.count
-            check_degrees(total, ddof)
-        mean, var = functional.absorb(before.mean, before.var, batch, self.weight(before), ddof)
+        """Return the statistics after one more batch, or `before` if the NaN policy skips it."""
+        if not isinstance(batch, SampleMoments):
+            check_degrees(batch.count, self.ddof)
+        weight = self.weight(before)
+        mean, var = functional.absorb(before.mean, before.var, batch, weight, self.ddof)
         return self._settle(before, Running(mean, var, before.batches + 1))
 
     def _settle(self, before: Running, after: Running) -> Running:
-        """Return which statistics stand: `after`, or those before where it is not finite."""
+        """Return `after`; if it is not finite, do what the NaN policy asks for."""
         if self.policy == "propagate":
             return after
         spoilt = np.flatnonzero(~(np.isfinite(after.mean) & np.isfinite(after.var)))
@@ -98,21 +95,21 @@ class RunningStatistics:
         raise FloatingPointError(
             f"x would make the running statistics of channel {c} mean {after.mean[c]} and "
             f"variance {after.var[c]}; {spoilt.size} of {after.mean.size} channels are not finite. "
-            "Look for NaN and infinity in x, or choose another nan_policy; where they were not "
-            "finite before, reset_running_stats() starts anew"
+            "Look for NaN and infinity in x, or choose another nan_policy. If they were not "
+            "finite before, call reset_running_stats()"
         )
 
-    # What follows computes the result first, and then takes the lock to store it. If another
-    # thread stored a result in the meantime, it computes again from that. While it has the lock
-    # there is neither a call nor a loop, so Python cannot be interrupted or change threads: all is
-    # stored, or nothing.
+    # The next two methods compute the result first, and then take the lock to store it. If another
+    # thread has stored a result in the meantime, they compute again from that. While a method has
+    # the lock it makes no call and runs no loop, so that Python cannot be interrupted or change
+    # threads: all of the result is stored, or none.
 
     def learn(
         self, before: Running, moved: Running | None, batch: Moments, layer: Any, saved: Any
     ) -> None:
-        """Move the statistics, and keep in the layer what its backward needs.
+        """Update the statistics, and keep in the layer what its backward needs.
 
-        `moved` is what `batch` makes of `before`, where that is known.
+        `moved` is `before` updated by `batch`, or None if that has not been computed.
         """
         while True:
             if moved is None:
@@ -127,7 +124,7 @@ class RunningStatistics:
             before, moved = self.values, None
 
     def replace(self, **parts: Any) -> None:
-        """Replace parts of the statistics."""
+        """Replace the statistics that are given by name."""
         while True:
             before = self.values
             after = before._replace(**parts)
@@ -137,7 +134,7 @@ class RunningStatistics:
                     return
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return copies of the statistics by name; nothing where they are not kept."""
+        """Return copies of the statistics by name, or an empty dict if there are none."""
         if not self.tracks:
             return {}
         mean, var, batches = self.values
@@ -145,12 +142,12 @@ class RunningStatistics:
         return dict(zip(NAMES, copies, strict=True))
 
     def given(self, state: Mapping[str, Any], eps: float) -> Running:
-        """Return the statistics that a state gives; ValueError where one will not do."""
+        """Return the statistics in `state`, and the present ones for keys that it lacks."""
         found: Any = zip(NAMES, self.values, strict=True)
         return Running(*(self.checked(n, state[n], eps) if n in state else old for n, old in found))
 
     def checked(self, name: str, value: Any, eps: float) -> Any:
-        """Return a value, copied, as the statistic of that name; an error where it will not do."""
+        """Return a checked copy of a value for the statistic `name`."""
         if not self.tracks:
             raise AttributeError(f"{name} cannot be set: track_running_stats is False")
         if name == "num_batches_tracked":

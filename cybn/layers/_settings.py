@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import (
-    Any,
-    Generic,
-    NoReturn,
-    Self,
-    SupportsFloat,
-    TypeVar,
-    cast,
-    get_args,
-    overload,
-)
+from typing import Any, Generic, NoReturn, Self, SupportsFloat, TypeVar, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,10 +24,10 @@ Given = TypeVar("Given")
 class Setting(Generic[Kept, Given]):
     """An attribute that is checked as it is assigned.
 
-    It is kept under its name with an underscore before it, in the layer or in a part of it. The
-    code that runs in every forward reads it there: a look-up here takes three times as long.
-    `check`, given the name and a value, returns the value to keep, or raises. `place` is where it
-    is kept, seen from the layer: ``"_running.momentum"``.
+    The value is stored under the setting's name with an underscore before it, in the layer or in a
+    part of it. The code that runs in every forward reads it there, because a look-up through this
+    object takes three times as long. `check` takes the name and a value, and returns the value to
+    store or raises an error. `place` is the path from the layer, such as ``"_running.momentum"``.
     """
 
     def __init__(self, check: Callable[[str, Given], Kept], place: str = "") -> None:
@@ -53,19 +43,19 @@ class Setting(Generic[Kept, Given]):
     @overload
     def __get__(self, layer: object, owner: type) -> Kept: ...
     def __get__(self, layer: object | None, owner: type) -> Kept | Self:
-        """Return the value; this object where it is looked up in the class."""
+        """Return the value, or this object if the attribute is that of the class."""
         return self if layer is None else getattr(self._part(layer), self._kept_as)
 
     def __set__(self, layer: object, value: Given) -> None:
-        """Keep a value that will do; raise, with nothing changed, where it will not."""
+        """Store a value if it passes the check; otherwise the setting is unchanged."""
         setattr(self._part(layer), self._kept_as, self._check(self._name, value))
 
 
 class Fixed(Setting[Kept, Given]):
-    """A setting that arrays of the layer were made by: it cannot be assigned again."""
+    """A setting that determines the layer's arrays, so that it cannot be assigned again."""
 
     def __set__(self, layer: object, value: Given) -> None:
-        """Keep the first value."""
+        """Store the first value; refuse any other."""
         if hasattr(layer, self._kept_as):
             raise AttributeError(
                 f"{self._name} is {getattr(layer, self._kept_as)}, and fixed when a layer is made; "
@@ -75,18 +65,18 @@ class Fixed(Setting[Kept, Given]):
 
 
 class Parameter(Setting[NDArray[Any] | Any, ArrayLike | None]):
-    """gamma, beta or a gradient: one array for the life of a layer, or None where it has none.
+    """gamma, beta or a gradient: one array for the life of a layer, or None if it has none.
 
-    What is assigned is checked, converted and copied into that array, so that an optimizer which
-    holds it goes on with it. The type says ``| Any`` for None: a layer has the array unless it was
-    made without, and who made it so knows.
+    An assigned value is checked, converted and copied into that array, so that an optimizer which
+    refers to the array sees the change. The type has ``| Any`` instead of ``| None``, because most
+    layers have the array, and programs need not assert that.
     """
 
     def __init__(self) -> None:
         self._place = ""
 
     def __set__(self, layer: object, value: ArrayLike | None) -> None:
-        """Copy a value that will do into the array."""
+        """Copy a checked value into the array."""
         own = getattr(layer, self._kept_as)
         if value is own:  # what ``bn.gamma *= 2`` assigns, or None
             return
@@ -98,21 +88,21 @@ class Parameter(Setting[NDArray[Any] | Any, ArrayLike | None]):
 
 
 class Statistic(Setting[Kept, Given]):
-    """A running statistic, by its field of `Running`; None where the layer keeps none."""
+    """A running statistic, a field of `Running`; None if the layer does not track it."""
 
     def __init__(self, field: str) -> None:
         self._place = f"_running.shown.{field}"
 
     def __set__(self, layer: Any, value: Given) -> None:
-        """Replace it by a value that will do."""
+        """Replace the statistic by a checked copy."""
         running = layer._running
         running.replace(**{self._kept_as: running.checked(self._name, value, layer._eps)})
 
 
 def elsewhere(name: str, advice: str) -> property:
-    """Return an attribute that a layer does not have, and that must not be assigned to no effect.
+    """Return an attribute that cannot be assigned, as the layer would ignore it.
 
-    Other libraries' layers have it, under this name, or other layers of cybn.
+    Layers of other libraries, or other layers of cybn, have an attribute of this name.
     """
 
     def refuse(layer: object, *value: object) -> NoReturn:
@@ -132,7 +122,7 @@ def flag(name: str, value: bool) -> bool:
 
 
 def optional(check: Callable[[str, Given], Kept]) -> Callable[[str, Given | None], Kept | None]:
-    """Return the check that takes None too, and says so in its errors."""
+    """Return a check that accepts None as well, and mentions it in TypeErrors."""
 
     def checked(name: str, value: Given | None) -> Kept | None:
         try:
@@ -145,16 +135,12 @@ def optional(check: Callable[[str, Given], Kept]) -> Callable[[str, Given | None
 
 def positive(name: str, value: SupportsFloat) -> float:
     """Return a positive, finite eps."""
-    eps = number(name, value)
-    check_eps(eps)
-    return eps
+    return check_eps(value)
 
 
 def not_negative(name: str, value: SupportsFloat) -> float:
-    """Return a finite eps; 0 will do in inference, and is refused by a training forward."""
-    eps = number(name, value)
-    check_eps(eps, least=0)
-    return eps
+    """Return a finite eps, which may be 0: only a training forward refuses that."""
+    return check_eps(value, least=0)
 
 
 def momentum(name: str, value: SupportsFloat) -> float:
@@ -175,12 +161,12 @@ def ddof(name: str, value: int) -> int:
 
 
 def _fuse(**options: Any) -> None:
-    """Raise what the functions do about an activation or a slope."""
+    """Raise the error of the functions for an unknown activation or a bad slope."""
     functional.batch_norm_inference(np.zeros((1, 1), np.float32), [0.0], [1.0], **options)
 
 
 def activation(name: str, value: Activation | None) -> Activation | None:
-    """Return the name of an activation that the functions have, or None."""
+    """Return the name of a known activation, or None."""
     _fuse(activation=value)
     return None if value is None else cast("Activation", str(value))
 
@@ -214,7 +200,7 @@ def nothing(name: str, value: None) -> None:
 
 
 def float_type(dtype: Any) -> np.dtype[Any]:
-    """Return float32 or float64 as a dtype; None, NumPy's word for float64, is refused."""
+    """Return float32 or float64 as a dtype; None is refused, although it is float64 in NumPy."""
     try:
         given = None if dtype is None else np.dtype(dtype)
     except TypeError:

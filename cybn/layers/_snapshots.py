@@ -17,7 +17,7 @@ Layer = TypeVar("Layer", bound=Any)
 
 
 class Snapshot(NamedTuple):
-    """What `BatchNorm.snapshot` took: give it to `BatchNorm.restore`, and change nothing in it."""
+    """The result of `BatchNorm.snapshot`, for `BatchNorm.restore`. It must not be changed."""
 
     affine: list[NDArray[Any]]  # gamma, beta and their gradients, or nothing
     running: Running
@@ -115,7 +115,7 @@ def restore(self: Layer, snapshot: Snapshot) -> Layer:
         )
     running, seen = snapshot.running.copy(), snapshot.seen
     seen = None if seen is None else (seen[0], seen[1].copy())
-    with _runtime.turn:  # and neither a call nor a loop in it, as in `RunningStatistics.learn`
+    with _runtime.turn:  # no call and no loop within it, as in `RunningStatistics.learn`
         if arrays:
             arrays[0][...], arrays[1][...], arrays[2][...], arrays[3][...] = snapshot.affine
         statistics.values, statistics.seen, self._saved = running, seen, None
@@ -157,7 +157,7 @@ def drift(self: Any, data: ArrayLike | Moments | None = None) -> Drift:
         seen = statistics.seen
         if seen is None:
             raise RuntimeError(
-                "no batch has moved the running statistics since the layer was made, loaded "
+                "no batch has updated the running statistics since the layer was made, loaded "
                 "or copied; give drift a batch, or its Moments"
             )
         batch, running = seen

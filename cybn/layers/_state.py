@@ -1,8 +1,7 @@
-"""Checking what is to become the state of a layer, before anything is changed."""
+"""Checks of values for the state of a layer, before anything is changed."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from .. import _arguments
 
 _MOST_BATCHES = int(np.iinfo(np.int64).max)
 
-# Keys that tell whose state it is, by their last parts.
+# The library that a state comes from, by the last part of one of its keys.
 _ELSEWHERE = {
     "weight": "torch",
     "moving_mean": "keras",
@@ -25,14 +24,14 @@ _ELSEWHERE = {
 
 
 class Keys(NamedTuple):
-    """What `load_state_dict` with ``strict=False`` left alone."""
+    """The keys that `load_state_dict` with ``strict=False`` did not load."""
 
-    missing_keys: list[str]  # the layer has them, and keeps what it had
+    missing_keys: list[str]  # their arrays in the layer have not changed
     unexpected_keys: list[str]
 
 
 def check_keys(state: Mapping[str, Any], expected: Iterable[str], strict: bool) -> Keys:
-    """Return which keys do not fit; ValueError where any does not and `strict` is True."""
+    """Return the keys that do not fit; raise ValueError if there are any and `strict` is True."""
     _arguments.check_mapping(state)
     expected = set(expected)
     keys = Keys(sorted(expected - set(state)), sorted(map(str, set(state) - expected)))
@@ -61,7 +60,7 @@ def _advice(unexpected: list[str], expected: set[str]) -> str:
             )
     return (
         "Layers with other affine or track_running_stats settings have other keys; strict=False "
-        "takes the keys that fit and leaves the rest"
+        "loads the keys that fit and ignores the rest"
     )
 
 
@@ -82,26 +81,25 @@ def array(name: str, value: Any, shape: tuple[int, ...], dtype: DTypeLike) -> ND
 
 
 def fitting(own: Sequence[NDArray[Any]], values: Sequence[Any]) -> list[NDArray[Any]]:
-    """Return values in the types of the arrays that they will be written to, one for each array.
+    """Return a value for each array, in the dtype of the array.
 
-    Writing then cannot fail, whatever NumPy's error state and Python's warnings: a conversion that
-    overflows would leave some arrays written and others not.
+    Writing the values to the arrays then cannot raise an error, whatever NumPy's error state and
+    Python's warning filters are. A conversion that overflows could raise one between two arrays.
     """
-    return [_fit(array, value) for array, value in zip(own, values, strict=False)]
-
-
-def _fit(array: NDArray[Any], value: Any) -> NDArray[Any]:
-    if isinstance(value, np.ndarray) and value.dtype == array.dtype:
-        return value  # nearly always, and less than half the time
-    with np.errstate(all="ignore"):
-        return np.asarray(value).astype(array.dtype)
+    fitted = []
+    for array, value in zip(own, values, strict=False):
+        if not (isinstance(value, np.ndarray) and value.dtype == array.dtype):  # which is rare
+            with np.errstate(all="ignore"):
+                value = np.asarray(value).astype(array.dtype)
+        fitted.append(value)
+    return fitted
 
 
 def finite(name: str, array: NDArray[Any], eps: float | None = None) -> NDArray[Any]:
-    """Return `array`; ValueError where it is not finite, or as a variance, with an eps, too small.
+    """Return `array`; raise ValueError if it is not finite or, as a variance, is at most -eps.
 
-    Other libraries' variances may lie slightly below 0, by rounding: with eps added they are
-    positive, and inference takes them.
+    `eps` is given for a variance alone. Other libraries' variances may lie slightly below 0, by
+    rounding; inference accepts them, because they are positive with eps added.
     """
     good, need = np.isfinite(array), "finite"
     if eps is not None:
@@ -121,7 +119,7 @@ def batches(value: Any) -> int:
     array = _arguments.array("num_batches_tracked", value)
     if array.size != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"num_batches_tracked is {value!r}; it must be one integer")
-    count = operator.index(array.item())
+    count = int(array.item())
     if not 0 <= count <= _MOST_BATCHES:
         raise ValueError(f"num_batches_tracked is {count}; it must be in 0..{_MOST_BATCHES}")
     return count

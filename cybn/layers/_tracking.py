@@ -1,4 +1,4 @@
-"""What batch and instance norms have for their running statistics: attributes and methods."""
+"""The base class of batch and instance norms, which have running statistics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Tracking(Layer):
     _running: RunningStatistics
     _activation: Activation | None
     _slope: float
-    _by_sample: ClassVar[bool] = False  # whether statistics are those within samples
+    _by_sample: ClassVar[bool] = False  # whether the statistics are those within samples
 
     def __init__(
         self, num_features: int, affine: bool, dtype: DTypeLike, axis: int, eps: float,
@@ -87,20 +87,15 @@ class Tracking(Layer):
         """
         return cls(num_features, **_explain.settings(library, options))
 
-    # ---- questions of the passes ---------------------------------------------------------
+    # ---- for the passes ------------------------------------------------------------------
 
     @abstractmethod
-    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
-        """Return how a batch is normalized by its own statistics; None: by the running ones."""
+    def _way(self, training: bool) -> Way | None:
+        """Return how to normalize by the batch, or None to use the running statistics."""
 
     @abstractmethod
     def _measure(self, x: Any, selected: Any = ALL, threads: Any = None, least: int = 1) -> Moments:
-        """Return the moments of a batch; ValueError where fewer than `least` values count."""
-
-    def _no_preview(self) -> None:
-        """Raise RuntimeError in a preview of this layer."""
-        if _trials.active(self) is not None:
-            raise RuntimeError("there is no backward in a preview, whose forwards are not stored")
+        """Return the moments of a batch; raise ValueError if fewer than `least` values count."""
 
     # ---- running statistics --------------------------------------------------------------
 
@@ -111,21 +106,18 @@ class Tracking(Layer):
         `backward` still returns the gradient of the input. This sets `update_statistics`,
         `use_batch_statistics` and `train_affine` to False.
         """
-        self._switch((False, False, False))
+        running = self._running
+        running.updates, running.by_batch, self._train_affine = False, False, False
         return self
 
     def unfreeze(self) -> Self:
         """Reset all three switches to their defaults; return the layer."""
-        self._switch((True, None, True))
+        running = self._running
+        running.updates, running.by_batch, self._train_affine = True, None, True
         return self
 
-    def _switch(self, switches: tuple[bool, bool | None, bool]) -> None:
-        """Put switches in place; neither a call nor a loop, so that all of them are or none."""
-        running = self._running
-        running.updates, running.by_batch, self._train_affine = switches
-
     def _refuse_within_samples(self, name: str, moments: Moments) -> None:
-        """Raise TypeError where the variance between samples is missing, and belongs to it."""
+        """Raise TypeError if moments within samples are given to a batch norm."""
         if isinstance(moments, SampleMoments) and not self._by_sample:
             raise TypeError(
                 f"{name} is of statistics within samples, which an instance norm found; those of "

@@ -1,4 +1,4 @@
-"""BatchNorm, for any rank and axis, and its forms that insist on a rank."""
+"""BatchNorm, for any rank and axis, and its forms for inputs of one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from .._arguments import check_batch, integer_from
 from .._moments import Moments
 from .._words import Activation, Masked, NanPolicy
 from . import _passes, _settings
-from ._layer import same_as
 from ._parts import Renorm, parts_of
 from ._passes import ALL, Selected, Way
 from ._settings import Setting, optional
@@ -58,9 +57,9 @@ class BatchNorm(Tracking):
         "skip" leaves the running statistics and `num_batches_tracked` unchanged.
     virtual_batch_size : int, optional
         Ghost batches: in training, normalize that many samples at a time, by their own statistics.
-        The last virtual batch has what is left. One with fewer than two used values per channel is
-        joined to the next, and the last to the one before. The running statistics use those of the
-        whole batch.
+        The last virtual batch has the remaining samples. One with fewer than two used values per
+        channel is joined to the next, and the last to the one before. The running statistics use
+        the statistics of the whole batch.
     renorm : Renorm, optional
         Batch renormalization, within these limits.
 
@@ -199,9 +198,7 @@ class BatchNorm(Tracking):
             selected = mask, weights, lengths, masked
         return _passes.forward(self, x, residual, selected, out, num_threads)
 
-    @same_as(forward)
-    def __call__(self) -> None:
-        """Do what `forward` does."""
+    __call__ = forward
 
     @overload
     def backward(
@@ -255,10 +252,9 @@ class BatchNorm(Tracking):
         TypeError, ValueError
             As in `Layer.backward`, and if the forward overwrote its input and a gamma is 0.
         """
-        self._no_preview()
         return _passes.backward(self, dy, out, out_residual, num_threads)
 
-    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+    def _way(self, training: bool) -> Way | None:
         if not self._running.normalizes_by_batch(training):
             return None
         if not training or (self._virtual_batch_size is None and self._renorm is None):
@@ -267,7 +263,7 @@ class BatchNorm(Tracking):
         return parts_of(self._virtual_batch_size, self._renorm, self._running.values)
 
     def _check_renorm(self) -> None:
-        """Refuse to renormalize towards running statistics that are not kept."""
+        """Raise ValueError if there are no running statistics to renormalize by."""
         if self._renorm is not None and not self._running.tracks:
             raise ValueError("renorm needs running statistics; track_running_stats is False")
 

@@ -1,4 +1,4 @@
-"""InstanceNorm in its 1d, 2d and 3d forms: each channel of each sample."""
+"""InstanceNorm and its 1d, 2d and 3d forms, which normalize each channel of each sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .._moments import Moments
 from .._sample_moments import SampleMoments
 from .._words import Masked
 from . import _passes, _settings
-from ._layer import same_as
 from ._passes import ALL, Selected, Way
 from ._settings import Setting
 from ._tracking import Tracking
@@ -120,9 +119,7 @@ class InstanceNorm(Tracking):
         y = self.forward(x[np.newaxis], out=_batch_of(out), num_threads=num_threads, **given)
         return y[0] if out is None else out
 
-    @same_as(forward)
-    def __call__(self) -> None:
-        """Do what `forward` does."""
+    __call__ = forward
 
     def backward(
         self, dy: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
@@ -131,7 +128,6 @@ class InstanceNorm(Tracking):
 
         As in `BatchNorm.backward`. `dy` has the shape of the input of `forward`.
         """
-        self._no_preview()
         dy = array("dy", dy)
         if not self._is_sample(dy):
             dx: NDArray[Any] = _passes.backward(self, dy, out, None, num_threads)
@@ -147,7 +143,7 @@ class InstanceNorm(Tracking):
         x = array("x", x)
         return super()._admit(x[np.newaxis] if self._is_sample(x) else x)
 
-    def _way(self, training: bool, learns: bool, previewed: bool) -> Way | None:
+    def _way(self, training: bool) -> Way | None:
         if not self._running.normalizes_by_batch(training):
             return None
         return Way(_forward, _backward, self._whole)
@@ -163,7 +159,7 @@ class InstanceNorm(Tracking):
         return self._whole(each)
 
     def _whole(self, each: Moments) -> SampleMoments:
-        """Return the moments within the samples, of those of each channel of each sample."""
+        """Return the moments within samples, given the moments of each channel of each sample."""
         if not len(each):
             raise ValueError("x has no samples, so running statistics cannot be updated")
         return SampleMoments.of(each, self._shape[0])

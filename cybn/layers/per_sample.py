@@ -1,8 +1,7 @@
-"""LayerNorm, RMSNorm and GroupNorm: each sample by itself, so both modes compute the same."""
+"""LayerNorm, RMSNorm and GroupNorm, which normalize each sample by itself in both modes."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .. import _dispatch, family
 from .._arguments import array, integer, integer_from
 from .._words import Masked
-from ._layer import Layer, same_as
+from ._layer import Layer
 from ._passes import Saved
 from ._settings import Fixed, Setting, flag, optional, positive
 
@@ -21,44 +20,28 @@ __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
 
 class PerSample(Layer):
-    """A layer whose passes are two functions of the family; it names them and their keywords."""
+    """A layer whose passes are two functions of the family."""
 
     _normalize: ClassVar[Callable[..., tuple[NDArray[Any], Any]]]
     _differentiate: ClassVar[Callable[..., tuple[NDArray[Any], ...]]]
-    _takes: ClassVar[tuple[str, ...]] = ("_gamma", "_beta")  # what _normalize takes after x
-
-    @abstractmethod
-    def _options(self) -> dict[str, Any]:
-        """Return the keywords of both functions."""
-
-    def forward(
-        self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
-    ) -> NDArray[Any]:
-        """Normalize; as `Layer.forward`."""
-        return self._forward(x, self._options(), out, num_threads)
+    _takes: ClassVar[tuple[str, ...]] = ("_gamma", "_beta")  # the arguments of _normalize after x
 
     def _forward(
         self, x: ArrayLike, options: dict[str, Any], out: Any, num_threads: int | None
     ) -> NDArray[Any]:
-        """Do what `forward` does, with these keywords."""
+        """Normalize `x`; the options are keywords of both functions."""
         x, parameters = self._admit(x), [getattr(self, name) for name in self._takes]
         y, statistics = self._normalize(x, *parameters, **options, out=out, num_threads=num_threads)
         kept = None if out is not None and np.may_share_memory(x, out) else x
         marks = _dispatch.marks(kept, self._gamma, None, None)
-        self._saved = Saved(self._differentiate, statistics, kept, marks, None, options)
+        self._saved = Saved(self._gradients, statistics, kept, marks, None, options)
         return y
 
-
-def _gradients_by(function: Callable[..., tuple[NDArray[Any], ...]]) -> Any:
-    """Return a function of the family with the arguments of `Way.backward`."""
-
-    def backward(
-        dy: Any, x: Any, statistics: Any, gamma: Any, beta: Any, residual: Any, options: Any,
-        selected: Any, from_output: bool, out: Any, out_residual: Any, num_threads: int | None,
-    ) -> tuple[NDArray[Any], ...]:  # fmt: skip
-        return function(dy, x, statistics, gamma, **options, out=out, num_threads=num_threads)
-
-    return staticmethod(backward)
+    @classmethod
+    def _gradients(cls, dy: Any, x: Any, statistics: Any, gamma: Any, *given: Any) -> Any:
+        """Return the gradients; see `Way.backward`."""
+        _, _, options, _, _, out, _, threads = given
+        return cls._differentiate(dy, x, statistics, gamma, **options, out=out, num_threads=threads)
 
 
 def _sizes(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -76,7 +59,7 @@ def _sizes(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class LastAxes(PerSample):
-    """A norm over the last axes of its input, whose shape it is told: LayerNorm or RMSNorm."""
+    """A norm over the last axes of its input: LayerNorm or RMSNorm."""
 
     normalized_shape = Fixed(_sizes)
     elementwise_affine = Fixed(flag)
@@ -84,8 +67,7 @@ class LastAxes(PerSample):
     def __init__(
         self, normalized_shape: Any, eps: Any, elementwise_affine: bool, bias: bool, dtype: Any
     ) -> None:
-        self.normalized_shape = normalized_shape
-        self.eps = eps
+        self.normalized_shape, self.eps = normalized_shape, eps
         self.elementwise_affine = scale = elementwise_affine
         super().__init__(self.normalized_shape, scale, scale and flag("bias", bias), dtype)
 
@@ -98,15 +80,17 @@ class LastAxes(PerSample):
             )
         return x
 
-    def _options(self) -> dict[str, Any]:
-        return {"axis": -len(self._shape), "eps": self._eps}
+    def forward(
+        self, x: ArrayLike, *, out: NDArray[Any] | None = None, num_threads: int | None = None
+    ) -> NDArray[Any]:
+        """Normalize; as `Layer.forward`."""
+        return self._forward(x, {"axis": -len(self._shape), "eps": self._eps}, out, num_threads)
 
     def __repr__(self) -> str:
         eps = "None" if self._eps is None else f"{self._eps:g}"
         bias = "_beta" in self._takes and self.elementwise_affine and self.beta is None
-        affine = f"elementwise_affine={self.elementwise_affine}"
-        more = [affine, *["bias=False"] * bias]
-        return self._describe(f"{self.normalized_shape}", f"eps={eps}", *more)
+        affine = f"elementwise_affine={self.elementwise_affine}", *["bias=False"] * bias
+        return self._describe(f"{self.normalized_shape}", f"eps={eps}", *affine)
 
 
 class LayerNorm(LastAxes):
@@ -157,7 +141,7 @@ class LayerNorm(LastAxes):
     eps = Setting(positive)
 
     _normalize = staticmethod(family.layer_norm)
-    _differentiate = _gradients_by(family.layer_norm_backward)
+    _differentiate = staticmethod(family.layer_norm_backward)
 
     def __init__(
         self,
@@ -176,15 +160,13 @@ class RMSNorm(LastAxes):
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Shape of the axes that are normalized, which are the last ones of the input.
+    normalized_shape, dtype
+        As in `LayerNorm`.
     eps : float, optional
         Added to the mean square. Positive. None means the machine epsilon of the input's dtype, as
         in PyTorch, and that of float32 for half types.
     elementwise_affine : bool, default True
         Whether the layer has gamma. It never has a beta.
-    dtype : dtype, default float32
-        The type of gamma and its gradient, as in `LayerNorm`.
 
     Attributes
     ----------
@@ -212,7 +194,7 @@ class RMSNorm(LastAxes):
     eps = Setting(optional(positive))
 
     _normalize = staticmethod(family.rms_norm)
-    _differentiate = _gradients_by(family.rms_norm_backward)
+    _differentiate = staticmethod(family.rms_norm_backward)
     _takes = ("_gamma",)
 
     def __init__(
@@ -238,12 +220,10 @@ class GroupNorm(PerSample):
     axis : int, default 1
         The channel axis of the input, not axis 0, which has the samples. Negative numbers count
         from the end.
-    eps : float, default 1e-5
-        Added to the variance. Positive.
     affine : bool, default True
         Whether the layer has gamma and beta.
-    dtype : dtype, default float32
-        The type of gamma, beta and their gradients, as in `LayerNorm`.
+    eps, dtype
+        As in `LayerNorm`: 1e-5 and float32.
 
     Attributes
     ----------
@@ -275,7 +255,7 @@ class GroupNorm(PerSample):
     eps = Setting(positive)
 
     _normalize = staticmethod(family.group_norm)
-    _differentiate = _gradients_by(family.group_norm_backward)
+    _differentiate = staticmethod(family.group_norm_backward)
     _channels: ClassVar[str] = "num_channels"
 
     def __init__(
@@ -288,15 +268,12 @@ class GroupNorm(PerSample):
         affine: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_groups = num_groups
-        self.num_channels = num_channels
+        self.num_groups, self.num_channels = num_groups, num_channels
         if self.num_channels % self.num_groups:
             raise ValueError(
                 f"num_channels is {num_channels}; it must be a multiple of num_groups, {num_groups}"
             )
-        self.axis = axis
-        self.eps = eps
-        self.affine = affine
+        self.axis, self.eps, self.affine = axis, eps, affine
         super().__init__((self.num_channels,), self.affine, self.affine, dtype)
 
     def forward(
@@ -310,17 +287,12 @@ class GroupNorm(PerSample):
         num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Normalize; as `Layer.forward`, with `mask`, `lengths` and `masked` of `group_norm`."""
-        options = self._options()
+        options = {"num_groups": self.num_groups, "axis": self._axis, "eps": self._eps}
         if not (mask is None and lengths is None and masked == "normalize"):
             options |= {"mask": deepcopy(mask), "lengths": deepcopy(lengths), "masked": masked}
         return self._forward(x, options, out, num_threads)
 
-    @same_as(forward)
-    def __call__(self) -> None:
-        """Do what `forward` does."""
-
-    def _options(self) -> dict[str, Any]:
-        return {"num_groups": self.num_groups, "axis": self._axis, "eps": self._eps}
+    __call__ = forward
 
     def __repr__(self) -> str:
         axis = [] if self.axis == 1 else [f"axis={self.axis}"]

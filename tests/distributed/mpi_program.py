@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from bounds import forward_bound, worst
 from cases import backward_bound
 from mpi4py import MPI
@@ -297,6 +298,8 @@ def modes():
     one.unfreeze()
     with bn.preview(), one.preview():
         alike(bn(mine(x)), one(x))
+        with pytest.raises(RuntimeError, match="no backward in a preview"):
+            bn.backward(mine(dy))
     for other in (copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
         assert other.comm == COMM
         assert other.state_dict().keys() == one.state_dict().keys()

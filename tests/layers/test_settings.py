@@ -87,3 +87,9 @@ def test_renorm_needs_running_statistics(rng):
         bn(x, out=x)
     bn.renorm = None
     assert np.isfinite(bn(x)).all()
+
+
+def test_dir_names_what_a_layer_has():
+    names = set(dir(cybn.BatchNorm(3)))
+    assert {"axis", "momentum", "running_mean", "renorm"} <= names
+    assert not {"weight", "num_groups", "requires_grad"} & names

@@ -149,7 +149,7 @@ def test_drift_of_nothing(rng):
     bn = trained(rng)
     for make in (lambda: bn, lambda: bn.eval()(batch(rng)) is None or bn):
         make()
-        with pytest.raises(RuntimeError, match="no batch has moved"):
+        with pytest.raises(RuntimeError, match="no batch has updated"):
             bn.drift()
     with pytest.raises(RuntimeError, match="track_running_stats is False"):
         cybn.BatchNorm(C, track_running_stats=False).drift()
@@ -166,5 +166,5 @@ def test_drift_forgets_with_the_statistics(rng):
     for forget in (lambda: bn.reset_running_stats(), lambda: bn.load_state_dict(bn.state_dict())):
         bn(batch(rng))
         forget()
-        with pytest.raises(RuntimeError, match="no batch has moved"):
+        with pytest.raises(RuntimeError, match="no batch has updated"):
             bn.drift()

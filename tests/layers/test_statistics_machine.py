@@ -308,7 +308,7 @@ class Machine(stateful.RuleBasedStateMachine):
     @stateful.invariant()
     def drifts(self):
         if self.model.seen is None:
-            with pytest.raises(RuntimeError, match="no batch has moved"):
+            with pytest.raises(RuntimeError, match="no batch has updated"):
                 self.bn.drift()
             return
         if not np.isfinite(self.model.seen).all():
