@@ -9,7 +9,7 @@
 
 from libc.math cimport fabs, sqrt
 
-from cybn._kernels.lanes cimport LANES, T, WIDE, across, clear, flush
+from cybn._kernels.lanes cimport FLUSH, LANES, T, WIDE, across, clear, flush
 from cybn._kernels.problem cimport SAMPLES
 from cybn._kernels.statistics cimport beyond, sample_of, settled
 
@@ -106,20 +106,25 @@ cdef inline void transposed_sums(
     const T* restrict shift,    # IN  (LANES,)
     Block* block,               # OUT s1, s2: sums of d = x - shift and of d * d
 ) noexcept nogil:
+    """Sum in T for at most FLUSH values, so that the error does not grow with D."""
     cdef T a[LANES]
     cdef T b[LANES]
     cdef T d
-    cdef Py_ssize_t i, j
-    clear(a, LANES)
-    clear(b, LANES)
-    for i in range(D):
+    cdef Py_ssize_t i, j, at = 0
+    clear(&block.s1[0], LANES)
+    clear(&block.s2[0], LANES)
+    while at < D:
+        clear(a, LANES)
+        clear(b, LANES)
+        for i in range(at, min(at + FLUSH, D)):
+            for j in range(LANES):
+                d = x[i * LANES + j] - shift[j]
+                a[j] += d
+                b[j] += d * d
         for j in range(LANES):
-            d = x[i * LANES + j] - shift[j]
-            a[j] += d
-            b[j] += d * d
-    for j in range(LANES):
-        block.s1[j] = a[j]
-        block.s2[j] = b[j]
+            block.s1[j] += a[j]
+            block.s2[j] += b[j]
+        at += FLUSH
 
 
 cdef inline void transposed_dots(
