@@ -175,15 +175,8 @@ def family() -> Iterator[Case]:
 
 # ---- PyTorch's modules and networks --------------------------------------------------------------
 
-NETWORKS = {
-    "ResNet-50": 16,
-    "MobileNetV2": 32,
-    "ConvNeXt": 8,
-    "UNet": 4,
-    "transformer": 32,
-}  # batch
-
-
+# The batch of each.
+NETWORKS = {"ResNet-50": 16, "MobileNetV2": 32, "ConvNeXt": 8, "UNet": 4, "transformer": 32}
 MODES = ("inference", "evaluation step", "training step")
 
 

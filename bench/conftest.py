@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, help="of a race, about; default: 1.5, or 0.25 quick")
     group.addoption("--peers", help="such as numpy,onnxruntime; default: all")
     group.addoption("--batch", type=int, help="of networks; default: a size that suits each")
+    group.addoption("--side", type=int, default=224, help="of the images; default: 224")
     group.addoption("--ways", default=WAYS, help=f"to train networks; default: {WAYS}")
 
 
@@ -66,6 +67,8 @@ def pytest_benchmark_group_stats(benchmarks: list[dict[str, Any]]) -> None:
     for one in benchmarks:
         if moved := one["extra_info"].get("least_bytes"):
             one["name"] = f"{one['name']}  {moved / one['median'] / 1e9:.1f} GB/s"
+        if gains := one["extra_info"].get("gains"):  # the median, the lowest and the highest
+            one["name"] += "  gain " + " ".join(f"{gain:.2f}" for gain in gains)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -106,13 +106,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, size, size, generator=generator).to(memory_format=form)
     target = torch.randint(CLASSES, (batch,), generator=generator)
+    torch.set_grad_enabled(model.train("inference" not in words).training)
     for _ in sys.stdin:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in words):
             loss = nn.functional.cross_entropy(model(x), target)
-        loss.backward()
-        optimizer.step()
+        if loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         use = resource.getrusage(resource.RUSAGE_SELF)
         told: dict[str, Any] = {"loss": loss.item(), "faults": use.ru_minflt - before}
         print(json.dumps(told | {"peak": use.ru_maxrss << 10}), flush=True)

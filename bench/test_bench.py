@@ -1,7 +1,8 @@
 """Every case of `bench.cases`, small calls of cybn.torch, and training steps of whole networks.
 
 Networks train in ways, of words joined by +: contiguous (without it, channels-last), convert, fuse,
-compile, bfloat16, and bare, which has no norms. To see the same where glibc keeps freed memory, set
+compile, bfloat16, bare, which has no norms, and inference, which does not train. To see the same
+where glibc keeps freed memory, set
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
 """
 
@@ -99,7 +100,7 @@ def step(process: Any, own: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training(network: str, race: Race, request: pytest.FixtureRequest) -> None:
     option = request.config.getoption
-    sizes = [option("--batch") or NETWORKS[network], 3, *[64 if option("--quick") else 224] * 2]
+    sizes = [option("--batch") or NETWORKS[network], 3, *[option("--side")] * 2]
     told: dict[str, list[dict[str, Any]]] = {way: [] for way in option("--ways").split(",")}
     script = Path(__file__).with_name("networks.py")
     command = [sys.executable, "-P", script, network, *map(str, (sizes[0], sizes[-1], THREADS))]
