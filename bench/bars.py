@@ -1,7 +1,7 @@
-"""The bars: what cybn claims, each a time over another of the same race, and its bound.
+"""The bars: speed targets of cybn. Each limits the ratio of two times of the same race.
 
-A bar looks at records of some groups. `ours` and `theirs` say which: a field that is left out may
-be anything, and the quickest record counts, so that "its best layout" is picked shape by shape.
+`ours` and `theirs` of a bar select records of some groups by their fields. A field that is left out
+may have any value; the quickest record counts, so "its best layout" is chosen for each shape.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .cases import PASSES, SHAPES
 from .peers.floor import FLOOR
 from .task import FIRST, FRESH, LAST, REUSED
 
-Record = Where = dict[str, Any]  # of one contestant in one race; some fields of it
+Record = Where = dict[str, Any]  # the fields of one contestant in one race; some of them
 
 MINE: Where = {"peer": "cybn", "layout": FIRST, "output": REUSED, "dtype": "float32"}
 ALONE: Where = {"peer": "cybn", "layout": FIRST, "dtype": "float32"}
 
 
 class Pair(NamedTuple):
-    """A figure of cybn, and what it is held against, in seconds."""
+    """A time of cybn, and the time that it is compared with, in seconds."""
 
     place: str
     mine: float
@@ -34,31 +34,31 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Below 1, cybn is ahead."""
+        """The ratio of the times; below 1, cybn is faster."""
         return self.mine / self.theirs
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One claim. `how` is "mean" (geometric, over the cases), "each", or "sum" (over layers)."""
+    """One target. `how` is "mean" (geometric, over the cases), "each", or "sum" (over layers)."""
 
     name: str
     groups: tuple[str, ...]
     bound: float | None
     ours: Where
-    theirs: Where = field(default_factory=dict)  # none: microseconds of a call
+    theirs: Where = field(default_factory=dict)  # empty if the bound is in microseconds
     how: str = "mean"
     only: Callable[[Record], bool] = lambda record: True
 
     def pairs(self, found: Sequence[Record]) -> Iterator[Pair]:
-        """Yield what a run has for this bar, a case and layout at a time."""
+        """Yield the pairs of a run for this bar, one for each case and layout."""
         every = [r for r in found if r["group"] in self.groups and self.only(r)]
         best: dict[tuple[str, str], Record] = {}
-        for r in sorted(every, key=lambda r: -r["seconds"]):  # the quickest comes last, and stays
+        for r in sorted(every, key=lambda r: -r["seconds"]):  # the last, the quickest, is kept
             if self.ours.items() <= r.items():
                 best[r["case"], r["layout"]] = r
         for (case, layout), one in best.items():
-            # Any layout of ours: theirs is the same one.
+            # If `ours` has any layout, `theirs` must have the same one.
             same = {} if "layout" in self.ours else {"layout": layout}
             theirs = (self.theirs | same if self.theirs else {}) | {"case": case}
             rest = [r["seconds"] for r in every if theirs.items() <= r.items()]
@@ -69,21 +69,21 @@ class Bar:
                 yield Pair(", ".join(words), one["seconds"], against, one["layers"])
 
     def held(self, found: Sequence[Record]) -> Verdict | None:
-        """Hold a run against the bar; None where it has nothing for it."""
+        """Compare a run with the bar; return None if the run has no records for it."""
         pairs = sorted(self.pairs(found), key=lambda pair: pair.ratio)
         return Verdict(self, pairs) if pairs else None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what a run says about it."""
+    """A bar and the result of a run."""
 
     bar: Bar
-    pairs: list[Pair]  # the worst last
+    pairs: list[Pair]  # the worst is the last
 
     @property
     def figure(self) -> float:
-        """What is held against the bound."""
+        """The figure that is compared with the bound."""
         if self.bar.how == "sum":
             ours, theirs = (sum(p.layers * p[i] for p in self.pairs) for i in (1, 2))
             return ours / theirs
@@ -104,7 +104,7 @@ HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
 
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:
-    """Hold a run against all bars; those of which nothing was measured are left out."""
+    """Compare a run with all bars; leave out bars of which nothing was measured."""
     return [verdict for bar in bars(cache) if (verdict := bar.held(found))]
 
 
@@ -114,7 +114,7 @@ def bars(cache: int) -> Iterator[Bar]:
     torch, onednn = {"peer": "PyTorch"}, {"peer": "oneDNN"}
 
     # ---- plain passes: oneDNN, the floors, PyTorch's best layout and fresh outputs, two threads
-    bounds = {  # oneDNN: its best layout, channels-last; floor: beyond the cache, any size
+    bounds = {  # over oneDNN: its best layout, channels-last; over the floor: large x, any size
         "forward": (1.0 if wide else 0.85, 0.8, 1.25, 2.0),
         "inference": (None, None, 1.0, 1.1),
         "backward": (1.1 if wide else 1.0, 0.95, 1.25, 2.0),
@@ -147,7 +147,7 @@ def bars(cache: int) -> Iterator[Bar]:
     pair = (MINE | {"output": FRESH}, torch | {"layout": FIRST, "output": FRESH}, "sum")
     yield Bar(title, layers, 1 / 6, *pair, only=lambda r: r["work"] != "inference")
 
-    # ---- the family, with outputs that are used again
+    # ---- the family, with outputs that are reused
     chosen: dict[str, Callable[[Record], bool]] = {
         "group norm, 16x16": lambda r: r["norm"] == "group" and r["sizes"][-1] == 16,
         "layer norm, rows of 16 to 128": lambda r: r["norm"] == "layer" and r["sizes"][-1] <= 128,

@@ -1,7 +1,7 @@
-"""The cases: which tasks race on which shapes. To add one, yield it from a function below.
+"""The cases: which tasks are timed on which shapes. To add one, yield it from a function below.
 
-The shapes are those of the tests: layers of published networks (how often each of ResNet-50's 53
-comes is from oneDNN's benchdnn), tables, sequences, volumes, images, edges of the kernels.
+The shapes are those of the tests: layers of published networks (oneDNN's benchdnn has the counts of
+ResNet-50's 53 layers), tables, sequences, volumes, images, and limits inside the kernels.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SHAPES = {
     for group, every in PUBLISHED.items()
 }
 RESNET50 = SHAPES.pop("resnet50")
-LAYERS = [one["layers"] for one in PUBLISHED["resnet50"]]  # how often each comes
-SOME = [RESNET50[i] for i in (3, 6)]  # for a quick run: beyond many caches, and within
-TINY = [(32, 16), (60, 100)]  # calls that take as long as Python does; timed on one thread
+LAYERS = [one["layers"] for one in PUBLISHED["resnet50"]]  # how often each occurs
+SOME = [RESNET50[i] for i in (3, 6)]  # for a quick run: too large for many caches, and not
+TINY = [(32, 16), (60, 100)]  # calls that take about as long as their Python code; one thread
 ACTIVATED = [(32, 96, 56, 56), (32, 384, 14, 14)]
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "silu", "gelu", "sigmoid", "tanh")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One race: tasks on one shape for all peers, and tasks for cybn alone beside them."""
+    """One race: tasks on one shape for all peers, and tasks for cybn only."""
 
     group: str
     tasks: tuple[Task, ...]
@@ -43,7 +43,7 @@ class Case:
     layers: int = 1  # how often the network has it
     quick: bool = False  # part of a quick run
     bars: bool = False  # needed by a bar
-    peers: tuple[str, ...] | None = None  # by `Peer.name`; None is all
+    peers: tuple[str, ...] | None = None  # names of peers; None means all
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """An id that says everything: resnet50-forward-64x112x112-float32-2t."""
+        """The id of the case, for example resnet50-forward-64x112x112-float32-2t."""
         one = self.every[0]
         works = {task.work for task in self.tasks}
         work = one.work if len(works) == 1 else one.operation
@@ -79,7 +79,7 @@ def short(shape: tuple[int, ...]) -> str:
 
 
 def every_case() -> Iterator[Case]:
-    """Yield all cases, those of one shape behind each other."""
+    """Yield all cases, those of one shape in succession if possible."""
     yield from network()
     yield from beyond_the_cache()
     for group, shapes in SHAPES.items():
@@ -97,7 +97,7 @@ def every_case() -> Iterator[Case]:
 
 
 def network() -> Iterator[Case]:
-    """Yield ResNet-50's layers: two threads, one, float64."""
+    """Yield ResNet-50's layers on two threads, on one, and in float64."""
     for (shape, layers), operation in product(zip(RESNET50, LAYERS, strict=True), PLAIN):
         task = Task(operation, shape)
         yield Case("resnet50", (task,), layers=layers, quick=prod(shape) < 1 << 24, bars=True)
@@ -106,9 +106,9 @@ def network() -> Iterator[Case]:
 
 
 def beyond_the_cache() -> Iterator[Case]:
-    """Yield what memory alone decides: plain passes beside the floor, half types beside float32.
+    """Yield cases that memory limits: plain passes with the floor, half types with float32.
 
-    Shapes are those of ResNet-50 whose x is larger than the last cache, or two with more samples.
+    Shapes are those of ResNet-50 with x larger than the last cache, or two with more samples.
     """
     cache = last_level_bytes() // 4
     large = [shape for shape in RESNET50 if prod(shape) > cache]
@@ -127,7 +127,7 @@ def halves(task: Task) -> tuple[Task, ...]:
 
 
 def small_calls() -> Iterator[Case]:
-    """Yield calls that are bound by what surrounds the loops, on one thread."""
+    """Yield small calls on one thread, which spend most of their time outside the loops."""
     for shape in TINY:
         tasks = [Task(operation, shape, threads=1) for operation in PLAIN]
         for task in (*tasks, Task("forward", shape, threads=1, module=True)):
@@ -142,7 +142,7 @@ def small_calls() -> Iterator[Case]:
 
 
 def fused() -> Iterator[Case]:
-    """Yield activations and residuals, beside the plain pass."""
+    """Yield activations and residuals, with the plain pass to compare."""
     for shape, operation in product(ACTIVATED, PASSES):
         plain = Task(operation, shape)
         every = [plain._replace(activation=name) for name in ACTIVATIONS]
@@ -175,7 +175,7 @@ def family() -> Iterator[Case]:
 
 # ---- PyTorch's modules and networks --------------------------------------------------------------
 
-# The batch of each.
+# The batch size of each.
 NETWORKS = {"ResNet-50": 16, "MobileNetV2": 32, "ConvNeXt": 8, "UNet": 4, "transformer": 32}
 MODES = ("inference", "evaluation step", "training step")
 

@@ -1,4 +1,4 @@
-"""The plugin of pytest-benchmark that lets contestants take turns: options, fixture, summary."""
+"""The plugin of pytest for the bench: options, the fixture `race`, and the summary."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ WAYS = "channels-last,convert,fuse,bare"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cybn")
     group.addoption("--quick", action="store_true", help="the main cases only; under two minutes")
-    group.addoption("--seconds", type=float, help="of a race, about; default: 1.5, or 0.25 quick")
-    group.addoption("--peers", help="such as numpy,onnxruntime; default: all")
-    group.addoption("--batch", type=int, help="of networks; default: a size that suits each")
-    group.addoption("--side", type=int, default=224, help="of the images; default: 224")
-    group.addoption("--ways", default=WAYS, help=f"to train networks; default: {WAYS}")
+    group.addoption("--seconds", type=float, help="per race, about; default: 1.5, or 0.25 if quick")
+    group.addoption("--peers", help="names such as numpy,onnxruntime; default: all")
+    group.addoption("--batch", type=int, help="batch size of networks; default: one for each")
+    group.addoption("--side", type=int, default=224, help="side of the images; default: 224")
+    group.addoption("--ways", default=WAYS, help=f"ways to train networks; default: {WAYS}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "bars: what the bars need; -m bars measures nothing else")
+    config.addinivalue_line("markers", "bars: cases that the speed targets need")
     config.addinivalue_line("markers", "quick: part of a quick run")
-    config.addinivalue_line("filterwarnings", "default")  # what peers warn of ends no run
+    config.addinivalue_line("filterwarnings", "default")  # warnings of peers do not end a run
     names = config.getoption("--peers")
     try:
         peers, missing = load(names.split(",") if names else None)
@@ -63,7 +63,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_group_stats(benchmarks: list[dict[str, Any]]) -> None:
-    """Say GB/s at the least traffic behind each name, for the tables; others make the groups."""
+    """Add GB/s of the least traffic to each name; pytest-benchmark then makes the groups."""
     for one in benchmarks:
         if moved := one["extra_info"].get("least_bytes"):
             one["name"] = f"{one['name']}  {moved / one['median'] / 1e9:.1f} GB/s"

@@ -32,10 +32,10 @@ def machine() -> dict[str, Any]:
 
 
 def usable_cpus() -> int:
-    """Return the CPUs that this process may run on."""
+    """Return how many CPUs this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def last_level_bytes() -> int:
-    """Return the size of the last cache, or 32 MiB where the system does not say."""
+    """Return the bytes of the last-level cache, or 32 MiB if the system does not report them."""
     return _runtime._cache_bytes(3)

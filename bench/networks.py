@@ -1,8 +1,8 @@
-"""Training steps of whole networks, one each time a line comes in; `test_bench.test_training` asks.
+"""Training steps of whole networks, one per line of input, which `test_bench.test_training` writes.
 
 ``python bench/networks.py ResNet-50 16 224 2 fuse``: network, batch, size, threads, and a way. A
-step is forward, loss, backward and SGD's update, on the same images every time. A process of its
-own, as memory that one way leaves behind changes what the next one pays for.
+step is forward, loss, backward and SGD's update, on the same images every time. Each way has its
+own process, because memory that an earlier way has used changes the speed of the next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def double(inputs: int, channels: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Down and up again (Ronneberger et al. 2015), with GroupNorm and SiLU; the sizes go down."""
+    """U-Net (Ronneberger et al. 2015) with GroupNorm and SiLU; `below` has channels of levels."""
 
     def __init__(self, inputs: int, channels: int, *below: int) -> None:
         super().__init__()
@@ -56,15 +56,15 @@ class UNet(nn.Module):
 
 
 def unet(size: int) -> nn.Module:
-    """Return three times down and up, and a classifier."""
+    """Return a U-Net that goes down and up three times, and a classifier."""
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)
     return nn.Sequential(UNet(3, 32, 64, 128, 256), *head)
 
 
 def transformer(size: int) -> nn.Module:
-    """Return six blocks of width 256, with RMSNorm, over patches of 16 x 16."""
+    """Return a transformer: six blocks of width 256, with RMSNorm, over patches of 16 x 16."""
     model = VisionTransformer(size, 16, 6, 4, 256, 768, norm_layer=nn.RMSNorm)
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # zero where it is made
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision sets it to 0
     return model
 
 
@@ -78,7 +78,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def arranged(model: nn.Module, words: list[str]) -> nn.Module:
-    """Return a model as a way has it: convert, fuse, compile, or bare, which has no norms."""
+    """Return a model changed by the words of a way: convert, fuse, compile, or bare (no norms)."""
     if "bare" in words:
         for module in list(model.modules()):
             for name, child in module.named_children():
@@ -90,7 +90,7 @@ def arranged(model: nn.Module, words: list[str]) -> nn.Module:
 
 
 def main() -> None:
-    """Do a step for each line, and answer with its loss, page faults and peak memory."""
+    """Do a step for each line, and print its loss, page faults and peak memory."""
     network, *numbers, way = sys.argv[1:]
     batch, size, threads = map(int, numbers)
     words = way.split("+")

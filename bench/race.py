@@ -1,9 +1,9 @@
-"""Timing: every contestant is checked, then all of them run in turn, round after round.
+"""Timing: every contestant is checked, then all of them take turns, round after round.
 
-So whatever slows the machine down for a while slows all of them. A turn is one figure: some untimed
-calls, which bring the contestant's data into the caches and let the threads of the one before fall
-asleep, then timed calls, averaged. The turns go to pytest-benchmark: its timer, statistics, tables
-and JSON.
+So if something slows the machine down for a while, it slows all of them. A turn begins with some
+untimed calls. They bring the contestant's data into the caches, and let the threads of the previous
+contestant fall asleep. Then some calls are timed, and their average is the figure of the turn.
+pytest-benchmark has the timer, and makes statistics, tables and JSON of the turns.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .task import AT_THE_KINK, FIRST, LAST, TOLERANCE, Contestant, Data, Peer, T
 
 WARM = 0.002  # seconds of untimed calls before a turn, at least one call
 TURN = 0.01  # seconds of timed calls in a turn, at least one call
-LONG = 0.02  # seconds of a call that needs no untimed one before it
-MOST = 40  # rounds
+LONG = 0.02  # seconds of a call, from which it needs no untimed call before it
+MOST = 40  # most rounds
 
 
 def wrong(task: Task, data: Data, contestant: Contestant, result: Any) -> str:
-    """Return what is wrong with a result; nothing where it is right."""
+    """Return a text that states what is wrong with a result; an empty one if it is right."""
     sample = data.sample(task)
     got = np.asarray(contestant.read(result))
     got = np.moveaxis(got, -1, 1) if contestant.layout == LAST else got
@@ -36,7 +36,7 @@ def wrong(task: Task, data: Data, contestant: Contestant, result: Any) -> str:
         expected, tolerance = data.expected(task), TOLERANCE[task.dtype]
     error = np.abs(got[sample].astype(np.float64) - expected)
     limit = tolerance * np.max(np.abs(expected), initial=0)
-    off = np.mean(~(error <= limit))  # NaN is off
+    off = np.mean(~(error <= limit))  # NaN counts as off
     kinks = task.operation == "backward" and task.activation
     if off > (AT_THE_KINK if kinks else 0):
         return f"its result is wrong by {np.max(error):.2g}; allowed is {limit:.2g}"
@@ -44,7 +44,7 @@ def wrong(task: Task, data: Data, contestant: Contestant, result: Any) -> str:
 
 
 class Race:
-    """Contestants of one case; made by the fixture `race`."""
+    """The contestants of one case; made by the fixture `race`."""
 
     def __init__(self, benchmark: Any, group: str, seconds: float, fewest: int) -> None:
         self.benchmark, self.group, self.seconds, self.fewest = benchmark, group, seconds, fewest
@@ -52,12 +52,12 @@ class Race:
         self.errors: list[str] = []
 
     def enter(self, peer: Peer, task: Task, data: Data, info: dict[str, Any]) -> None:
-        """Prepare and check what a peer has for a task; a failure is kept, and told at the end."""
+        """Prepare and check the contestants of a peer for a task; report a failure at the end."""
         sizes = {"sizes": list(task.shape), "nbytes": task.nbytes, "least_bytes": task.least_bytes}
         known = {**task._asdict(), **sizes, **info, "work": task.work, "peer": peer.name}
         try:
             for one in peer.contestants(task, data):
-                if one.layout in (FIRST, LAST):  # the answer of the one before is not ours
+                if one.layout in (FIRST, LAST):  # remove the result of the previous contestant
                     data.get("out", task.dtype, one.layout).fill(np.nan)
                 one.before()
                 start = time.perf_counter()
@@ -81,7 +81,7 @@ class Race:
         return self.contestants[-1]
 
     def run(self) -> None:
-        """Let all of them take turns; fail at the end if somebody could not."""
+        """Let all contestants take turns; fail at the end if one had an error."""
         self.benchmark._mode = "race"  # so that the fixture knows that it was used
         if not self.benchmark.disabled:
             gc.disable()
@@ -95,7 +95,7 @@ class Race:
             pytest.fail("\n".join(["not timed:", *self.errors]), pytrace=False)
 
     def _ready(self, one: Contestant) -> None:
-        """Estimate a call, and open the record at pytest-benchmark."""
+        """Estimate the time of a call, and begin its record in pytest-benchmark."""
         until = time.perf_counter() + WARM
         one.before()
         while one.estimate < LONG and time.perf_counter() < until:
@@ -104,7 +104,7 @@ class Race:
             taken = time.perf_counter() - start
             one.estimate = min(one.estimate or taken, taken)
         one.calls = max(1, round(TURN / one.estimate)) if one.estimate else 1
-        apart = ["work", "dtype", "threads"]  # said where they differ in a race
+        apart = ["work", "dtype", "threads"]  # in the name if they differ within a race
         apart = [key for key in apart if len({each.info.get(key) for each in self.contestants}) > 1]
         words = [one.info.get(key) for key in ("peer", "layout", "output", *apart)]
         self.benchmark.group = self.group

@@ -1,7 +1,7 @@
-"""What synchronized batch norms cost: ``mpiexec -n 2 python bench/ranks.py``.
+"""Measure the cost of synchronized batch norms: ``mpiexec -n 2 python bench/ranks.py``.
 
-Each rank has a batch of 16 and one thread. A step is a forward and a backward; the times are those
-of the quickest of 40 steps, as seen by rank 0.
+Each rank has a batch of 16 and one thread. A step is a forward and a backward. The times are those
+of the quickest of 40 steps on rank 0.
 """
 
 import time

@@ -1,10 +1,10 @@
-"""Figures into pages: ``python -m bench.report figures.json --pages README.md``.
+"""Fill the tables of pages: ``python -m bench.report figures.json --pages README.md``.
 
-The file is what ``pytest bench --benchmark-json=figures.json`` writes. A page says where a block
-goes, on lines of their own::
+``pytest bench --benchmark-json=figures.json`` writes the file. In a page, two lines mark the place
+of a table::
 
     <!-- bench: bars -->
-    whatever stands here is replaced
+    the text here is replaced
     <!-- end of bench -->
 """
 
@@ -31,7 +31,7 @@ NAMES = {"forward": "Training forward", "inference": "Inference", "backward": "B
 
 @dataclass
 class Run:
-    """The records of a machine, and what they depend on."""
+    """The records of a run, with the machine and the peers."""
 
     machine: dict[str, Any]
     peers: dict[str, str]
@@ -40,7 +40,7 @@ class Run:
 
 
 def records_of(benchmarks: Sequence[dict[str, Any]]) -> list[Record]:
-    """Return who did what in a run, with the median of its turns in seconds."""
+    """Return the records of a run, each with the median of its turns in seconds."""
     return [
         {**one["extra_info"], "seconds": one["stats"]["median"]}
         for one in benchmarks
@@ -49,11 +49,11 @@ def records_of(benchmarks: Sequence[dict[str, Any]]) -> list[Record]:
 
 
 def read(path: Path) -> Run:
-    """Read what a run has written; ValueError where it is something else."""
+    """Read the file of a run; raise ValueError if it is another file."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     info = stored.get("machine_info", {})
     if "peers" not in info:
-        raise ValueError(f"{path} is not what 'pytest bench --benchmark-json' has written")
+        raise ValueError(f"{path} was not written by 'pytest bench --benchmark-json'")
     records = records_of(stored["benchmarks"])
     return Run(info["cybn"], info["peers"], info["last-level cache"], records)
 
@@ -69,22 +69,23 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1) -> str:
-    """Return a table whose first columns are words, the others numbers; nothing without rows."""
+    """Return a table with `words` columns of words, then numbers; an empty text without rows."""
     rule = ["---" if i < words else "---:" for i in range(len(heads))]
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *rows)]
     return "\n".join(lines) + "\n" if rows else ""
 
 
 def number(value: float) -> str:
-    """Return three digits, without an exponent."""
+    """Return a number with about three digits, without an exponent."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 4
     return f"{value:.{digits}f}"
 
 
 def columns(found: Sequence[Record], layout: str | None) -> Iterator[tuple[str, Where]]:
-    """Yield heads, and whose times stand below: the quickest of their layouts where it is None.
+    """Yield the head of each column, and which records it shows.
 
-    oneDNN and its like, with layouts of their own, stand with the best beside channels-first.
+    If `layout` is None, these are the records of the quickest layout. A peer with layouts of its
+    own, such as oneDNN, shows its best layout in the tables of channels-first.
     """
     for peer in dict.fromkeys(r["peer"] for r in found):
         own = [r for r in found if r["peer"] == peer]
@@ -103,11 +104,11 @@ def columns(found: Sequence[Record], layout: str | None) -> Iterator[tuple[str, 
 
 
 def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor: float) -> str:
-    """Return times of some groups and one kind of work: a row a shape."""
+    """Return a table of the times of some groups and one kind of work, with a row per shape."""
     found = [r for r in run.records if r["group"] in groups and r["work"] == work]
-    least = min((r["threads"] for r in found), default=0)  # cybn's on more stand beside one thread
+    least = min((r["threads"] for r in found), default=0)  # "one thread" also has two of cybn
     found = [r for r in found if r["threads"] == least]
-    slowest_first = sorted(found, key=lambda r: -r["seconds"])  # the quickest comes last, and stays
+    slowest_first = sorted(found, key=lambda r: -r["seconds"])  # the last, the quickest, is kept
     grid = {}
     for head, where in columns(found, layout):
         best = {}
@@ -124,7 +125,7 @@ def times(run: Run, work: str, groups: Sequence[str], layout: str | None, factor
 def block(
     *groups: str, works: Sequence[str] = (), layout: str | None = FIRST, factor: float = 1e3
 ) -> Callable[[Run], str]:
-    """Return a block of times, in milliseconds; a table for each kind of work, under its name."""
+    """Return a function that makes a table of times, in milliseconds, for each kind of work."""
 
     def made(run: Run) -> str:
         tables = {work: times(run, work, groups, layout, factor) for work in works or NAMES}
@@ -137,10 +138,7 @@ def block(
 
 
 def beside(*groups: str) -> Callable[[Run], str]:
-    """Return a block that holds each kind of work against the plain one, and against the peers.
-
-    Below 1, what stands first takes less time.
-    """
+    """Return a function that makes a table of times over those of plain work, and of peers."""
 
     def comparisons(found: Sequence[Record]) -> Iterator[Bar]:
         keys = ("group", "norm", "work", "dtype", "operation")
@@ -170,7 +168,7 @@ def beside(*groups: str) -> Callable[[Run], str]:
 
 
 def summary(run: Run) -> str:
-    """Return cybn's time over PyTorch's best: a group a row, an operation a column."""
+    """Return cybn's time divided by PyTorch's best: a row per group, a column per operation."""
     rows = []
     ours, torch = {"peer": "cybn", "layout": FIRST, "output": REUSED}, {"peer": "PyTorch"}
     for group in dict.fromkeys(r["group"] for r in run.records):
@@ -183,7 +181,7 @@ def summary(run: Run) -> str:
 
 
 def training(run: Run) -> str:
-    """Return the training steps of whole networks, and how far losses are from PyTorch's."""
+    """Return a table of training steps of whole networks, and of differences of the loss."""
     rows = []
     for r in (r for r in run.records if r["group"] == "training"):
         cells = [f"{r['shape']}, {'x'.join(map(str, r['sizes']))}", r["peer"]]
@@ -231,7 +229,7 @@ BLOCKS: dict[str, Callable[[Run], str]] = {
 
 
 def filled(run: Run, path: Path) -> str:
-    """Return a page with its blocks filled; ValueError where a mark is unknown or has no end."""
+    """Return a page with its blocks filled; raise ValueError if a mark is unknown or has no end."""
     text = path.read_text(encoding="utf-8")
     if not (names := START.findall(text)):
         raise ValueError(f"{path} has no line <!-- bench: NAME -->; names: {', '.join(BLOCKS)}")
@@ -248,7 +246,7 @@ def filled(run: Run, path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill pages, print the bars."""
+    """Fill pages, and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=Path)
     parser.add_argument("--pages", nargs="+", type=Path, default=[])

@@ -1,4 +1,4 @@
-"""What is measured: an operation on a batch, the arrays it needs, and the right answer."""
+"""What is measured: an operation on a batch, the arrays it needs, and the right result."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .machine import usable_cpus
 Array = NDArray[Any]
 
 EPS = 1e-5
-THREADS = min(2, usable_cpus())  # the bars are for two
+THREADS = min(2, usable_cpus())  # the speed targets are for two
 FIRST, LAST = "channels-first", "channels-last"
 FRESH, REUSED = "fresh", "reused"  # the output: a new array, or the same one every time
-ROWS = ("layer", "rms")  # normalize the last axis, and have no channels-last
+ROWS = ("layer", "rms")  # norms of the last axis, which have no channels-last
 
-# Largest error, against the largest right value, of a peer that is timed: wide enough for a plain
-# float sum over millions of values, which some of them use.
+# Largest error of a peer that is timed, relative to the largest right value. It allows for a plain
+# float sum over millions of values, which some peers use.
 TOLERANCE = {"float64": 2.0**-38, "float32": 2.0**-9, "float16": 0.01, "bfloat16": 0.04}
-AT_THE_KINK = 1e-4  # share of values whose z is so near 0 that its slope may be either
+AT_THE_KINK = 1e-4  # share of values that may be so near a kink that either slope is right
 _CHECKED = 1 << 21  # values that are checked, about
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """Return zeros that start on a cache line, as the peers' own arrays do."""
+    """Return zeros that start on a cache line, like arrays that the peers create."""
     size = prod(shape) * dtype.itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -42,7 +42,7 @@ def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
 
 
 class Task(NamedTuple):
-    """What every contestant of a row has to do."""
+    """What every contestant of a case has to do."""
 
     operation: str  # forward (training), inference, backward
     shape: tuple[int, ...]  # (N, C, *spatial), or (..., C) for the norms of rows
@@ -52,29 +52,29 @@ class Task(NamedTuple):
     groups: int = 0
     activation: str = ""
     residual: bool = False
-    masked: bool = False  # a third of the positions does not count
+    masked: bool = False  # a third of the positions is masked
     module: bool = False  # through a layer that keeps running statistics
 
     @property
     def work(self) -> str:
-        """The operation and all that is not plain about it: "backward, relu + residual"."""
+        """The operation and its options, for example "backward, relu + residual"."""
         extra = [self.activation] * bool(self.activation) + ["residual"] * self.residual
         words = [" + ".join(extra), "masked" * self.masked, "through a layer" * self.module]
         return ", ".join(filter(None, [self.operation, *words]))
 
     @property
     def alone(self) -> bool:
-        """Whether it is a norm, and no more than that."""
+        """Whether it is a norm without options."""
         return not (self.activation or self.residual or self.masked or self.module)
 
     @property
     def plain(self) -> bool:
-        """Whether it is batch normalization in float32 or float64, and no more than that."""
+        """Whether it is batch normalization in float32 or float64 without options."""
         return self.alone and self.norm == "batch" and self.dtype in ("float32", "float64")
 
     @property
     def layouts(self) -> list[str]:
-        """The orders of memory that the shape can have."""
+        """The memory layouts that the shape can have."""
         return [FIRST] if self.norm in ROWS or len(self.shape) == 2 else [FIRST, LAST]
 
     @property
@@ -89,13 +89,13 @@ class Task(NamedTuple):
 
     @property
     def least_bytes(self) -> int:
-        """What memory moves at least: x and y, or dy, x and dx; and the residual's."""
+        """The least memory traffic: of x and y, or dy, x and dx, and of the residual."""
         arrays = 3 + 2 * self.residual if self.operation == "backward" else 2 + self.residual
         return self.nbytes * arrays
 
 
 class Arrays(NamedTuple):
-    """What a call is given, in one layout."""
+    """The arguments of a call, in one layout."""
 
     x: Array
     dy: Array
@@ -108,9 +108,9 @@ class Arrays(NamedTuple):
 
 
 class Data:
-    """The arrays of a shape, made and arranged as they are asked for.
+    """The arrays of a shape, each created when it is first used.
 
-    Contestants share them, outputs included, so that many of them fit in memory.
+    Contestants share them, also the outputs, so that many contestants fit in memory.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -136,7 +136,7 @@ class Data:
         return values
 
     def arrays(self, task: Task, layout: str = FIRST) -> Arrays:
-        """Return all arguments; gamma, beta and statistics in float32 for half types."""
+        """Return all arguments; for half types, gamma, beta and statistics are float32."""
         wide = "float64" if task.dtype == "float64" else "float32"
         rng = np.random.default_rng(3)
         gamma, var = rng.uniform(0.5, 1.5, (2, task.channels)).astype(wide)
@@ -150,7 +150,7 @@ class Data:
         return Arrays(*tensors, residual, mask, gamma, beta, mean, var)
 
     def expected(self, task: Task) -> Array:
-        """Return a sample of the right answer, in float64, from `cybn.reference`."""
+        """Return a sample of the right result, in float64, from `cybn.reference`."""
         plain = task._replace(threads=1, module=False)
         key = ("expected", str(plain))
         if key not in self._kept:
@@ -162,7 +162,7 @@ class Data:
         return self._kept[key]
 
     def sample(self, task: Task) -> tuple[Any, ...]:
-        """Return an index of what is checked: some channels, or some samples (rows) otherwise."""
+        """Return an index of what is checked: some channels for batch norm, else some samples."""
         axis = 1 if task.norm == "batch" else 0
         size = self.shape[axis]
         count = min(size, max(2, _CHECKED * size // prod(self.shape)))
@@ -171,7 +171,7 @@ class Data:
 
 
 def first_of(result: Any) -> Any:
-    """Return y or dx out of what a call returns."""
+    """Return y or dx from the result of a call."""
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
@@ -203,17 +203,17 @@ def bind(norms: ModuleType, task: Task, a: Arrays, **options: Any) -> Callable[[
 
 @dataclass
 class Contestant:
-    """A task made ready to run: arrays arranged, code compiled."""
+    """A call that does a task and is ready to run: its arrays exist, its code is compiled."""
 
     layout: str
     output: str
     call: Callable[[], object]  # does the work once, and returns the output
     read: Callable[[Any], Any] = first_of  # that output as an array, in this layout
     note: str = ""
-    many: Callable[[int], object] | None = None  # does it several times, where that is fairer
-    before: Callable[[], object] = lambda: None  # before a turn, such as setting threads
-    answer: Callable[[Any], Array] | None = None  # a sample of it, where the norm's is not
-    info: dict[str, Any] = field(default_factory=dict)  # what the record says of it
+    many: Callable[[int], object] | None = None  # does it several times, if that is fairer
+    before: Callable[[], object] = lambda: None  # called before a turn, for example to set threads
+    answer: Callable[[Any], Array] | None = None  # a sample of the result, if it is not the norm's
+    info: dict[str, Any] = field(default_factory=dict)  # fields of its record
     estimate: float = 0.0  # seconds of a call
     calls: int = 1  # timed calls in a turn
     turns: list[float] = field(default_factory=list)  # seconds
@@ -221,9 +221,9 @@ class Contestant:
 
 
 class Peer(ABC):
-    """Somebody who can do some of the tasks: a module of `bench.peers` has one.
+    """A library that can do some of the tasks; modules of `bench.peers` define them.
 
-    Making one raises ImportError or OSError where it is not installed.
+    The constructor raises ImportError or OSError if the library is not installed.
     """
 
     kinds: ClassVar[list[type[Peer]]] = []
@@ -237,8 +237,8 @@ class Peer(ABC):
     version = ""
     note = ""  # how it is called
     quick = True  # whether it takes part in a quick run
-    everywhere = True  # or only in cases that name it
+    everywhere = True  # whether it takes part in cases that do not name it
 
     @abstractmethod
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield a contestant for every layout and output; nothing for what it cannot do."""
+        """Yield a contestant for every layout and output; none if the peer cannot do the task."""

@@ -1,8 +1,7 @@
 """Every case of `bench.cases`, small calls of cybn.torch, and training steps of whole networks.
 
-Networks train in ways, of words joined by +: contiguous (without it, channels-last), convert, fuse,
-compile, bfloat16, bare, which has no norms, and inference, which does not train. To see the same
-where glibc keeps freed memory, set
+A way to run a network is words joined by +: contiguous (otherwise channels-last), convert, fuse,
+compile, bfloat16, bare (no norms), and inference (no training). To let glibc keep freed memory, set
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
 """
 
@@ -33,10 +32,10 @@ CASES = [
 SMALL = {
     f"small-{kind}-{short(s)}{'-last' * last}": (kind, s, last) for kind, s, last in small_modules()
 }
-FIRST_LOSS = 1e-4  # how far cybn's and PyTorch's may be apart before anything was learned
+FIRST_LOSS = 1e-4  # largest relative difference between the first losses of cybn and PyTorch
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
-batch = lru_cache(maxsize=1)(Data)  # neighbours of one shape share their arrays
+batch = lru_cache(maxsize=1)(Data)  # consecutive cases of one shape share their arrays
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +53,7 @@ def test_case(case: Case, race: Race, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small(name: str, race: Race) -> None:
-    """Let a module of PyTorch, cybn.torch's choice for it, and its kernels take turns."""
+    """Compare a module of PyTorch with its conversion, and with that for small calls."""
     kind, shape, last = SMALL[name]
     torch = pytest.importorskip("torch")
     convert = pytest.importorskip("cybn.torch").convert
@@ -91,7 +90,7 @@ def test_small(name: str, race: Race) -> None:
 
 
 def step(process: Any, own: list[dict[str, Any]]) -> None:
-    """Let a process do a step, and keep what it tells."""
+    """Let a process do a step, and store what it prints."""
     print(file=process.stdin, flush=True)
     own.append(json.loads(process.stdout.readline()))
 
@@ -114,7 +113,7 @@ def test_training(network: str, race: Race, request: pytest.FixtureRequest) -> N
         for way, (first,) in told.items():
             apart = abs(first["loss"] / stock[0]["loss"] - 1)
             if apart > FIRST_LOSS and not {"bare", "bfloat16"} & {*way.split("+")}:
-                race.errors.append(f"{way}: the first loss is off by {apart:.1g} of PyTorch's")
+                race.errors.append(f"{way}: the first loss differs by {apart:.1g} from PyTorch's")
         race.run()
     for one, own in zip(race.contestants, told.values(), strict=True):
         pairs = zip(own, stock, strict=False)  # of the same steps

@@ -1,4 +1,4 @@
-"""The field: classes of peers, found by themselves. To add one, add a file with a `Peer` in it."""
+"""The peers: libraries to compare. To add one, add a file with a subclass of `Peer`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..task import Peer
 
 
 def load(names: Sequence[str] | None = None) -> tuple[list[Peer], list[str]]:
-    """Make the peers of these names, in small letters and without spaces; all where it is None.
+    """Create the peers with these names (lower case, no spaces), or all if `names` is None.
 
-    Returns those that are installed, and a line about each of the others. cybn and the floor
-    always take part. An unknown name is a ValueError.
+    Return those that are installed, and a line about each of the others. cybn and the floor
+    always take part. Raise ValueError if a name is unknown.
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -1,4 +1,4 @@
-"""cybn itself, called as any user would."""
+"""cybn itself, called as a user would call it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The floors: what memory itself allows, with NumPy's own copy and add on the same threads.
+"""The floors: NumPy's copy and add, on the same number of threads, as the limit that memory sets.
 
-Each thread repeats its own part as often as the timing asks for, and waits for nobody before the
-end, so that a floor holds no handover between threads at all: it is a little lower than any single
-call can be.
+Each thread repeats its own part as often as the timing requires, and waits for other threads only
+at the end. So the time of a floor includes no synchronization of threads, and is a little lower
+than that of any single call can be.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Floor(Peer):
     note = "np.copyto(y, x), or np.add(x, dy, out=dx) for backward, split over the same threads"
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield the one floor of a plain task."""
+        """Yield the floor of a plain task."""
         adds = task.operation == "backward"
         if not task.alone or (adds and task.dtype not in ("float32", "float64")):
             return
@@ -47,7 +47,7 @@ class Floor(Peer):
 
 
 def _together(jobs: Sequence[Callable[[], Any]]) -> Callable[[int], None]:
-    """Return a function that repeats every job, each on a thread of its own, a number of times."""
+    """Return a function that repeats each job a number of times, on its own thread."""
     pool = ThreadPoolExecutor(len(jobs))
 
     def loop(job: Callable[[], Any], count: int) -> None:

@@ -1,4 +1,4 @@
-"""The formula as one writes it: in NumPy on one thread, and in JAX under jit on all CPUs."""
+"""The formula as users write it: in NumPy on one thread, and in JAX under jit on all CPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NumpyFormula(Peer):
     note = "the formula, one thread"
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield the one way it is written, for plain batch normalization."""
+        """Yield the formula for plain batch normalization."""
         if task.plain:
             x, dy, gamma, beta, mean, var, axes = given(task, data, FIRST)
             call: Callable[[], Any] = partial(forward, x, gamma, beta, axes)
@@ -47,10 +47,10 @@ class Jax(Peer):
         self.jax = importlib.import_module("jax")
         self.version = str(self.jax.__version__)
         self.jax.config.update("jax_platforms", "cpu")
-        self.jax.config.update("jax_enable_x64", True)  # allows float64, forces it on nobody
+        self.jax.config.update("jax_enable_x64", True)  # allows float64; float32 stays float32
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield both layouts of plain tasks on all CPUs: its threads are not ours to choose."""
+        """Yield both layouts of plain tasks on all CPUs, as JAX chooses its threads itself."""
         for layout in task.layouts if task.plain and task.threads == usable_cpus() else ():
             compute = self.compiled(task, data, layout)
             call = partial(lambda compute: self.jax.block_until_ready(compute()), compute)
@@ -58,7 +58,7 @@ class Jax(Peer):
             yield Contestant(layout, FRESH, call)
 
     def compiled(self, task: Task, data: Data, layout: str) -> Callable[[], Any]:
-        """Compile, and put the arrays where JAX wants them."""
+        """Compile the function, and copy the arrays to JAX's device."""
         jit, (*arrays, axes) = self.jax.jit, given(task, data, layout)
         x, dy, gamma, beta, mean, var = map(self.jax.device_put, arrays)
         if task.operation == "inference":

@@ -1,9 +1,9 @@
 """oneDNN: its batch normalization, through the C API with ctypes.
 
-Every layout is asked for by name, and the note of a contestant says which implementation oneDNN
-picked for it: ``bnorm_jit:avx2`` and the like are its just-in-time compiled kernels,
-``ncsp_bnorm:any`` and ``nspc_bnorm:any`` the compiled ones for the plain layouts. What is made
-through the C API lives as long as the process.
+Every layout is requested by name. The note of a contestant names the implementation that oneDNN
+has chosen: ``bnorm_jit:avx2`` and similar names are just-in-time compiled kernels, and
+``ncsp_bnorm:any`` and ``nspc_bnorm:any`` are compiled ones for the plain layouts. Objects of the C
+API are not freed before the process ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 129, 145, 255, 256
 
 
 class Argument(ct.Structure):
-    """What `dnnl_primitive_execute` takes several of."""
+    """An argument; `dnnl_primitive_execute` takes an array of these."""
 
     _fields_ = (("index", ct.c_int), ("memory", ct.c_void_p))
 
@@ -52,7 +52,7 @@ class OneDNN(Peer):
         read = ct.cast(self.library.dnnl_version, ct.CFUNCTYPE(ct.POINTER(ct.c_int)))()
         self.version = ".".join(str(read[i]) for i in range(3))
         if read[0] != MAJOR:
-            raise OSError(f"oneDNN is {self.version}; this peer speaks to version {MAJOR}")
+            raise OSError(f"oneDNN is {self.version}; this peer needs version {MAJOR}")
         self.engine = self.make("engine_create", CPU, ct.c_size_t(0))
         self.stream = self.make("stream_create", self.engine, DEFAULT_STREAM)
         # The OpenMP that oneDNN is linked with, already in the process.
@@ -61,13 +61,13 @@ class OneDNN(Peer):
         for layout in TAGS:
             tensor = self.tensor((2, 32, 8, 8), TAGS[layout])
             found = self.implementation(self.descriptor("forward", tensor))
-            if found.startswith("ref"):  # tens of times slower: nobody would use it
+            if found.startswith("ref"):  # tens of times slower
                 self.note += f"; {layout} is left out, it has no kernel here ({found})"
             else:
                 self.layouts.append(layout)
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield every layout that has a kernel on this CPU, output reused, for plain float32."""
+        """Yield every layout that has a kernel on this CPU, for plain tasks in float32."""
         if not task.plain or task.dtype != "float32":
             return
         before = partial(self.set_num_threads, task.threads)
@@ -75,7 +75,7 @@ class OneDNN(Peer):
             yield self.prepared(task, layout, data, before)
 
     def prepared(self, task: Task, layout: str, data: Data, before: Any) -> Contestant:
-        """Make a primitive and bind its memory; the note says which kernel does the work."""
+        """Create a primitive and bind its memory; the note names the kernel that does the work."""
         plain, inference = layout in (FIRST, LAST), task.operation == "inference"
         a = data.arrays(task, layout if plain else FIRST)
         x, dy = (v if plain else _blocked(v, layout) for v in (a.x, a.dy))
@@ -92,7 +92,7 @@ class OneDNN(Peer):
         if task.operation == "backward":
             call()  # mean and variance
             what = self.descriptor("backward", tensor, what)
-            del given[DST], given[SHIFT]  # oneDNN refuses what it does not need
+            del given[DST], given[SHIFT]  # oneDNN refuses arguments that it does not need
             given |= {DIFF_DST: dy, DIFF_SRC: out, DIFF_SCALE: empty[2], DIFF_SHIFT: empty[3]}
             call = self.primitive(what, tensor, given)
 
@@ -141,7 +141,7 @@ class OneDNN(Peer):
         return made
 
     def implementation(self, descriptor: Any) -> str:
-        """Return which kernel oneDNN has picked."""
+        """Return the name of the kernel that oneDNN has chosen."""
         name = ct.c_char_p()
         query = self.library.dnnl_primitive_desc_query
         query(descriptor, NAME_OF_IMPLEMENTATION, 0, ct.byref(name))

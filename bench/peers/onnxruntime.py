@@ -8,7 +8,7 @@ from functools import partial
 
 from ..task import EPS, FIRST, FRESH, REUSED, Array, Contestant, Data, Peer, Task
 
-OPSET = 15  # BatchNormalization as it has been since 2021
+OPSET = 15  # has the version of BatchNormalization since 2021
 
 
 class OnnxRuntime(Peer):

@@ -1,10 +1,10 @@
-"""PyTorch: its native operators, and its modules where the task is a layer.
+"""PyTorch: its native operators, or its modules if the task is a layer.
 
-`torch.native_batch_norm` is what `torch.nn.functional.batch_norm` ends up calling on the CPU. It is
-given no running statistics, which spares it their update. Operators that have an ``out=`` form are
-timed in it too; what has none always has a fresh output. Channels-last is its memory format, not a
-permuted copy. Activations follow the normalization, in place where it has them so. torch.compile is
-a peer of its own.
+On the CPU, `torch.nn.functional.batch_norm` calls `torch.native_batch_norm`. Here this gets no
+running statistics, so it need not update them. Operators with an ``out=`` form are also timed in
+this form; other calls always have a fresh output. Channels-last is PyTorch's memory format, not a
+permuted copy. Activations follow the normalization, in place if PyTorch has such a form.
+torch.compile is a separate peer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from ..task import EPS, FIRST, FRESH, LAST, REUSED, Contestant, Data, Peer, Task, first_of
 
 Call = Callable[[], Any]
-ALL = [True, True, True]  # gradients that are asked for
+ALL = [True, True, True]  # compute all three gradients
 INPLACE = ("relu", "leaky_relu", "silu", "hardswish", "relu6")
 
 
 class PyTorch(Peer):
-    """PyTorch on the CPU, without autograd where it can be done without."""
+    """PyTorch on the CPU, without autograd if possible."""
 
     name = "PyTorch"
     install = "pip install torch==2.13.0"
@@ -35,12 +35,12 @@ class PyTorch(Peer):
         self.version = str(self.torch.__version__)
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
-        """Yield both memory formats, and an output that is used again where it has one."""
+        """Yield both memory formats, with fresh outputs and, if possible, reused ones."""
         before = partial(self.torch.set_num_threads, task.threads)
-        images = len(task.shape) in (4, 5)  # what its channels-last is for
+        images = len(task.shape) in (4, 5)  # only these have channels-last
         for layout in () if task.masked else task.layouts if images else [FIRST]:
             t = {k: self.tensor(v, layout) for k, v in data.arrays(task, layout)._asdict().items()}
-            if task.norm != "batch":  # the other norms want parameters of x's type
+            if task.norm != "batch":  # the other norms need parameters of x's type
                 t |= {name: t[name].to(t["x"].dtype) for name in ("gamma", "beta")}
             for output, call in self.calls(
                 task, t, self.tensor(data.get("out", task.dtype, layout), layout)
@@ -76,13 +76,13 @@ class PyTorch(Peer):
             if task.norm != "batch":
                 outs = {f"out{i}": self.torch.empty_like(r) for i, r in enumerate(results)}
                 yield REUSED, partial(operator.out, *arguments, **outs)
-            elif task.operation != "backward":  # its out= form copies
+            elif task.operation != "backward":  # the out= form of backward copies
                 sizes = 0 if task.operation == "inference" else task.channels
                 outs = {"out": (out, *(t["gamma"].new_empty(sizes) for _ in "ab"))}
                 yield REUSED, partial(operator, *arguments, **outs)
 
     def native(self, task: Task, t: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
-        """Return an operator of ATen, its arguments, and what it returned for them."""
+        """Return an operator of ATen, its arguments, and tensors like its results."""
         aten = self.torch.ops.aten
         x, dy, gamma, beta = t["x"], t["dy"], t["gamma"], t["beta"]
         if task.norm == "batch":
@@ -114,7 +114,7 @@ class PyTorch(Peer):
         return getattr(f, task.activation)(z, **options) if task.activation else z
 
     def fused(self, task: Task, residual: Any, normalize: Any, arguments: Any) -> Any:
-        """Normalize, add the residual and activate, in place where it can be."""
+        """Normalize, add the residual and activate, in place if possible."""
         z = normalize(*arguments)[0]
         options = {"inplace": True} if task.activation in INPLACE else {}
         return self.act(task, z.add_(residual) if task.residual else z, **options)
@@ -134,7 +134,7 @@ class PyTorch(Peer):
         return norm
 
     def autograd(self, task: Task, t: dict[str, Any], wrap: Any = lambda norm: norm) -> Call:
-        """Return forward without a graph, or the gradients of a graph that is kept."""
+        """Return a call of forward without a graph, or of the gradients of a graph that is kept."""
         torch, norm = self.torch, wrap(self.formula(task))
         names = ["x", "gamma", *["beta"] * (task.norm != "rms"), *["residual"] * task.residual]
         if task.operation == "forward":
@@ -145,7 +145,7 @@ class PyTorch(Peer):
         return partial(torch.autograd.grad, y, wanted, t["dy"], retain_graph=True)
 
     def module(self, task: Task, t: dict[str, Any]) -> Any:
-        """Return a layer with running statistics, as PyTorch's users have it."""
+        """Return a layer with running statistics, as users of PyTorch have it."""
         nn = self.torch.nn
         kind = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][len(task.shape) - 2]
         layer = kind(task.channels, eps=EPS, dtype=t["gamma"].dtype)
@@ -154,7 +154,7 @@ class PyTorch(Peer):
 
 
 class Compiled(PyTorch):
-    """`torch.compile` with static shapes; backward is what it compiles for autograd."""
+    """`torch.compile` with static shapes; backward is the function it compiles for autograd."""
 
     name = "torch.compile"
     install = "pip install torch==2.13.0, and a C++ compiler"
@@ -165,7 +165,7 @@ class Compiled(PyTorch):
     def __init__(self) -> None:
         super().__init__()
         importlib.import_module("torch._dynamo").config.cache_size_limit = 1000
-        # Backward runs many times on one graph here: its tensors must not be given away.
+        # Backward runs many times on one graph here, so its tensors must not be reused.
         importlib.import_module("torch._functorch.config").donated_buffer = False
 
     def calls(self, task: Task, t: dict[str, Any], out: Any) -> Iterator[tuple[str, Call]]:

@@ -1,16 +1,16 @@
-"""What each step from the textbook kernel to the real one gains: ``pytest bench -k steps``.
+"""The gain of each step from the textbook kernel to the real one: ``pytest bench -k steps``.
 
-The textbook is `cybn/_kernels/plain.pyx`. A step adds to the one before; the last is what a call
-of cybn does.
+The textbook is `cybn/_kernels/plain.pyx`. Each step adds something to the step before, and the last
+step is a normal call of cybn.
 
 lanes             `moments` and `batch_norm_inference`, one after the other, on one thread, with
-                  vectors of 128 bits: sums are taken in 32 lanes. Where a channel is no long run
-                  (channels-last, 7x7) these are columns: neighbouring channels, done together
+                  vectors of 128 bits. Sums are taken in 32 lanes. If a channel is not a long run
+                  (channels-last, 7x7), the lanes are columns: neighbouring channels
 wide lanes        the same at the highest instruction level of this CPU
 threads           the same on the threads of the task
-one region        one call instead of two: one parallel region; backward is one call from the start
-past the caches   results are written around the caches, which leaves these to x
-blocks            a thread takes some channels through all passes while they lie in its L2
+one region        one call and parallel region instead of two; backward always is one call
+past the caches   results are written past the caches, so that x stays in them
+blocks            a thread does all passes for some channels while they are in its L2
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Steps(Peer):
                 "threads": (parts, last, task.threads, HUGE, HUGE),
                 "one region": (whole, last, task.threads, HUGE, HUGE),
                 "past the caches": (whole, last, task.threads, HUGE, NONE),
-                "blocks": (whole, last, task.threads),  # last: as everybody else needs it
+                "blocks": (whole, last, task.threads),  # last, as other peers need it
             }
             if parts is whole:
                 del steps["one region"]
@@ -92,7 +92,7 @@ def _textbook(task: Task, a: Any, out: Array) -> Callable[[], Any]:
 
 
 def _use(level: str, *caches: int) -> None:
-    """Call the kernels of a level, which are told the real sizes of L2 and L3, or these."""
+    """Use the kernels of a level, with the real sizes of L2 and L3 or with these."""
     kernels = _runtime.kernels_at(level)
     if caches:
         kernels.set_caches(*caches)
