@@ -91,16 +91,21 @@ class Verdict:
         return ratios[-1] if self.bar.how == "each" else geometric_mean(ratios)
 
     @property
+    def unit(self) -> str:
+        """The unit of the figures; none for a ratio."""
+        return "" if self.bar.theirs else " us"
+
+    @property
     def cells(self) -> list[str]:
-        """A row of the table whose heads are `HEADS`."""
-        limit, unit, worst = self.bar.bound, "" if self.bar.theirs else " us", self.pairs[-1]
-        said = "no bar" if limit is None else "met" if self.figure <= limit else "missed"
+        """The cells of a row of the table with the heads `HEADS`."""
+        limit, unit, worst = self.bar.bound, self.unit, self.pairs[-1]
+        said = "no target" if limit is None else "met" if self.figure <= limit else "missed"
         figures = [f"{self.figure:.3f}{unit}", "-" if limit is None else f"{limit:.3g}{unit}"]
         words = [str(len(self.pairs)), f"{worst.ratio:.3f}{unit}", worst.place]
         return [self.bar.name, said, *figures, *words]
 
 
-HEADS = ["bar", "verdict", "figure", "at most", "places", "worst", "on"]
+HEADS = ["target", "verdict", "figure", "at most", "cases", "worst figure", "worst case"]
 
 
 def verdicts(found: Sequence[Record], cache: int) -> list[Verdict]:

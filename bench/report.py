@@ -162,7 +162,7 @@ def beside(*groups: str) -> Callable[[Run], str]:
         for v in filter(None, (bar.held(found) for bar in comparisons(found))):
             figures = (v.figure, v.pairs[0].ratio, v.pairs[-1].ratio)
             rows.append([v.bar.name, *(f"{f:.2f}" for f in figures), v.pairs[-1].place])
-        return markdown(["time / time", "geometric mean", "least", "most", "on"], rows)
+        return markdown(["time / time", "geometric mean", "lowest", "highest", "highest on"], rows)
 
     return made
 
@@ -177,7 +177,7 @@ def summary(run: Run) -> str:
         found = [bar.held(run.records) for bar in every]
         if any(found):
             rows.append([group, *(f"{v.figure:.2f}" if v else "-" for v in found)])
-    return markdown(["geometric mean", *NAMES], rows)
+    return markdown(["group", *NAMES], rows)
 
 
 def training(run: Run) -> str:
@@ -193,14 +193,14 @@ def training(run: Run) -> str:
 
 
 def missed(run: Run) -> str:
-    """Return the places that miss a bar that each has to meet."""
+    """Return the cases, without the worst, that miss a target that each case has to meet."""
     rows = [
-        [verdict.bar.name, pair.place, f"{pair.ratio:.3f}"]
+        [verdict.bar.name, pair.place, f"{pair.ratio:.3f}{verdict.unit}"]
         for verdict in verdicts(run.records, run.cache)
-        for pair in reversed(verdict.pairs)
+        for pair in reversed(verdict.pairs[:-1])  # the table of targets has the worst
         if verdict.bar.how == "each" and pair.ratio > (verdict.bar.bound or inf)
     ]
-    return markdown(["bar", "place", "figure"], rows, words=2)
+    return markdown(["target", "case", "figure"], rows, words=2)
 
 
 BLOCKS: dict[str, Callable[[Run], str]] = {

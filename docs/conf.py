@@ -1,6 +1,6 @@
 """The site: ``sphinx-build -W docs site`` builds it, and runs the gallery.
 
-CYBN_GALLERY_SEEDS says how many seeds each script of the gallery takes, 5 unless it is set.
+CYBN_GALLERY_SEEDS is the number of seeds of each gallery script, 5 by default.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ myst_links_external_new_tab = False
 
 # The reference, from the docstrings.
 autosummary_generate = True
-autodoc_typehints = "none"  # the docstrings have them, in words
-# What cannot be imported is imitated: the pages need only the docstrings.
+autodoc_typehints = "none"  # the docstrings describe the types in words
+# Packages that are not installed are mocked, because the pages need only the docstrings.
 autodoc_mock_imports = [name for name in ("dask", "mpi4py", "torch") if not find_spec(name)]
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {
-    *("GL01", "GL03", "GL07", "GL08", "GL09"),  # there is a docstring, in the usual order
-    *("PR02", "PR10", "SS02", "SS06"),  # no parameter that is not there; a summary of one line
+    *("GL01", "GL03", "GL07", "GL08", "GL09"),  # docstrings exist, with sections in the usual order
+    *("PR02", "PR10", "SS02", "SS06"),  # documented parameters exist; the summary is one line
 }
 numpydoc_validation_exclude = {r"\.__\w+__$"}
 
@@ -59,7 +59,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 0,
     "write_computation_times": False,
-    "capture_repr": (),  # what scripts print, and not the value of their last line
+    "capture_repr": (),  # show what scripts print, but not the value of their last line
     "image_scrapers": ("matplotlib",),
     "matplotlib_animations": False,
     "abort_on_example_error": True,
@@ -99,13 +99,13 @@ def _block_math(translator: Any, node: nodes.math_block) -> None:
 
 
 def _gallery_links(app: Any, name: str, source: list[str]) -> None:
-    """Links to a script, which is what a repository's reader opens, lead to its page here."""
+    """Replace links to a gallery script, as they work in the repository, by links to its page."""
     text = re.sub(r"\]\(gallery/(plot_\w+)\.py\)", r"](auto_gallery/\1.rst)", source[0])
     source[0] = text.replace("](gallery/README.rst)", "](auto_gallery/index.rst)")
 
 
 def setup(app: Any) -> None:
-    """Formulas are MathML, which browsers draw by themselves, without a script from elsewhere."""
+    """Write formulas in MathML, which browsers draw without a script from another site."""
     app.connect("source-read", _gallery_links)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
 

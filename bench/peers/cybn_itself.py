@@ -17,7 +17,7 @@ class Cybn(Peer):
     name = "cybn"
     order = 0
     version = cybn.__version__
-    note = "fresh outputs from 1 MiB on lie in memory of earlier results"
+    note = "new outputs of 1 MiB or more reuse the memory of freed results"
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield both layouts, with the output reused and fresh."""

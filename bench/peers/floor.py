@@ -26,7 +26,7 @@ class Floor(Peer):
     name = FLOOR
     order = -1
     version = np.__version__
-    note = "np.copyto(y, x), or np.add(x, dy, out=dx) for backward, split over the same threads"
+    note = "np.copyto(y, x), or np.add(x, dy, out=dx) for backward, on the same number of threads"
 
     def contestants(self, task: Task, data: Data) -> Iterator[Contestant]:
         """Yield the floor of a plain task."""

@@ -45,7 +45,7 @@ class OneDNN(Peer):
     name = "oneDNN"
     install = "pip install onednn-cpu-gomp"
     order = 20
-    note = "C API; the blocked layouts are its own, and reordering to them is not counted"
+    note = "C API; also in its blocked layouts, without the time of conversion to them"
 
     def __init__(self) -> None:
         self.library = find()

@@ -28,7 +28,7 @@ class PyTorch(Peer):
     name = "PyTorch"
     install = "pip install torch==2.13.0"
     order = 10
-    note = "native operators; autograd for RMS, instance and backward of activations"
+    note = "native operators; autograd for RMS norm, instance norm and the backward of activations"
 
     def __init__(self) -> None:
         self.torch = importlib.import_module("torch")

@@ -1,8 +1,8 @@
-"""Which normalization survives training batches of 2, 4 and 8? Handwritten digits, real runs.
+"""Which normalization works with training batches of 2, 4 and 8? An experiment with digits.
 
-The sigmoid network of `cybn demo`, its four ways of normalizing side by side. All start from the
-same weights and see the same batches; what is reported is the accuracy in inference. Prints the
-table of docs/statistics.md. Needs the extra ``cybn[demo]``:
+This program trains the sigmoid network of `cybn demo` with four kinds of normalization. All start
+from the same weights and see the same batches. It prints the table of docs/statistics.md, with the
+accuracy in inference. It needs the extra ``cybn[demo]``:
 
     python docs/examples/small_batches.py
 """
@@ -26,11 +26,11 @@ GROUPS = 10
 BATCH_SIZES = (2, 4, 8)
 RATE_PER_IMAGE = 0.01
 MOMENTUM = 0.01  # running statistics of small batches need a long memory
-LIMITS = (3.0, 5.0)  # of renormalization, in the end
+LIMITS = (3.0, 5.0)  # final r_max and d_max of renormalization
 
 
 def normalizations(size: int, limits: cybn.Renorm) -> dict[str, Callable[[], Layer]]:
-    """Return how to make a layer of each kind, for batches of `size`."""
+    """Return a function for each kind that makes a layer, for batches of `size`."""
     options = {"momentum": MOMENTUM}
     ghost = options | {"virtual_batch_size": max(2, size // 2)}
     return {
@@ -42,7 +42,7 @@ def normalizations(size: int, limits: cybn.Renorm) -> dict[str, Callable[[], Lay
 
 
 def network(rng: np.random.Generator, normalization: Callable[[], Layer]) -> Network:
-    """Build the sigmoid network of the demo around one kind of normalization."""
+    """Build the sigmoid network of the demo with one kind of normalization."""
     layers: list[Layer] = [Flatten()]
     for inputs in (64, WIDTH, WIDTH):
         layers += [Dense(rng, inputs, WIDTH, std=0.1, bias=False), normalization(), Sigmoid()]
@@ -57,7 +57,7 @@ def run(digits: Digits, kind: str, size: int, repeat: int, epochs: int, bar: tqd
     done = 0
 
     def advance(steps: int) -> None:
-        """Plain for a sixth of the run, full limits from a half on, a straight line between."""
+        """Widen the limits linearly, from a sixth of the run to a half."""
         nonlocal done
         done += steps
         share = min(1.0, max(0.0, (done / (epochs * epoch) - 1 / 6) * 3))

@@ -1,12 +1,12 @@
-"""The pictures of the speed, from a run of the developers' bench.
+"""Draw the pictures of the speed from a run of the developers' bench.
 
     pytest bench --benchmark-json=figures.json
     python -m docs.examples.speed figures.json
 
-speed.png is the README's: bars are geometric means over the nine layers of ResNet-50 of the time
-over that of copying the batch (of adding two batches, for backward), float32, two threads. Of each
-library its fastest memory layout counts, shape by shape. resnet50.png shows GB/s of cybn, layer by
-layer, beside that copy.
+speed.png is the picture of the README. A bar is the time of a library divided by that of copying
+the batch (for backward, of adding two batches): the geometric mean over the nine layers of
+ResNet-50, with float32 and two threads. For each shape the library's fastest memory layout is used.
+resnet50.png compares the GB/s of cybn with those of that copy, layer by layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.report import Run, read
 PICTURES = Path(__file__).resolve().parents[1] / "pictures"
 PEERS = ("cybn", "oneDNN", "PyTorch", "JAX", "ONNX Runtime", "NumPy")
 TITLES = {"forward": "training forward", "inference": "inference", "backward": "backward"}
-BLUE, GREY = "#0072B2", "#999999"  # blue of Okabe and Ito, who do not depend on colour vision
+BLUE, GREY = "#0072B2", "#999999"  # Okabe and Ito's blue, for any colour vision
 
 
 def quickest(run: Run, **where: str) -> dict[str, dict[str, Any]]:
@@ -35,7 +35,7 @@ def quickest(run: Run, **where: str) -> dict[str, dict[str, Any]]:
 
 
 def compared(axes: Any, run: Run, operation: str) -> None:
-    """Draw the times of all libraries over those of the floor, and print them."""
+    """Draw and print the times of all libraries, divided by those of the floor."""
     floor = quickest(run, peer="floor", work=operation)
     found = {}
     for peer in PEERS:
@@ -54,7 +54,7 @@ def compared(axes: Any, run: Run, operation: str) -> None:
 
 
 def speeds(axes: Any, run: Run, operation: str) -> None:
-    """Draw GB/s over the layers, beside the floor."""
+    """Draw the GB/s of each layer, and those of the floor."""
     floor = quickest(run, peer="floor", work=operation)
     lines = {"floor": floor}
     for layout in ("channels-first", "channels-last"):

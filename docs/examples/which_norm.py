@@ -1,8 +1,8 @@
-"""Batch, group, layer, instance or RMS normalization? Handwritten digits, real runs.
+"""Batch, group, layer, instance or RMS normalization? An experiment with handwritten digits.
 
-The convolutional network of `cybn demo` with each of them, and with none, trained with batches of 2
-to 64. Prints the tables of docs/which-norm.md and draws its picture. Needs the extra
-``cybn[demo]``:
+This program trains the convolutional network of `cybn demo` with each of them, and with none, in
+batches of 2 to 64. It prints the tables of docs/which-norm.md and draws its picture. It needs the
+extra ``cybn[demo]``:
 
     python docs/examples/which_norm.py --picture which-norm.png
 """
@@ -30,14 +30,14 @@ from cybn.demo.training import accuracy, train
 
 SIDE = 8  # pixels, in both convolutions
 GROUPS = 4
-VALIDATION = 300  # of the training images, while the learning rate is chosen
+VALIDATION = 300  # training images that are used only to choose the learning rate
 RATES_PER_IMAGE = (0.0025, 0.01, 0.04)
 BATCH_SIZES = (2, 4, 8, 16, 32, 64)
 CONTRAST_BATCH = 32
 CONTRASTS = (1.0, 0.75, 0.5, 0.25)
 
-# What makes a layer for so many channels. Group, layer, instance and RMS normalization work within
-# each image; none of them knows the batch.
+# Functions that make a layer for a number of channels. Group, layer, instance and RMS normalization
+# work within each image, and do not use the batch.
 KINDS: dict[str, Callable[[int], Layer] | None] = {
     "batch": cybn.BatchNorm2d,
     "group": partial(cybn.GroupNorm, GROUPS),
@@ -52,15 +52,15 @@ MARKERS = "osDv^x"
 
 
 class Cell(NamedTuple):
-    """One kind with one batch size."""
+    """The results of one kind of normalization with one batch size."""
 
     rate: float  # per image
     accuracy: list[float]  # in per cent, one for each repeat
-    by_contrast: list[list[float]]  # for each contrast of the test images, likewise
+    by_contrast: list[list[float]]  # the same for each contrast of the test images
 
 
 def network(rng: np.random.Generator, make: Callable[[int], Layer] | None) -> Network:
-    """Build the convolutional network of the demo around one kind of normalization."""
+    """Build the convolutional network of the demo with one kind of normalization."""
     layers: list[Layer] = []
     for inputs, outputs in ((1, 8), (8, 16)):
         std = (2 / (9 * inputs)) ** 0.5
@@ -74,7 +74,7 @@ def network(rng: np.random.Generator, make: Callable[[int], Layer] | None) -> Ne
 def trained(
     digits: Digits, kind: str, size: int, rate: float, seed: list[int], epochs: int, bar: tqdm
 ) -> Network:
-    """Train once. One seed gives all kinds the same weights and the same batches."""
+    """Train once. With one seed all kinds get the same weights and the same batches."""
     net = network(np.random.default_rng([*seed, 1]), KINDS[kind])
     epoch = len(digits.train_x) // size
     train(
@@ -91,7 +91,7 @@ def trained(
 
 
 def best_rate(digits: Digits, kind: str, size: int, repeats: int, epochs: int, bar: tqdm) -> float:
-    """Choose a learning rate on images that are neither trained on here nor tested on later."""
+    """Choose a learning rate on images that are used neither for training here nor for tests."""
     (x, y), cut = digits[:2], VALIDATION
     held_out = Digits(x[cut:], y[cut:], x[:cut], y[:cut])
     scores = {
@@ -107,7 +107,7 @@ def best_rate(digits: Digits, kind: str, size: int, repeats: int, epochs: int, b
 
 
 def measure(digits: Digits, kind: str, size: int, options: argparse.Namespace, bar: tqdm) -> Cell:
-    """Choose the learning rate, then train and test so many times with other seeds."""
+    """Choose the learning rate, then train and test `options.repeats` times with other seeds."""
     rate = best_rate(digits, kind, size, options.trials, options.epochs, bar)
     faded = [digits._replace(test_x=digits.test_x * np.float32(c)) for c in CONTRASTS]
     each = []

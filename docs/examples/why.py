@@ -1,6 +1,6 @@
-"""Why normalize: what happens to values on their way through a deep network, with and without.
+"""Show how values change on their way through a deep network, with and without normalization.
 
-Draws the picture of docs/fifteen-minutes.md. Needs the extra ``cybn[demo]``:
+This program draws the picture of docs/fifteen-minutes.md. It needs the extra ``cybn[demo]``:
 
     python docs/examples/why.py
 """
@@ -22,7 +22,7 @@ from cybn.demo.training import accuracy, train
 
 PICTURE = Path(__file__).resolve().parents[1] / "pictures" / "why.png"
 DEPTH, WIDTH = 10, 100
-SCALES = {"weights too small": 0.5, "weights too large": 2.0}  # times what He et al. advise
+SCALES = {"weights too small": 0.5, "weights too large": 2.0}  # times the scale of He et al.
 COLOURS = {"plain": "#D55E00", "with batch normalization": "#0072B2"}
 SEEDS = 5
 
@@ -38,7 +38,7 @@ def network(seed: int, scale: float, normalized: bool) -> Network:
 
 
 def spreads(net: Network, x: np.ndarray) -> list[float]:
-    """Return the standard deviation of what each ReLU is given, in training mode."""
+    """Return the standard deviation of the input of each ReLU, in training mode."""
     net.train()
     found = []
     for layer in net.layers:
@@ -49,7 +49,7 @@ def spreads(net: Network, x: np.ndarray) -> list[float]:
 
 
 def curve(digits: Digits, seed: int, scale: float, normalized: bool, steps: int) -> list[float]:
-    """Train, and return the test accuracy ten times on the way."""
+    """Train, and return the test accuracy at ten steps of the training."""
     net = network(seed, scale, normalized)
     found: list[float] = []
     train(
@@ -63,7 +63,7 @@ def curve(digits: Digits, seed: int, scale: float, normalized: bool, steps: int)
         observe=lambda step: found.append(accuracy(net, digits)),
         advance=lambda steps: None,
     )
-    return found + [10.0] * (10 - len(found))  # a run that diverged guesses
+    return found + [10.0] * (10 - len(found))  # a diverged run counts as guessing
 
 
 def main() -> None:

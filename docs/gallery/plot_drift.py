@@ -59,7 +59,7 @@ def trained(seed):
 # %%
 # Four changes
 # ------------
-# The last one changes no pixel: it keeps only images of the digit 1.
+# The last change keeps only images of the digit 1, and changes no pixel.
 
 
 def half_contrast(x, y, rng):
@@ -86,7 +86,7 @@ def layers_of(net):
 
 
 def run(seed):
-    """Return the accuracy as trained, and for each change: drift, accuracy before, after."""
+    """Return the accuracy after training, and for each change drift, accuracy before and after."""
     net, digits = trained(seed)
     found = []
     kept = [bn.snapshot() for bn in layers_of(net)]

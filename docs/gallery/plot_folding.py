@@ -7,7 +7,7 @@ value, and both can be merged into the convolution before it. Does the folded ne
 objects, and how much time does it save?
 
 The detector looks at pictures of 32 x 32 pixels with up to four handwritten digits in them, and
-says for each cell of 8 x 8 pixels which digit is there, if any. It is trained with batch
+predicts for each cell of 8 x 8 pixels which digit is there, if any. It is trained with batch
 normalization, then `cybn.folding.fold_conv` merges each of its three batch norms into the
 convolution before it.
 """
@@ -34,7 +34,7 @@ threadpool_limits(1, user_api="blas")  # the matrices are small
 
 
 def scenes(rng, x, y, count):
-    """Return pictures (N, 1, 32, 32), and what is in their cells (N, 4, 4)."""
+    """Return pictures (N, 1, 32, 32), and the classes of their cells (N, 4, 4)."""
     pictures = np.zeros((count, 1, 32, 32), np.float32)
     cells = np.full((count, 4, 4), NOTHING)
     for picture, cell in zip(pictures, cells, strict=True):
@@ -56,7 +56,7 @@ CHANNELS = ((1, 8), (8, 24), (24, 32))
 
 
 class Cells(Plain):
-    """From (N, C, H, W) to rows of C scores, one for each cell."""
+    """Turn (N, C, H, W) into rows of C scores, one row for each cell."""
 
     def __call__(self, x):
         self.shape = x.shape
@@ -106,7 +106,7 @@ def found_of(net, pictures, cells):
 
 
 def time_of(nets, pictures, rounds=15):
-    """Return the median time of each, in turn."""
+    """Return the median time of each network; they take turns."""
     times = [[] for _ in nets]
     for _ in range(rounds):
         for net, each in zip(nets, times, strict=True):

@@ -4,7 +4,7 @@ A generative adversarial network on digits
 
 **Question.** Generative adversarial networks are hard to train, and batch normalization is part of
 most recipes for them. In which of the two networks does it help: in the generator, which draws
-digits, or in the discriminator, which tells drawn digits from real ones?
+digits, or in the discriminator, which distinguishes drawn digits from real ones?
 
 Both are small convolutional networks in NumPy, trained with Adam on 1797 real digits of 8 x 8
 pixels. Five ways are compared: no batch normalization; in the generator only; in the
@@ -35,7 +35,7 @@ threadpool_limits(1, user_api="blas")  # the matrices are small
 
 
 class Unflatten(Plain):
-    """From (N, C*4*4) to (N, C, 4, 4)."""
+    """Reshape (N, C*4*4) to (N, C, 4, 4)."""
 
     def __call__(self, x):
         return x.reshape(len(x), -1, 4, 4)
@@ -45,7 +45,7 @@ class Unflatten(Plain):
 
 
 class Double(Plain):
-    """Each pixel becomes 2 x 2."""
+    """Repeat each pixel, so that it becomes 2 x 2 pixels."""
 
     def __call__(self, x):
         return x.repeat(2, axis=2).repeat(2, axis=3)
@@ -56,7 +56,7 @@ class Double(Plain):
 
 
 class LeakyReLU(Plain):
-    """x, or a fifth of x where it is negative."""
+    """Divide negative values by five."""
 
     def __call__(self, x):
         self.slope = np.where(x > 0, np.float32(1), np.float32(0.2))
@@ -129,7 +129,7 @@ KINDS = {
 
 
 def run(seed, kind):
-    """Train one pair; return 1000 drawn images."""
+    """Train one pair of networks, and return 1000 drawn images."""
     in_generator, in_discriminator, mixed = KINDS[kind]
     rng = np.random.default_rng([seed, 1])
     images = load_digits(seed).train_x
@@ -213,8 +213,8 @@ for ax, (kind, images) in zip(axes.ravel(), shown.items(), strict=True):
 # ------
 # Batch normalization helps in the discriminator. There it lowers the mean distance from 1.10 to
 # 0.76, and it is lower with every seed. In the generator alone it does not help: the distance is
-# 1.24, and the ranges overlap. In both networks the mean is 0.92, with the largest spread. Mixing
-# real and drawn images in one batch reduces the spread, but hardly the mean.
+# 1.24, and the ranges overlap. With it in both networks the mean is 0.92, with the largest spread.
+# Mixing real and drawn images in one batch reduces the spread, but hardly the mean.
 #
 # Without batch normalization the generators fail to draw some digits: on average 9.3 of the ten
 # were frequent enough. With it in either network, all ten were. No network is good after 900 steps:

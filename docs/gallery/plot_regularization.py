@@ -1,6 +1,6 @@
 """
-Batch normalization beside dropout
-==================================
+Batch normalization and dropout
+===============================
 
 **Question.** Batch normalization and dropout can both reduce overfitting. Which of them is better
 with few training images, and are both together better than one?

@@ -7,7 +7,7 @@ normalization includes the padding in its statistics? How does this compare with
 with layer normalization?
 
 The texts are the help pages that Python ships as ``pydoc_data.topics``. A small convolutional
-network reads a piece of 10 to 80 characters and says from which of eight pages it is. Training
+network reads a piece of 10 to 80 characters and predicts from which of eight pages it is. Training
 pieces come from the first three quarters of each page, test pieces from the last quarter.
 """
 
@@ -59,7 +59,7 @@ def pieces(rng, count, parts, width):
 # layer. Padding is set to zero before each convolution and left out of the mean. So it affects the
 # network only through the statistics of the normalization.
 class Convolution:
-    """A convolution over (N, L, C), with zeros beyond both ends."""
+    """A convolution over (N, L, C) that pads both ends with zeros."""
 
     def __init__(self, rng, inputs, outputs):
         std = (2 / (WINDOW * inputs)) ** 0.5
@@ -227,7 +227,7 @@ right.set(title="Accuracy; the dotted line is chance", xlabel="%")
 # deviation 1. They have 1.33 with the padding of this experiment, and up to 3.8 with more. With
 # lengths they have 1 for any padding.
 #
-# The effect on accuracy is small. With lengths it is 40.2 %, without 38.6 %, and 36.9 % if batches
+# The effect on accuracy is small. It is 40.2 % with lengths, 38.6 % without, and 36.9 % if batches
 # are padded to three times the length. The standard deviations are 1.5 to 2.5, so three seeds do
 # not prove a difference. A likely reason is that training and inference are padded in similar ways,
 # so the network can adapt to the distorted values. Masking makes the result independent of the
