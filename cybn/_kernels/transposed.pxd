@@ -191,12 +191,12 @@ cdef inline void transposed_terms(
         r = 1 / sqrt(v)
         size = fabs(s1) + fabs(s2 * r * r / D) if backward else 0
         block.left[j] = beyond(mean, v, backward, size, <T> 0)
-        hi = <T> mean if r != 0 else 0      # if m2 is infinite, y is beta
+        hi = <T> mean
         terms[HI + j] = hi
-        terms[LO + j] = <T> (mean - hi) if r != 0 else 0
+        terms[LO + j] = <T> (mean - hi)
         terms[R + j] = <T> r
         terms[C1 + j] = <T> (s1 / D) if backward and centred else 0
-        terms[C2 + j] = <T> (s2 * r / D) if backward and r != 0 else 0
+        terms[C2 + j] = <T> (s2 * r / D) if backward else 0
 
 
 cdef inline void transposed_scale(
