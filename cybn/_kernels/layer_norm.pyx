@@ -702,7 +702,7 @@ cdef void read_transposed(const Job* job, const Rows* rows, const Span* s, T* ou
 cdef void write_transposed(
     const Job* job, const Span* s, const Block* block, const T* v
 ) noexcept nogil:
-    """Write the rows of a transposed span, except those that are left to the dispatch."""
+    """Write the rows of a transposed span, except those that the dispatch computes."""
     cdef T room[4 * SHORT]
     cdef Py_ssize_t D = job.p.D, n = s.n1 - s.n0, left = 0, i, j
     cdef char* at = place(&job.p.y, job, s.n0, s.g0 * D)

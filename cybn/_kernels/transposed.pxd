@@ -40,13 +40,13 @@ cdef extern from * nogil:
     void transpose4 "cybn_transpose4"(
         const float* v, Py_ssize_t pitch, float* out, Py_ssize_t out_pitch)
 
-cdef struct Block:              # what is known of each row of a block
+cdef struct Block:              # statistics of each row of a block
     double mean[LANES]
     double m2[LANES]
     double s1[LANES]            # sums about the shift; backward, of dz = dy * gamma
     double s2[LANES]            # and of their squares; backward, of dz * (x - mean)
     Py_ssize_t unsettled[LANES]     # 1 if the row must be summed again
-    Py_ssize_t left[LANES]      # 1 if the row is left to the dispatch
+    Py_ssize_t left[LANES]      # 1 if the dispatch must compute the row
 
 cdef enum:
     HI = 0                      # where the terms of the rows begin: (TERMS, LANES) of T
@@ -82,7 +82,7 @@ cdef inline void find_pivots(
     Py_ssize_t D,
     T* restrict shift,          # OUT (LANES,)
 ) noexcept nogil:
-    """Find what each row is summed about: the mean of its samples, which are added in a tree.
+    """Find the pivot of each row: the mean of its samples, which are added in a tree.
 
     If that overflows, the sums are not finite, and the row is summed again.
     """
@@ -181,7 +181,7 @@ cdef inline void transposed_terms(
     Block* block,               # IN  mean, m2, backward s1, s2; OUT left
     T* restrict terms,          # OUT (TERMS, LANES)
 ) noexcept nogil:
-    """Compute what the second pass needs to know of each row."""
+    """Compute what the second pass needs for each row."""
     cdef double v, r, mean, size, s1, s2
     cdef T hi
     cdef Py_ssize_t j
@@ -206,7 +206,7 @@ cdef inline void transposed_scale(
     Py_ssize_t D,
     const T* restrict terms,    # IN  (TERMS, LANES)
 ) noexcept nogil:
-    """y = ((x - hi) - lo) * r * gamma + beta"""
+    """Compute y = ((x - hi) - lo) * r * gamma + beta."""
     cdef T weight, add
     cdef Py_ssize_t i, j
     for i in range(D):
@@ -233,7 +233,7 @@ cdef inline void transposed_unscale(
     double* dgamma,             # IO  (D / S,) sums of dy * xhat
     double* dbeta,              # IO  (D / S,) sums of dy
 ) noexcept nogil:
-    """dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r"""
+    """Compute dx = r * (dy * gamma - c1 - xhat * c2), with xhat = ((x - hi) - lo) * r."""
     cdef T a[LANES]
     cdef T given, xhat, weight
     cdef double sums[2 * WIDE]
