@@ -19,6 +19,13 @@ def rng():
     return np.random.default_rng(20150211)  # the day the batch-normalization paper came out
 
 
+@pytest.fixture(name="bind")
+def switch():
+    """Return a function that switches the instruction level until the test ends."""
+    yield bind
+    bind(_runtime.level)
+
+
 @pytest.fixture(params=LEVELS)
 def level(request):
     """Run the test once per instruction level that the build contains and the CPU supports."""

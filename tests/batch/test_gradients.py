@@ -120,10 +120,9 @@ def test_scale_invariance(rng, shape, dtype, axis):
 
 
 @pytest.mark.row(12)
-@every_layout
 @every_dtype
 @pytest.mark.parametrize("shape", FAMILIES, ids=str)
-def test_shift_invariance(rng, shape, dtype, axis):
+def test_shift_invariance(rng, shape, dtype):
     """Shifts are multiples of 1/64, so shifted x is exact; y and dx only differ by rounding."""
     x, dy, gamma, beta = normal_case(rng, shape, dtype)
     x = np.round(x * 64) / 64
@@ -132,13 +131,14 @@ def test_shift_invariance(rng, shape, dtype, axis):
     x += dtype(4096)
     _, allowed = forward_bound(x, gamma, beta, 1)  # float64 bounds grow with the mean
     _, allowed_backward = backward_bound(dy, x, gamma, 1)
-    x = lay(x, axis)
-    y, m = cybn.batch_norm(x, gamma, beta, axis=axis)
-    dx, *sums = cybn.batch_norm_backward(lay(dy, axis), x, m, gamma, axis=axis)
-    assert (np.abs(np.moveaxis(y, axis, 1) - exact) <= allowed).all()
-    got = (np.moveaxis(dx, axis, 1), *sums)
-    for a, b, bound in zip(got, exact_backward, allowed_backward, strict=True):
-        assert (np.abs(a - b) <= bound).all()
+    for axis in (1, -1):
+        laid = lay(x, axis)
+        y, m = cybn.batch_norm(laid, gamma, beta, axis=axis)
+        dx, *sums = cybn.batch_norm_backward(lay(dy, axis), laid, m, gamma, axis=axis)
+        assert (np.abs(np.moveaxis(y, axis, 1) - exact) <= allowed).all()
+        got = (np.moveaxis(dx, axis, 1), *sums)
+        for a, b, bound in zip(got, exact_backward, allowed_backward, strict=True):
+            assert (np.abs(a - b) <= bound).all()
 
 
 @pytest.mark.row(12)

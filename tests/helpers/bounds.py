@@ -9,8 +9,13 @@ REPEATED = 4  # factor of the bound if x repeats a few values (docs/math.md, 6.5
 
 
 def wide(*arrays):
-    """Return the arrays in long double, so that the reference computes in long double."""
-    return [None if a is None else np.asarray(a).astype(np.longdouble) for a in arrays]
+    """Return the arrays in float64 if all are float32, otherwise in long double.
+
+    The reference computes in the type of its input, so that it has 29 or 11 bits more.
+    """
+    given = [None if a is None else np.asarray(a) for a in arrays]
+    narrow = all(a is None or a.dtype == np.float32 for a in given)
+    return [None if a is None else a.astype(np.float64 if narrow else np.longdouble) for a in given]
 
 
 def column(v, ndim, axis):

@@ -86,7 +86,7 @@ def backward_bound(dy, x, gamma, axis, eps=1e-5):
     dbeta: ulp * sum |dy|;  dgamma: ulp * sum (|dy| * size);
     dx: ulp * |gamma| * r * (|dy| + mean |dy| + size * mean (|dy| * size)).
     """
-    dy, g, wx = wide(dy, np.ones(x.shape[axis]) if gamma is None else gamma, x)
+    dy, g, wx = wide(dy, np.ones(x.shape[axis], x.dtype) if gamma is None else gamma, x)
     ulp = ULP32 if x.dtype == np.float32 else ULP64
     axis = axis % x.ndim
     others = tuple(i for i in range(x.ndim) if i != axis)
