@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 from bounds import ULP32, ULP64, column, wide
 from digest_cases import FAMILIES as FAMILIES  # defined in a module that does not need pytest
+from levels import LEVELS
 from shapes import GROUPS, Shape
 
 from cybn import reference
 
 DTYPES = [np.float32, np.float64]
 AXES = [pytest.param(1, id="channels-first"), pytest.param(-1, id="channels-last")]
+
+# Many cases are divided among the levels; the slow tests run all of them at each level.
+every_step = pytest.mark.parametrize(
+    "step",
+    [pytest.param(len(LEVELS), id="divided"), pytest.param(1, marks=pytest.mark.slow, id="all")],
+)
 
 
 def small(shape, most=2**16):
