@@ -51,7 +51,7 @@ class Fusing:
             return f"add, {name}" if added else name, ""
         if self.why:
             return "", next(iter(self.why.values()))
-        return "", "not called yet: the first call in each mode shows what follows"
+        return "", f"no call of {LEAST} values or more, without hooks, has shown yet what follows"
 
     def learn(self, mode: bool, activation: Activation, added: bool) -> None:
         """Store which operation followed."""

@@ -411,6 +411,7 @@ def test_small_calls_are_apart(monkeypatch, kernel_calls):
     model = fused(stack(nn.ReLU), image())
     model(image())
     assert computed(kernel_calls) == [None] * 4
+    assert "no call of 16384 values or more" in cybn.torch.report(model).rows[0].why
 
 
 # ---- copies, and the rest of PyTorch -----------------------------------------------------
