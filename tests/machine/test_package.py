@@ -111,12 +111,16 @@ def room_of(path):
 
 
 def test_the_installed_package_is_under_test():
-    """Tests use the installed package, or this tree if it was installed as editable."""
-    try:
-        origin = importlib.metadata.distribution("cybn").read_text("direct_url.json") or "{}"
-    except importlib.metadata.PackageNotFoundError:
+    """Tests use the installed package, or this tree if it was installed as editable.
+
+    A cybn.egg-info, which a build leaves in the tree, does not make cybn an installed package.
+    """
+    found = importlib.metadata.distributions(name="cybn")
+    installed = [each for each in found if each.read_text("INSTALLER")]
+    if not installed:
         pytest.skip("cybn is on the path, but not installed")
-    editable = json.loads(origin).get("dir_info", {}).get("editable", False)
+    origin = json.loads(installed[0].read_text("direct_url.json") or "{}")
+    editable = origin.get("dir_info", {}).get("editable", False)
     assert editable == (PACKAGE == HERE / "cybn"), "install cybn, and run pytest without python -m"
 
 
