@@ -129,11 +129,6 @@ cdef inline void write_strip(
         stream_line(v + LINE // <Py_ssize_t> sizeof(T), y + LINE)
 
 
-cdef inline Py_ssize_t before_line(const char* y, Py_ssize_t n, T of_type) noexcept nogil:
-    """Return how many of n values come before the first that begins on a cache line."""
-    return min(n, <Py_ssize_t> (-<size_t> y & (LINE - 1)) // <Py_ssize_t> sizeof(T))
-
-
 cdef inline T* on_line(T* room, const char* beside) noexcept nogil:
     """Return where to begin in room, so that its lines begin at the same indices as `beside`'s.
 
