@@ -26,8 +26,9 @@ from cybn._dispatch.shares cimport take_shares
 from cybn._kernels.activation cimport (
     GELU, HARDSWISH, LEAKY_RELU, RELU, RELU6, SIGMOID, SILU, TANH, Activation)
 from cybn._kernels.problem cimport (
-    DOTS, FLOAT64, IN_DX, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Kernels,
-    Problem, Vector, chunks_of, gradient_of)
+    DOTS, FLOAT64, IN_DX, NO_SUMS, NO_WRITE, SCALE, SCALE_DY, SERIAL, SUMS, UNSCALE, Problem,
+    Vector, chunks_of, gradient_of)
+from cybn._kernels.row_problem cimport Kernels
 from cybn._kernels.statistics cimport beyond, is_finite
 
 from numpy import ascontiguousarray, flatnonzero, frombuffer, ndarray, zeros

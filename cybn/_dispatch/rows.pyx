@@ -17,8 +17,8 @@ from cybn._dispatch.arguments cimport (
 from cybn._dispatch.arrays cimport (
     NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, PyArray_CLEARFLAGS, PyArray_DATA, PyArrayObject,
     View, channels_first, fold_rows)
-from cybn._kernels.problem cimport (
-    FLOAT64, Kernels, RowProblem, RowTiling, row_tiling)
+from cybn._kernels.problem cimport FLOAT64
+from cybn._kernels.row_problem cimport Kernels, RowProblem, RowTiling, row_tiling
 
 from numpy import ascontiguousarray, errstate, flatnonzero, frombuffer, moveaxis, zeros
 

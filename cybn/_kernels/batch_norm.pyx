@@ -40,9 +40,10 @@ from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, FIRST_TERMS, HI, K, RAMP, RECTIFIED, ROOM, STEPS, STRAIGHT, Z, Bend, Lines,
     dot_columns, dot_run, has_lines, lanes_of, sum_columns, sum_run)
 from cybn._kernels.problem cimport (
-    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_PLACE, KEPT, NO_SUMS, NO_WRITE,
-    SAMPLES, SCALE, SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Kernels,
-    Problem, Route, Rows, Tiling, Vector, ceiling, route_of, tiling_of)
+    APPLY_ROW, BLOCK, BY_RUN, DOTS, FLOAT64, IN_PLACE, KEPT, NO_SUMS, NO_WRITE, SAMPLES, SCALE,
+    SCALE_DY, STAGED, STAGED_COLUMNS, STAGED_PIECES, SUMS, UNSCALE, Caches, Problem, Route, Rows,
+    Tiling, Vector, ceiling, route_of, tiling_of)
+from cybn._kernels.row_problem cimport Kernels
 from cybn._kernels.stages cimport (
     Piece, apply_piece, counted, fetch, gradients, inputs, place, shares, weigh)
 from cybn._kernels.statistics cimport (

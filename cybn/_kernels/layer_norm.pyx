@@ -43,10 +43,10 @@ from cybn._kernels.lanes cimport (
 from cybn._kernels.loops cimport (
     A, B, COEFFICIENTS, HI, K, ROOM, STRAIGHT, Z, Lines, dot_columns, dot_run, has_lines, lanes_of,
     sum_columns, sum_run)
-from cybn._kernels.problem cimport (
-    ALONG, DOWN, FLOAT64, ROW_BLOCK, ROW_CHUNK, RUNS, SAMPLES, SERIAL, SHORT, SHORT_DOTS,
-    STRETCH_OF_RUNS, SUM_ROW, TILE, TRANSPOSED, Caches, Kernels, RowProblem, RowTiling, Rows,
-    ceiling, row_tiling, way_of)
+from cybn._kernels.problem cimport FLOAT64, SAMPLES, SERIAL, SUM_ROW, Caches, Rows, ceiling, way_of
+from cybn._kernels.row_problem cimport (
+    ALONG, DOWN, ROW_BLOCK, ROW_CHUNK, RUNS, SHORT, SHORT_DOTS, STRETCH_OF_RUNS, TILE, TRANSPOSED,
+    Kernels, RowProblem, RowTiling, row_tiling)
 from cybn._kernels.statistics cimport (
     Wide, add_wide, beyond, pivot_of, sample_of, settle, settled, wide_sums)
 from cybn._kernels.transposed cimport (
@@ -689,7 +689,7 @@ cdef void read_transposed(const Job* job, const Rows* rows, const Span* s, T* ou
     cdef const char* at = place(rows, job, s.n0, s.g0 * D)
     if n < LANES:
         clear(out, D * LANES)
-    if job.way == PLAIN:
+    if T is double or job.way == PLAIN:
         check(rows.pitch % job.p.item == 0)
         transpose(<const T*> at, rows.pitch // job.p.item, n, D, out, LANES)
         return

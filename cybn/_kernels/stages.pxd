@@ -18,7 +18,7 @@
 
 from libc.string cimport memcpy
 
-from cybn._kernels.activation cimport IDENTITY, LEAKY_RELU, activate, through
+from cybn._kernels.activation cimport IDENTITY, activate, through
 from cybn._kernels.check cimport check
 from cybn._kernels.lanes cimport LINE, STRIP, T, Way, item_of, read, write, write_strip
 from cybn._kernels.loops cimport A, B, HI, K, Z

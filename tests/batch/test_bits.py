@@ -98,7 +98,9 @@ STREAMED, CACHED = (2**18, 0), (2**18, 2**40)  # outputs bypass the caches if L3
 
 @every_layout
 @every_dtype
-@pytest.mark.parametrize("shape", [*FAMILIES, (16, 40, 14, 14), (8, 20, 56, 56)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*FAMILIES, (16, 40, 14, 14), (8, 20, 56, 56), (43, 24), (103, 10)], ids=str
+)
 def test_cache_sizes(shape, dtype, axis, set_caches):
     """Blocks of channels depend on the size of L2 and stores on that of L3, but bits on neither."""
     case = laid(shape, dtype, axis)
