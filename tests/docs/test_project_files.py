@@ -121,3 +121,12 @@ def test_an_index_page_without_an_address_has_no_links_into_nothing(tmp_path):
     assert not re.findall(r"\]\((?!https?://)", text)
     assert "Project-URL" not in text
     assert "All figures" in text  # the text of links is kept
+
+
+def test_the_thresholds_that_are_tested_are_those_of_the_kernels():
+    """tests/batch/test_shapes.py has them as numbers, because it also runs without the sources."""
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "cybn/_kernels").glob("*.p[xy]*"))
+    block = re.search(r"# These constants.*?\n\n", text_of("tests/batch/test_shapes.py"), re.DOTALL)
+    for names, values in re.findall(r"^([A-Z_, ]+) = ([\d, ]+)$", block[0], re.MULTILINE):
+        for name, value in zip(names.split(", "), values.split(", "), strict=True):
+            assert re.search(rf"^    {name} = {value} ", sources, re.MULTILINE), name

@@ -52,6 +52,7 @@ def collect(tmp_path):
     return run
 
 
+@pytest.mark.slow  # it runs pytest four times
 def test_runs_add_up_in_one_table(collect, tmp_path):
     for row, seen in ((3, "3 passed, 3 des"), (3, "3 passed, 3 des"), (5, "1 passed, 5 des")):
         assert seen in collect(f"--row={row}", "--matrix=one")
