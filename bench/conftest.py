@@ -14,7 +14,6 @@ from .race import Race
 from .report import records_of, text_table
 
 QUICK, FULL = (0.25, 3), (1.5, 5)  # seconds of a race, about, and fewest rounds
-WAYS = "channels-last,convert,fuse,bare"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--peers", help="names such as numpy,onnxruntime; default: all")
     group.addoption("--batch", type=int, help="batch size of networks; default: one for each")
     group.addoption("--side", type=int, default=224, help="side of the images; default: 224")
-    group.addoption("--ways", default=WAYS, help=f"ways to train networks; default: {WAYS}")
+    group.addoption("--ways", default="channels-last,convert,fuse,bare", help="to run networks")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,6 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +115,8 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         use = resource.getrusage(resource.RUSAGE_SELF)
-        told: dict[str, Any] = {"loss": loss.item(), "faults": use.ru_minflt - before}
-        print(json.dumps(told | {"peak": use.ru_maxrss << 10}), flush=True)
+        faults, peak = use.ru_minflt - before, use.ru_maxrss << 10
+        print(json.dumps({"loss": loss.item(), "faults": faults, "peak": peak}), flush=True)
 
 
 if __name__ == "__main__":
