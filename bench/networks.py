@@ -1,8 +1,8 @@
-"""Training steps of whole networks, one per line of input, which `test_bench.test_training` writes.
+"""Steps of whole networks, one per line of input, which `test_bench.test_training` writes.
 
 ``python bench/networks.py ResNet-50 16 224 2 fuse``: network, batch, size, threads, and a way. A
-step is forward, loss, backward and SGD's update, on the same images every time. Each way has its
-own process, because memory that an earlier way has used changes the speed of the next.
+step is forward, loss and, in training, backward and SGD's update, always on the same images. Each
+way has its own process, because memory that an earlier way has used changes the speed of the next.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 def arranged(model: nn.Module, words: list[str]) -> nn.Module:
     """Return a model changed by the words of a way: convert, fuse, compile, or bare (no norms)."""
     if "bare" in words:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, NORMS):
-                    setattr(module, name, nn.Identity())
+        for name, module in list(model.named_modules()):
+            if isinstance(module, NORMS):
+                model.set_submodule(name, nn.Identity())
     if "convert" in words or "fuse" in words:
         model = cybn.torch.convert(model, fuse="fuse" in words)
     return torch.compile(model) if "compile" in words else model

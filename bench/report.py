@@ -1,10 +1,9 @@
 """Fill the tables of pages: ``python -m bench.report figures.json --pages README.md``.
 
-``pytest bench --benchmark-json=figures.json`` writes the file. In a page, two lines mark the place
-of a table::
+``pytest bench --benchmark-json=figures.json`` writes the file. What is between two lines of a page
+is replaced by a table::
 
     <!-- bench: bars -->
-    the text here is replaced
     <!-- end of bench -->
 """
 
