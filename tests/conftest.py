@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from zlib import crc32
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # OpenMP threads that wait must not occupy a core
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -12,6 +13,17 @@ from levels import LEVELS, bind
 from cybn import _runtime
 
 pytest_plugins = ["matrix"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    """Divide the cases of tests with the mark `divided` among the levels; the others are slow."""
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if "level" in values and item.get_closest_marker("divided"):
+            case = item.nodeid.replace(values["level"], "")
+            if values["level"] != LEVELS[crc32(case.encode()) % len(LEVELS)]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -689,14 +689,14 @@ cdef void read_transposed(const Job* job, const Rows* rows, const Span* s, T* ou
     cdef const char* at = place(rows, job, s.n0, s.g0 * D)
     if n < LANES:
         clear(out, D * LANES)
-    if T is double or job.way == PLAIN:
+    if T is float and job.way != PLAIN:
+        for i in range(0, n, 4):
+            for j in range(min(4, n - i)):
+                read(job.way, at + (i + j) * rows.pitch, D, room + j * D)
+            transpose(room, D, min(4, n - i), D, out + i, LANES)
+    else:
         check(rows.pitch % job.p.item == 0)
         transpose(<const T*> at, rows.pitch // job.p.item, n, D, out, LANES)
-        return
-    for i in range(0, n, 4):
-        for j in range(min(4, n - i)):
-            read(job.way, at + (i + j) * rows.pitch, D, room + j * D)
-        transpose(room, D, min(4, n - i), D, out + i, LANES)
 
 
 cdef void write_transposed(
@@ -724,6 +724,8 @@ cdef void transposed_forward(const Job* job, const Span* s, T of_type) noexcept 
     cdef T room[2 * SHORT]
     cdef T shift[LANES]
     cdef T terms[TERMS * LANES]
+    cdef const T* gamma
+    cdef const T* beta
     cdef const RowProblem* p = job.p
     cdef Py_ssize_t i, row
     cdef Block block
@@ -744,8 +746,9 @@ cdef void transposed_forward(const Job* job, const Span* s, T of_type) noexcept 
     for i in range(s.n1 - s.n0):
         row = (s.n0 + i) * p.G + s.g0
         p.mean[row], p.m2[row], p.left[row] = block.mean[i], block.m2[i], block.left[i]
-    transposed_scale(x, spread_tile(job, <const T*> p.gamma, s.g0, 0, room),
-                 spread_tile(job, <const T*> p.beta, s.g0, 0, room + SHORT), p.D, terms)
+    gamma = spread_tile(job, <const T*> p.gamma, s.g0, 0, room)
+    beta = spread_tile(job, <const T*> p.beta, s.g0, 0, room + SHORT)
+    transposed_scale(x, gamma, beta, p.D, terms)
     write_transposed(job, s, &block, x)
 
 

@@ -1,6 +1,6 @@
 # cython: cdivision=True
-# The description of a call of layer, RMS, group or instance normalization, as problem.pxd is that of
-# batch normalization: the facts, and how the work is divided.
+# The description of a call of layer, RMS, group or instance normalization: the facts, and how the
+# work is divided. problem.pxd has that of batch normalization.
 
 from cybn._kernels.problem cimport FLOAT64, MOST_CHUNKS, Problem, Rows, Storage, ceiling
 from cybn._kernels.waiting cimport Watch

@@ -11,6 +11,8 @@ from levels import LEVELS
 
 import cybn
 
+pytestmark = pytest.mark.divided
+
 VAR_RTOL = 2.0**-20  # the bound of the variance, about 1e-6
 
 every_layout = pytest.mark.parametrize("axis", AXES)

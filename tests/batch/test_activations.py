@@ -10,6 +10,8 @@ from levels import LEVELS
 import cybn
 from cybn import reference
 
+pytestmark = pytest.mark.divided
+
 CLAMPS = ["relu", "relu6", "leaky_relu"]
 SMOOTH = ["sigmoid", "tanh", "silu"]
 SLOPE = 0.2

@@ -12,7 +12,7 @@ from bounds import ULP32, ULP64
 import cybn
 from cybn import reference
 
-pytestmark = pytest.mark.row(6)
+pytestmark = [pytest.mark.row(6), pytest.mark.divided]
 
 N, C, L = 24, 6, 20
 WIDE = np.finfo(np.longdouble).maxexp > 2000

@@ -9,6 +9,8 @@ from cases import AXES, DTYPES, FAMILIES, NETWORK_SHAPES, exact_fill, lay, pairs
 
 import cybn
 
+pytestmark = pytest.mark.divided
+
 THREADS = (1, 2, 3)
 ODD = [
     (3, 5, 7),

@@ -7,6 +7,8 @@ from cases import AXES, DTYPES, FAMILIES, backward_bound, lay, normal_case, same
 
 import cybn
 
+pytestmark = pytest.mark.divided
+
 STEP = 2.0**-17  # near the cube root of eps, where central differences are best
 ATOL, RTOL = 1e-5, 1e-3
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import cybn
 from cybn import _arguments, _dispatch
 
+pytestmark = pytest.mark.divided
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 

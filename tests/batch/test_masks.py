@@ -9,6 +9,8 @@ from mask_cases import FAMILIES, KINDS, batch, gathered, selection
 import cybn
 from cybn import reference
 
+pytestmark = pytest.mark.divided
+
 ACTIVATIONS = [None, "relu", "leaky_relu", "silu"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

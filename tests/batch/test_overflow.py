@@ -14,7 +14,7 @@ import pytest
 import cybn
 from cybn import reference
 
-pytestmark = pytest.mark.row(6)
+pytestmark = [pytest.mark.row(6), pytest.mark.divided]
 
 BIG = 1e308
 VALUES = {

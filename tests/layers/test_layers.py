@@ -12,6 +12,8 @@ from layer_cases import gradient_bounds, snapshot
 import cybn
 from cybn import functional
 
+pytestmark = pytest.mark.divided
+
 C = 5
 LAYERS = [
     (cybn.BatchNorm, (7, C)),

@@ -13,6 +13,8 @@ import cybn
 from cybn import reference
 from cybn._dispatch import cut
 
+pytestmark = pytest.mark.divided
+
 C = 5
 SHAPES = [(12, C), (6, C, 7), (4, C, 3, 5), (2, C, 600)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
