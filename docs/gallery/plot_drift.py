@@ -86,7 +86,7 @@ def layers_of(net):
 
 
 def run(seed):
-    """Return the accuracy after training, and for each change drift, accuracy before and after."""
+    """Return the accuracy after training, and drift and accuracies of each change."""
     net, digits = trained(seed)
     found = []
     kept = [bn.snapshot() for bn in layers_of(net)]
@@ -117,8 +117,9 @@ table = np.array([found for _, found in runs])  # (seeds, changes, 4)
 # %%
 # Result
 # ------
-# Drift is that of the first batch norm: the mean over its channels of the absolute shift, in
-# running standard deviations, and of the absolute logarithm of the ratio of variances.
+# The drift is that of the first batch norm, as means over its channels. `shift` is the absolute
+# change of the mean, in running standard deviations. `log var` is the absolute logarithm of the
+# ratio of variances.
 print(f"{len(SEEDS)} seeds; accuracy in per cent, mean and standard deviation")
 print(f"unchanged images: {clean.mean():.1f} +- {clean.std():.1f}\n")
 print(f"{'change':18} shift  log var   as trained      new statistics")
@@ -159,9 +160,9 @@ right.legend(loc="upper center", ncols=3, fontsize=7)
 # % only. Noise destroys information, and the zeros that the convolution adds at the border do not
 # get brighter.
 #
-# Images of the digit 1 alone are unchanged, and accuracy is 96 %. Here new statistics lower it to
-# 79 %, because the statistics of a single class are not those of all classes. The drift of this
-# change is small (0.02 and 0.19). So look at `drift` first, and measure statistics again only on
-# data that has the classes in their usual proportions.
+# In the last change all images show the digit 1, and are unchanged. Accuracy is 96 %. Here new
+# statistics lower it to 79 %, because the statistics of a single class are not those of all
+# classes. The drift of this change is small (0.02 and 0.19). So look at `drift` first, and
+# measure statistics again only on data that has the classes in their usual proportions.
 #
 # The figures come from five seeds on an Intel Xeon (family 6, model 207).
