@@ -14,7 +14,7 @@ from cybn._dispatch.arrays cimport (
 from cybn._kernels.problem cimport Vector
 
 cdef enum:
-    MARKED = 2048               # most bytes of an array that is remembered as a whole
+    MARKED = 2048               # maximum size in bytes of an array that is remembered as a whole
     MARKS = 64                  # stretches of a larger array, about; two values of each are used
     GOLDEN = 40503              # 2**16 times the golden ratio: multiples are spread evenly
 

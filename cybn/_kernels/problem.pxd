@@ -3,9 +3,9 @@
 #
 # Problem   the facts: where arrays are, their sizes and types, the activation, the residual, the
 #           weights. The dispatch fills it in, and kernels never change it.
-# Tiling    how the work is divided. Chunks are the parts in which sums are taken. They affect the
-#           bits, so they depend on (N, C, S) alone. Blocks are the parts that threads take, and
-#           affect only the speed.
+# Tiling    how the work is divided. Chunks are the parts in which sums are taken. They affect how
+#           results are rounded, so they depend on (N, C, S) alone. Blocks are the parts that
+#           threads take, and affect only the speed.
 # Route     which loops and stages are used, and where results go. One function of Problem and
 #           Tiling computes each field; the first condition that matches decides. Loops read the
 #           route, never the facts that it was made of.
@@ -81,17 +81,17 @@ cdef enum:
     RUN_MIN = 256           # shortest S that is summed as runs for any N
     RUN_APPLY = 96          # shortest S that inference writes as runs; the bits do not change
     RUN_TO_ROWS = 32        # if N is at most S / RUN_TO_ROWS, a shorter S is summed as runs, too
-    BLOCK = 64              # most channels of a block of runs
-    COLUMNS = 1568          # most columns of a block, channels-first
+    BLOCK = 64              # maximum number of channels in a block of runs
+    COLUMNS = 1568          # maximum number of columns in a block, channels-first
     BROAD = 2048            # the same, channels-last: a row should stay in one piece
     STAGED_COLUMNS = 512    # the same with stages
     STAGED = 1024           # values of a piece for stages; equal to PIECE
-    SUM_ROW = 64            # most columns when several rows of few channels are summed as one
+    SUM_ROW = 64            # maximum number of columns when several rows are summed as one
     APPLY_ROW = 1024        # the same when they are written
     CHUNK = 65536           # values of a channel in one chunk, about
     MOST_CHUNKS = 64        # with more, partial sums would take more than about 1 KiB per channel
     SERIAL = 65536          # with fewer elements, one thread is faster than two
-    MODEST = 1 << 20        # most elements for which more than two tiles per thread cost time
+    MODEST = 1 << 20        # with more elements, more than two tiles per thread cost no time
 
 cdef struct Tiling:
     Py_ssize_t chunk_rows, chunk_cols   # chunks of a channel along N, and along S
@@ -194,7 +194,7 @@ cdef inline Gradient gradient_of(const Problem* p) noexcept nogil:
 cdef inline Py_ssize_t block_of(
     const Problem* p, const Tiling* t, const Caches* caches
 ) noexcept nogil:
-    """Return the channels of a block: many, but every thread gets several blocks."""
+    """Return the number of channels in a block: many, but every thread gets several blocks."""
     cdef Py_ssize_t tensors = 2 if p.reduce == DOTS else 1
     cdef bint staged = reduce_from(p) == STAGED_PIECES or apply_from(p) == STAGED_PIECES
     cdef Py_ssize_t run = p.S * p.item, columns = STAGED_COLUMNS if staged else COLUMNS
@@ -214,10 +214,10 @@ cdef inline Py_ssize_t block_of(
 
 
 cdef enum:
-    PIECE_BYTES = 200 << 10     # most bytes of a row in one block
+    PIECE_BYTES = 200 << 10     # maximum number of bytes of a row in one block
     # A last-level cache of up to NEAR bytes is shared by few cores and fast, so blocks may be
-    # larger than L2. A larger cache is slow: with such blocks a forward of 256x56x56 took 11.4 ms
-    # there, and 9.3 ms with blocks that fit L2.
+    # larger than L2. A larger cache is slow: on such a machine a forward of (32, 256, 56, 56) took
+    # 11.4 ms with blocks larger than L2, and 9.3 ms with blocks that fit it.
     NEAR = 64 << 20
 
 

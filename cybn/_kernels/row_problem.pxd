@@ -34,15 +34,15 @@ cdef enum RowLoops:
 cdef enum:
     ROW_RUNS = 64           # shortest S for which runs beat a gamma for each value, forward
     ROW_DOTS = 128          # the same, backward
-    ROW_BLOCK = 32          # most rows of a block: the lanes of transposed rows
-    SHORT = 96              # most values of a row that is transposed; half of it for float64
+    ROW_BLOCK = 32          # maximum number of rows in a block: the lanes of transposed rows
+    SHORT = 96              # maximum length of a transposed row; half of it for float64
     SHORT_DOTS = 32         # the same, in a backward pass or with several groups
     FEWEST = 8              # fewest rows of a block, even of long rows
     ROW_CHUNK = 32768       # values of a block of rows; a chunk of N has at least as many
     SEGMENT = 65536         # values of a segment, about
     STRETCH_OF_RUNS = 16384     # values of a run, or of several, that a thread takes at once
     POSITIONS = 64          # fewest positions of a cut, channels-last
-    TILE = 1024             # most columns of a tile
+    TILE = 1024             # maximum number of columns in a tile
 
 cdef struct RowTiling:      # depends on the shape alone, because the bits depend on it
     RowLoops loops

@@ -137,7 +137,7 @@ def run_all(digits: Digits, seed: int, settings: Settings) -> Results:
 
 
 def sigmoid_network(rng: np.random.Generator, normalize: bool) -> Network:
-    """Build the first network of the paper: three hidden layers of 100 sigmoid units."""
+    """Build the first network of Ioffe and Szegedy (2015): three layers of 100 sigmoid units."""
     layers: list[Layer] = [Flatten()]
     for inputs in (64, 100, 100):
         layers.append(Dense(rng, inputs, 100, std=0.1, bias=not normalize))

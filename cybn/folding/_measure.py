@@ -150,8 +150,8 @@ def measure(
 ) -> Report:
     """Measure the effect of folding on the outputs for a random input.
 
-    Both networks are computed in plain NumPy, in a wider type than that of the weights, for a batch
-    of two small inputs of standard normal values.
+    The layers before and after folding are computed in plain NumPy, in a wider type than that of
+    the weights, for a batch of two small inputs of standard normal values.
 
     Parameters
     ----------

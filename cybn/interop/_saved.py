@@ -23,8 +23,8 @@ LAYERS: dict[str, Any] = {
     )
 }
 SWITCHES = ("training", "update_statistics", "use_batch_statistics", "train_affine")
-MODES = (*SWITCHES, "nan_policy")  # set after a layer is made, if its class does not take them
-MOST_STATELESS = 1 << 24  # most values of a layer that has no arrays to confirm its shape
+MODES = (*SWITCHES, "nan_policy")  # set on a layer, unless its class takes them
+MOST_STATELESS = 1 << 24  # largest number of values of a layer without arrays to confirm it
 
 
 def settings_of(layer: Any, limits: dict[int, int]) -> dict[str, Any]:

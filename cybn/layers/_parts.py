@@ -22,7 +22,7 @@ __all__ = ["Renorm", "parts_of"]
 
 
 def parts_of(size: int | None, limits: Renorm | None, running: Running) -> Way:
-    """Return the way of ghost batches of `size` samples, renormalized if `limits` are given."""
+    """Return how to normalize ghost batches of `size` samples, renormalized by `limits`, if any."""
     forward = partial(_forward, size=size, limits=limits, running=running)
     return Way(forward, _backward, _merged, inverts=True)
 
@@ -44,7 +44,7 @@ class Renorm:
     Parameters
     ----------
     r_max, d_max : float, default 3 and 5
-        At least 1, and at least 0.
+        The limits of r and d in these formulas: at least 1, and at least 0.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def _forward(
     x = _arguments.tensor("x", x)
     axis = _arguments.channel_axis(x, axis)
     _arguments.check_eps(eps)
-    functional.is_zero(masked)  # known, or an error
+    functional.is_zero(masked)  # raises ValueError if it is not known
     positions = functional.positions_of(x, axis, *places)
     _arguments.check_batch(x.shape, axis, positions and positions.number, 2)
     residual = None if residual is None else _arguments.companion("residual", residual, x)
@@ -161,7 +161,7 @@ def _forward(
             moments = _dispatch.statistics(x[i], axis, chosen, num_threads)
             correction = Correction.of(moments, running, limits, eps)
             affine = correction.compose(gamma, beta)
-            if np.isinf(moments.m2).any():  # then the variance is not known, but its root is
+            if np.isinf(moments.m2).any():  # the variance overflows, its root does not
                 _dispatch.forward(x[i], *affine, *more)
             else:
                 _dispatch.inference(x[i], moments.mean, moments.var(), *affine, *more)

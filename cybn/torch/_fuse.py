@@ -1,11 +1,11 @@
 """Fusing a batch norm with the activation after it, or with adding a residual and activating.
 
-What follows is not guessed from the code. The first call in each mode returns an ordinary tensor
-that notes the first operation that uses it (`Watched`). Later calls return a tensor that is not
-computed yet (`Pending`). If the expected operation uses it, one pass computes both. If another
-operation uses it first, the batch norm is computed as without fusing, and fusing is turned off for
-that module. So the results are right even if an activation is replaced, only a part of a model is
-called, or features are taken from between the two.
+The operation that follows is observed, not guessed from the code. The first call in each mode
+returns an ordinary tensor that notes the first operation that uses it (`Watched`). Later calls
+return a tensor that is not computed yet (`Pending`). If the expected operation uses it, one pass
+computes both. If another operation uses it first, the batch norm is computed as without fusing, and
+fusing is turned off for that module. So the results are right even if an activation is replaced,
+only a part of a model is called, or features are taken from between the two.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _name(func: Any) -> str:
 
 
 class Pending(Tensor):
-    """A result without memory, which is computed when the first operation uses it."""
+    """A result that is not computed, and has no memory, until the first operation uses it."""
 
     value: Tensor | None
     residual: Tensor | None
